@@ -1,0 +1,201 @@
+"""Which tile each kernel uses: a table of candidates and a cost estimate, no tuning at first call.
+
+A product is seen as tokens x features x depth, where depth is summed over: the
+forward sums over K, grad_input over N, grad_scales over M. Every number here is
+a function of shapes, dtypes and :class:`Device`, so tests choose for made-up
+devices, and the same shapes give the same sums, bit for bit, on the same device.
+
+The efficiencies are estimates from disassembled loops (tensor-core cycles over
+issue slots, at most 1), not measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+Arithmetic = Literal["half", "tf32", "ieee"]
+
+#: Partial sums of grad_scales stay under this many bytes a layer.
+WORKSPACE_BYTES = 2 * 2**20
+
+#: Shared memory kept free of pipeline stages, for barriers and layout changes.
+EPILOGUE_BYTES = 16 * 1024
+
+#: What reducing a finished tile of G against W costs, in tokens of its main loop.
+EPILOGUE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a choice depends on. ``shared_memory``: bytes one block may opt in to."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Tensor cores that read their right operand from shared memory (Hopper, data-centre Blackwell)."""
+        return 9 <= self.capability[0] < 12
+
+    @property
+    def has_descriptors(self) -> bool:
+        """A copy engine that loads whole tiles (TMA)."""
+        return self.capability[0] >= 9
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One candidate: tile sizes, warps, pipeline depth, and the share of the peak it can reach."""
+
+    tokens: int
+    features: int
+    depth: int
+    warps: int
+    stages: int
+    efficiency: float
+
+
+@dataclass(frozen=True)
+class Config:
+    """A kernel's compile-time choice, in the kernels' own letters."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# forward and grad_input; wide over tokens, since every rescaled element of W then serves more of them
+_PRODUCT_TILES: dict[tuple[Arithmetic, bool], tuple[Tile, ...]] = {
+    ("half", True): (
+        Tile(256, 128, 64, 8, 3, 1.00),
+        Tile(128, 128, 64, 8, 4, 0.90),
+        Tile(128, 64, 64, 4, 4, 0.90),
+        Tile(64, 64, 64, 4, 4, 0.47),
+        Tile(32, 64, 64, 4, 4, 0.23),
+    ),
+    ("half", False): (
+        Tile(128, 128, 32, 8, 4, 1.00),
+        Tile(128, 64, 32, 4, 4, 0.85),
+        Tile(64, 64, 32, 4, 4, 0.60),
+    ),
+    ("tf32", True): (Tile(128, 128, 32, 8, 3, 1.00), Tile(64, 64, 32, 4, 3, 0.50)),
+    ("tf32", False): (Tile(128, 128, 32, 8, 3, 1.00), Tile(64, 64, 32, 4, 3, 0.60)),
+    ("ieee", True): (Tile(128, 64, 16, 8, 3, 1.00), Tile(64, 64, 32, 8, 2, 0.80)),
+    ("ieee", False): (Tile(128, 64, 16, 8, 3, 1.00), Tile(64, 64, 32, 8, 2, 0.80)),
+}
+
+# grad_scales: "tokens" is the depth of a step here, the tile of G is features (N) x depth (K)
+_SCALES_TILES: dict[tuple[Arithmetic, bool], tuple[Tile, ...]] = {
+    ("half", True): (
+        Tile(64, 128, 256, 8, 3, 1.00),
+        Tile(64, 128, 128, 8, 4, 0.90),
+        Tile(64, 64, 64, 4, 4, 0.50),
+    ),
+    ("half", False): (Tile(32, 128, 128, 8, 4, 1.00), Tile(32, 64, 64, 4, 4, 0.60)),
+    ("tf32", True): (Tile(32, 128, 128, 8, 3, 1.00), Tile(32, 64, 64, 4, 3, 0.50)),
+    ("tf32", False): (Tile(32, 128, 128, 8, 3, 1.00), Tile(32, 64, 64, 4, 3, 0.60)),
+    ("ieee", True): (Tile(16, 128, 64, 8, 3, 1.00), Tile(16, 64, 64, 4, 3, 0.80)),
+    ("ieee", False): (Tile(16, 128, 64, 8, 3, 1.00), Tile(16, 64, 64, 4, 3, 0.80)),
+}
+
+
+def arithmetic(dtype: torch.dtype, allow_tf32: bool) -> Arithmetic:
+    """How products of ``dtype`` are computed."""
+    if dtype is not torch.float32:
+        return "half"
+    return "tf32" if allow_tf32 else "ieee"
+
+
+def _fit(tile: Tile, stage_bytes: int, device: Device) -> Tile | None:
+    """The tile with as many of its pipeline stages as fit beside the epilogue, or None under two."""
+    stages = min(tile.stages, (device.shared_memory - EPILOGUE_BYTES) // stage_bytes)
+    return replace(tile, stages=stages) if stages >= 2 else None
+
+
+def product_tiles(kind: Arithmetic, x_size: int, weight_size: int, device: Device) -> list[Tile]:
+    """Candidates of forward and grad_input that fit in the device's shared memory."""
+    return [
+        fitted
+        for tile in _PRODUCT_TILES[kind, device.has_wgmma]
+        if (fitted := _fit(tile, tile.depth * (tile.tokens * x_size + tile.features * weight_size), device))
+    ]
+
+
+def scales_tiles(kind: Arithmetic, x_size: int, device: Device) -> list[Tile]:
+    """Candidates of grad_scales that fit in the device's shared memory."""
+    return [
+        fitted
+        for tile in _SCALES_TILES[kind, device.has_wgmma]
+        if (fitted := _fit(tile, tile.tokens * (tile.features + tile.depth) * x_size, device))
+    ]
+
+
+def _product_tile(
+    tokens: int, blocks: int, block_features: int, kind: Arithmetic, x_size: int, weight_size: int, device: Device
+) -> Tile:
+    """Least estimated time: waves over the multiprocessors x work of a tile / its efficiency."""
+
+    def cost(tile: Tile) -> float:
+        tiles = math.ceil(tokens / tile.tokens) * blocks * math.ceil(block_features / tile.features)
+        waves = math.ceil(tiles / device.multiprocessors)
+        return waves * tile.tokens * tile.features / tile.efficiency
+
+    return min(product_tiles(kind, x_size, weight_size, device), key=cost)
+
+
+@lru_cache(maxsize=4096)
+def forward_config(
+    m: int, n: int, k: int, groups: int, kind: Arithmetic, x_size: int, weight_size: int, device: Device
+) -> Config:
+    """Tile of ``forward_kernel`` for x ``[m, k]`` and W ``[n, k]``; sizes of an element in bytes."""
+    tile = _product_tile(m, groups, n // groups, kind, x_size, weight_size, device)
+    return Config(tile.tokens, tile.features, tile.depth, tile.warps, tile.stages)
+
+
+@lru_cache(maxsize=4096)
+def grad_input_config(
+    m: int, n: int, k: int, groups: int, kind: Arithmetic, x_size: int, weight_size: int, device: Device
+) -> Config:
+    """Tile of ``grad_input_kernel`` for dy ``[m, n]`` and W ``[n, k]``; sizes of an element in bytes."""
+    tile = _product_tile(m, 1, k, kind, x_size, weight_size, device)
+    return Config(tile.tokens, tile.depth, tile.features, tile.warps, tile.stages)
+
+
+@lru_cache(maxsize=4096)
+def grad_scales_config(
+    m: int, n: int, k: int, groups: int, kind: Arithmetic, x_size: int, device: Device
+) -> tuple[Config, int]:
+    """Tile of ``grad_scales_kernel`` and the tokens each of its splits sums over.
+
+    More splits fill idle multiprocessors; each costs an epilogue and partial
+    sums, which :data:`WORKSPACE_BYTES` bounds.
+    """
+    choices = []
+    for tile in scales_tiles(kind, x_size, device):
+        n_tiles = groups * math.ceil(n // groups / tile.features)
+        k_tiles = math.ceil(k / tile.depth)
+        steps = math.ceil(m / tile.tokens)
+        split_bytes = 4 * (k_tiles * n + n_tiles * k + n)
+        most = max(1, min(steps, device.multiprocessors, WORKSPACE_BYTES // split_bytes))
+        for splits in range(1, most + 1):
+            waves = math.ceil(n_tiles * k_tiles * splits / device.multiprocessors)
+            split_tokens = math.ceil(steps / splits) * tile.tokens
+            cost = waves * (split_tokens + EPILOGUE_TOKENS) * tile.features * tile.depth / tile.efficiency
+            choices.append((cost, tile, split_tokens))
+    _, tile, split_tokens = min(choices, key=lambda choice: choice[0])
+    return Config(tile.tokens, tile.features, tile.depth, tile.warps, tile.stages), split_tokens
+
+
+@lru_cache(maxsize=64)
+def cuda_device(index: int) -> Device:
+    """Read a GPU's properties once."""
+    p = torch.cuda.get_device_properties(index)
+    return Device((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)

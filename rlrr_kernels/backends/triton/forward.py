@@ -1,0 +1,82 @@
+"""y = x W'^T + b + f with W' = W * (1 + u v) formed in registers (paper Eq. 16 and 20)."""
+
+import triton
+import triton.language as tl
+
+from rlrr_kernels.backends.triton.tiles import group_tile, int64, narrow, operand, rescale
+
+
+@triton.jit
+def forward_kernel(
+    x,  # [M, K]: pointer, or descriptor of [BLOCK_M, BLOCK_K] boxes
+    w,  # [N, K]: pointer, or descriptor of [BLOCK_N, BLOCK_K] boxes
+    v,  # [groups, K]: pointer, or descriptor of [1, BLOCK_K] boxes
+    u,  # [N]
+    bias,  # [N], read if HAS_BIAS
+    shift,  # [N], read if HAS_SHIFT
+    y,  # [M, N]
+    M,
+    N,
+    K,
+    group_rows,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_vg,
+    stride_ym,
+    HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # n runs fastest: the programs in flight share a few row bands of x and all of W, which fits in L2
+    n_tiles = (N // group_rows) * tl.cdiv(group_rows, BLOCK_N)
+    m_start = (tl.program_id(0) // n_tiles) * BLOCK_M
+    group, n_start, n_end = group_tile(tl.program_id(0) % n_tiles, group_rows, BLOCK_N)
+
+    offs_m = m_start + tl.arange(0, BLOCK_M)
+    offs_n = n_start + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    u_col = tl.load(u + offs_n, mask=offs_n < n_end, other=0.0).to(tl.float32)[:, None]
+    if not DESCRIPTORS:
+        # rows past the edge repeat the last one: what they compute is never stored
+        rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
+        rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+        x_ptrs = x + rows_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+        w_ptrs = w + rows_n[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
+        v_ptrs = v + group * stride_vg + offs_k[None, :]
+
+    # W' is the left operand so that it goes from registers to the tensor cores; on the right
+    # it would be written back to shared memory at every step
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in tl.range(0, K, BLOCK_K):
+        if DESCRIPTORS:
+            w_tile = w.load([n_start, k])
+            v_row = v.load([group, k])
+            x_tile = x.load([m_start, k])
+        elif EVEN_K:
+            w_tile = tl.load(w_ptrs + int64(k) * stride_wk)
+            v_row = tl.load(v_ptrs + k)
+            x_tile = tl.load(x_ptrs + int64(k) * stride_xk)
+        else:
+            in_k = offs_k[None, :] < K - k
+            w_tile = tl.load(w_ptrs + int64(k) * stride_wk, mask=in_k, other=0.0)
+            v_row = tl.load(v_ptrs + k, mask=in_k, other=0.0)
+            x_tile = tl.load(x_ptrs + int64(k) * stride_xk, mask=in_k, other=0.0)
+        rescaled = rescale(w_tile, u_col, v_row.to(tl.float32), x_tile.dtype, EMULATE_BF16)
+        acc = tl.dot(rescaled, operand(x_tile, EMULATE_BF16).T, acc, input_precision=PRECISION)
+
+    in_n = offs_n < n_end
+    if HAS_BIAS:
+        acc += tl.load(bias + offs_n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+    if HAS_SHIFT:
+        acc += tl.load(shift + offs_n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+    # transposed only here: touching acc inside the loop would make every step wait for the last
+    y_ptrs = y + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
+    tl.store(y_ptrs, narrow(acc.T, y.dtype.element_ty, EMULATE_BF16), mask=(offs_m[:, None] < M) & in_n[None, :])

@@ -1,0 +1,92 @@
+"""dx = dy W' with W' = W * (1 + u v) formed in registers."""
+
+import triton
+import triton.language as tl
+
+from rlrr_kernels.backends.triton.tiles import int64, narrow, operand, rescale
+
+
+@triton.jit
+def grad_input_kernel(
+    dy,  # [M, N]: pointer, or descriptor of [BLOCK_M, BLOCK_N] boxes
+    w,  # [N, K]: pointer, or descriptor of [BLOCK_N, BLOCK_K] boxes
+    u,  # [N]
+    v,  # [groups, K]
+    dx,  # [M, K]
+    M,
+    N,
+    K,
+    group_rows,
+    stride_dym,
+    stride_dyn,
+    stride_wn,
+    stride_wk,
+    stride_vg,
+    stride_dxm,
+    ONE_GROUP: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    m_start = (tl.program_id(0) // k_tiles) * BLOCK_M
+    k_start = (tl.program_id(0) % k_tiles) * BLOCK_K
+
+    offs_m = m_start + tl.arange(0, BLOCK_M)
+    offs_k = k_start + tl.arange(0, BLOCK_K)
+    offs_n = tl.arange(0, BLOCK_N)
+    in_k = offs_k < K
+    v_k = tl.load(v + offs_k, mask=in_k, other=0.0).to(tl.float32)
+    if not DESCRIPTORS:
+        rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
+        dy_ptrs = dy + rows_m[:, None] * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
+        w_ptrs = w + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
+
+    # the sum over n walks the groups one after another; no step crosses into the next
+    steps = tl.cdiv(group_rows, BLOCK_N)
+    groups = N // group_rows
+    # wgmma takes only its left operand from registers, so W'^T stands there; mma.sync takes both
+    # from registers, and there the untransposed W' can be loaded straight into its fragments
+    if WEIGHT_LEFT:
+        acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for step in tl.range(0, groups * steps):
+        if ONE_GROUP:
+            n = step * BLOCK_N
+            n_end = N
+        else:
+            group = step // steps
+            n = group * group_rows + (step % steps) * BLOCK_N
+            n_end = (group + 1) * group_rows
+            v_k = tl.load(v + group * stride_vg + offs_k, mask=in_k, other=0.0).to(tl.float32)
+        if DESCRIPTORS:
+            u_n = tl.load(u + n + offs_n, mask=n + offs_n < n_end, other=0.0)
+            w_tile = w.load([n, k_start])
+            dy_tile = dy.load([m_start, n])
+        elif EVEN_N:
+            u_n = tl.load(u + n + offs_n)
+            w_tile = tl.load(w_ptrs + int64(n) * stride_wn, mask=in_k[None, :], other=0.0)
+            dy_tile = tl.load(dy_ptrs + int64(n) * stride_dyn)
+        else:
+            in_n = n + offs_n < n_end
+            u_n = tl.load(u + n + offs_n, mask=in_n, other=0.0)
+            w_tile = tl.load(w_ptrs + int64(n) * stride_wn, mask=in_n[:, None] & in_k[None, :], other=0.0)
+            dy_tile = tl.load(dy_ptrs + int64(n) * stride_dyn, mask=in_n[None, :], other=0.0)
+        u_n = u_n.to(tl.float32)
+        if WEIGHT_LEFT:
+            rescaled = rescale(w_tile.T, u_n[None, :], v_k[:, None], dy_tile.dtype, EMULATE_BF16)
+            acc = tl.dot(rescaled, operand(dy_tile, EMULATE_BF16).T, acc, input_precision=PRECISION)
+        else:
+            rescaled = rescale(w_tile, u_n[:, None], v_k[None, :], dy_tile.dtype, EMULATE_BF16)
+            acc = tl.dot(operand(dy_tile, EMULATE_BF16), rescaled, acc, input_precision=PRECISION)
+
+    dx_ptrs = dx + offs_m[:, None].to(tl.int64) * stride_dxm + offs_k[None, :]
+    if WEIGHT_LEFT:
+        acc = acc.T
+    tl.store(dx_ptrs, narrow(acc, dx.dtype.element_ty, EMULATE_BF16), mask=(offs_m[:, None] < M) & in_k[None, :])

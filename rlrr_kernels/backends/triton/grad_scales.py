@@ -1,0 +1,167 @@
+"""du, dv and df in one launch over dy and x; G = dy^T x never leaves the registers.
+
+With P = G * W:  du = P v,  dv = P^T u,  df = sum of dy over the tokens. Both are
+linear in G, so a program may hold any share of the tokens: it reduces its tile
+of G against its tile of W into partial sums, and :func:`sum_partials_kernel`
+adds the partials in a fixed order. No atomics: two runs agree bit for bit.
+"""
+
+import triton
+import triton.language as tl
+
+from rlrr_kernels.backends.triton.tiles import group_tile, int64, operand
+
+
+@triton.jit
+def halves(tile):
+    """``[R, C]`` -> its left and right half, each ``[R, C / 2]``."""
+    rows: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, half)), (0, 2, 1)))
+
+
+@triton.jit
+def reduce_against_weight(g, w, u_col, v, dv_row, offs_n, in_n, offs_k, K, stride_wn, stride_wk):
+    """Store the partial dv of one tile of G and return its partial du ``[rows]``."""
+    in_k = offs_k < K
+    w_ptrs = w + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
+    p = g * tl.load(w_ptrs, mask=in_n[:, None] & in_k[None, :], other=0.0).to(tl.float32)
+    v_row = tl.load(v + offs_k, mask=in_k, other=0.0).to(tl.float32)
+    tl.store(dv_row + offs_k, tl.sum(p * u_col[:, None], axis=0), mask=in_k)
+    return tl.sum(p * v_row[None, :], axis=1)
+
+
+@triton.jit
+def grad_scales_kernel(
+    dy,  # [M, N]
+    dy_tiles,  # dy again, or its descriptor of [BLOCK_M, BLOCK_N] boxes
+    x_tiles,  # [M, K]: pointer, or descriptor of [BLOCK_M, BLOCK_K] boxes
+    w,  # [N, K]
+    u,  # [N]
+    v,  # [groups, K]
+    du_partial,  # [splits * k_tiles, N] float32
+    dv_partial,  # [groups, splits * tiles of a group, K] float32
+    df_partial,  # [splits, N] float32, written if HAS_SHIFT
+    M,
+    N,
+    K,
+    group_rows,
+    split_rows,  # tokens of one split, a multiple of BLOCK_M
+    splits,
+    stride_dym,
+    stride_dyn,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_vg,
+    HAS_SHIFT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # The tiles of one split run together: they share its rows of dy and x in L2. Where f trains,
+    # each row of tiles has one program more, which only adds up dy: summing inside the product's
+    # loop would pull dy through the registers of every program, and here it comes from L2.
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    columns = k_tiles + (1 if HAS_SHIFT else 0)
+    group_tiles = tl.cdiv(group_rows, BLOCK_N)
+    n_tiles = (N // group_rows) * group_tiles
+    pid = tl.program_id(0)
+    k_tile = pid % columns
+    pid_n = (pid // columns) % n_tiles
+    split = pid // (columns * n_tiles)
+    group, n_start, n_end = group_tile(pid_n, group_rows, BLOCK_N)
+    m_first = split * split_rows
+    m_last = tl.minimum(m_first + split_rows, M)
+    offs_n = n_start + tl.arange(0, BLOCK_N)
+    in_n = offs_n < n_end
+
+    if k_tile == k_tiles:
+        ROWS: tl.constexpr = 32
+        total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        for m in tl.range(m_first, m_last, ROWS):
+            offs_m = m + tl.arange(0, ROWS)[:, None]
+            ptrs = dy + offs_m.to(tl.int64) * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
+            total += tl.load(ptrs, mask=(offs_m < m_last) & in_n[None, :], other=0.0).to(tl.float32)
+        tl.store(df_partial + split * N + offs_n, tl.sum(total, axis=0), mask=in_n)
+    else:
+        k_start = k_tile * BLOCK_K
+        offs_k = k_start + tl.arange(0, BLOCK_K)
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for m in tl.range(m_first, m_last, BLOCK_M):
+            if DESCRIPTORS:
+                dy_tile = dy_tiles.load([m, n_start])
+                x_tile = x_tiles.load([m, k_start])
+            else:
+                offs_m = m + tl.arange(0, BLOCK_M)[:, None]
+                rows = offs_m.to(tl.int64)
+                in_m = offs_m < m_last
+                dy_ptrs = dy_tiles + rows * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
+                x_ptrs = x_tiles + rows * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+                dy_tile = tl.load(dy_ptrs, mask=in_m & in_n[None, :], other=0.0)
+                x_tile = tl.load(x_ptrs, mask=in_m & (offs_k[None, :] < K), other=0.0)
+            acc = tl.dot(
+                operand(dy_tile, EMULATE_BF16).T, operand(x_tile, EMULATE_BF16), acc, input_precision=PRECISION
+            )
+
+        # half a tile at a time: reducing all of it at once does not fit in the registers
+        u_col = tl.load(u + offs_n, mask=in_n, other=0.0).to(tl.float32)
+        dv_row = dv_partial + int64((group * splits + split) * group_tiles + pid_n % group_tiles) * K
+        left, right = halves(acc)
+        offs_half = k_start + tl.arange(0, BLOCK_K // 2)
+        v_group = v + group * stride_vg
+        du = reduce_against_weight(left, w, u_col, v_group, dv_row, offs_n, in_n, offs_half, K, stride_wn, stride_wk)
+        du += reduce_against_weight(
+            right, w, u_col, v_group, dv_row, offs_n, in_n, offs_half + BLOCK_K // 2, K, stride_wn, stride_wk
+        )
+        du_row = du_partial + int64(split * k_tiles + k_tile) * N
+        tl.store(du_row + offs_n, du, mask=in_n)
+
+
+@triton.jit
+def sum_rows(partial, out, rows, length, start, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """out[c] = sum over rows of partial [rows, length], for COLS columns from ``start`` on."""
+    cols = start + tl.arange(0, COLS)[None, :]
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for r in tl.range(0, rows, ROWS):
+        offs_r = r + tl.arange(0, ROWS)[:, None]
+        ptrs = partial + offs_r.to(tl.int64) * length + cols
+        total += tl.load(ptrs, mask=(offs_r < rows) & (cols < length), other=0.0)
+    tl.store(out + start + tl.arange(0, COLS), tl.sum(total, axis=0), mask=start + tl.arange(0, COLS) < length)
+
+
+@triton.jit
+def sum_partials_kernel(
+    du_partial,
+    dv_partial,
+    df_partial,
+    du,  # [N]
+    dv,  # [groups, K]
+    df,  # [N], written if HAS_SHIFT
+    N,
+    K,
+    groups,
+    du_rows,  # rows of partials behind each output, as laid out by grad_scales_kernel
+    dv_rows,
+    df_rows,
+    HAS_SHIFT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Add the partial sums; the order depends on the shapes alone. One launch for all three."""
+    pid = tl.program_id(0)
+    n_blocks = tl.cdiv(N, COLS)
+    k_blocks = tl.cdiv(K, COLS)
+    if pid < n_blocks:
+        sum_rows(du_partial, du, du_rows, N, pid * COLS, ROWS, COLS)
+    elif pid < n_blocks + groups * k_blocks:
+        group = (pid - n_blocks) // k_blocks
+        start = ((pid - n_blocks) % k_blocks) * COLS
+        part = dv_partial + int64(group * dv_rows) * K
+        sum_rows(part, dv + group * K, dv_rows, K, start, ROWS, COLS)
+    elif HAS_SHIFT:
+        sum_rows(df_partial, df, df_rows, N, (pid - n_blocks - groups * k_blocks) * COLS, ROWS, COLS)

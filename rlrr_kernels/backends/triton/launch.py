@@ -1,0 +1,286 @@
+"""Launch the Triton kernels: choose a tile, a load path and a grid for the tensors at hand.
+
+The three public functions are the backend interface that ``rlrr_kernels.ops``
+describes. ``config`` and ``descriptors`` default to the heuristic's choice;
+tests pass their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rlrr_kernels.backends.triton import config as configs
+from rlrr_kernels.backends.triton.config import Arithmetic, Config, Device
+from rlrr_kernels.backends.triton.forward import forward_kernel
+from rlrr_kernels.backends.triton.grad_input import grad_input_kernel
+from rlrr_kernels.backends.triton.grad_scales import grad_scales_kernel, sum_partials_kernel
+
+#: Under ``TRITON_INTERPRET=1`` kernels run on CPU tensors, and choices are made as for this GPU.
+INTERPRETED_DEVICE = Device(capability=(9, 0), multiprocessors=132, shared_memory=232448)
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreting() -> bool:
+    """Whether the kernels were built for Triton's interpreter (decided when they were imported)."""
+    return not isinstance(forward_kernel, triton.JITFunction)
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Why this backend cannot serve these tensors, or None if it can."""
+    if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
+        return f"x {x.dtype} with weight {weight.dtype}: it computes in float32, float16 and bfloat16"
+    if interpreting():
+        return None if x.device.type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors only"
+    if x.device.type != "cuda" or torch.version.hip is not None:
+        return f"device {x.device}: it runs on NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(x.device)
+    return None if capability >= (8, 0) else f"compute capability {capability}: it needs 8.0 or later"
+
+
+def _device(x: Tensor) -> Device:
+    return INTERPRETED_DEVICE if interpreting() else configs.cuda_device(x.device.index)
+
+
+def _guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch on x's device: Triton takes the current one."""
+    if x.device.type == "cpu" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def _arithmetic(dtype: torch.dtype) -> Arithmetic:
+    # not allow_tf32: reading it raises once the user has set fp32_precision
+    return configs.arithmetic(dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def _emulate_bf16(x: Tensor) -> bool:
+    return interpreting() and x.dtype is torch.bfloat16
+
+
+def _describable(*tensors: Tensor) -> bool:
+    """Whether the copy engine can load tiles of these 2-D tensors: alignment it asks for, row-major."""
+    return all(
+        t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
+def _use_descriptors(device: Device, kind: Arithmetic, *tensors: Tensor) -> bool:
+    if os.environ.get("RLRR_TRITON_DESCRIPTORS") == "0" or not device.has_descriptors or kind == "ieee":
+        return False
+    return _describable(*tensors)
+
+
+def _boxes(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    return TensorDescriptor(t, t.shape, t.stride(), [rows, cols])
+
+
+def _vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
+    """u ``[N, 1]`` and v ``[groups, 1, K]`` as contiguous ``[N]`` and ``[groups, K]``."""
+    return scale_out[:, 0].contiguous(), scale_in[:, 0].contiguous()
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    *,
+    config: Config | None = None,
+    descriptors: bool | None = None,
+) -> Tensor:
+    """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
+    (m, k), n = x.shape, weight.shape[0]
+    groups = scale_in.shape[0]
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    u, v = _vectors(scale_out, scale_in)
+    device, kind = _device(x), _arithmetic(x.dtype)
+    if config is None:
+        config = configs.forward_config(m, n, k, groups, kind, x.element_size(), weight.element_size(), device)
+    if descriptors is None:
+        descriptors = _use_descriptors(device, kind, x, weight, v)
+    bm, bn, bk = config.block_m, config.block_n, config.block_k
+    grid = (triton.cdiv(m, bm) * groups * triton.cdiv(n // groups, bn),)
+    with _guard(x):
+        forward_kernel[grid](
+            _boxes(x, bm, bk) if descriptors else x,
+            _boxes(weight, bn, bk) if descriptors else weight,
+            _boxes(v, 1, bk) if descriptors else v,
+            u,
+            u if bias is None else bias.contiguous(),
+            u if shift is None else shift.contiguous(),
+            y,
+            m,
+            n,
+            k,
+            n // groups,
+            *x.stride(),
+            *weight.stride(),
+            v.stride(0),
+            y.stride(0),
+            HAS_BIAS=bias is not None,
+            HAS_SHIFT=shift is not None,
+            DESCRIPTORS=descriptors,
+            EVEN_K=k % bk == 0,
+            PRECISION="tf32" if kind == "tf32" else "ieee",
+            EMULATE_BF16=_emulate_bf16(x),
+            BLOCK_M=bm,
+            BLOCK_N=bn,
+            BLOCK_K=bk,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+def grad_input(
+    dy: Tensor,
+    weight: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+    *,
+    config: Config | None = None,
+    descriptors: bool | None = None,
+) -> Tensor:
+    """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
+    (m, n), k = dy.shape, weight.shape[1]
+    groups = scale_in.shape[0]
+    dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
+    u, v = _vectors(scale_out, scale_in)
+    device, kind = _device(dy), _arithmetic(dy.dtype)
+    if config is None:
+        config = configs.grad_input_config(m, n, k, groups, kind, dy.element_size(), weight.element_size(), device)
+    bm, bn, bk = config.block_m, config.block_n, config.block_k
+    even = (n // groups) % bn == 0
+    if descriptors is None:
+        # a box that ran into the next group would bring its rows into the sum
+        descriptors = (even or groups == 1) and _use_descriptors(device, kind, dy, weight)
+    with _guard(dy):
+        grad_input_kernel[(triton.cdiv(m, bm) * triton.cdiv(k, bk),)](
+            _boxes(dy, bm, bn) if descriptors else dy,
+            _boxes(weight, bn, bk) if descriptors else weight,
+            u,
+            v,
+            dx,
+            m,
+            n,
+            k,
+            n // groups,
+            *dy.stride(),
+            *weight.stride(),
+            v.stride(0),
+            dx.stride(0),
+            ONE_GROUP=groups == 1,
+            WEIGHT_LEFT=device.has_wgmma,
+            DESCRIPTORS=descriptors,
+            EVEN_N=even,
+            PRECISION="tf32" if kind == "tf32" else "ieee",
+            EMULATE_BF16=_emulate_bf16(dy),
+            BLOCK_M=bm,
+            BLOCK_N=bn,
+            BLOCK_K=bk,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    return dx
+
+
+def grad_scales(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+    need_shift: bool,
+    *,
+    config: Config | None = None,
+    split_tokens: int | None = None,
+    descriptors: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32."""
+    (m, n), k = dy.shape, x.shape[1]
+    groups = scale_in.shape[0]
+    u, v = _vectors(scale_out, scale_in)
+    device, kind = _device(x), _arithmetic(x.dtype)
+    if config is None or split_tokens is None:
+        config, split_tokens = configs.grad_scales_config(m, n, k, groups, kind, x.element_size(), device)
+    if descriptors is None:
+        descriptors = _use_descriptors(device, kind, dy, x)
+    bm, bn, bk = config.block_m, config.block_n, config.block_k
+    splits, k_tiles = triton.cdiv(m, split_tokens), triton.cdiv(k, bk)
+    group_tiles = triton.cdiv(n // groups, bn)
+    new = {"dtype": torch.float32, "device": x.device}
+    du, dv = torch.empty((n, 1), **new), torch.empty((groups, 1, k), **new)
+    df = torch.empty(n if need_shift else 0, **new)
+    # one allocation for the three kinds of partial sums
+    sizes = (splits * k_tiles * n, groups * splits * group_tiles * k, splits * n if need_shift else 0)
+    du_partial, dv_partial, df_partial = torch.empty(sum(sizes), **new).split(sizes)
+    block = 128
+    with _guard(x):
+        grad_scales_kernel[(splits * groups * group_tiles * (k_tiles + need_shift),)](
+            dy,
+            _boxes(dy, bm, bn) if descriptors else dy,
+            _boxes(x, bm, bk) if descriptors else x,
+            weight,
+            u,
+            v,
+            du_partial,
+            dv_partial,
+            df_partial,
+            m,
+            n,
+            k,
+            n // groups,
+            split_tokens,
+            splits,
+            *dy.stride(),
+            *x.stride(),
+            *weight.stride(),
+            v.stride(0),
+            HAS_SHIFT=need_shift,
+            DESCRIPTORS=descriptors,
+            PRECISION="tf32" if kind == "tf32" else "ieee",
+            EMULATE_BF16=_emulate_bf16(x),
+            BLOCK_M=bm,
+            BLOCK_N=bn,
+            BLOCK_K=bk,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+        n_blocks, k_blocks = triton.cdiv(n, block), triton.cdiv(k, block)
+        sum_partials_kernel[(n_blocks * (1 + need_shift) + groups * k_blocks,)](
+            du_partial,
+            dv_partial,
+            df_partial,
+            du,
+            dv,
+            df,
+            n,
+            k,
+            groups,
+            splits * k_tiles,
+            splits * group_tiles,
+            splits,
+            HAS_SHIFT=need_shift,
+            ROWS=16,
+            COLS=block,
+            num_warps=4,
+            num_stages=2,
+            enable_fp_fusion=True,
+        )
+    return du, dv, df

@@ -1,0 +1,53 @@
+"""What the three kernels share: forming the rescaled weight and guarding edges.
+
+The letters are the same everywhere: M tokens, N output features, K input
+features; a tile is ``BLOCK_M`` x ``BLOCK_N`` x ``BLOCK_K``. Rows of W form
+``groups`` equal blocks of ``group_rows`` rows with a ``v`` each, and no tile
+crosses a block, so a tile always meets one ``v``.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def narrow(value, DTYPE: tl.constexpr, EMULATE_BF16: tl.constexpr):
+    """float32 -> DTYPE, to the nearest.
+
+    ``EMULATE_BF16``: Triton's interpreter cuts bfloat16 off instead of rounding
+    it, so there the rounding is done on the bits first; a GPU never does.
+    """
+    if EMULATE_BF16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def operand(tile, EMULATE_BF16: tl.constexpr):
+    """A tile as ``tl.dot`` takes it: the interpreter would multiply bfloat16's raw bits."""
+    if EMULATE_BF16:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def rescale(w, u, v, DTYPE: tl.constexpr, EMULATE_BF16: tl.constexpr):
+    """W * (1 + u v) in float32, rounded once to the compute dtype (numerics contract)."""
+    return operand(narrow(w.to(tl.float32) * (1.0 + u * v), DTYPE, EMULATE_BF16), EMULATE_BF16)
+
+
+@triton.jit
+def int64(value):
+    """A scalar as int64: M * K passes 2**31 in real training. Takes the interpreter's plain ints too."""
+    return tl.full((), 0, tl.int64) + value
+
+
+@triton.jit
+def group_tile(pid, group_rows, BLOCK_N: tl.constexpr):
+    """Program -> (group, first row of the tile in W, one past the group's last row)."""
+    tiles = tl.cdiv(group_rows, BLOCK_N)
+    group = pid // tiles
+    start = group * group_rows + (pid % tiles) * BLOCK_N
+    return group, start, (group + 1) * group_rows

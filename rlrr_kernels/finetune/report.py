@@ -1,0 +1,111 @@
+"""The run folder: metrics as JSON, curves as a picture, nothing overwritten."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlrr_kernels.checkpoint import write_atomically
+from rlrr_kernels.finetune.settings import Settings
+
+PACKAGES = ("rlrr_kernels", "torch", "triton", "timm", "torchvision", "numpy", "scikit-learn")
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of each package a result depends on, if installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class RunFolder:
+    """A new folder for one run.
+
+    ``settings.out`` names it, and must not exist; without it the folder is
+    ``runs/<data>-<model>-<method>-seed<seed>``, with a number where that is taken.
+
+    Raises:
+        FileExistsError: ``settings.out`` exists.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = self._create(settings)
+        self.adapter = self.path / "adapter.safetensors"
+        self.metrics: dict[str, Any] = {
+            "run": str(self.path),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(sys.argv),
+            "settings": {
+                key: str(value) if isinstance(value, Path) else value
+                for key, value in dataclasses.asdict(settings).items()
+            },
+            "versions": versions(),
+        }
+
+    @staticmethod
+    def _create(settings: Settings) -> Path:
+        if settings.out is not None:
+            try:
+                settings.out.mkdir(parents=True)
+            except FileExistsError:
+                raise FileExistsError(f"out: {settings.out} exists; a run never overwrites another") from None
+            return settings.out
+        data = settings.data.rstrip("/").replace("/", "-").lstrip("-.")
+        name = f"{data}-{settings.model}-{settings.method}-seed{settings.seed}"
+        number = 1
+        while True:
+            path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:
+                number += 1
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Write ``metrics.json`` and ``curves.png``."""
+        write_atomically(self.path / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+        if metrics["epochs"]:
+            write_atomically(self.path / "curves.png", draw_curves(metrics))
+
+
+def draw_curves(metrics: dict[str, Any]) -> bytes:
+    """Loss and accuracy over the epochs as a PNG; the chosen epoch is marked."""
+    from matplotlib.figure import Figure
+
+    epochs = metrics["epochs"]
+    x = [e["epoch"] for e in epochs]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, key, label in zip(
+        figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy", "accuracy"), strict=True
+    ):
+        axes.plot(x, [e[f"train_{key}"] for e in epochs], color="#888888", label="train")
+        axes.plot(x, [e[f"val_{key}"] for e in epochs], color="#1f5fa8", label="validation")
+        best = metrics["best_epoch"]
+        axes.axvline(best, color="#1f5fa8", lw=0.8, ls=":", label=f"chosen: epoch {best}")
+        if f"test_{key}" in metrics:
+            test = metrics[f"test_{key}"]
+            axes.plot([best], [test], "o", color="#c0392b", label=f"test {test:.4f}")
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    settings = metrics["settings"]
+    figure.suptitle(
+        f"{settings['method']} on {settings['data']}, {settings['model']}, "
+        f"{metrics['trainable_parameters']:,} trained parameters, seed {settings['seed']}",
+        fontsize=10,
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,158 @@
+"""``rescaled_linear``: validation, autocast and the autograd.Function over the three ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlrr_kernels import ops
+from rlrr_kernels.reference import accumulation_dtype, scale_matrix
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def rescaled_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """y = x (W * (1 + u v))^T + b + f without writing the rescaled weight to memory.
+
+    The layer of RLRR (arXiv 2403.19067, Eq. 16 and 20). All arguments may need
+    gradients; what nobody needs is not computed, and only x and references to
+    the parameters are kept for backward.
+
+    Args:
+        x: ``[..., K]``, one dimension or more, any strides. Its dtype is the dtype
+            of the product and of the result; under autocast that is autocast's.
+        weight: W ``[N, K]``, any floating dtype (float64 only together with x).
+        scale_out: u ``[N]`` or ``[N, 1]``, any floating dtype.
+        scale_in: v ``[K]``, ``[1, K]``, or ``[groups, 1, K]`` where the rows of W
+            form ``groups`` equal blocks with a v each, as in a fused qkv.
+        bias: b ``[N]``, or None.
+        shift: f ``[N]``, or None.
+
+    Returns:
+        y ``[..., N]`` in x's dtype. 1 + u v and its product with W are formed in
+        float32 and rounded once; sums are in float32 (float64 for float64).
+
+    Raises:
+        TypeError: an argument is no tensor, or of a dtype that does not fit.
+        ValueError: an argument has a shape or a device that does not fit.
+    """
+    _validate(x, weight, scale_out, scale_in, bias, shift)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    return _RescaledLinear.apply(x, weight, scale_out, scale_in, bias, shift)  # type: ignore[no-any-return]
+
+
+class _RescaledLinear(torch.autograd.Function):
+    """Shapes as :func:`rescaled_linear` takes them; the ops see ``[M, K]``, ``[N, r]``, ``[G, r, K]``."""
+
+    # one forward with ctx: a separate setup_context costs tens of microseconds a call
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale_out: Tensor,
+        scale_in: Tensor,
+        bias: Tensor | None,
+        shift: Tensor | None,
+    ) -> Tensor:
+        _, weight_needs, u_needs, v_needs, _, _ = ctx.needs_input_grad
+        # x serves the gradients of W, u and v alone
+        ctx.save_for_backward(x if weight_needs or u_needs or v_needs else None, weight, scale_out, scale_in)
+        ctx.x_shape = x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        u, v = _canonical(scale_out, scale_in)
+        y = ops.forward(_rows(x), weight, u, v, bias, shift)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale_out, scale_in = ctx.saved_tensors
+        x_needs, weight_needs, u_needs, v_needs, bias_needs, shift_needs = ctx.needs_input_grad
+        u, v = _canonical(scale_out, scale_in)
+        dy = _rows(grad)
+        wide = accumulation_dtype(dy.dtype)
+        dx = dw = du = dv = df = None
+        if x_needs:
+            dx = ops.grad_input(dy, weight, u, v).view(ctx.x_shape)
+        if u_needs or v_needs:
+            du, dv, df = ops.grad_scales(dy, _rows(x), weight, u, v, bias_needs or shift_needs)
+        elif bias_needs or shift_needs:
+            df = dy.sum(0, dtype=wide)
+        if weight_needs:
+            # a trained W gets a gradient of its own size, and so does this
+            dw = ((dy.mT @ _rows(x)).to(wide) * scale_matrix(u, v, wide)).to(weight.dtype)
+        return (
+            dx,
+            dw,
+            du.view(scale_out.shape).to(scale_out.dtype) if du is not None and u_needs else None,
+            dv.view(scale_in.shape).to(scale_in.dtype) if dv is not None and v_needs else None,
+            df.to(ctx.bias_dtype) if df is not None and bias_needs else None,
+            df.to(ctx.shift_dtype) if df is not None and shift_needs else None,
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[..., K]`` as ``[M, K]``, without a copy wherever the strides allow."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
+def _canonical(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
+    """u as ``[N, r]`` and v as ``[groups, r, K]``."""
+    u = scale_out.unsqueeze(1) if scale_out.dim() == 1 else scale_out
+    return u, scale_in.view(*(1,) * (3 - scale_in.dim()), *scale_in.shape)
+
+
+def _validate(
+    x: Tensor,
+    weight: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    required = {"x": x, "weight": weight, "scale_out": scale_out, "scale_in": scale_in}
+    optional = {"bias": bias, "shift": shift}
+    given = required | {name: t for name, t in optional.items() if t is not None}
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.dtype not in _FLOATS:
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} as x, got {t.device}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x: expected shape [..., {k}] for weight [{n}, {k}], got {list(x.shape)}")
+    if (x.dtype is torch.float64) != (weight.dtype is torch.float64):
+        raise TypeError(f"weight: float64 goes with float64 only, got {weight.dtype} with x of {x.dtype}")
+    if scale_out.shape[:1] != (n,) or scale_out.dim() > 2:
+        raise ValueError(f"scale_out: expected shape [{n}] or [{n}, 1], got {list(scale_out.shape)}")
+    if not 1 <= scale_in.dim() <= 3 or scale_in.shape[-1] != k:
+        raise ValueError(f"scale_in: expected shape [{k}], [1, {k}] or [groups, 1, {k}], got {list(scale_in.shape)}")
+    ranks = {"scale_out": scale_out.shape[1] if scale_out.dim() == 2 else 1}
+    ranks["scale_in"] = scale_in.shape[-2] if scale_in.dim() > 1 else 1
+    for name, rank in ranks.items():
+        if rank != 1:
+            raise ValueError(f"{name}: expected rank 1, got rank {rank} (shape {list(given[name].shape)})")
+    groups = scale_in.shape[0] if scale_in.dim() == 3 else 1
+    if groups < 1 or n % groups:
+        raise ValueError(f"scale_in: expected a number of groups that divides N = {n}, got {groups}")
+    for name, term in optional.items():
+        if term is not None and term.shape != (n,):
+            raise ValueError(f"{name}: expected shape [{n}], got {list(term.shape)}")

@@ -1,0 +1,94 @@
+"""The layer in plain PyTorch: the formula one would write on a board, and the oracle.
+
+Shapes, everywhere in the package: tokens M, out features N, in features K,
+groups G (equal blocks of W's rows with a v each), rank r::
+
+    x [M, K]   weight [N, K]   scale_out u [N, r]   scale_in v [G, r, K]   bias, shift [N]
+
+    S  = 1 + u v                    (within each group)
+    W' = weight * S                 in float32, rounded once to x's dtype
+    y  = x W'^T + bias + shift      (RLRR, arXiv 2403.19067, Eq. 16 and 20)
+
+It serves every device and floating dtype, float64 included, at any rank. As a
+backend it forms W' anew in each pass, so none is kept for backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def scale_matrix(scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> Tensor:
+    """S = 1 + u v ``[N, K]`` in ``dtype``; ``u [N, r]``, ``v [G, r, K]``."""
+    groups, rank, k = scale_in.shape
+    u = scale_out.to(dtype).view(groups, -1, rank)
+    return (1 + u @ scale_in.to(dtype)).view(-1, k)
+
+
+def rescaled_weight(weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> Tensor:
+    """W' = W * S ``[N, K]``, formed in float32 (float64 for float64) and rounded once to ``dtype``."""
+    wide = accumulation_dtype(dtype)
+    return (weight.to(wide) * scale_matrix(scale_out, scale_in, wide)).to(dtype)
+
+
+def formula(
+    x: Tensor,
+    weight: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """The layer by the formula, differentiable by autograd: what the kernels are tested against.
+
+    Autograd keeps W' and W for backward here; that is what the package avoids.
+    Works for x of any shape ``[..., K]``; returns ``[..., N]`` in x's dtype.
+    """
+    y = F.linear(x, rescaled_weight(weight, scale_out, scale_in, x.dtype))
+    for term in (bias, shift):
+        if term is not None:
+            y = y + term
+    return y.to(x.dtype)
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """It serves everything that validation lets through."""
+    return None
+
+
+def forward(
+    x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """y ``[M, N]`` in x's dtype."""
+    offset = bias if shift is None else shift if bias is None else bias + shift
+    if offset is not None:
+        offset = offset.to(x.dtype)
+    return F.linear(x, rescaled_weight(weight, scale_out, scale_in, x.dtype), offset)
+
+
+def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
+    """dx = dy W' ``[M, K]`` in dy's dtype."""
+    return dy @ rescaled_weight(weight, scale_out, scale_in, dy.dtype)
+
+
+def grad_scales(
+    dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du ``[N, r]``, dv ``[G, r, K]`` and df ``[N]`` (``[0]`` unless asked for) in float32 or float64.
+
+    With G = dy^T x and P = G * W:  du = P v^T,  dv = u^T P,  df = sum of dy over the tokens.
+    """
+    groups, rank, k = scale_in.shape
+    wide = accumulation_dtype(x.dtype)
+    dy, x = dy.to(wide), x.to(wide)
+    p = ((dy.T @ x) * weight.to(wide)).view(groups, -1, k)
+    du = p @ scale_in.to(wide).mT
+    dv = scale_out.to(wide).view(groups, -1, rank).mT @ p
+    return du.view(-1, rank), dv, dy.sum(0) if need_shift else dy.new_empty(0)

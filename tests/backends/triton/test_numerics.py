@@ -1,0 +1,213 @@
+"""The three kernels against float64, over shapes that are multiples of nothing."""
+
+import itertools
+
+import pytest
+import torch
+
+from rlrr_kernels.backends.triton import launch
+from rlrr_kernels.backends.triton.config import Config
+from tests.oracle import Answer, Problem, check, make_problem
+
+HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
+
+# small tiles, so that small problems meet many tiles, several splits and every kind of edge
+SMALL = Config(block_m=32, block_n=16, block_k=32, num_warps=4, num_stages=2)
+
+
+def solve(p: Problem, config: Config | None, descriptors: bool | None, split_tokens: int = 64) -> Answer:
+    chosen = {"config": config, "descriptors": descriptors}
+    y = launch.forward(*p.forward_args, **chosen)
+    dx = launch.grad_input(p.dy, p.weight, p.scale_out, p.scale_in, **chosen)
+    if config is not None:
+        chosen["split_tokens"] = split_tokens
+    du, dv, df = launch.grad_scales(p.dy, p.x, p.weight, p.scale_out, p.scale_in, True, **chosen)
+    return Answer(y, dx, du, dv, df)
+
+
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 7, 5, 1),
+    (33, 17, 19, 1),
+    (197, 10, 48, 1),  # a classifier's few outputs
+    (197, 48, 40, 3),  # groups of 16 rows: whole tiles
+    (70, 30, 72, 3),  # groups of 10 rows: every tile of a group is cut short
+    (65, 130, 67, 1),
+    (394, 32, 64, 1),  # many splits over the tokens
+]
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "groups"), SHAPES)
+def test_shapes(triton_device, m, n, k, groups, dtype):
+    check(p := make_problem(m, n, k, groups, dtype, device=triton_device), solve(p, SMALL, descriptors=False))
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "groups"),
+    [(70, 40, 72, 1), (197, 48, 40, 3), (33, 64, 32, 2), (1, 16, 8, 1)],
+)
+def test_descriptor_path(triton_device, m, n, k, groups, dtype):
+    if triton_device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("descriptors are for compute capability 9.0 and later")
+    check(p := make_problem(m, n, k, groups, dtype, device=triton_device), solve(p, SMALL, descriptors=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [pair for pair in itertools.product([SINGLE, HALF, BF16], repeat=2) if pair[0] != pair[1]],
+    ids=str,
+)
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_weight_of_another_dtype(triton_device, dtype, weight_dtype, descriptors):
+    p = make_problem(50, 48, 40, 3, dtype, weight_dtype, device=triton_device)
+    check(p, solve(p, SMALL, descriptors if triton_device == "cpu" else None))
+
+
+@pytest.mark.parametrize(("bias", "shift"), list(itertools.product([False, True], repeat=2)))
+def test_bias_and_shift_each_absent(triton_device, bias, shift):
+    p = make_problem(40, 20, 24, bias=bias, shift=shift, device=triton_device)
+    check(p, solve(p, SMALL, descriptors=False))
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+def test_the_heuristics_own_choice(triton_device, dtype):
+    p = make_problem(130, 72, 96, 3, dtype, device=triton_device)
+    check(p, solve(p, None, None))
+
+
+def _strided(t: torch.Tensor, how: str) -> torch.Tensor:
+    rows, cols = t.shape
+    if how == "transposed":
+        return t.mT.contiguous().mT
+    if how == "sliced":
+        wide = torch.full((2 * rows, 3 * cols), float("nan"), dtype=t.dtype, device=t.device)
+        wide[::2, ::3] = t
+        return wide[::2, ::3]
+    return t[:1, :1].expand(rows, cols)
+
+
+@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
+def test_strides(triton_device, how):
+    p = make_problem(45, 26, 35, device=triton_device)
+    p.x, p.dy, p.weight = _strided(p.x, how), _strided(p.dy, how), _strided(p.weight, how)
+    if how == "expanded":
+        assert p.dy.stride() == (0, 0)
+    check(p, solve(p, SMALL, None))
+
+
+def test_offset_storage_is_not_taken_for_aligned(triton_device):
+    """A view that starts 2 bytes into its storage cannot be loaded by the copy engine."""
+    p = make_problem(40, 32, 32, dtype=HALF, device=triton_device)
+    shifted = torch.empty(40 * 32 + 1, dtype=HALF, device=triton_device)[1:].view(40, 32)
+    p.x = shifted.copy_(p.x)
+    assert not launch._describable(p.x)
+    check(p, solve(p, SMALL, None))
+
+
+def test_descriptors_only_where_the_copy_engine_can(triton_device):
+    x = torch.zeros(8, 16, dtype=HALF, device=triton_device)
+    assert launch._describable(x)
+    assert not launch._describable(x.mT)
+    assert not launch._describable(x[:, :15].contiguous())  # rows 30 bytes apart
+    assert not launch._describable(x[:1].expand(8, 16))  # stride 0
+    assert launch._describable(x[:, :8])
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_power_of_two_scales_equal_a_prescaled_weight_bit_for_bit(triton_device, dtype, sign):
+    """1 + uv = 2 or 4 (or -2, -1/2) rounds nothing, so rescaling must change no bit of the product."""
+    p = make_problem(50, 32, 48, 2, dtype, bias=False, shift=False, device=triton_device)
+    # u in {1, 3} and v = 1 give S in {2, 4}; u in {1, 0.5} and v = -3 give S in {-2, -0.5}
+    pick = torch.arange(32, device=triton_device)[:, None] % 2
+    p.scale_out = 1.0 + 2.0 * pick if sign > 0 else 1.0 - 0.5 * pick
+    p.scale_in = torch.full_like(p.scale_in, 1.0 if sign > 0 else -3.0)
+    scale = 1 + p.scale_out * p.scale_in[0, 0, 0]
+    assert set(scale.flatten().tolist()) == ({2.0, 4.0} if sign > 0 else {-2.0, -0.5})
+    plain = make_problem(50, 32, 48, 2, dtype, bias=False, shift=False, device=triton_device)
+    plain.weight = (plain.weight.float() * scale).to(dtype)
+    plain.scale_out = torch.zeros_like(plain.scale_out)
+    a, b = solve(p, SMALL, False), solve(plain, SMALL, False)
+    assert torch.equal(a.y, b.y)
+    assert torch.equal(a.dx, b.dx)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_u_du_equals_v_dv(triton_device, groups, dtype):
+    """Both are the sum of P * u v, whatever the rounding of the products; per group."""
+    p = make_problem(150, 48, 40, groups, dtype, device=triton_device)
+    got = solve(p, SMALL, False)
+    left = (p.scale_out * got.du).double().view(groups, -1).sum(1)
+    right = (p.scale_in * got.dv).double().view(groups, -1).sum(1)
+    size = (p.scale_out * got.du).double().abs().sum()
+    assert (left - right).abs().max() < 1e-6 * size
+    assert left.abs().min() > 1e-3  # not 0 = 0
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
+def test_two_runs_agree_bit_for_bit(triton_device, dtype):
+    p = make_problem(394, 48, 40, 3, dtype, device=triton_device)
+    first, second = solve(p, None, None), solve(p, None, None)
+    for name in ("y", "dx", "du", "dv", "df"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+def test_infinity_and_nan_reach_only_what_they_should(triton_device):
+    """An edge tile's padding must not carry an inf or nan of one row into another."""
+    p = make_problem(35, 18, 21, device=triton_device)
+    p.x[3, 4], p.x[34, 20] = float("inf"), float("nan")
+    y = launch.forward(*p.forward_args, config=SMALL, descriptors=False)
+    finite = torch.isfinite(y).all(1)
+    assert not finite[3]
+    assert not finite[34]
+    assert finite.sum() == 33
+
+
+def test_df_is_skipped_unless_asked_for(triton_device):
+    p = make_problem(40, 20, 24, device=triton_device)
+    with_df = launch.grad_scales(p.dy, p.x, p.weight, p.scale_out, p.scale_in, True)
+    without = launch.grad_scales(p.dy, p.x, p.weight, p.scale_out, p.scale_in, False)
+    assert without[2].shape == (0,)
+    assert torch.equal(with_df[0], without[0])
+    assert torch.equal(with_df[1], without[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "groups"),
+    [(197, 768, 768, 1), (6304, 2304, 768, 3), (6304, 768, 3072, 1), (12608, 5120, 1280, 1), (12611, 771, 770, 1)],
+)
+def test_vision_transformer_shapes(gpu, m, n, k, groups, dtype):
+    check(p := make_problem(m, n, k, groups, dtype, device=gpu), solve(p, None, None))
+
+
+@pytest.mark.gpu
+def test_tf32_follows_pytorchs_flag(gpu):
+    p = make_problem(512, 256, 512, device=gpu)
+    before = torch.backends.cuda.matmul.allow_tf32
+    errors = {}
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            check(p, solve(p, None, None))
+            exact = p.x.double() @ p.weight.double().mT
+            got = launch.forward(p.x, p.weight, 0 * p.scale_out, p.scale_in, None, None)
+            errors[allowed] = float((got - exact).norm() / exact.norm())
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert errors[False] < 1e-6 < 1e-5 < errors[True] < 1e-3
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_int32(gpu):
+    """M * K above 2**31: row offsets must be 64 bits wide."""
+    m, k = 2**22 + 5, 520
+    p = make_problem(64, 64, k, dtype=BF16, device=gpu)
+    x = torch.zeros(m, k, dtype=BF16, device=gpu)
+    x[-64:] = p.x
+    y = launch.forward(x, *p.forward_args[1:])
+    assert torch.equal(y[-64:], launch.forward(*p.forward_args, config=None))

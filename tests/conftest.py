@@ -1,0 +1,35 @@
+"""Where there is no GPU the Triton kernels run in Triton's interpreter, on CPU tensors."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from rlrr_kernels.backends.triton import launch
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", id="interpreter"),
+        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
+    ]
+)
+def triton_device(request: pytest.FixtureRequest) -> str:
+    """Device of tensors for the Triton backend: interpreted here, real where there is a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if request.param == "cpu" and not launch.interpreting():
+        pytest.skip("the kernels were compiled for the GPU that is here, not interpreted")
+    return request.param
+
+
+@pytest.fixture
+def gpu() -> str:
+    """The first GPU; skips where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return "cuda"

@@ -1,0 +1,121 @@
+"""Problems, their float64 answers, and the yardstick every backend is measured with.
+
+A result passes if its error against float64 is at most twice the error of the
+plain PyTorch formula in the same dtype, plus one rounding of that dtype. Scale
+gradients are float32 by contract whatever x is, so their yardstick is the formula
+in float32 on the same values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlrr_kernels import reference
+
+
+@dataclass
+class Problem:
+    """Inputs in canonical shapes: x [M, K], weight [N, K], u [N, 1], v [groups, 1, K], dy [M, N]."""
+
+    x: Tensor
+    weight: Tensor
+    scale_out: Tensor
+    scale_in: Tensor
+    bias: Tensor | None
+    shift: Tensor | None
+    dy: Tensor
+
+    @property
+    def forward_args(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.weight, self.scale_out, self.scale_in, self.bias, self.shift
+
+
+@dataclass
+class Answer:
+    """y and the gradients; ``df`` is that of bias and shift alike."""
+
+    y: Tensor
+    dx: Tensor
+    du: Tensor
+    dv: Tensor
+    df: Tensor
+
+
+def make_problem(
+    m: int,
+    n: int,
+    k: int,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    shift: bool = True,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Problem:
+    """Random values of the size training meets; u and v large enough that S matters everywhere."""
+    g = torch.Generator().manual_seed(seed + 7919 * m + 104729 * n + 1299709 * k)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=g).to(device, dtype)
+
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    return Problem(
+        x=draw(m, k, dtype=dtype),
+        weight=draw(n, k, dtype=weight_dtype or dtype),
+        scale_out=draw(n, 1, dtype=wide),
+        scale_in=0.5 * draw(groups, 1, k, dtype=wide),
+        bias=draw(n, dtype=weight_dtype or dtype) if bias else None,
+        shift=draw(n, dtype=wide) if shift else None,
+        dy=draw(m, n, dtype=dtype),
+    )
+
+
+def differentiate(p: Problem, dtype: torch.dtype, keep: tuple[str, ...] = ()) -> Answer:
+    """The plain formula and its autograd gradients with tensors cast to ``dtype``.
+
+    ``keep``: fields left in their own dtype.
+    """
+
+    def cast(name: str) -> Tensor | None:
+        t = getattr(p, name)
+        return t if t is None or name in keep else t.to(dtype)
+
+    x, weight, u, v = (cast(name) for name in ("x", "weight", "scale_out", "scale_in"))
+    x, u, v = (t.clone().requires_grad_() for t in (x, u, v))
+    y = reference.formula(x, weight, u, v, cast("bias"), cast("shift"))
+    dy = p.dy.to(y.dtype)
+    dx, du, dv = torch.autograd.grad(y, (x, u, v), dy)
+    return Answer(y.detach(), dx, du, dv, dy.sum(0))
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """||got - exact|| / ||exact|| in float64; infinite if anything is not finite."""
+    got, exact = got.double(), exact.double()
+    if not torch.isfinite(got).all():
+        return float("inf")
+    return float((got - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def assert_close(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The yardstick; ``plain`` also says which shape and dtype are right."""
+    assert got.shape == plain.shape, f"{name}: shape {list(got.shape)}, expected {list(plain.shape)}"
+    assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
+    ours, theirs = error(got, exact), error(plain, exact)
+    bound = 2 * theirs + torch.finfo(plain.dtype).eps
+    assert ours <= bound, f"{name}: error {ours:.2e}, the plain formula's {theirs:.2e}, allowed {bound:.2e}"
+
+
+def check(p: Problem, got: Answer) -> None:
+    """Hold all five results of a problem to the yardstick."""
+    exact = differentiate(p, torch.float64)
+    plain = differentiate(p, p.x.dtype, keep=("weight", "scale_out", "scale_in", "bias", "shift"))
+    wide = torch.float64 if p.x.dtype is torch.float64 else torch.float32
+    plain_wide = differentiate(p, wide)
+    assert_close("y", got.y, plain.y, exact.y)
+    assert_close("dx", got.dx, plain.dx, exact.dx)
+    for name in ("du", "dv", "df"):
+        assert_close(name, getattr(got, name), getattr(plain_wide, name), getattr(exact, name))
