@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rlrr_kernels import ops
+from rlrr_kernels import ops, reference
 from rlrr_kernels.reference import accumulation_dtype, scale_matrix
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -26,7 +25,7 @@ def rescaled_linear(
 
     The layer of RLRR (arXiv 2403.19067, Eq. 16 and 20). All arguments may need
     gradients; what nobody needs is not computed, and only x and references to
-    the parameters are kept for backward.
+    the parameters are kept for backward. Higher derivatives are right, in plain PyTorch.
 
     Args:
         x: ``[..., K]``, one dimension or more, any strides. Its dtype is the dtype
@@ -78,18 +77,19 @@ class _RescaledLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale_out, scale_in = ctx.saved_tensors
         x_needs, weight_needs, u_needs, v_needs, bias_needs, shift_needs = ctx.needs_input_grad
         u, v = _canonical(scale_out, scale_in)
         dy = _rows(grad)
+        # under create_graph=True the gradients must be differentiable themselves, as plain PyTorch is
+        passes = reference if torch.is_grad_enabled() else ops
         wide = accumulation_dtype(dy.dtype)
         dx = dw = du = dv = df = None
         if x_needs:
-            dx = ops.grad_input(dy, weight, u, v).view(ctx.x_shape)
+            dx = passes.grad_input(dy, weight, u, v).view(ctx.x_shape)
         if u_needs or v_needs:
-            du, dv, df = ops.grad_scales(dy, _rows(x), weight, u, v, bias_needs or shift_needs)
+            du, dv, df = passes.grad_scales(dy, _rows(x), weight, u, v, bias_needs or shift_needs)
         elif bias_needs or shift_needs:
             df = dy.sum(0, dtype=wide)
         if weight_needs:

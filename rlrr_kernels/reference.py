@@ -28,8 +28,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def scale_matrix(scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> Tensor:
     """S = 1 + u v ``[N, K]`` in ``dtype``; ``u [N, r]``, ``v [G, r, K]``."""
     groups, rank, k = scale_in.shape
-    u = scale_out.to(dtype).view(groups, -1, rank)
-    return (1 + u @ scale_in.to(dtype)).view(-1, k)
+    u, v = scale_out.to(dtype).view(groups, -1, rank), scale_in.to(dtype)
+    # products by the element, not a matmul: TF32 would round u and v to 10 bits
+    scale = torch.ones((), dtype=dtype, device=u.device)
+    for r in range(rank):
+        scale = scale + u[:, :, r, None] * v[:, r, None, :]
+    return scale.view(-1, k)
 
 
 def rescaled_weight(weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,6 +62,11 @@ def formula(
     return y.to(x.dtype)
 
 
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """An op runs inside the user's autocast region, which would narrow the products below once more."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
     """It serves everything that validation lets through."""
     return None
@@ -70,12 +79,14 @@ def forward(
     offset = bias if shift is None else shift if bias is None else bias + shift
     if offset is not None:
         offset = offset.to(x.dtype)
-    return F.linear(x, rescaled_weight(weight, scale_out, scale_in, x.dtype), offset)
+    with _without_autocast(x):
+        return F.linear(x, rescaled_weight(weight, scale_out, scale_in, x.dtype), offset)
 
 
 def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
     """dx = dy W' ``[M, K]`` in dy's dtype."""
-    return dy @ rescaled_weight(weight, scale_out, scale_in, dy.dtype)
+    with _without_autocast(dy):
+        return dy @ rescaled_weight(weight, scale_out, scale_in, dy.dtype)
 
 
 def grad_scales(
@@ -88,7 +99,8 @@ def grad_scales(
     groups, rank, k = scale_in.shape
     wide = accumulation_dtype(x.dtype)
     dy, x = dy.to(wide), x.to(wide)
-    p = ((dy.T @ x) * weight.to(wide)).view(groups, -1, k)
-    du = p @ scale_in.to(wide).mT
-    dv = scale_out.to(wide).view(groups, -1, rank).mT @ p
-    return du.view(-1, rank), dv, dy.sum(0) if need_shift else dy.new_empty(0)
+    with _without_autocast(x):
+        p = ((dy.mT @ x) * weight.to(wide)).view(groups, -1, k)
+        du = p @ scale_in.to(wide).mT
+        dv = scale_out.to(wide).view(groups, -1, rank).mT @ p
+    return du.reshape(-1, rank), dv, dy.sum(0) if need_shift else dy.new_empty(0)

@@ -4,7 +4,7 @@ It exists so that ``rlrr-finetune`` does something real on a machine that has
 just been installed and can reach no model hub. It is registered with timm
 under its own name, so the command line treats it like any other model::
 
-    timm.create_model("vit_embedded_patch4_28", pretrained=True, num_classes=10)
+    timm.create_model("vit_embedded_patch7_28", pretrained=True, num_classes=10)
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
-EMBEDDED_MODEL = "vit_embedded_patch4_28"
-WEIGHTS = Path(__file__).parent / "weights" / "vit_embedded_patch4_28.fashion_mnist.safetensors"
+EMBEDDED_MODEL = "vit_embedded_patch7_28"
+WEIGHTS = Path(__file__).parent / "weights" / "vit_embedded_patch7_28.fashion_mnist.safetensors"
 
 default_cfgs = generate_default_cfgs(
     {
@@ -38,7 +38,7 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def vit_embedded_patch4_28(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """ViT with 28x28 grey input, patch 4, width 128, depth 5, 4 heads: 1.0M parameters."""
-    arch = {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 128, "depth": 5, "num_heads": 4}
+def vit_embedded_patch7_28(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """ViT with 28x28 grey input, patch 7, width 128, depth 5, 4 heads: 1.0M parameters."""
+    arch = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 128, "depth": 5, "num_heads": 4}
     return build_model_with_cfg(VisionTransformer, EMBEDDED_MODEL, pretrained, **(arch | kwargs))

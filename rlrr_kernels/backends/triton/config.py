@@ -20,8 +20,15 @@ import torch
 
 Arithmetic = Literal["half", "tf32", "ieee"]
 
+#: How tiles are loaded: whole boxes by the copy engine; 16-byte vectors; or, where strides
+#: or sizes allow neither, element by element, which holds an address for each element.
+Path = Literal["boxes", "vectors", "elements"]
+
 #: Partial sums of grad_scales stay under this many bytes a layer.
 WORKSPACE_BYTES = 2 * 2**20
+
+#: Groups of a multiple of this many rows are whole steps of grad_input's sum, whatever its tile.
+GROUP_STEP = 64
 
 #: Shared memory kept free of pipeline stages, for barriers and layout changes.
 EPILOGUE_BYTES = 16 * 1024
@@ -40,13 +47,8 @@ class Device:
 
     @property
     def has_wgmma(self) -> bool:
-        """Tensor cores that read their right operand from shared memory (Hopper, data-centre Blackwell)."""
+        """Hopper and data-centre Blackwell: tensor cores that read shared memory, fed by the copy engine (TMA)."""
         return 9 <= self.capability[0] < 12
-
-    @property
-    def has_descriptors(self) -> bool:
-        """A copy engine that loads whole tiles (TMA)."""
-        return self.capability[0] >= 9
 
 
 @dataclass(frozen=True)
@@ -73,38 +75,44 @@ class Config:
 
 
 # forward and grad_input; wide over tokens, since every rescaled element of W then serves more of them
-_PRODUCT_TILES: dict[tuple[Arithmetic, bool], tuple[Tile, ...]] = {
-    ("half", True): (
-        Tile(256, 128, 64, 8, 3, 1.00),
-        Tile(128, 128, 64, 8, 4, 0.90),
-        Tile(128, 64, 64, 4, 4, 0.90),
-        Tile(64, 64, 64, 4, 4, 0.47),
-        Tile(32, 64, 64, 4, 4, 0.23),
-    ),
-    ("half", False): (
+_WGMMA_PRODUCT = (
+    Tile(128, 128, 64, 8, 4, 0.90),
+    Tile(128, 64, 64, 4, 4, 0.90),
+    Tile(64, 64, 64, 4, 4, 0.47),
+    Tile(32, 64, 64, 4, 4, 0.23),
+)
+_PRODUCT_TILES: dict[tuple[Arithmetic, bool, Path], tuple[Tile, ...]] = {
+    ("half", True, "boxes"): (Tile(256, 128, 64, 8, 3, 1.00), *_WGMMA_PRODUCT),
+    ("half", True, "vectors"): _WGMMA_PRODUCT,
+    ("half", False, "vectors"): (
         Tile(128, 128, 32, 8, 4, 1.00),
         Tile(128, 64, 32, 4, 4, 0.85),
         Tile(64, 64, 32, 4, 4, 0.60),
     ),
-    ("tf32", True): (Tile(128, 128, 32, 8, 3, 1.00), Tile(64, 64, 32, 4, 3, 0.50)),
-    ("tf32", False): (Tile(128, 128, 32, 8, 3, 1.00), Tile(64, 64, 32, 4, 3, 0.60)),
-    ("ieee", True): (Tile(128, 64, 16, 8, 3, 1.00), Tile(64, 64, 32, 8, 2, 0.80)),
-    ("ieee", False): (Tile(128, 64, 16, 8, 3, 1.00), Tile(64, 64, 32, 8, 2, 0.80)),
+    ("tf32", True, "boxes"): (Tile(128, 128, 32, 8, 3, 1.00), Tile(64, 64, 32, 4, 3, 0.50)),
+    ("tf32", True, "vectors"): (Tile(128, 128, 32, 8, 3, 1.00), Tile(64, 64, 32, 4, 3, 0.50)),
+    ("tf32", False, "vectors"): (Tile(128, 128, 32, 8, 3, 1.00), Tile(64, 64, 32, 4, 3, 0.60)),
 }
 
 # grad_scales: "tokens" is the depth of a step here, the tile of G is features (N) x depth (K)
-_SCALES_TILES: dict[tuple[Arithmetic, bool], tuple[Tile, ...]] = {
-    ("half", True): (
+_SCALES_TILES: dict[tuple[Arithmetic, bool, Path], tuple[Tile, ...]] = {
+    ("half", True, "boxes"): (
         Tile(64, 128, 256, 8, 3, 1.00),
         Tile(64, 128, 128, 8, 4, 0.90),
         Tile(64, 64, 64, 4, 4, 0.50),
     ),
-    ("half", False): (Tile(32, 128, 128, 8, 4, 1.00), Tile(32, 64, 64, 4, 4, 0.60)),
-    ("tf32", True): (Tile(32, 128, 128, 8, 3, 1.00), Tile(32, 64, 64, 4, 3, 0.50)),
-    ("tf32", False): (Tile(32, 128, 128, 8, 3, 1.00), Tile(32, 64, 64, 4, 3, 0.60)),
-    ("ieee", True): (Tile(16, 128, 64, 8, 3, 1.00), Tile(16, 64, 64, 4, 3, 0.80)),
-    ("ieee", False): (Tile(16, 128, 64, 8, 3, 1.00), Tile(16, 64, 64, 4, 3, 0.80)),
+    ("half", True, "vectors"): (Tile(64, 128, 128, 8, 4, 1.00), Tile(64, 64, 64, 8, 4, 0.50)),
+    ("half", False, "vectors"): (Tile(32, 128, 128, 8, 4, 1.00), Tile(32, 64, 64, 4, 4, 0.60)),
+    ("tf32", True, "boxes"): (Tile(32, 128, 128, 8, 3, 1.00), Tile(32, 64, 64, 4, 3, 0.50)),
+    ("tf32", True, "vectors"): (Tile(32, 128, 128, 8, 3, 1.00), Tile(32, 64, 64, 4, 3, 0.50)),
+    ("tf32", False, "vectors"): (Tile(32, 128, 128, 8, 3, 1.00), Tile(32, 64, 64, 4, 3, 0.60)),
 }
+
+# plain float32 has no tensor cores to feed, and loads by the element no registers to spare
+_IEEE_PRODUCT = (Tile(128, 64, 16, 8, 3, 1.00), Tile(64, 64, 16, 4, 3, 0.80))
+_IEEE_SCALES = (Tile(16, 128, 64, 8, 3, 1.00), Tile(16, 64, 64, 4, 3, 0.80))
+_ELEMENTS_PRODUCT = (Tile(64, 64, 32, 8, 2, 1.00),)
+_ELEMENTS_SCALES = (Tile(32, 64, 64, 8, 2, 1.00),)
 
 
 def arithmetic(dtype: torch.dtype, allow_tf32: bool) -> Arithmetic:
@@ -120,58 +128,62 @@ def _fit(tile: Tile, stage_bytes: int, device: Device) -> Tile | None:
     return replace(tile, stages=stages) if stages >= 2 else None
 
 
-def product_tiles(kind: Arithmetic, x_size: int, weight_size: int, device: Device) -> list[Tile]:
+def product_tiles(kind: Arithmetic, path: Path, x_size: int, weight_size: int, device: Device) -> list[Tile]:
     """Candidates of forward and grad_input that fit in the device's shared memory."""
-    return [
-        fitted
-        for tile in _PRODUCT_TILES[kind, device.has_wgmma]
-        if (fitted := _fit(tile, tile.depth * (tile.tokens * x_size + tile.features * weight_size), device))
-    ]
+    if path == "elements":
+        tiles = _ELEMENTS_PRODUCT
+    elif kind == "ieee":
+        tiles = _IEEE_PRODUCT
+    else:
+        tiles = _PRODUCT_TILES[kind, device.has_wgmma, path]
+    fitted = [_fit(t, t.depth * (t.tokens * x_size + t.features * weight_size), device) for t in tiles]
+    return [tile for tile in fitted if tile]
 
 
-def scales_tiles(kind: Arithmetic, x_size: int, device: Device) -> list[Tile]:
+def scales_tiles(kind: Arithmetic, path: Path, x_size: int, device: Device) -> list[Tile]:
     """Candidates of grad_scales that fit in the device's shared memory."""
-    return [
-        fitted
-        for tile in _SCALES_TILES[kind, device.has_wgmma]
-        if (fitted := _fit(tile, tile.tokens * (tile.features + tile.depth) * x_size, device))
-    ]
+    if path == "elements":
+        tiles = _ELEMENTS_SCALES
+    elif kind == "ieee":
+        tiles = _IEEE_SCALES
+    else:
+        tiles = _SCALES_TILES[kind, device.has_wgmma, path]
+    fitted = [_fit(t, t.tokens * (t.features + t.depth) * x_size, device) for t in tiles]
+    return [tile for tile in fitted if tile]
 
 
-def _product_tile(
-    tokens: int, blocks: int, block_features: int, kind: Arithmetic, x_size: int, weight_size: int, device: Device
-) -> Tile:
+def _product_tile(tokens: int, blocks: int, block_features: int, tiles: list[Tile], device: Device) -> Tile:
     """Least estimated time: waves over the multiprocessors x work of a tile / its efficiency."""
 
     def cost(tile: Tile) -> float:
-        tiles = math.ceil(tokens / tile.tokens) * blocks * math.ceil(block_features / tile.features)
-        waves = math.ceil(tiles / device.multiprocessors)
-        return waves * tile.tokens * tile.features / tile.efficiency
+        count = math.ceil(tokens / tile.tokens) * blocks * math.ceil(block_features / tile.features)
+        return math.ceil(count / device.multiprocessors) * tile.tokens * tile.features / tile.efficiency
 
-    return min(product_tiles(kind, x_size, weight_size, device), key=cost)
+    return min(tiles, key=cost)
 
 
 @lru_cache(maxsize=4096)
 def forward_config(
-    m: int, n: int, k: int, groups: int, kind: Arithmetic, x_size: int, weight_size: int, device: Device
+    m: int, n: int, k: int, groups: int, kind: Arithmetic, path: Path, x_size: int, weight_size: int, device: Device
 ) -> Config:
     """Tile of ``forward_kernel`` for x ``[m, k]`` and W ``[n, k]``; sizes of an element in bytes."""
-    tile = _product_tile(m, groups, n // groups, kind, x_size, weight_size, device)
+    tiles = product_tiles(kind, path, x_size, weight_size, device)
+    tile = _product_tile(m, groups, n // groups, tiles, device)
     return Config(tile.tokens, tile.features, tile.depth, tile.warps, tile.stages)
 
 
 @lru_cache(maxsize=4096)
 def grad_input_config(
-    m: int, n: int, k: int, groups: int, kind: Arithmetic, x_size: int, weight_size: int, device: Device
+    m: int, n: int, k: int, groups: int, kind: Arithmetic, path: Path, x_size: int, weight_size: int, device: Device
 ) -> Config:
     """Tile of ``grad_input_kernel`` for dy ``[m, n]`` and W ``[n, k]``; sizes of an element in bytes."""
-    tile = _product_tile(m, 1, k, kind, x_size, weight_size, device)
+    tile = _product_tile(m, 1, k, product_tiles(kind, path, x_size, weight_size, device), device)
     return Config(tile.tokens, tile.depth, tile.features, tile.warps, tile.stages)
 
 
 @lru_cache(maxsize=4096)
 def grad_scales_config(
-    m: int, n: int, k: int, groups: int, kind: Arithmetic, x_size: int, device: Device
+    m: int, n: int, k: int, groups: int, kind: Arithmetic, path: Path, x_size: int, device: Device
 ) -> tuple[Config, int]:
     """Tile of ``grad_scales_kernel`` and the tokens each of its splits sums over.
 
@@ -179,7 +191,7 @@ def grad_scales_config(
     sums, which :data:`WORKSPACE_BYTES` bounds.
     """
     choices = []
-    for tile in scales_tiles(kind, x_size, device):
+    for tile in scales_tiles(kind, path, x_size, device):
         n_tiles = groups * math.ceil(n // groups / tile.features)
         k_tiles = math.ceil(k / tile.depth)
         steps = math.ceil(m / tile.tokens)

@@ -1,7 +1,7 @@
 """Launch the Triton kernels: choose a tile, a load path and a grid for the tensors at hand.
 
 The three public functions are the backend interface that ``rlrr_kernels.ops``
-describes. ``config`` and ``descriptors`` default to the heuristic's choice;
+describes. ``config`` and ``path`` default to the heuristic's choice;
 tests pass their own.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlrr_kernels.backends.triton import config as configs
-from rlrr_kernels.backends.triton.config import Arithmetic, Config, Device
+from rlrr_kernels.backends.triton.config import Arithmetic, Config, Device, Path
 from rlrr_kernels.backends.triton.forward import forward_kernel
 from rlrr_kernels.backends.triton.grad_input import grad_input_kernel
 from rlrr_kernels.backends.triton.grad_scales import grad_scales_kernel, sum_partials_kernel
@@ -64,21 +64,27 @@ def _emulate_bf16(x: Tensor) -> bool:
     return interpreting() and x.dtype is torch.bfloat16
 
 
-def _describable(*tensors: Tensor) -> bool:
-    """Whether the copy engine can load tiles of these 2-D tensors: alignment it asks for, row-major."""
-    return all(
+def _fits_boxes(t: Tensor) -> bool:
+    """Whether the copy engine can load tiles of a 2-D tensor: row-major, 16-byte base and rows."""
+    return (
         t.stride(1) == 1
         and t.stride(0) >= t.shape[1]
         and t.stride(0) * t.element_size() % 16 == 0
         and t.data_ptr() % 16 == 0
-        for t in tensors
     )
 
 
-def _use_descriptors(device: Device, kind: Arithmetic, *tensors: Tensor) -> bool:
-    if os.environ.get("RLRR_TRITON_DESCRIPTORS") == "0" or not device.has_descriptors or kind == "ieee":
-        return False
-    return _describable(*tensors)
+def _fits_vectors(t: Tensor) -> bool:
+    """Whether Triton sees that rows can be loaded 16 bytes at a time: it looks for multiples of 16."""
+    return t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def _path(device: Device, kind: Arithmetic, *tensors: Tensor, boxes: bool = True) -> Path:
+    """The best way to load tiles of all these tensors."""
+    boxes = boxes and device.has_wgmma and kind != "ieee" and os.environ.get("RLRR_TRITON_DESCRIPTORS") != "0"
+    if boxes and all(map(_fits_boxes, tensors)):
+        return "boxes"
+    return "vectors" if all(map(_fits_vectors, tensors)) else "elements"
 
 
 def _boxes(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
@@ -99,7 +105,7 @@ def forward(
     shift: Tensor | None,
     *,
     config: Config | None = None,
-    descriptors: bool | None = None,
+    path: Path | None = None,
 ) -> Tensor:
     """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
     (m, k), n = x.shape, weight.shape[0]
@@ -107,17 +113,17 @@ def forward(
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     u, v = _vectors(scale_out, scale_in)
     device, kind = _device(x), _arithmetic(x.dtype)
+    if path is None:
+        path = _path(device, kind, x, weight, v)
     if config is None:
-        config = configs.forward_config(m, n, k, groups, kind, x.element_size(), weight.element_size(), device)
-    if descriptors is None:
-        descriptors = _use_descriptors(device, kind, x, weight, v)
-    bm, bn, bk = config.block_m, config.block_n, config.block_k
+        config = configs.forward_config(m, n, k, groups, kind, path, x.element_size(), weight.element_size(), device)
+    bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"
     grid = (triton.cdiv(m, bm) * groups * triton.cdiv(n // groups, bn),)
     with _guard(x):
         forward_kernel[grid](
-            _boxes(x, bm, bk) if descriptors else x,
-            _boxes(weight, bn, bk) if descriptors else weight,
-            _boxes(v, 1, bk) if descriptors else v,
+            _boxes(x, bm, bk) if boxes else x,
+            _boxes(weight, bn, bk) if boxes else weight,
+            _boxes(v, 1, bk) if boxes else v,
             u,
             u if bias is None else bias.contiguous(),
             u if shift is None else shift.contiguous(),
@@ -132,7 +138,7 @@ def forward(
             y.stride(0),
             HAS_BIAS=bias is not None,
             HAS_SHIFT=shift is not None,
-            DESCRIPTORS=descriptors,
+            DESCRIPTORS=boxes,
             EVEN_K=k % bk == 0,
             PRECISION="tf32" if kind == "tf32" else "ieee",
             EMULATE_BF16=_emulate_bf16(x),
@@ -153,7 +159,7 @@ def grad_input(
     scale_in: Tensor,
     *,
     config: Config | None = None,
-    descriptors: bool | None = None,
+    path: Path | None = None,
 ) -> Tensor:
     """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
     (m, n), k = dy.shape, weight.shape[1]
@@ -161,17 +167,19 @@ def grad_input(
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
     u, v = _vectors(scale_out, scale_in)
     device, kind = _device(dy), _arithmetic(dy.dtype)
-    if config is None:
-        config = configs.grad_input_config(m, n, k, groups, kind, dy.element_size(), weight.element_size(), device)
-    bm, bn, bk = config.block_m, config.block_n, config.block_k
-    even = (n // groups) % bn == 0
-    if descriptors is None:
+    if path is None:
         # a box that ran into the next group would bring its rows into the sum
-        descriptors = (even or groups == 1) and _use_descriptors(device, kind, dy, weight)
+        whole = groups == 1 or (n // groups) % configs.GROUP_STEP == 0
+        path = _path(device, kind, dy, weight, boxes=whole)
+    if config is None:
+        config = configs.grad_input_config(
+            m, n, k, groups, kind, path, dy.element_size(), weight.element_size(), device
+        )
+    bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"
     with _guard(dy):
         grad_input_kernel[(triton.cdiv(m, bm) * triton.cdiv(k, bk),)](
-            _boxes(dy, bm, bn) if descriptors else dy,
-            _boxes(weight, bn, bk) if descriptors else weight,
+            _boxes(dy, bm, bn) if boxes else dy,
+            _boxes(weight, bn, bk) if boxes else weight,
             u,
             v,
             dx,
@@ -185,8 +193,8 @@ def grad_input(
             dx.stride(0),
             ONE_GROUP=groups == 1,
             WEIGHT_LEFT=device.has_wgmma,
-            DESCRIPTORS=descriptors,
-            EVEN_N=even,
+            DESCRIPTORS=boxes,
+            EVEN_N=(n // groups) % bn == 0,
             PRECISION="tf32" if kind == "tf32" else "ieee",
             EMULATE_BF16=_emulate_bf16(dy),
             BLOCK_M=bm,
@@ -209,18 +217,18 @@ def grad_scales(
     *,
     config: Config | None = None,
     split_tokens: int | None = None,
-    descriptors: bool | None = None,
+    path: Path | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32."""
     (m, n), k = dy.shape, x.shape[1]
     groups = scale_in.shape[0]
     u, v = _vectors(scale_out, scale_in)
     device, kind = _device(x), _arithmetic(x.dtype)
+    if path is None:
+        path = _path(device, kind, dy, x)
     if config is None or split_tokens is None:
-        config, split_tokens = configs.grad_scales_config(m, n, k, groups, kind, x.element_size(), device)
-    if descriptors is None:
-        descriptors = _use_descriptors(device, kind, dy, x)
-    bm, bn, bk = config.block_m, config.block_n, config.block_k
+        config, split_tokens = configs.grad_scales_config(m, n, k, groups, kind, path, x.element_size(), device)
+    bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"
     splits, k_tiles = triton.cdiv(m, split_tokens), triton.cdiv(k, bk)
     group_tiles = triton.cdiv(n // groups, bn)
     new = {"dtype": torch.float32, "device": x.device}
@@ -233,8 +241,8 @@ def grad_scales(
     with _guard(x):
         grad_scales_kernel[(splits * groups * group_tiles * (k_tiles + need_shift),)](
             dy,
-            _boxes(dy, bm, bn) if descriptors else dy,
-            _boxes(x, bm, bk) if descriptors else x,
+            _boxes(dy, bm, bn) if boxes else dy,
+            _boxes(x, bm, bk) if boxes else x,
             weight,
             u,
             v,
@@ -252,7 +260,7 @@ def grad_scales(
             *weight.stride(),
             v.stride(0),
             HAS_SHIFT=need_shift,
-            DESCRIPTORS=descriptors,
+            DESCRIPTORS=boxes,
             PRECISION="tf32" if kind == "tf32" else "ieee",
             EMULATE_BF16=_emulate_bf16(x),
             BLOCK_M=bm,

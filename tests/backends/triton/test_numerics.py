@@ -15,8 +15,8 @@ HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = Config(block_m=32, block_n=16, block_k=32, num_warps=4, num_stages=2)
 
 
-def solve(p: Problem, config: Config | None, descriptors: bool | None, split_tokens: int = 64) -> Answer:
-    chosen = {"config": config, "descriptors": descriptors}
+def solve(p: Problem, config: Config | None, path: str | None, split_tokens: int = 64) -> Answer:
+    chosen = {"config": config, "path": path}
     y = launch.forward(*p.forward_args, **chosen)
     dx = launch.grad_input(p.dy, p.weight, p.scale_out, p.scale_in, **chosen)
     if config is not None:
@@ -40,7 +40,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
 @pytest.mark.parametrize(("m", "n", "k", "groups"), SHAPES)
 def test_shapes(triton_device, m, n, k, groups, dtype):
-    check(p := make_problem(m, n, k, groups, dtype, device=triton_device), solve(p, SMALL, descriptors=False))
+    check(p := make_problem(m, n, k, groups, dtype, device=triton_device), solve(p, SMALL, path="elements"))
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
@@ -51,7 +51,7 @@ def test_shapes(triton_device, m, n, k, groups, dtype):
 def test_descriptor_path(triton_device, m, n, k, groups, dtype):
     if triton_device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("descriptors are for compute capability 9.0 and later")
-    check(p := make_problem(m, n, k, groups, dtype, device=triton_device), solve(p, SMALL, descriptors=True))
+    check(p := make_problem(m, n, k, groups, dtype, device=triton_device), solve(p, SMALL, path="boxes"))
 
 
 @pytest.mark.parametrize(
@@ -59,16 +59,16 @@ def test_descriptor_path(triton_device, m, n, k, groups, dtype):
     [pair for pair in itertools.product([SINGLE, HALF, BF16], repeat=2) if pair[0] != pair[1]],
     ids=str,
 )
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_weight_of_another_dtype(triton_device, dtype, weight_dtype, descriptors):
+@pytest.mark.parametrize("path", ["elements", "boxes"])
+def test_weight_of_another_dtype(triton_device, dtype, weight_dtype, path):
     p = make_problem(50, 48, 40, 3, dtype, weight_dtype, device=triton_device)
-    check(p, solve(p, SMALL, descriptors if triton_device == "cpu" else None))
+    check(p, solve(p, SMALL, path if triton_device == "cpu" else None))
 
 
 @pytest.mark.parametrize(("bias", "shift"), list(itertools.product([False, True], repeat=2)))
 def test_bias_and_shift_each_absent(triton_device, bias, shift):
     p = make_problem(40, 20, 24, bias=bias, shift=shift, device=triton_device)
-    check(p, solve(p, SMALL, descriptors=False))
+    check(p, solve(p, SMALL, path="elements"))
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
@@ -102,17 +102,25 @@ def test_offset_storage_is_not_taken_for_aligned(triton_device):
     p = make_problem(40, 32, 32, dtype=HALF, device=triton_device)
     shifted = torch.empty(40 * 32 + 1, dtype=HALF, device=triton_device)[1:].view(40, 32)
     p.x = shifted.copy_(p.x)
-    assert not launch._describable(p.x)
+    assert not launch._fits_boxes(p.x)
+    assert not launch._fits_vectors(p.x)
     check(p, solve(p, SMALL, None))
 
 
-def test_descriptors_only_where_the_copy_engine_can(triton_device):
-    x = torch.zeros(8, 16, dtype=HALF, device=triton_device)
-    assert launch._describable(x)
-    assert not launch._describable(x.mT)
-    assert not launch._describable(x[:, :15].contiguous())  # rows 30 bytes apart
-    assert not launch._describable(x[:1].expand(8, 16))  # stride 0
-    assert launch._describable(x[:, :8])
+def test_each_path_only_where_it_can_load(triton_device):
+    x = torch.zeros(8, 32, dtype=HALF, device=triton_device)
+    cases = {  # tensor: fits boxes, fits vectors
+        "whole": (x, True, True),
+        "left half": (x[:, :16], True, True),
+        "a quarter": (x[:, :8], True, False),
+        "transposed": (x.mT, False, False),
+        "rows 62 bytes apart": (x[:, :31].contiguous(), False, False),
+        "rows 48 bytes apart": (torch.zeros(8, 24, dtype=HALF, device=triton_device), True, False),
+        "stride 0": (x[:1].expand(8, 32), False, True),
+        "off by one element": (torch.zeros(257, dtype=HALF, device=triton_device)[1:].view(8, 32), False, False),
+    }
+    found = {name: (launch._fits_boxes(t), launch._fits_vectors(t)) for name, (t, *_) in cases.items()}
+    assert found == {name: (boxes, vectors) for name, (_, boxes, vectors) in cases.items()}
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
@@ -129,7 +137,7 @@ def test_power_of_two_scales_equal_a_prescaled_weight_bit_for_bit(triton_device,
     plain = make_problem(50, 32, 48, 2, dtype, bias=False, shift=False, device=triton_device)
     plain.weight = (plain.weight.float() * scale).to(dtype)
     plain.scale_out = torch.zeros_like(plain.scale_out)
-    a, b = solve(p, SMALL, False), solve(plain, SMALL, False)
+    a, b = solve(p, SMALL, "elements"), solve(plain, SMALL, "elements")
     assert torch.equal(a.y, b.y)
     assert torch.equal(a.dx, b.dx)
 
@@ -139,7 +147,7 @@ def test_power_of_two_scales_equal_a_prescaled_weight_bit_for_bit(triton_device,
 def test_u_du_equals_v_dv(triton_device, groups, dtype):
     """Both are the sum of P * u v, whatever the rounding of the products; per group."""
     p = make_problem(150, 48, 40, groups, dtype, device=triton_device)
-    got = solve(p, SMALL, False)
+    got = solve(p, SMALL, "elements")
     left = (p.scale_out * got.du).double().view(groups, -1).sum(1)
     right = (p.scale_in * got.dv).double().view(groups, -1).sum(1)
     size = (p.scale_out * got.du).double().abs().sum()
@@ -159,7 +167,7 @@ def test_infinity_and_nan_reach_only_what_they_should(triton_device):
     """An edge tile's padding must not carry an inf or nan of one row into another."""
     p = make_problem(35, 18, 21, device=triton_device)
     p.x[3, 4], p.x[34, 20] = float("inf"), float("nan")
-    y = launch.forward(*p.forward_args, config=SMALL, descriptors=False)
+    y = launch.forward(*p.forward_args, config=SMALL, path="elements")
     finite = torch.isfinite(y).all(1)
     assert not finite[3]
     assert not finite[34]
