@@ -4,7 +4,7 @@ The 60,000 training images come from the Debian package ``dataset-fashion-mnist`
 (``apt-get install dataset-fashion-mnist``; MIT licence), or from any folder with
 the four original ``*-ubyte.gz`` files::
 
-    python examples/pretrain_embedded.py --epochs 30
+    python examples/pretrain_embedded.py --epochs 16
 
 The last epoch is kept whatever its accuracy: the 10,000 test images choose
 nothing and are only reported.
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=FASHION_MNIST_FOLDER, help="folder with the *-ubyte.gz files")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)

@@ -84,7 +84,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def head(model: nn.Module) -> nn.Module:
     """The classifier that ``model.get_classifier()`` returns (timm's convention), or an empty module."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    get = getattr(model, "get_classifier", None)
+    classifier = get() if callable(get) else None
     return classifier if isinstance(classifier, nn.Module) else nn.Identity()
 
 

@@ -47,7 +47,7 @@ def rescaled_linear(
     """
     _validate(x, weight, scale_out, scale_in, bias, shift)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     return _RescaledLinear.apply(x, weight, scale_out, scale_in, bias, shift)  # type: ignore[no-any-return]
 

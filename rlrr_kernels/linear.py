@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class FusedRLRRLinear(nn.Linear):
         self.init = init
         super().__init__(in_features, out_features, bias, device, dtype)
         wide = torch.float64 if self.weight.dtype is torch.float64 else torch.float32
-        new = {"device": self.weight.device, "dtype": wide}
+        new: dict[str, Any] = {"device": self.weight.device, "dtype": wide}
         v_shape = (1, in_features) if groups == 1 else (groups, 1, in_features)
         self.scale_out = nn.Parameter(torch.empty((out_features, 1), **new))
         self.scale_in = nn.Parameter(torch.empty(v_shape, **new))
@@ -83,8 +84,8 @@ class FusedRLRRLinear(nn.Linear):
         layer = cls(linear.in_features, linear.out_features, False, "meta", groups=groups, init=init)
         device, dtype = linear.weight.device, linear.weight.dtype
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        layer.weight = linear.weight.requires_grad_(False)
-        layer.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
+        linear.requires_grad_(False)
+        layer.weight, layer.bias = linear.weight, linear.bias
         for name in ("scale_out", "scale_in", "shift"):
             shape = getattr(layer, name).shape
             setattr(layer, name, nn.Parameter(torch.empty(shape, device=device, dtype=wide)))

@@ -10,6 +10,7 @@ under its own name, so the command line treats it like any other model::
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -38,7 +39,7 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def vit_embedded_patch7_28(pretrained: bool = False, **kwargs) -> VisionTransformer:
+def vit_embedded_patch7_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT with 28x28 grey input, patch 7, width 128, depth 5, 4 heads: 1.0M parameters."""
     arch = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 128, "depth": 5, "num_heads": 4}
     return build_model_with_cfg(VisionTransformer, EMBEDDED_MODEL, pretrained, **(arch | kwargs))

@@ -30,7 +30,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def build_model(settings: Settings, classes: int) -> nn.Module:
-    """The timm model with what the method trains left trainable.
+    """The timm model with a new head, and what the method trains left trainable.
 
     Raises:
         ValueError: timm does not know the model, or its weights cannot be had.
@@ -39,13 +39,17 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
     if settings.drop_path:
         options["drop_path_rate"] = settings.drop_path
     if settings.checkpoint is not None:
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(settings.checkpoint)}}
+        # 0 classes tell timm to pass over the file's own head, whatever its size
+        overlay = {"file": str(settings.checkpoint), "num_classes": 0}
+        options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
     else:
         options["pretrained"] = settings.pretrained
     try:
         model = timm.create_model(settings.model, **options)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"model {settings.model!r} cannot be built: {error}") from error
+    # timm keeps a pretrained head of the same size, which means nothing for other classes
+    model.reset_classifier(classes)
     if settings.method == "rlrr":
         apply_rlrr(model, init=settings.init)
     elif settings.method == "linear":
@@ -90,7 +94,7 @@ class Trainer:
         )
         self.step = 0
 
-    def _loader(self, images: ImageSet, shuffle: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
+    def _loader(self, images: ImageSet, shuffle: bool = False) -> DataLoader[Any]:
         return DataLoader(
             images,
             batch_size=self.settings.batch_size,

@@ -8,14 +8,20 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
 from rlrr_kernels.checkpoint import write_atomically
 from rlrr_kernels.finetune.settings import Settings
 
+COLOURS = {"rlrr": "#1f5fa8", "linear": "#d08a1d", "full": "#5a9153"}
 PACKAGES = ("rlrr_kernels", "torch", "triton", "timm", "torchvision", "numpy", "scikit-learn")
 
 
@@ -28,6 +34,18 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def new_folder(path: Path) -> Path:
+    """Create ``path``, or where that is taken ``path-2``, ``path-3``, and so on."""
+    candidate, number = path, 1
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
 
 
 class RunFolder:
@@ -62,16 +80,8 @@ class RunFolder:
             except FileExistsError:
                 raise FileExistsError(f"out: {settings.out} exists; a run never overwrites another") from None
             return settings.out
-        data = settings.data.rstrip("/").replace("/", "-").lstrip("-.")
-        name = f"{data}-{settings.model}-{settings.method}-seed{settings.seed}"
-        number = 1
-        while True:
-            path = Path("runs") / (name if number == 1 else f"{name}-{number}")
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                number += 1
+        data = settings.data.strip("/.").replace("/", "-")
+        return new_folder(Path("runs") / f"{data}-{settings.model}-{settings.method}-seed{settings.seed}")
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Write ``metrics.json`` and ``curves.png``."""
@@ -82,30 +92,57 @@ class RunFolder:
 
 def draw_curves(metrics: dict[str, Any]) -> bytes:
     """Loss and accuracy over the epochs as a PNG; the chosen epoch is marked."""
-    from matplotlib.figure import Figure
-
     epochs = metrics["epochs"]
     x = [e["epoch"] for e in epochs]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, key, label in zip(
-        figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy", "accuracy"), strict=True
-    ):
+    loss, accuracy = figure.subplots(1, 2)
+    for axes, key, label in ((loss, "loss", "cross-entropy"), (accuracy, "accuracy", "accuracy")):
         axes.plot(x, [e[f"train_{key}"] for e in epochs], color="#888888", label="train")
-        axes.plot(x, [e[f"val_{key}"] for e in epochs], color="#1f5fa8", label="validation")
+        axes.plot(x, [e[f"val_{key}"] for e in epochs], color=COLOURS["rlrr"], label="validation")
         best = metrics["best_epoch"]
-        axes.axvline(best, color="#1f5fa8", lw=0.8, ls=":", label=f"chosen: epoch {best}")
+        axes.axvline(best, color=COLOURS["rlrr"], lw=0.8, ls=":", label=f"chosen: epoch {best}")
         if f"test_{key}" in metrics:
             test = metrics[f"test_{key}"]
             axes.plot([best], [test], "o", color="#c0392b", label=f"test {test:.4f}")
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        _finish(axes, label)
     settings = metrics["settings"]
     figure.suptitle(
         f"{settings['method']} on {settings['data']}, {settings['model']}, "
         f"{metrics['trainable_parameters']:,} trained parameters, seed {settings['seed']}",
         fontsize=10,
     )
+    return _png(figure)
+
+
+def draw_comparison(runs: Sequence[dict[str, Any]]) -> bytes:
+    """Validation accuracy over the epochs, a line a run and a colour a method, as a PNG."""
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    labelled: set[str] = set()
+    for run in runs:
+        method = run["settings"]["method"]
+        axes.plot(
+            [e["epoch"] for e in run["epochs"]],
+            [e["val_accuracy"] for e in run["epochs"]],
+            color=COLOURS[method],
+            alpha=0.8,
+            label=None if method in labelled else f"{method}: {run['trainable_parameters']:,} trained parameters",
+        )
+        labelled.add(method)
+    _finish(axes, "validation accuracy")
+    settings = runs[0]["settings"]
+    axes.set_title(f"{settings['data']}, {settings['model']}, a line a seed", fontsize=10)
+    return _png(figure)
+
+
+def _finish(axes: Axes, ylabel: str) -> None:
+    axes.set(xlabel="epoch", ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format="png")
     return buffer.getvalue()

@@ -18,7 +18,7 @@ class Settings:
     Attributes:
         model: timm model name. The default ships with the package.
         pretrained: load timm's weights for it (a download, but for the default).
-        checkpoint: load these weights instead (safetensors or ``.pth``); the head may differ.
+        checkpoint: load these weights instead (safetensors or ``.pth``). The head is always new.
         data: ``digits``, ``fashion-mnist``, a timm dataset name (``torch/cifar100``,
             ``hfds/...``), or a folder with ``train/<class>/*`` and ``val`` or ``test``.
         data_root: where a named dataset lies or is downloaded to.

@@ -109,10 +109,10 @@ _SCALES_TILES: dict[tuple[Arithmetic, bool, Path], tuple[Tile, ...]] = {
 }
 
 # plain float32 has no tensor cores to feed, and loads by the element no registers to spare
-_IEEE_PRODUCT = (Tile(128, 64, 16, 8, 3, 1.00), Tile(64, 64, 16, 4, 3, 0.80))
-_IEEE_SCALES = (Tile(16, 128, 64, 8, 3, 1.00), Tile(16, 64, 64, 4, 3, 0.80))
-_ELEMENTS_PRODUCT = (Tile(64, 64, 32, 8, 2, 1.00),)
-_ELEMENTS_SCALES = (Tile(32, 64, 64, 8, 2, 1.00),)
+_IEEE_PRODUCT: tuple[Tile, ...] = (Tile(128, 64, 16, 8, 3, 1.00), Tile(64, 64, 16, 4, 3, 0.80))
+_IEEE_SCALES: tuple[Tile, ...] = (Tile(16, 128, 64, 8, 3, 1.00), Tile(16, 64, 64, 4, 3, 0.80))
+_ELEMENTS_PRODUCT: tuple[Tile, ...] = (Tile(64, 64, 32, 8, 2, 1.00),)
+_ELEMENTS_SCALES: tuple[Tile, ...] = (Tile(32, 64, 64, 8, 2, 1.00),)
 
 
 def arithmetic(dtype: torch.dtype, allow_tf32: bool) -> Arithmetic:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Any
 
 import torch
 import triton
@@ -231,7 +232,7 @@ def grad_scales(
     bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"
     splits, k_tiles = triton.cdiv(m, split_tokens), triton.cdiv(k, bk)
     group_tiles = triton.cdiv(n // groups, bn)
-    new = {"dtype": torch.float32, "device": x.device}
+    new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     du, dv = torch.empty((n, 1), **new), torch.empty((groups, 1, k), **new)
     df = torch.empty(n if need_shift else 0, **new)
     # one allocation for the three kinds of partial sums
