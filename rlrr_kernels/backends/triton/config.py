@@ -20,6 +20,9 @@ import torch
 
 Arithmetic = Literal["half", "tf32", "ieee"]
 
+#: The two products with W'.
+Product = Literal["forward", "grad_input"]
+
 #: How tiles are loaded: whole boxes by the copy engine; 16-byte vectors; or, where strides
 #: or sizes allow neither, element by element, which holds an address for each element.
 Path = Literal["boxes", "vectors", "elements"]
@@ -79,7 +82,6 @@ _WGMMA_PRODUCT = (
     Tile(128, 128, 64, 8, 4, 0.90),
     Tile(128, 64, 64, 4, 4, 0.90),
     Tile(64, 64, 64, 4, 4, 0.47),
-    Tile(32, 64, 64, 4, 4, 0.23),
 )
 _PRODUCT_TILES: dict[tuple[Arithmetic, bool, Path], tuple[Tile, ...]] = {
     ("half", True, "boxes"): (Tile(256, 128, 64, 8, 3, 1.00), *_WGMMA_PRODUCT),
@@ -109,10 +111,16 @@ _SCALES_TILES: dict[tuple[Arithmetic, bool, Path], tuple[Tile, ...]] = {
 }
 
 # plain float32 has no tensor cores to feed, and loads by the element no registers to spare
-_IEEE_PRODUCT: tuple[Tile, ...] = (Tile(128, 64, 16, 8, 3, 1.00), Tile(64, 64, 16, 4, 3, 0.80))
+_IEEE_PRODUCT: dict[Product, tuple[Tile, ...]] = {
+    "forward": (Tile(128, 64, 16, 8, 3, 1.00), Tile(64, 64, 16, 4, 3, 0.80)),
+    "grad_input": (Tile(128, 64, 16, 8, 3, 1.00), Tile(64, 64, 32, 8, 2, 0.80)),
+}
 _IEEE_SCALES: tuple[Tile, ...] = (Tile(16, 128, 64, 8, 3, 1.00), Tile(16, 64, 64, 4, 3, 0.80))
-_ELEMENTS_PRODUCT: tuple[Tile, ...] = (Tile(64, 64, 32, 8, 2, 1.00),)
-_ELEMENTS_SCALES: tuple[Tile, ...] = (Tile(32, 64, 64, 8, 2, 1.00),)
+_ELEMENTS_PRODUCT: dict[Product, tuple[Tile, ...]] = {
+    "forward": (Tile(64, 64, 16, 8, 2, 1.00),),
+    "grad_input": (Tile(64, 64, 32, 8, 2, 1.00),),
+}
+_ELEMENTS_SCALES: tuple[Tile, ...] = (Tile(16, 64, 64, 8, 2, 1.00),)
 
 
 def arithmetic(dtype: torch.dtype, allow_tf32: bool) -> Arithmetic:
@@ -128,12 +136,14 @@ def _fit(tile: Tile, stage_bytes: int, device: Device) -> Tile | None:
     return replace(tile, stages=stages) if stages >= 2 else None
 
 
-def product_tiles(kind: Arithmetic, path: Path, x_size: int, weight_size: int, device: Device) -> list[Tile]:
-    """Candidates of forward and grad_input that fit in the device's shared memory."""
+def product_tiles(
+    product: Product, kind: Arithmetic, path: Path, x_size: int, weight_size: int, device: Device
+) -> list[Tile]:
+    """Candidates of forward or grad_input that fit in the device's shared memory."""
     if path == "elements":
-        tiles = _ELEMENTS_PRODUCT
+        tiles = _ELEMENTS_PRODUCT[product]
     elif kind == "ieee":
-        tiles = _IEEE_PRODUCT
+        tiles = _IEEE_PRODUCT[product]
     else:
         tiles = _PRODUCT_TILES[kind, device.has_wgmma, path]
     fitted = [_fit(t, t.depth * (t.tokens * x_size + t.features * weight_size), device) for t in tiles]
@@ -167,7 +177,7 @@ def forward_config(
     m: int, n: int, k: int, groups: int, kind: Arithmetic, path: Path, x_size: int, weight_size: int, device: Device
 ) -> Config:
     """Tile of ``forward_kernel`` for x ``[m, k]`` and W ``[n, k]``; sizes of an element in bytes."""
-    tiles = product_tiles(kind, path, x_size, weight_size, device)
+    tiles = product_tiles("forward", kind, path, x_size, weight_size, device)
     tile = _product_tile(m, groups, n // groups, tiles, device)
     return Config(tile.tokens, tile.features, tile.depth, tile.warps, tile.stages)
 
@@ -177,7 +187,7 @@ def grad_input_config(
     m: int, n: int, k: int, groups: int, kind: Arithmetic, path: Path, x_size: int, weight_size: int, device: Device
 ) -> Config:
     """Tile of ``grad_input_kernel`` for dy ``[m, n]`` and W ``[n, k]``; sizes of an element in bytes."""
-    tile = _product_tile(m, 1, k, product_tiles(kind, path, x_size, weight_size, device), device)
+    tile = _product_tile(m, 1, k, product_tiles("grad_input", kind, path, x_size, weight_size, device), device)
     return Config(tile.tokens, tile.depth, tile.features, tile.warps, tile.stages)
 
 

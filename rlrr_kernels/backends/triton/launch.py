@@ -41,7 +41,7 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
         return None if x.device.type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors only"
     if x.device.type != "cuda" or torch.version.hip is not None:
         return f"device {x.device}: it runs on NVIDIA GPUs"
-    capability = torch.cuda.get_device_capability(x.device)
+    capability = configs.cuda_device(x.device.index).capability
     return None if capability >= (8, 0) else f"compute capability {capability}: it needs 8.0 or later"
 
 
@@ -226,7 +226,8 @@ def grad_scales(
     u, v = _vectors(scale_out, scale_in)
     device, kind = _device(x), _arithmetic(x.dtype)
     if path is None:
-        path = _path(device, kind, dy, x)
+        # W is read once, after the loop, but into the same registers: boxes do not help it
+        path = _path(device, kind, dy, x, weight, boxes=_fits_vectors(weight))
     if config is None or split_tokens is None:
         config, split_tokens = configs.grad_scales_config(m, n, k, groups, kind, path, x.element_size(), device)
     bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"

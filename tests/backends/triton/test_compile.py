@@ -41,7 +41,7 @@ def _configs(
     if kernel == "grad_scales":
         tiles = configs.scales_tiles(kind, path, x, device)
     else:
-        tiles = configs.product_tiles(kind, path, x, weight, device)
+        tiles = configs.product_tiles(kernel, kind, path, x, weight, device)
     assert tiles, f"no tile of {kernel} fits {device}"
     if kernel == "grad_input":
         return [Config(t.tokens, t.depth, t.features, t.warps, t.stages) for t in tiles]

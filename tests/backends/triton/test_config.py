@@ -42,7 +42,7 @@ def test_pipeline_stages_fit_in_shared_memory(device, sizes):
     paths = ["vectors", "elements", *(["boxes"] if device.has_wgmma else [])]
     for kind in kinds:
         for path in paths:
-            tiles = configs.product_tiles(kind, path, *sizes, device)
+            tiles = configs.product_tiles("forward", kind, path, *sizes, device)
             assert tiles
             for t in tiles:
                 stage = t.depth * (t.tokens * sizes[0] + t.features * sizes[1])
@@ -54,8 +54,8 @@ def test_pipeline_stages_fit_in_shared_memory(device, sizes):
 
 
 def test_a_smaller_shared_memory_shortens_the_pipeline():
-    full = configs.product_tiles("half", "boxes", 2, 2, H100)[0]
-    small = configs.product_tiles("half", "boxes", 2, 2, Device((9, 0), 132, 120_000))[0]
+    full = configs.product_tiles("forward", "half", "boxes", 2, 2, H100)[0]
+    small = configs.product_tiles("forward", "half", "boxes", 2, 2, Device((9, 0), 132, 120_000))[0]
     assert (full.tokens, full.features) == (small.tokens, small.features)
     assert small.stages < full.stages
 
@@ -108,5 +108,5 @@ def test_every_path_the_launcher_can_take_has_tiles(device):
     for kind in ("half", "tf32", "ieee"):
         for tensor in (aligned, odd):
             path = launch._path(device, kind, tensor)
-            assert configs.product_tiles(kind, path, 4, 4, device)
+            assert configs.product_tiles("grad_input", kind, path, 4, 4, device)
             assert configs.scales_tiles(kind, path, 4, device)
