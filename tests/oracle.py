@@ -16,6 +16,11 @@ from torch import Tensor
 from rlrr_kernels import reference
 
 
+def device_of(backend: str) -> str:
+    """Where a backend's tensors live: Triton takes the GPU's where there is one, else the interpreter's."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
 @dataclass
 class Problem:
     """Inputs in canonical shapes: x [M, K], weight [N, K], u [N, 1], v [groups, 1, K], dy [M, N]."""

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlrr_kernels import ops, reference, rescaled_linear, use_backend
-from tests.oracle import Answer, check, make_problem
+from tests.oracle import Answer, check, device_of, make_problem
 
 BACKENDS = ["reference", "triton"]
 
@@ -40,7 +40,7 @@ def test_gradcheck_in_float64(groups, bias, shift):
 @pytest.mark.parametrize("shape", [(), (7,), (2, 5), (2, 3, 4), (2, 2, 3, 2)], ids=str)
 def test_inputs_of_one_to_four_dimensions(backend, dtype, shape):
     m = int(torch.Size(shape).numel())
-    p = make_problem(m, 18, 20, 3, dtype)
+    p = make_problem(m, 18, 20, 3, dtype, device=device_of(backend))
     y, dx, (du, dv), offsets = _run(p, backend, p.x.view(*shape, 20), p.dy.view(*shape, 18))
     assert y.shape == (*shape, 18)
     assert dx.shape == (*shape, 20)
@@ -50,8 +50,9 @@ def test_inputs_of_one_to_four_dimensions(backend, dtype, shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 20), (3, 0, 20)], ids=str)
 def test_no_rows_at_all(backend, shape):
-    p = make_problem(4, 18, 20, 3)
-    x, dy = torch.zeros(shape), torch.zeros(*shape[:-1], 18)
+    p = make_problem(4, 18, 20, 3, device=device_of(backend))
+    device = device_of(backend)
+    x, dy = torch.zeros(shape, device=device), torch.zeros(*shape[:-1], 18, device=device)
     y, dx, (du, dv), offsets = _run(p, backend, x, dy)
     assert y.shape == dy.shape
     assert dx.shape == x.shape
@@ -62,9 +63,9 @@ def test_no_rows_at_all(backend, shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_input_and_expanded_gradient(backend):
     """x transposed in memory, and the stride-0 gradient that ``.sum()`` sends back."""
-    p = make_problem(12, 18, 20)
+    p = make_problem(12, 18, 20, device=device_of(backend))
     p.x = p.x.mT.contiguous().mT
-    p.dy = torch.ones(1, 1).expand(12, 18)
+    p.dy = torch.ones(1, 1, device=p.x.device).expand(12, 18)
     y, dx, (du, dv), offsets = _run(p, backend)
     check(p, Answer(y, dx, du, dv, offsets["shift"]))
     x = p.x.clone().requires_grad_()
@@ -89,7 +90,7 @@ def test_scale_shapes_are_free_and_gradients_follow_them(u_shape, v_shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_an_unfrozen_weight_and_bias_get_right_gradients(backend, groups):
-    p = make_problem(9, 8, 12, groups)
+    p = make_problem(9, 8, 12, groups, device=device_of(backend))
     weight, bias = p.weight.clone().requires_grad_(), p.bias.clone().requires_grad_()
     with use_backend(backend):
         got = torch.autograd.grad(
@@ -193,7 +194,7 @@ class Allocations(TorchDispatchMode):
 def _largest_allocation(backend: str, groups: int) -> tuple[int, int, list[int]]:
     """(bytes of the largest new tensor, of y or dx, elements of own tensors saved for backward)."""
     m, n, k = 8, 96, 80  # M is small: anything of N * K stands out
-    p = make_problem(m, n, k, groups)
+    p = make_problem(m, n, k, groups, device=device_of(backend))
     leaves = [t.clone().requires_grad_() for t in (p.x, p.scale_out, p.scale_in, p.bias, p.shift)]
     x, u, v, b, f = leaves
     saved: list[int] = []
@@ -246,12 +247,13 @@ def test_gpu_memory_above_a_plain_linear(gpu):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_sets_the_dtype_of_the_product_and_leaves_parameters_alone(backend):
-    p = make_problem(9, 8, 12)
+    p = make_problem(9, 8, 12, device=device_of(backend))
     leaves = [t.clone().requires_grad_() for t in (p.x, p.scale_out, p.scale_in, p.shift)]
     x, u, v, f = leaves
-    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+    device = device_of(backend)
+    with use_backend(backend), torch.autocast(device, torch.bfloat16):
         y = rescaled_linear(x, p.weight, u, v, p.bias, f)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device, enabled=False):
             assert rescaled_linear(x, p.weight, u, v).dtype is torch.float32
     assert y.dtype is torch.bfloat16
     with use_backend(backend):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rlrr_kernels import FusedRLRRLinear, reference, use_backend
+from tests.oracle import device_of
 
 
 def test_it_is_a_linear_with_the_same_arguments_and_keys():
@@ -157,8 +158,9 @@ def test_training_moves_only_what_trains_and_lowers_the_loss():
 
 def test_a_step_is_the_same_through_triton_and_the_reference():
     torch.manual_seed(0)
-    layer = FusedRLRRLinear(24, 18, groups=3)
-    x = torch.randn(10, 24)
+    device = device_of("triton")
+    layer = FusedRLRRLinear(24, 18, groups=3, device=device)
+    x = torch.randn(10, 24, device=device)
     grads = {}
     for backend in ("reference", "triton"):
         layer.zero_grad()

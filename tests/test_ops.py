@@ -9,7 +9,7 @@ import torch
 
 from rlrr_kernels import backend_for, ops, rescaled_linear, use_backend
 from rlrr_kernels.backends.triton import launch
-from tests.oracle import make_problem
+from tests.oracle import device_of, make_problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 def test_opcheck(backend, groups, dtype):
     if backend == "triton" and dtype is torch.float64:
         pytest.skip("Triton's tensor cores have no float64 here")
-    p = make_problem(7, 12, 10, groups, dtype)
+    p = make_problem(7, 12, 10, groups, dtype, device=device_of(backend))
     scales = (p.weight, p.scale_out, p.scale_in)
     with use_backend(backend):
         for bias, shift in ((p.bias, p.shift), (None, None)):
@@ -42,39 +42,48 @@ def test_auto_serves_gpu_tensors_by_triton_and_float64_by_the_reference(gpu):
     assert backend_for(x.double(), x.double()) == "reference"
 
 
-def test_use_backend_nests_and_ends():
-    x = torch.zeros(2, 4)
-    with use_backend("triton"):
-        assert backend_for(x, x) == "triton"
+@pytest.fixture
+def choice():
+    """A tensor that both backends can serve, the backend it gets by itself, and the other one."""
+    x = torch.zeros(2, 4, device=device_of("triton"))
+    own = backend_for(x, x)
+    return x, own, "triton" if own == "reference" else "reference"
+
+
+def test_use_backend_nests_and_ends(choice):
+    x, own, other = choice
+    with use_backend(other):
+        assert backend_for(x, x) == other
         with use_backend("auto"):
-            assert backend_for(x, x) == "reference"
-        assert backend_for(x, x) == "triton"
-    assert backend_for(x, x) == "reference"
+            assert backend_for(x, x) == own
+        assert backend_for(x, x) == other
+    assert backend_for(x, x) == own
 
 
-def test_use_backend_ends_after_an_error():
-    x = torch.zeros(2, 4)
-    with pytest.raises(KeyError), use_backend("triton"):
+def test_use_backend_ends_after_an_error(choice):
+    x, own, other = choice
+    with pytest.raises(KeyError), use_backend(other):
         raise KeyError
-    assert backend_for(x, x) == "reference"
+    assert backend_for(x, x) == own
 
 
-def test_use_backend_holds_in_other_threads():
+def test_use_backend_holds_in_other_threads(choice):
     """Backward of GPU tensors runs in autograd's own threads."""
-    x, seen = torch.zeros(2, 4), []
-    with use_backend("triton"):
+    x, _, other = choice
+    seen = []
+    with use_backend(other):
         thread = threading.Thread(target=lambda: seen.append(backend_for(x, x)))
         thread.start()
         thread.join()
-    assert seen == ["triton"]
+    assert seen == [other]
 
 
-def test_environment_variable(monkeypatch):
-    x = torch.zeros(2, 4)
-    monkeypatch.setenv("RLRR_BACKEND", "triton")
-    assert backend_for(x, x) == "triton"
-    with use_backend("reference"):
-        assert backend_for(x, x) == "reference"
+def test_environment_variable(choice, monkeypatch):
+    x, own, other = choice
+    monkeypatch.setenv("RLRR_BACKEND", other)
+    assert backend_for(x, x) == other
+    with use_backend(own):
+        assert backend_for(x, x) == own
     monkeypatch.setenv("RLRR_BACKEND", "tritn")
     with pytest.raises(ValueError, match=r"RLRR_BACKEND: unknown backend 'tritn', expected one of auto, triton"):
         backend_for(x, x)

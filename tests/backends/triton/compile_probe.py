@@ -5,8 +5,8 @@ request on standard input and prints one JSON line for each configuration. It is
 process of its own because kernels must not be imported for the interpreter here, and
 because a compiler that aborts must fail a test, not end the test run.
 
-The launcher itself is called, on tensors without memory; in place of the kernels
-stands a recorder that specialises and compiles exactly the arguments it is given.
+The launcher itself is called, on tensors without memory, and Triton's own binder
+specialises the arguments (strides of 1, sizes of 1, multiples of 16) as at a launch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
-
-DTYPES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
 def probe(request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -43,46 +41,33 @@ def probe(request: dict[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
-class Recorder:
-    """Stands for a kernel: ``recorder[grid](...)`` compiles those arguments for a target."""
+class NoGPU:
+    """The part of Triton's driver that compiling asks for: a target, and no device behind it."""
 
-    def __init__(self, kernel: Any, capability: int, results: list[Any]) -> None:
-        self.kernel, self.capability, self.results = kernel, capability, results
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class CompileOnly:
+    """Stands for a kernel: ``kernel[grid](...)`` specialises and compiles, and launches nothing."""
+
+    def __init__(self, kernel: Any, compiled: list[Any]) -> None:
+        self.kernel, self.compiled = kernel, compiled
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         assert all(0 < size < 2**31 for size in grid)
-        return self.compile
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        import torch
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
-        names = self.kernel.arg_names
-        values = dict(zip(names, args, strict=False)) | kwargs
-        signature, constants, attributes = {}, {}, {}
-        for position, name in enumerate(names):
-            value = values[name]
-            aligned = False
-            if isinstance(value, TensorDescriptor):
-                signature[name] = f"tensordesc<{DTYPES[str(value.base.dtype)]}{list(value.block_shape)}>"
-            elif isinstance(value, torch.Tensor):
-                signature[name] = "*" + DTYPES[str(value.dtype)]
-                aligned = value.data_ptr() % 16 == 0
-            elif isinstance(value, int) and not isinstance(value, bool) and value != 1 and name not in kwargs:
-                signature[name] = "i32" if value < 2**31 else "i64"
-                aligned = value % 16 == 0
-            else:  # Triton specialises integers that are 1, too
-                signature[name] = "constexpr"
-                constants[position,] = value
-            if aligned:
-                attributes[position,] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
-        target = GPUTarget("cuda", self.capability, 32)
-        self.results.append(triton.compile(source, target=target, options=options))
+        return lambda *args, **kwargs: self.compiled.append(self.kernel.run(*args, grid=grid, warmup=True, **kwargs))
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -130,6 +115,7 @@ def product_loop(sass: str) -> list[str]:
 
 def main() -> None:
     import torch
+    from triton.runtime.driver import driver
 
     from rlrr_kernels.backends.triton import config as configs
     from rlrr_kernels.backends.triton import launch
@@ -137,12 +123,12 @@ def main() -> None:
     request = json.load(sys.stdin)
     device = configs.Device(**request["device"] | {"capability": tuple(request["device"]["capability"])})
     major, minor = device.capability
+    driver.set_active(NoGPU(10 * major + minor))
     compiled: list[Any] = []
     kernels = ("forward_kernel", "grad_input_kernel", "grad_scales_kernel", "sum_partials_kernel")
     with contextlib.ExitStack() as stack:
         for name in kernels:
-            recorder = Recorder(getattr(launch, name), 10 * major + minor, compiled)
-            stack.enter_context(mock.patch.object(launch, name, recorder))
+            stack.enter_context(mock.patch.object(launch, name, CompileOnly(getattr(launch, name), compiled)))
         for name, value in (("interpreting", False), ("_device", device), ("_guard", contextlib.nullcontext())):
             stack.enter_context(mock.patch.object(launch, name, lambda *_, value=value: value))
         for case in request["cases"]:
@@ -153,7 +139,8 @@ def main() -> None:
             m, n, k, groups = (arguments.pop(key) for key in ("m", "n", "k", "groups"))
             disassemble = arguments.pop("disassemble", False)
             kernel = arguments.pop("kernel")
-            arguments["config"] = configs.Config(**arguments["config"])
+            if "config" in arguments:
+                arguments["config"] = configs.Config(**arguments["config"])
             x, dy, weight, u, v, offset = (
                 torch.empty(shape, dtype=t, device="meta")
                 for shape, t in (
@@ -176,9 +163,10 @@ def main() -> None:
                 print(json.dumps(report), flush=True)
 
 
-def as_case(kernel: str, kind: str, config: Any, **rest: Any) -> dict[str, Any]:
-    """A request's case, with a :class:`Config` spelled out."""
-    return {"kernel": kernel, "kind": kind, "config": dataclasses.asdict(config), **rest}
+def as_case(kernel: str, kind: str, config: Any = None, **rest: Any) -> dict[str, Any]:
+    """A request's case, with a :class:`Config` spelled out; without one the heuristic chooses."""
+    chosen = {} if config is None else {"config": dataclasses.asdict(config)}
+    return {"kernel": kernel, "kind": kind, **chosen, **rest}
 
 
 if __name__ == "__main__":

@@ -76,6 +76,21 @@ def test_every_configuration_compiles_without_spills(arch, kernel):
     assert not too_large, "\n".join(str(r) for r in too_large)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_sizes_of_one_compile(arch):
+    """Triton turns an integer argument of 1 into a constant, which is another kernel."""
+    sizes = [(1, 1, 1, 1), (1, 16, 16, 1), (16, 1, 16, 1), (16, 16, 1, 1), (3, 3, 5, 3)]
+    cases = [
+        as_case(kernel, kind, dtype=dtype, weight_dtype=dtype, m=m, n=n, k=k, groups=groups)
+        for kernel in ("forward", "grad_input", "grad_scales")
+        for kind, dtype in (("half", "bfloat16"), ("ieee", "float32"))
+        for m, n, k, groups in sizes
+    ]
+    reports = probe({"device": dataclasses.asdict(DEVICES[arch]), "cases": cases})
+    assert len(reports) == len(cases) * 4 // 3  # grad_scales is two kernels
+
+
 #: bf16 multiply-adds a Hopper multiprocessor does in a cycle (dense peak over clock and multiprocessors)
 HOPPER_FMA_PER_CYCLE = 2048
 SCHEDULERS = 4
