@@ -37,8 +37,8 @@ def apply_rlrr(
 
     Raises:
         TypeError: no ``target_modules`` for a model that is no timm ``VisionTransformer``.
-        ValueError: a pattern in ``target_modules`` matches no ``nn.Linear``, or the
-            model already holds a :class:`FusedRLRRLinear`.
+        ValueError: a pattern in ``target_modules`` matches no ``nn.Linear``, the model
+            already holds a :class:`FusedRLRRLinear`, or it has classes and no head to train.
     """
     if any(isinstance(module, FusedRLRRLinear) for module in model.modules()):
         raise ValueError("model: it already holds FusedRLRRLinear layers; apply_rlrr goes on a plain model")
@@ -52,7 +52,9 @@ def apply_rlrr(
             )
     elif isinstance(target_modules, str):
         target_modules = (target_modules,)
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    # a layer used in two places has two names; the model itself has none and cannot be replaced in place
+    modules = list(model.named_modules(remove_duplicate=False))
+    linears = {name: module for name, module in modules if name and type(module) is nn.Linear}
     chosen: dict[str, nn.Linear] = {}
     for pattern in target_modules:
         matches = {name: module for name, module in linears.items() if fnmatchcase(name, pattern)}
@@ -60,12 +62,20 @@ def apply_rlrr(
             raise ValueError(f"target_modules: {pattern!r} matches no nn.Linear of {type(model).__name__}")
         chosen |= matches
 
+    if train_head and getattr(model, "num_classes", None) and next(head(model).parameters(), None) is None:
+        raise ValueError(f"train_head: {type(model).__name__}.get_classifier() gives no head with parameters")
     model.requires_grad_(False)
+    layers: dict[int, FusedRLRRLinear] = {}
     for name, linear in chosen.items():
-        leaf = name.rpartition(".")[2]
-        _replace(model, name, FusedRLRRLinear.from_linear(linear, groups=3 if leaf == "qkv" else 1, init=init))
+        if id(linear) not in layers:
+            groups = 3 if name.rpartition(".")[2] == "qkv" else 1
+            layers[id(linear)] = FusedRLRRLinear.from_linear(linear, groups=groups, init=init)
+        _replace(model, name, layers[id(linear)])
     if train_head:
-        head(model).requires_grad_(True)
+        for module in head(model).modules():
+            if not isinstance(module, FusedRLRRLinear):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(True)
     return model
 
 
@@ -83,9 +93,11 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def head(model: nn.Module) -> nn.Module:
-    """The classifier that ``model.get_classifier()`` returns (timm's convention), or an empty module."""
+    """What ``model.get_classifier()`` returns (timm's convention), several heads as one list; or an empty module."""
     get = getattr(model, "get_classifier", None)
     classifier = get() if callable(get) else None
+    if isinstance(classifier, (tuple, list)):
+        return nn.ModuleList(classifier)
     return classifier if isinstance(classifier, nn.Module) else nn.Identity()
 
 
@@ -95,10 +107,18 @@ def merge_model(model: nn.Module) -> nn.Module:
     Weights are formed in float32 and rounded once to their stored dtype. The result
     has no cost left at inference, and the architecture's usual state-dict keys (a
     layer that had no bias gains one: f).
+
+    Returns:
+        The same model; for a bare :class:`FusedRLRRLinear` its plain twin.
     """
-    for name, module in list(model.named_modules()):
+    if isinstance(model, FusedRLRRLinear):
+        return model.merged()
+    merged: dict[int, nn.Linear] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, FusedRLRRLinear):
-            _replace(model, name, module.merged())
+            if id(module) not in merged:
+                merged[id(module)] = module.merged()
+            _replace(model, name, merged[id(module)])
     return model
 
 

@@ -94,7 +94,9 @@ class FusedRLRRLinear(nn.Linear):
 
     @torch.no_grad()
     def reset_scales(self) -> None:
-        """Draw u and v anew as ``init`` says and set f to zero; W and b stay."""
+        """Draw u and v anew as ``init`` says and set f to zero; W and b stay. Does nothing on the meta device."""
+        if self.shift.is_meta:
+            return
         self.shift.zero_()
         if callable(self.init):
             self.init(self.scale_out, self.scale_in)

@@ -3,7 +3,8 @@
 A result passes if its error against float64 is at most twice the error of the
 plain PyTorch formula in the same dtype, plus one rounding of that dtype. Scale
 gradients are float32 by contract whatever x is, so their yardstick is the formula
-in float32 on the same values.
+in float32 on the same values; on a GPU the tensor cores' own way of adding is
+allowed for.
 """
 
 from __future__ import annotations
@@ -105,12 +106,12 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
-def assert_close(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """The yardstick; ``plain`` also says which shape and dtype are right."""
+def assert_close(name: str, got: Tensor, plain: Tensor, exact: Tensor, more: float = 0.0) -> None:
+    """The yardstick; ``plain`` also says which shape and dtype are right. ``more`` is allowed beyond it."""
     assert got.shape == plain.shape, f"{name}: shape {list(got.shape)}, expected {list(plain.shape)}"
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
     ours, theirs = error(got, exact), error(plain, exact)
-    bound = 2 * theirs + torch.finfo(plain.dtype).eps
+    bound = 2 * theirs + torch.finfo(plain.dtype).eps + more
     assert ours <= bound, f"{name}: error {ours:.2e}, the plain formula's {theirs:.2e}, allowed {bound:.2e}"
 
 
@@ -122,5 +123,8 @@ def check(p: Problem, got: Answer) -> None:
     plain_wide = differentiate(p, wide)
     assert_close("y", got.y, plain.y, exact.y)
     assert_close("dx", got.dx, plain.dx, exact.dx)
+    # tensor cores cut, not round, when they add to a float32 sum, once every 16 products: half a unit
+    # in the last place each time on average, and always towards zero
+    cut = p.x.shape[0] / 16 * torch.finfo(wide).eps / 2 if p.x.is_cuda and p.x.dtype.itemsize == 2 else 0.0
     for name in ("du", "dv", "df"):
-        assert_close(name, getattr(got, name), getattr(plain_wide, name), getattr(exact, name))
+        assert_close(name, getattr(got, name), getattr(plain_wide, name), getattr(exact, name), cut)

@@ -90,6 +90,43 @@ def test_the_trained_model_loads_a_plain_checkpoint():
     assert {name.rpartition(".")[2] for name in missing} == {"scale_out", "scale_in", "shift"}
 
 
+def test_both_heads_of_a_distilled_model_train():
+    model = apply_rlrr(timm.create_model("deit_tiny_distilled_patch16_224", depth=1, num_classes=3))
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "head" in n} == {
+        "head.weight",
+        "head.bias",
+        "head_dist.weight",
+        "head_dist.bias",
+    }
+
+
+def test_a_replaced_head_keeps_its_frozen_weight():
+    model = apply_rlrr(small_vit(), ["head"])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "head.scale_out",
+        "head.scale_in",
+        "head.shift",
+    }
+
+
+def test_a_layer_used_twice_stays_one_layer():
+    shared = nn.Linear(4, 4)
+    model = apply_rlrr(nn.Sequential(shared, nn.ReLU(), shared), ["*"])
+    assert isinstance(model[0], FusedRLRRLinear)
+    assert model[0] is model[2]
+    merge_model(model)
+    assert type(model[0]) is nn.Linear
+    assert model[0] is model[2]
+
+
+def test_a_bare_layer():
+    layer = FusedRLRRLinear(4, 4)
+    x = torch.randn(2, 4)
+    assert torch.allclose(merge_model(layer)(x), layer(x), atol=1e-6)
+    with pytest.raises(ValueError, match=r"matches no nn\.Linear"):
+        apply_rlrr(nn.Linear(4, 4), "*")
+
+
 def test_named_targets_on_any_model():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 2))
     apply_rlrr(model, ["0", "2.*"])

@@ -231,7 +231,7 @@ def test_the_watch_would_see_a_rescaled_weight():
 
 @pytest.mark.gpu
 def test_gpu_memory_above_a_plain_linear(gpu):
-    """Forward and backward of a layer take less than 2 MiB beyond their outputs, for any N * K."""
+    """Forward and backward of a 4096 x 4096 layer take less than 2 MiB beyond their outputs."""
     p = make_problem(512, 4096, 4096, dtype=torch.bfloat16, device=gpu)
     x, u, v, f = (t.clone().requires_grad_() for t in (p.x, p.scale_out, p.scale_in, p.shift))
     rescaled_linear(x, p.weight, u, v, p.bias, f).backward(p.dy)

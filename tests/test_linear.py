@@ -80,6 +80,12 @@ def test_a_callable_init_fills_both_in_place():
     assert "init=ones" in repr(layer)
 
 
+def test_a_callable_init_is_called_once_by_from_linear():
+    calls = []
+    FusedRLRRLinear.from_linear(nn.Linear(8, 6), init=lambda u, v: calls.append(u.device.type))
+    assert calls == ["cpu"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_from_linear_shares_and_freezes(dtype):
     plain = nn.Linear(8, 6, dtype=dtype).eval()

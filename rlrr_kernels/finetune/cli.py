@@ -23,7 +23,7 @@ HELP = {
     "model": "timm model name",
     "pretrained": "load timm's weights for the model",
     "checkpoint": "load the model's weights from this file instead (.safetensors, .pth)",
-    "data": "digits, fashion-mnist, a timm dataset name such as torch/cifar100, or a folder with "
+    "data": "digits, fashion-mnist, a timm dataset name such as torch/cifar100 (with --data-root), or a folder with "
     "train/<class>/* and val or test",
     "data_root": "where a named dataset lies, or is downloaded to",
     "method": "what trains: u, v, f of each block linear and the head; the head; everything",
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         metrics = train(prepared)
     except FileExistsError as error:
         options.exit(2, f"rlrr-finetune: error: {error}\n")
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, RuntimeError) as error:
         options.exit(1, f"rlrr-finetune: error: {error}\n")
     folder = Path(metrics["run"])
     print(f"trained {metrics['trainable_parameters']:,} of {metrics['parameters']:,} parameters")

@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
-#: Prefixes of timm's dataset factory: torchvision, Hugging Face, TensorFlow and web datasets.
-TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+#: Prefixes of timm's dataset factory that can be indexed: torchvision's and Hugging Face's datasets.
+TIMM_PREFIXES = ("torch/", "hfds/")
 
 #: Share of the training images set aside where a dataset brings no validation split.
 VALIDATION_SHARE = 0.2
@@ -173,6 +173,8 @@ def _fashion_mnist(folder: Path, seed: int) -> tuple[Any, Any, Any]:
 
 
 def _timm(name: str, root: Path | None, seed: int) -> tuple[tuple[Any, Any, Any], int]:
+    if root is None and name.startswith("torch/"):
+        raise ValueError(f"data_root: expected a folder to keep {name} in, got none")
     options = {"root": str(root) if root else None, "download": name.startswith("torch/")}
     seen = create_dataset(name, split="train", **options)
     test = create_dataset(name, split="test", **options)

@@ -17,45 +17,24 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from rlrr_kernels.adapt import apply_rlrr, count_parameters, head, param_groups
-from rlrr_kernels.checkpoint import save_adapter
+from rlrr_kernels.adapt import count_parameters, param_groups
+from rlrr_kernels.checkpoint import load_adapter, save_adapter
 from rlrr_kernels.finetune.data import ImageSet, Splits, load_splits, make_transform
+from rlrr_kernels.finetune.models import build_model
 from rlrr_kernels.finetune.report import RunFolder
 from rlrr_kernels.finetune.settings import Settings
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, or the CPU where there is none."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def build_model(settings: Settings, classes: int) -> nn.Module:
-    """The timm model with a new head, and what the method trains left trainable.
-
-    Raises:
-        ValueError: timm does not know the model, or its weights cannot be had.
-    """
-    options: dict[str, Any] = {"num_classes": classes}
-    if settings.drop_path:
-        options["drop_path_rate"] = settings.drop_path
-    if settings.checkpoint is not None:
-        # 0 classes tell timm to pass over the file's own head, whatever its size
-        overlay = {"file": str(settings.checkpoint), "num_classes": 0}
-        options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
-    else:
-        options["pretrained"] = settings.pretrained
+    """``auto`` is the first GPU, or the CPU where there is none. ``ValueError`` for a device that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = timm.create_model(settings.model, **options)
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"model {settings.model!r} cannot be built: {error}") from error
-    # timm keeps a pretrained head of the same size, which means nothing for other classes
-    model.reset_classifier(classes)
-    if settings.method == "rlrr":
-        apply_rlrr(model, init=settings.init)
-    elif settings.method == "linear":
-        model.requires_grad_(False)
-        head(model).requires_grad_(True)
-    return model
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def load_data(settings: Settings) -> Splits:
@@ -120,6 +99,8 @@ class Trainer:
             loss = F.cross_entropy(logits, labels)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if self.step == 0:
+                self._check_gradients()
             self.optimizer.step()
             self.step += 1
             seen += len(labels)
@@ -141,6 +122,15 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": seen / (time.perf_counter() - start),
         }
+
+    def _check_gradients(self) -> None:
+        """A model that reads ``layer.weight`` itself bypasses u, v and f, which would then never train."""
+        untouched = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        if untouched:
+            raise RuntimeError(
+                f"{len(untouched)} trained parameters get no gradient, {untouched[0]} among them: "
+                f"{type(self.model).__name__} does not call these layers as modules"
+            )
 
     @torch.no_grad()
     def evaluate(self, images: ImageSet) -> tuple[float, float]:
@@ -183,17 +173,19 @@ def prepare(settings: Settings) -> Prepared:
             see :func:`load_data` and :func:`build_model`.
     """
     torch.manual_seed(settings.seed)
+    device = choose_device(settings.device)
     splits = load_data(settings)
-    return Prepared(settings, splits, build_model(settings, splits.classes), choose_device(settings.device))
+    return Prepared(settings, splits, build_model(settings, splits.classes), device)
 
 
 def train(prepared: Prepared, *, quiet: bool = False) -> dict[str, Any]:
     """Fine-tune, choose the epoch on validation, report test once, write the run folder.
 
-    The folder holds ``adapter.safetensors`` (what trained, at the best epoch so far,
-    rewritten whole at each new best), ``metrics.json`` and ``curves.png``. Ctrl-C ends
-    the run: the folder then holds what was reached, marked ``"interrupted": true``,
-    with no test figure. After any other error ``metrics.json`` says what it was.
+    The folder holds ``adapter.safetensors`` (what trained, at the best epoch so far),
+    ``metrics.json`` and ``curves.png``; the first two are rewritten whole after each
+    epoch, so a killed run keeps them. Ctrl-C ends the run: the folder then holds what
+    was reached, marked ``"interrupted": true``, with no test figure. After any other
+    error ``metrics.json`` says what it was.
 
     Args:
         prepared: the run. Its model is left at the chosen epoch.
@@ -205,6 +197,7 @@ def train(prepared: Prepared, *, quiet: bool = False) -> dict[str, Any]:
     Raises:
         FileExistsError: ``settings.out`` exists.
         FloatingPointError: the loss became infinite or NaN.
+        RuntimeError: a trained parameter is bypassed by the model's code.
     """
     settings, splits, model, device = prepared.settings, prepared.splits, prepared.model, prepared.device
     trainer = Trainer(settings, model, splits, device)
@@ -223,13 +216,16 @@ def train(prepared: Prepared, *, quiet: bool = False) -> dict[str, Any]:
         _epochs(trainer, folder, metrics, quiet)
     except KeyboardInterrupt:
         metrics["interrupted"] = True
+        if folder.adapter.exists():
+            load_adapter(model, folder.adapter)
+        else:
+            save_adapter(model, folder.adapter, _describe(settings, splits, 0))
     except Exception as error:
         metrics["error"] = f"{type(error).__name__}: {error}"
         raise
     finally:
-        if not folder.adapter.exists():
-            save_adapter(model, folder.adapter, _describe(settings, splits, 0))
-        folder.write(metrics)
+        folder.write_metrics(metrics)
+    folder.write_curves(metrics)
     return metrics
 
 
@@ -260,8 +256,9 @@ def _epochs(trainer: Trainer, folder: RunFolder, metrics: dict[str, Any], quiet:
             metrics["train_seconds"] = time.perf_counter() - start
             if (val_accuracy, -val_loss) > best_key:
                 best, best_key = trainer.trained(), (val_accuracy, -val_loss)
-                metrics["best_epoch"] = epoch
                 save_adapter(trainer.model, folder.adapter, _describe(settings, splits, epoch))
+                metrics["best_epoch"] = epoch
+            folder.write_metrics(metrics)
     if cuda:
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
     trainer.restore(best)

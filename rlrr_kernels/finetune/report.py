@@ -83,9 +83,12 @@ class RunFolder:
         data = settings.data.strip("/.").replace("/", "-")
         return new_folder(Path("runs") / f"{data}-{settings.model}-{settings.method}-seed{settings.seed}")
 
-    def write(self, metrics: dict[str, Any]) -> None:
-        """Write ``metrics.json`` and ``curves.png``."""
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write ``metrics.json``, whole."""
         write_atomically(self.path / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+
+    def write_curves(self, metrics: dict[str, Any]) -> None:
+        """Write ``curves.png``, if there is an epoch to draw."""
         if metrics["epochs"]:
             write_atomically(self.path / "curves.png", draw_curves(metrics))
 
@@ -99,8 +102,9 @@ def draw_curves(metrics: dict[str, Any]) -> bytes:
     for axes, key, label in ((loss, "loss", "cross-entropy"), (accuracy, "accuracy", "accuracy")):
         axes.plot(x, [e[f"train_{key}"] for e in epochs], color="#888888", label="train")
         axes.plot(x, [e[f"val_{key}"] for e in epochs], color=COLOURS["rlrr"], label="validation")
-        best = metrics["best_epoch"]
-        axes.axvline(best, color=COLOURS["rlrr"], lw=0.8, ls=":", label=f"chosen: epoch {best}")
+        best = metrics.get("best_epoch")
+        if best is not None:
+            axes.axvline(best, color=COLOURS["rlrr"], lw=0.8, ls=":", label=f"chosen: epoch {best}")
         if f"test_{key}" in metrics:
             test = metrics[f"test_{key}"]
             axes.plot([best], [test], "o", color="#c0392b", label=f"test {test:.4f}")

@@ -33,6 +33,9 @@ def test_options_reach_the_settings():
         (["--checkpoint", "none.pth"], "none.pth does not exist"),
         (["--model", "vit_nonsense"], "timm does not know 'vit_nonsense'"),
         (["--method", "lora"], "invalid choice: 'lora'"),
+        (["--data", "torch/cifar100"], "data_root: expected a folder to keep torch/cifar100 in"),
+        (["--device", "foo"], "device: 'foo' cannot be used"),
+        (["--device", "cuda:99"], "device: 'cuda:99' cannot be used"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(capsys, arguments, words):

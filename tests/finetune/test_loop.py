@@ -22,7 +22,7 @@ def shrink(splits: Splits) -> Splits:
 
 
 def prepared(tmp_path, **changes):
-    options = {"epochs": 2, "warmup_epochs": 1, "out": tmp_path / "run", "lr": 5e-3} | changes
+    options = {"device": "cpu", "epochs": 2, "warmup_epochs": 1, "out": tmp_path / "run", "lr": 5e-3} | changes
     ready = prepare(Settings(**options))
     return dataclasses.replace(ready, splits=shrink(ready.splits))
 
@@ -126,9 +126,48 @@ def test_ctrl_c_leaves_a_usable_adapter_and_says_so(tmp_path, after):
     assert metrics["interrupted"] is True
     assert "test_accuracy" not in metrics
     assert len(metrics["epochs"]) == (0 if after == 0 else 1)
+    epoch = adapter_metadata(tmp_path / "run" / "adapter.safetensors")["epoch"]
+    assert epoch == str(metrics.get("best_epoch", 0))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["interrupted"] is True
     fresh = prepare(ready.settings)
     load_adapter(fresh.model, tmp_path / "run" / "adapter.safetensors")
+    left = dict(ready.model.named_parameters())
+    assert all(torch.equal(p, left[n]) for n, p in fresh.model.named_parameters())
+
+
+def test_metrics_and_adapter_are_there_after_each_epoch(tmp_path):
+    """A run that is killed outright, by power or a scheduler, keeps what it had."""
+    ready = prepared(tmp_path)
+    seen = []
+    train_epoch = loop.Trainer.train_epoch
+
+    def look(self, bar):
+        names = sorted(p.name for p in (tmp_path / "run").iterdir())
+        path = tmp_path / "run" / "metrics.json"
+        seen.append((names, len(json.loads(path.read_text())["epochs"]) if path.exists() else None))
+        return train_epoch(self, bar)
+
+    with mock.patch.object(loop.Trainer, "train_epoch", look):
+        train(ready, quiet=True)
+    assert seen == [([], None), (["adapter.safetensors", "metrics.json"], 1)]
+
+
+def test_a_bypassed_layer_is_an_error_at_the_first_step(tmp_path):
+    """As in models that read ``qkv.weight`` themselves: u, v and f would never train."""
+    ready = prepared(tmp_path)
+    layer = ready.model.blocks[0].attn.proj
+    ready.model.blocks[0].attn.proj = Bypass(layer)
+    with pytest.raises(RuntimeError, match=r"3 trained parameters get no gradient, blocks.0.attn.proj.layer.scale_out"):
+        train(ready, quiet=True)
+
+
+class Bypass(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.layer.weight, self.layer.bias)
 
 
 def test_ctrl_c_during_the_test_pass_is_no_result(tmp_path):
@@ -154,6 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_recorded(tmp_path):
     with pytest.raises(FloatingPointError, match="loss is nan at step 3; try a smaller --lr"):
         train(ready, quiet=True)
     assert "loss is nan" in json.loads((tmp_path / "run" / "metrics.json").read_text())["error"]
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()  # nothing good to keep yet
 
 
 def test_an_existing_folder_is_never_touched(tmp_path):
@@ -189,6 +229,45 @@ def test_a_checkpoint_file_replaces_the_pretrained_weights(tmp_path):
     model = prepare(Settings(checkpoint=tmp_path / "donor weights.safetensors", method="full")).model
     assert torch.equal(model.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
     assert model.head.weight.shape == (10, 128)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_not_half_loaded(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "c.safetensors"
+    state = {n: p.detach().clone() for n, p in prepare(Settings(method="full")).model.state_dict().items()}
+    save_file({f"model.{n}": p for n, p in state.items()}, path)
+    with pytest.raises(ValueError, match=r"checkpoint: .* does not fit VisionTransformer: missing cls_token"):
+        prepare(Settings(checkpoint=path))
+    save_file({"nonsense": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"checkpoint: .*(unexpected nonsense|does not fit|cannot be read)"):
+        prepare(Settings(checkpoint=path))
+    path.write_bytes(b"not a file of tensors")
+    with pytest.raises(ValueError, match=r"checkpoint: .* cannot be read"):
+        prepare(Settings(checkpoint=path))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"cls_token": Payload()}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"checkpoint: .* cannot be read"):
+        prepare(Settings(checkpoint=tmp_path / "c.pth"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_batch_norm_is_refused():
+    with pytest.raises(ValueError, match="has batch norm"):
+        prepare(Settings(model="resnet10t", pretrained=False, method="linear"))
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu(tmp_path, gpu):
+    metrics = train(prepared(tmp_path, device=gpu, precision="bf16"), quiet=True)
+    assert metrics["epochs"][1]["train_loss"] < 2.5
+    assert metrics["peak_memory_bytes"] > 0
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ Product = Literal["forward", "grad_input"]
 #: or sizes allow neither, element by element, which holds an address for each element.
 Path = Literal["boxes", "vectors", "elements"]
 
-#: Partial sums of grad_scales stay under this many bytes a layer.
+#: The tokens are split no further once the partial sums of grad_scales take this many bytes a layer. One
+#: split of a very large layer can take more: about N * K / 32 bytes.
 WORKSPACE_BYTES = 2 * 2**20
 
 #: Groups of a multiple of this many rows are whole steps of grad_input's sum, whatever its tile.

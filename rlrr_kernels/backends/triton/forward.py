@@ -30,6 +30,7 @@ def forward_kernel(
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -69,7 +70,7 @@ def forward_kernel(
             w_tile = tl.load(w_ptrs + int64(k) * stride_wk, mask=in_k, other=0.0)
             v_row = tl.load(v_ptrs + k, mask=in_k, other=0.0)
             x_tile = tl.load(x_ptrs + int64(k) * stride_xk, mask=in_k, other=0.0)
-        rescaled = rescale(w_tile, u_col, v_row.to(tl.float32), x_tile.dtype, EMULATE_BF16)
+        rescaled = rescale(w_tile, u_col, v_row.to(tl.float32), x_tile.dtype, ROUND_TF32, EMULATE_BF16)
         acc = tl.dot(rescaled, operand(x_tile, EMULATE_BF16).T, acc, input_precision=PRECISION)
 
     in_n = offs_n < n_end

@@ -28,6 +28,7 @@ def grad_input_kernel(
     DESCRIPTORS: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -80,10 +81,10 @@ def grad_input_kernel(
             dy_tile = tl.load(dy_ptrs + int64(n) * stride_dyn, mask=in_n[None, :], other=0.0)
         u_n = u_n.to(tl.float32)
         if WEIGHT_LEFT:
-            rescaled = rescale(w_tile.T, u_n[None, :], v_k[:, None], dy_tile.dtype, EMULATE_BF16)
+            rescaled = rescale(w_tile.T, u_n[None, :], v_k[:, None], dy_tile.dtype, ROUND_TF32, EMULATE_BF16)
             acc = tl.dot(rescaled, operand(dy_tile, EMULATE_BF16).T, acc, input_precision=PRECISION)
         else:
-            rescaled = rescale(w_tile, u_n[:, None], v_k[None, :], dy_tile.dtype, EMULATE_BF16)
+            rescaled = rescale(w_tile, u_n[:, None], v_k[None, :], dy_tile.dtype, ROUND_TF32, EMULATE_BF16)
             acc = tl.dot(operand(dy_tile, EMULATE_BF16), rescaled, acc, input_precision=PRECISION)
 
     dx_ptrs = dx + offs_m[:, None].to(tl.int64) * stride_dxm + offs_k[None, :]

@@ -9,7 +9,7 @@ adds the partials in a fixed order. No atomics: two runs agree bit for bit.
 import triton
 import triton.language as tl
 
-from rlrr_kernels.backends.triton.tiles import group_tile, int64, operand
+from rlrr_kernels.backends.triton.tiles import group_tile, int64, operand, round_to_tf32
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def grad_scales_kernel(
     HAS_SHIFT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -104,6 +105,9 @@ def grad_scales_kernel(
                 x_ptrs = x_tiles + rows * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
                 dy_tile = tl.load(dy_ptrs, mask=in_m & in_n[None, :], other=0.0)
                 x_tile = tl.load(x_ptrs, mask=in_m & (offs_k[None, :] < K), other=0.0)
+            if ROUND_TF32:
+                # one operand is enough to stay near a product of two rounded ones
+                dy_tile = round_to_tf32(dy_tile)
             acc = tl.dot(
                 operand(dy_tile, EMULATE_BF16).T, operand(x_tile, EMULATE_BF16), acc, input_precision=PRECISION
             )

@@ -93,8 +93,11 @@ def _boxes(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 
 def _vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
-    """u ``[N, 1]`` and v ``[groups, 1, K]`` as contiguous ``[N]`` and ``[groups, K]``."""
-    return scale_out[:, 0].contiguous(), scale_in[:, 0].contiguous()
+    """u ``[N, 1]`` and v ``[groups, 1, K]`` as contiguous ``[N]`` and ``[groups, K]``, 32 bits at most."""
+    u, v = scale_out[:, 0], scale_in[:, 0]
+    if u.dtype is torch.float64 or v.dtype is torch.float64:
+        u, v = u.float(), v.float()
+    return u.contiguous(), v.contiguous()
 
 
 def forward(
@@ -142,6 +145,7 @@ def forward(
             DESCRIPTORS=boxes,
             EVEN_K=k % bk == 0,
             PRECISION="tf32" if kind == "tf32" else "ieee",
+            ROUND_TF32=kind == "tf32" and not interpreting(),
             EMULATE_BF16=_emulate_bf16(x),
             BLOCK_M=bm,
             BLOCK_N=bn,
@@ -197,6 +201,7 @@ def grad_input(
             DESCRIPTORS=boxes,
             EVEN_N=(n // groups) % bn == 0,
             PRECISION="tf32" if kind == "tf32" else "ieee",
+            ROUND_TF32=kind == "tf32" and not interpreting(),
             EMULATE_BF16=_emulate_bf16(dy),
             BLOCK_M=bm,
             BLOCK_N=bn,
@@ -264,6 +269,7 @@ def grad_scales(
             HAS_SHIFT=need_shift,
             DESCRIPTORS=boxes,
             PRECISION="tf32" if kind == "tf32" else "ieee",
+            ROUND_TF32=kind == "tf32" and not interpreting(),
             EMULATE_BF16=_emulate_bf16(x),
             BLOCK_M=bm,
             BLOCK_N=bn,

@@ -33,9 +33,18 @@ def operand(tile, EMULATE_BF16: tl.constexpr):
 
 
 @triton.jit
-def rescale(w, u, v, DTYPE: tl.constexpr, EMULATE_BF16: tl.constexpr):
+def round_to_tf32(tile):
+    """float32 -> the nearest TF32 value: left alone, the tensor cores cut the last 13 bits off."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [tile], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def rescale(w, u, v, DTYPE: tl.constexpr, ROUND_TF32: tl.constexpr, EMULATE_BF16: tl.constexpr):
     """W * (1 + u v) in float32, rounded once to the compute dtype (numerics contract)."""
-    return operand(narrow(w.to(tl.float32) * (1.0 + u * v), DTYPE, EMULATE_BF16), EMULATE_BF16)
+    rescaled = narrow(w.to(tl.float32) * (1.0 + u * v), DTYPE, EMULATE_BF16)
+    if ROUND_TF32:
+        rescaled = round_to_tf32(rescaled)
+    return operand(rescaled, EMULATE_BF16)
 
 
 @triton.jit

@@ -211,11 +211,24 @@ def test_tf32_follows_pytorchs_flag(gpu):
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_int32(gpu):
-    """M * K above 2**31: row offsets must be 64 bits wide."""
-    m, k = 2**22 + 5, 520
-    p = make_problem(64, 64, k, dtype=BF16, device=gpu)
-    x = torch.zeros(m, k, dtype=BF16, device=gpu)
-    x[-64:] = p.x
-    y = launch.forward(x, *p.forward_args[1:])
-    assert torch.equal(y[-64:], launch.forward(*p.forward_args, config=None))
+@pytest.mark.parametrize("path", ["boxes", "elements"])
+def test_offsets_beyond_int32(gpu, path):
+    """M * N above 2**31 in y, in dy of both backward kernels, and M * K in x: rows need 64-bit offsets."""
+    if path == "boxes" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the copy engine is for compute capability 9.0 and later")
+    m, wide, narrow = 2**22 + 5, 520, 8
+    small = make_problem(64, wide, narrow, dtype=BF16, device=gpu)
+    x, dy = (torch.zeros(m, width, dtype=BF16, device=gpu) for width in (narrow, wide))
+    x[-64:], dy[-64:] = small.x, small.dy
+    large = Problem(x, *small.forward_args[1:], dy)
+    got, expected = solve(large, None, path), solve(small, None, path)
+    assert torch.equal(got.y[-64:], expected.y)
+    assert torch.equal(got.dx[-64:], expected.dx)
+    for name in ("du", "dv", "df"):
+        assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-5, atol=1e-4)
+    del large, dy, got
+    flipped = make_problem(64, narrow, wide, dtype=BF16, device=gpu)
+    x = torch.zeros(m, wide, dtype=BF16, device=gpu)
+    x[-64:] = flipped.x
+    y = launch.forward(x, *flipped.forward_args[1:], path=path)
+    assert torch.equal(y[-64:], launch.forward(*flipped.forward_args, path=path))

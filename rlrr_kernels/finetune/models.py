@@ -1,0 +1,78 @@
+"""The timm model of a run: its weights, a new head, and what the method trains."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rlrr_kernels.adapt import apply_rlrr, head
+from rlrr_kernels.finetune.settings import Settings
+
+
+def build_model(settings: Settings, classes: int) -> nn.Module:
+    """The timm model with a new head, and what the method trains left trainable.
+
+    Raises:
+        ValueError: timm does not know the model, its weights cannot be had or do not
+            fit, or it has batch norm, whose running statistics an adapter would lack.
+        TypeError: ``method="rlrr"`` with a model that is no timm ``VisionTransformer``.
+    """
+    options: dict[str, Any] = {"num_classes": classes}
+    if settings.drop_path:
+        options["drop_path_rate"] = settings.drop_path
+    pretrained = settings.pretrained and settings.checkpoint is None
+    try:
+        model = timm.create_model(settings.model, pretrained=pretrained, **options)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"model {settings.model!r} cannot be built: {error}") from error
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ValueError(f"model: {settings.model!r} has batch norm; expected one without, such as a ViT")
+    if settings.checkpoint is not None:
+        load_backbone(model, settings.checkpoint)
+    # timm keeps a pretrained head of the same size, which means nothing for other classes
+    model.reset_classifier(classes)
+    if settings.method == "rlrr":
+        apply_rlrr(model, init=settings.init)
+    elif settings.method == "linear":
+        model.requires_grad_(False)
+        head(model).requires_grad_(True)
+    return model
+
+
+def load_backbone(model: nn.Module, path: Path) -> None:
+    """Copy a checkpoint into everything but the head; position embeddings are resized as timm does.
+
+    Args:
+        model: a timm model.
+        path: safetensors, or a ``.pth`` that holds tensors only (code in it is not run).
+
+    Raises:
+        ValueError: no such file format, or names or shapes that differ outside the head.
+    """
+    try:
+        state: dict[str, Tensor] = load_state_dict(str(path), device="cpu", weights_only=True)
+        if isinstance(model, VisionTransformer):
+            state = checkpoint_filter_fn(state, model)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    names = config.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {error}") from error
+    problems = [f"missing {name}" for name in missing if not name.startswith(heads)]
+    problems += [f"unexpected {name}" for name in unexpected]
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {shown}")
