@@ -42,7 +42,7 @@ class Settings:
     epochs: int = 20
     warmup_epochs: int = 2
     batch_size: int = 32
-    lr: float = 5e-3
+    lr: float = 1e-2
     warmup_lr: float = 1e-7
     min_lr: float = 1e-8
     weight_decay: float = 5e-5
