@@ -71,7 +71,7 @@ def main() -> None:
                 images = torch.stack([test[i][0] for i in range(len(test))]).to(prepared.device)
                 merge = merge_check(prepared.model, images)
 
-    table = Table(title="Handwritten digits: 800 training images, a 1.0M-parameter ViT pretrained on Fashion-MNIST")
+    table = Table(title="800 handwritten digits, a 1.0M-parameter ViT pretrained on Fashion-MNIST")
     for column, justify in (("method", "left"), ("trained parameters", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column(f"test accuracy, mean of {args.seeds} seeds (each)", justify="right")
