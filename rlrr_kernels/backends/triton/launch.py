@@ -61,8 +61,20 @@ def _arithmetic(dtype: torch.dtype) -> Arithmetic:
     return configs.arithmetic(dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def _emulate_bf16(x: Tensor) -> bool:
-    return interpreting() and x.dtype is torch.bfloat16
+def _options(config: Config, x: Tensor, kind: Arithmetic, boxes: bool) -> dict[str, Any]:
+    """What all three kernels take at compile time. Fused multiply-adds are asked for: Triton's default will change."""
+    return {
+        "DESCRIPTORS": boxes,
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "ROUND_TF32": kind == "tf32" and not interpreting(),
+        "EMULATE_BF16": interpreting() and x.dtype is torch.bfloat16,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def _fits_boxes(t: Tensor) -> bool:
@@ -142,17 +154,8 @@ def forward(
             y.stride(0),
             HAS_BIAS=bias is not None,
             HAS_SHIFT=shift is not None,
-            DESCRIPTORS=boxes,
             EVEN_K=k % bk == 0,
-            PRECISION="tf32" if kind == "tf32" else "ieee",
-            ROUND_TF32=kind == "tf32" and not interpreting(),
-            EMULATE_BF16=_emulate_bf16(x),
-            BLOCK_M=bm,
-            BLOCK_N=bn,
-            BLOCK_K=bk,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            **_options(config, x, kind, boxes),
         )
     return y
 
@@ -198,17 +201,8 @@ def grad_input(
             dx.stride(0),
             ONE_GROUP=groups == 1,
             WEIGHT_LEFT=device.has_wgmma,
-            DESCRIPTORS=boxes,
             EVEN_N=(n // groups) % bn == 0,
-            PRECISION="tf32" if kind == "tf32" else "ieee",
-            ROUND_TF32=kind == "tf32" and not interpreting(),
-            EMULATE_BF16=_emulate_bf16(dy),
-            BLOCK_M=bm,
-            BLOCK_N=bn,
-            BLOCK_K=bk,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            **_options(config, dy, kind, boxes),
         )
     return dx
 
@@ -267,16 +261,7 @@ def grad_scales(
             *weight.stride(),
             v.stride(0),
             HAS_SHIFT=need_shift,
-            DESCRIPTORS=boxes,
-            PRECISION="tf32" if kind == "tf32" else "ieee",
-            ROUND_TF32=kind == "tf32" and not interpreting(),
-            EMULATE_BF16=_emulate_bf16(x),
-            BLOCK_M=bm,
-            BLOCK_N=bn,
-            BLOCK_K=bk,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            **_options(config, x, kind, boxes),
         )
         n_blocks, k_blocks = triton.cdiv(n, block), triton.cdiv(k, block)
         sum_partials_kernel[(n_blocks * (1 + need_shift) + groups * k_blocks,)](

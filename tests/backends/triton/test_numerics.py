@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlrr_kernels.backends.triton import launch
-from rlrr_kernels.backends.triton.config import Config
+from rlrr_kernels.backends.triton.config import Config, Device
 from tests.oracle import Answer, Problem, check, make_problem
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -69,6 +69,19 @@ def test_weight_of_another_dtype(triton_device, dtype, weight_dtype, path):
 def test_bias_and_shift_each_absent(triton_device, bias, shift):
     p = make_problem(40, 20, 24, bias=bias, shift=shift, device=triton_device)
     check(p, solve(p, SMALL, path="elements"))
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "groups"), [(33, 17, 19, 1), (70, 30, 72, 3), (197, 48, 40, 3), (70, 64, 64, 1)]
+)
+def test_the_form_for_mma_sync(monkeypatch, m, n, k, groups, dtype):
+    """GPUs without wgmma keep W' on the right in grad_input: other code, the same results."""
+    if not launch.interpreting():
+        pytest.skip("a GPU runs the form that it needs itself")
+    monkeypatch.setattr(launch, "INTERPRETED_DEVICE", Device((8, 0), 108, 166_912))
+    assert not launch.INTERPRETED_DEVICE.has_wgmma
+    check(p := make_problem(m, n, k, groups, dtype), solve(p, SMALL, "elements"))
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
