@@ -1,7 +1,8 @@
 """Problems, their float64 answers, and the yardstick every backend is measured with.
 
 A result passes if its error against float64 is at most twice the error of the
-plain PyTorch formula in the same dtype, plus one rounding of that dtype. Scale
+plain PyTorch formula in the same dtype, plus one rounding of that dtype: eps, or
+eps / sqrt(count) for 16-bit values, over which independent roundings average. Scale
 gradients are float32 by contract whatever x is, so their yardstick is the formula
 in float32 on the same values; on a GPU the tensor cores' own way of adding is
 allowed for.
@@ -111,7 +112,12 @@ def assert_close(name: str, got: Tensor, plain: Tensor, exact: Tensor, more: flo
     assert got.shape == plain.shape, f"{name}: shape {list(got.shape)}, expected {list(plain.shape)}"
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
     ours, theirs = error(got, exact), error(plain, exact)
-    bound = 2 * theirs + torch.finfo(plain.dtype).eps + more
+    # one rounding more than the formula's averages out over many narrow values; float32 results
+    # differ in the order of their sums as well, which does not
+    rounding = torch.finfo(plain.dtype).eps
+    if plain.dtype.itemsize == 2:
+        rounding /= max(plain.numel(), 1) ** 0.5
+    bound = 2 * theirs + rounding + more
     assert ours <= bound, f"{name}: error {ours:.2e}, the plain formula's {theirs:.2e}, allowed {bound:.2e}"
 
 

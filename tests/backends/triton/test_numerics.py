@@ -176,6 +176,27 @@ def test_two_runs_agree_bit_for_bit(triton_device, dtype):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
 
 
+def test_the_order_of_programs_does_not_matter(monkeypatch):
+    """Two programs that wrote one place differently would race on a GPU; run backwards, they would show here."""
+    if not launch.interpreting():
+        pytest.skip("only the interpreter runs programs in an order that can be chosen")
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    p = make_problem(70, 30, 72, 3)  # tiles that are cut short by their group's end
+    forwards = solve(p, SMALL, "elements")
+    set_index, order = builder.set_grid_idx, []
+
+    def backwards(x, y, z):
+        order.append(x)
+        set_index(builder.grid_dim[0] - 1 - x, y, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    reversed_ = solve(p, SMALL, "elements")
+    assert len(order) > 20
+    for name in ("y", "dx", "du", "dv", "df"):
+        assert torch.equal(getattr(forwards, name), getattr(reversed_, name)), name
+
+
 def test_infinity_and_nan_reach_only_what_they_should(triton_device):
     """An edge tile's padding must not carry an inf or nan of one row into another."""
     p = make_problem(35, 18, 21, device=triton_device)
