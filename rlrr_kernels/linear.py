@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.functional import rescaled_linear
-from rlrr_kernels.reference import rescaled_weight
+from rlrr_kernels.reference import accumulation_dtype, rescaled_weight
 
-#: ``"paper"``, ``"identity"``, or a function that fills (scale_out, scale_in) in place.
+#: The starts of u and v that have a name, see :class:`FusedRLRRLinear`.
+INITS = ("paper", "identity")
+
+#: One of :data:`INITS`, or a function that fills (scale_out, scale_in) in place.
 Init = str | Callable[[Tensor, Tensor], None]
 
 
@@ -57,13 +60,12 @@ class FusedRLRRLinear(nn.Linear):
     ) -> None:
         if groups < 1 or out_features % groups:
             raise ValueError(f"groups: expected a divisor of out_features = {out_features}, got {groups}")
-        if isinstance(init, str) and init not in ("paper", "identity"):
+        if isinstance(init, str) and init not in INITS:
             raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {init!r}")
         self.groups = groups
         self.init = init
         super().__init__(in_features, out_features, bias, device, dtype)
-        wide = torch.float64 if self.weight.dtype is torch.float64 else torch.float32
-        new: dict[str, Any] = {"device": self.weight.device, "dtype": wide}
+        new: dict[str, Any] = {"device": self.weight.device, "dtype": accumulation_dtype(self.weight.dtype)}
         v_shape = (1, in_features) if groups == 1 else (groups, 1, in_features)
         self.scale_out = nn.Parameter(torch.empty((out_features, 1), **new))
         self.scale_in = nn.Parameter(torch.empty(v_shape, **new))
@@ -82,13 +84,12 @@ class FusedRLRRLinear(nn.Linear):
             groups, init: as in the constructor.
         """
         layer = cls(linear.in_features, linear.out_features, False, "meta", groups=groups, init=init)
-        device, dtype = linear.weight.device, linear.weight.dtype
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        new: dict[str, Any] = {"device": linear.weight.device, "dtype": accumulation_dtype(linear.weight.dtype)}
         linear.requires_grad_(False)
         layer.weight, layer.bias = linear.weight, linear.bias
         for name in ("scale_out", "scale_in", "shift"):
             shape = getattr(layer, name).shape
-            setattr(layer, name, nn.Parameter(torch.empty(shape, device=device, dtype=wide)))
+            setattr(layer, name, nn.Parameter(torch.empty(shape, **new)))
         layer.reset_scales()
         return layer.train(linear.training)
 

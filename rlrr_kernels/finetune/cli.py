@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlrr_kernels.finetune.loop import prepare, train
 from rlrr_kernels.finetune.settings import METHODS, PRECISIONS, Settings
+from rlrr_kernels.linear import INITS
 
 DESCRIPTION = """\
 Fine-tune a timm vision transformer by RLRR, or by a linear probe or fully to compare.
@@ -43,7 +44,7 @@ HELP = {
     "seed": "of initial values, order and validation split",
     "out": "run folder, which must not exist (default: a new one under runs/)",
 }
-CHOICES = {"method": METHODS, "precision": PRECISIONS, "init": ("paper", "identity")}
+CHOICES = {"method": METHODS, "precision": PRECISIONS, "init": INITS}
 PATHS = ("checkpoint", "data_root", "out")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlrr_kernels.finetune.embedded import EMBEDDED_MODEL
+from rlrr_kernels.linear import INITS
 
 METHODS = ("rlrr", "linear", "full")
 PRECISIONS = ("fp32", "bf16")
@@ -55,7 +56,7 @@ class Settings:
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", METHODS), ("precision", PRECISIONS), ("init", ("paper", "identity"))):
+        for name, allowed in (("method", METHODS), ("precision", PRECISIONS), ("init", INITS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("workers", 0)):

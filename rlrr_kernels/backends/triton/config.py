@@ -56,6 +56,17 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Config:
+    """A kernel's compile-time choice, in the kernels' own letters."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class Tile:
     """One candidate: tile sizes, warps, pipeline depth, and the share of the peak it can reach."""
 
@@ -66,16 +77,11 @@ class Tile:
     stages: int
     efficiency: float
 
-
-@dataclass(frozen=True)
-class Config:
-    """A kernel's compile-time choice, in the kernels' own letters."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
+    def config(self, kernel: Product | Literal["grad_scales"]) -> Config:
+        """In the kernel's letters: grad_input sums over N and its features are K."""
+        if kernel == "grad_input":
+            return Config(self.tokens, self.depth, self.features, self.warps, self.stages)
+        return Config(self.tokens, self.features, self.depth, self.warps, self.stages)
 
 
 # forward and grad_input; wide over tokens, since every rescaled element of W then serves more of them
@@ -179,8 +185,7 @@ def forward_config(
 ) -> Config:
     """Tile of ``forward_kernel`` for x ``[m, k]`` and W ``[n, k]``; sizes of an element in bytes."""
     tiles = product_tiles("forward", kind, path, x_size, weight_size, device)
-    tile = _product_tile(m, groups, n // groups, tiles, device)
-    return Config(tile.tokens, tile.features, tile.depth, tile.warps, tile.stages)
+    return _product_tile(m, groups, n // groups, tiles, device).config("forward")
 
 
 @lru_cache(maxsize=4096)
@@ -188,8 +193,8 @@ def grad_input_config(
     m: int, n: int, k: int, groups: int, kind: Arithmetic, path: Path, x_size: int, weight_size: int, device: Device
 ) -> Config:
     """Tile of ``grad_input_kernel`` for dy ``[m, n]`` and W ``[n, k]``; sizes of an element in bytes."""
-    tile = _product_tile(m, 1, k, product_tiles("grad_input", kind, path, x_size, weight_size, device), device)
-    return Config(tile.tokens, tile.depth, tile.features, tile.warps, tile.stages)
+    tiles = product_tiles("grad_input", kind, path, x_size, weight_size, device)
+    return _product_tile(m, 1, k, tiles, device).config("grad_input")
 
 
 @lru_cache(maxsize=4096)
@@ -214,7 +219,7 @@ def grad_scales_config(
             cost = waves * (split_tokens + EPILOGUE_TOKENS) * tile.features * tile.depth / tile.efficiency
             choices.append((cost, tile, split_tokens))
     _, tile, split_tokens = min(choices, key=lambda choice: choice[0])
-    return Config(tile.tokens, tile.features, tile.depth, tile.warps, tile.stages), split_tokens
+    return tile.config("grad_scales"), split_tokens
 
 
 @lru_cache(maxsize=64)

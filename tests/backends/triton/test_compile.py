@@ -43,9 +43,7 @@ def _configs(
     else:
         tiles = configs.product_tiles(kernel, kind, path, x, weight, device)
     assert tiles, f"no tile of {kernel} fits {device}"
-    if kernel == "grad_input":
-        return [Config(t.tokens, t.depth, t.features, t.warps, t.stages) for t in tiles]
-    return [Config(t.tokens, t.features, t.depth, t.warps, t.stages) for t in tiles]
+    return [tile.config(kernel) for tile in tiles]
 
 
 def _cases(kernel: str, device: Device) -> list[dict]:
