@@ -8,10 +8,10 @@ from rlrr_kernels.adapt import (
     param_groups,
     print_trainable_parameters,
 )
+from rlrr_kernels.backends.choice import backend_for, use_backend
 from rlrr_kernels.checkpoint import load_adapter, save_adapter
 from rlrr_kernels.functional import rescaled_linear
 from rlrr_kernels.linear import FusedRLRRLinear
-from rlrr_kernels.ops import backend_for, use_backend
 
 __all__ = [
     "FusedRLRRLinear",

@@ -10,9 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlrr_kernels import ops, reference, rescaled_linear, use_backend
-from tests.oracle import Answer, check, device_of, make_problem
-
-BACKENDS = ["reference", "triton"]
+from tests.oracle import BACKENDS, Answer, check, device_of, make_problem, require
 
 
 def _run(p, backend, x=None, dy=None):
@@ -27,12 +25,15 @@ def _run(p, backend, x=None, dy=None):
     return y.detach(), x.grad, [t.grad for t in leaves], {k: t.grad for k, t in offsets.items()}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize(("bias", "shift"), list(itertools.product([False, True], repeat=2)))
-def test_gradcheck_in_float64(groups, bias, shift):
+def test_gradcheck_in_float64(backend, groups, bias, shift):
+    require(backend, torch.float64)
     p = make_problem(5, 6, 4, groups, torch.float64, bias=bias, shift=shift)
     inputs = [t if t is None else t.requires_grad_() for t in p.forward_args]
-    assert torch.autograd.gradcheck(rescaled_linear, tuple(inputs))
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(rescaled_linear, tuple(inputs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -40,7 +41,7 @@ def test_gradcheck_in_float64(groups, bias, shift):
 @pytest.mark.parametrize("shape", [(), (7,), (2, 5), (2, 3, 4), (2, 2, 3, 2)], ids=str)
 def test_inputs_of_one_to_four_dimensions(backend, dtype, shape):
     m = int(torch.Size(shape).numel())
-    p = make_problem(m, 18, 20, 3, dtype, device=device_of(backend))
+    p = make_problem(m, 18, 20, 3, dtype, device=require(backend, dtype))
     y, dx, (du, dv), offsets = _run(p, backend, p.x.view(*shape, 20), p.dy.view(*shape, 18))
     assert y.shape == (*shape, 18)
     assert dx.shape == (*shape, 20)
@@ -50,8 +51,8 @@ def test_inputs_of_one_to_four_dimensions(backend, dtype, shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 20), (3, 0, 20)], ids=str)
 def test_no_rows_at_all(backend, shape):
-    p = make_problem(4, 18, 20, 3, device=device_of(backend))
-    device = device_of(backend)
+    device = require(backend)
+    p = make_problem(4, 18, 20, 3, device=device)
     x, dy = torch.zeros(shape, device=device), torch.zeros(*shape[:-1], 18, device=device)
     y, dx, (du, dv), offsets = _run(p, backend, x, dy)
     assert y.shape == dy.shape
@@ -63,7 +64,7 @@ def test_no_rows_at_all(backend, shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_input_and_expanded_gradient(backend):
     """x transposed in memory, and the stride-0 gradient that ``.sum()`` sends back."""
-    p = make_problem(12, 18, 20, device=device_of(backend))
+    p = make_problem(12, 18, 20, device=require(backend))
     p.x = p.x.mT.contiguous().mT
     p.dy = torch.ones(1, 1, device=p.x.device).expand(12, 18)
     y, dx, (du, dv), offsets = _run(p, backend)
@@ -90,7 +91,7 @@ def test_scale_shapes_are_free_and_gradients_follow_them(u_shape, v_shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_an_unfrozen_weight_and_bias_get_right_gradients(backend, groups):
-    p = make_problem(9, 8, 12, groups, device=device_of(backend))
+    p = make_problem(9, 8, 12, groups, device=require(backend))
     weight, bias = p.weight.clone().requires_grad_(), p.bias.clone().requires_grad_()
     with use_backend(backend):
         got = torch.autograd.grad(
@@ -247,10 +248,10 @@ def test_gpu_memory_above_a_plain_linear(gpu):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_sets_the_dtype_of_the_product_and_leaves_parameters_alone(backend):
-    p = make_problem(9, 8, 12, device=device_of(backend))
+    device = require(backend)
+    p = make_problem(9, 8, 12, device=device)
     leaves = [t.clone().requires_grad_() for t in (p.x, p.scale_out, p.scale_in, p.shift)]
     x, u, v, f = leaves
-    device = device_of(backend)
     with use_backend(backend), torch.autocast(device, torch.bfloat16):
         y = rescaled_linear(x, p.weight, u, v, p.bias, f)
         with torch.autocast(device, enabled=False):

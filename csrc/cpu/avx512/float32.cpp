@@ -1,0 +1,22 @@
+#if defined(__x86_64__)
+// standard headers first: what follows is compiled for AVX-512, and they are shared with files that are not
+#include <algorithm>
+#include <cstring>
+
+#include <immintrin.h>
+
+#include "../runtime.h"
+#include "passes.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq")
+#endif
+#include "passes_body.h"
+
+const rlrr::avx512::Passes rlrr::avx512::float32_passes = rlrr::passes_of<rlrr::Float32>;
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

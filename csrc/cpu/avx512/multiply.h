@@ -1,0 +1,52 @@
+// The innermost loop: one tile of a product, its sums in registers.
+#pragma once
+
+#include "units.h"
+
+namespace rlrr {
+namespace {
+
+// 24 sums, 3 columns of operands and a broadcast row are 28 of the 32 registers
+constexpr int64_t tile_rows = 8, vectors = 3, tile_cols = vectors * lanes;
+
+using Word = uint32_t;  // one unit
+
+struct Tile {
+  __m512 sum[tile_rows][vectors];
+};
+
+// Rows of the left operand, units apart by `unit_step`, rows by `row_step`
+struct Rows {
+  const Word* data;
+  int64_t row_step, unit_step;
+};
+
+// sum over p of left(i, p) * right[p][j]; right is packed [units][tile_cols]
+template <class Unit>
+inline __attribute__((always_inline)) void multiply(Rows left, const Word* right, int64_t units, Tile& tile) {
+#pragma GCC unroll 8
+  for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 3
+    for (int j = 0; j < vectors; ++j) tile.sum[i][j] = _mm512_setzero_ps();
+  }
+  // two base addresses: x86 reaches four rows from each without arithmetic
+  const Word *near = left.data, *far = left.data + 4 * left.row_step;
+  for (int64_t p = 0; p < units; ++p) {
+    __m512i cols[vectors];
+#pragma GCC unroll 3
+    for (int j = 0; j < vectors; ++j) cols[j] = _mm512_loadu_si512(right + j * lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < tile_rows; ++i) {
+      const Word* word = (i < 4 ? near : far) + (i % 4) * left.row_step;
+      const __m512i row = _mm512_set1_epi32(static_cast<int>(*word));
+#pragma GCC unroll 3
+      for (int j = 0; j < vectors; ++j) tile.sum[i][j] = Unit::multiply_add(tile.sum[i][j], row, cols[j]);
+    }
+    near += left.unit_step;
+    far += left.unit_step;
+    right += tile_cols;
+  }
+}
+
+}  // namespace
+}  // namespace rlrr

@@ -1,0 +1,53 @@
+#include <algorithm>
+
+#include "../dispatch.h"
+#include "../loops.h"
+#include "passes.h"
+#include "../rows.h"
+#include "../runtime.h"
+
+namespace rlrr::blas {
+
+namespace {
+
+// W' of some rows, all of K, row-major
+template <class T, class W>
+void rescale_rows(const Layer& layer, int64_t first, int64_t count, T* panel) {
+  using A = Wide<T>;
+  const int64_t k = layer.k();
+  const A *u = static_cast<const A*>(layer.u), *v = static_cast<const A*>(layer.v);
+  const auto rescale = rescale_row(T{}, W{});
+  parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+    ContiguousRow<W> weight_row(layer.weight);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = first + i;
+      rescale(weight_row(n, 0, k), u[n], v + layer.group_of(n) * k, k, panel + i * k);
+    }
+  });
+}
+
+}  // namespace
+
+int64_t scratch_bytes(const Layer& layer) {
+  // the formula holds three float32 copies of W's size at once, and more where there are many tokens
+  const int64_t formula = 12 * layer.n() * layer.k();
+  // a panel must hold a few rows, or columns, however long they are
+  const int64_t least = 16 * 8 * std::max(layer.n(), layer.k());
+  return std::max(std::clamp<int64_t>(formula / 25, 64 << 10, 2 << 20), least);
+}
+
+void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, void* scratch, int64_t bytes) {
+  const int64_t n = layer.n(), k = layer.k();
+  const int64_t rows = std::clamp<int64_t>(bytes / (k * element_size(x.dtype)), 1, n);
+  for (int64_t first = 0; first < n; first += rows) {
+    const int64_t count = std::min(rows, n - first);
+    dispatch(x.dtype, layer.weight.dtype, [&](auto t, auto w) {
+      rescale_rows<decltype(t), decltype(w)>(layer, first, count, static_cast<decltype(t)*>(scratch));
+    });
+    const Matrix panel{scratch, count, k, k, 1, x.dtype};
+    const char* part = static_cast<const char*>(offset);
+    linear(x, panel, part ? part + first * element_size(x.dtype) : nullptr, y.block(0, y.rows, first, count));
+  }
+}
+
+}  // namespace rlrr::blas

@@ -1,0 +1,18 @@
+// The passes by BLAS, on any CPU: a panel of W' or of G at a time, in a scratch that stays in cache.
+//
+// Contracts as in ../passes.h, but the offset is in T, and grad_scales adds to du and dv.
+#pragma once
+
+#include "../types.h"
+
+namespace rlrr::blas {
+
+// About a twentieth of what the formula in PyTorch allocates for the same sizes, and a few MB at most.
+int64_t scratch_bytes(const Layer& layer);
+
+void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, void* scratch, int64_t bytes);
+void grad_input(const Matrix& dy, const Layer& layer, const Matrix& dx, void* scratch, int64_t bytes);
+void grad_scales(const Matrix& dy, const Matrix& x, const Layer& layer, void* du, void* dv, void* scratch,
+                 int64_t bytes);
+
+}  // namespace rlrr::blas

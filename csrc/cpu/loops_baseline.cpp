@@ -1,0 +1,5 @@
+#include "loops.h"
+
+#define RLRR_ISA baseline
+#define RLRR_ISA_NAME "baseline"
+#include "loops_body.h"

@@ -1,0 +1,29 @@
+// The three passes on the CPU, none of which ever holds W' whole.
+//
+// x and dy [M, K] and [M, N] of one dtype T, any strides; W of T or, for 32- and 16-bit T, float32 or
+// bfloat16; u, v, du, dv and df in Wide<T>. Outputs are contiguous in their last dimension.
+#pragma once
+
+#include "types.h"
+
+namespace rlrr {
+
+enum class Pass { forward, grad_input, grad_scales };
+
+// Bytes of scratch that a pass wants for these sizes.
+int64_t scratch_bytes(Pass pass, Dtype dtype, const Layer& layer);
+
+// y = x W'^T + offset; offset [N] in Wide<T>, or null
+void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, void* scratch, int64_t bytes);
+
+// dx = dy W'
+void grad_input(const Matrix& dy, const Layer& layer, const Matrix& dx, void* scratch, int64_t bytes);
+
+// du [N], dv [groups, K]
+void grad_scales(const Matrix& dy, const Matrix& x, const Layer& layer, void* du, void* dv, void* scratch,
+                 int64_t bytes);
+
+// df [N] = dy summed over the tokens
+void sum_tokens(const Matrix& dy, void* df);
+
+}  // namespace rlrr

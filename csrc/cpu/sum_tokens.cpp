@@ -1,0 +1,44 @@
+#include <algorithm>
+
+#include "dispatch.h"
+#include "loops.h"
+#include "passes.h"
+#include "rows.h"
+#include "runtime.h"
+
+namespace rlrr {
+
+namespace {
+
+// Tokens that are summed before they join the total: long float32 sums lose digits
+constexpr int64_t block_tokens = 128;
+// Columns that a thread sums at a time: they stay in the first cache
+constexpr int64_t block_cols = 512;
+
+template <class T>
+void sum(const Matrix& dy, Wide<T>* df) {
+  const auto add = add_row(T{});
+  const int64_t blocks = (dy.cols + block_cols - 1) / block_cols;
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    ContiguousRow<T> row(dy);
+    Wide<T> part[block_cols];
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t col = b * block_cols, count = std::min(block_cols, dy.cols - col);
+      std::fill_n(df + col, count, Wide<T>{0});
+      for (int64_t first = 0; first < dy.rows; first += block_tokens) {
+        std::fill_n(part, count, Wide<T>{0});
+        const int64_t last = std::min(first + block_tokens, dy.rows);
+        for (int64_t m = first; m < last; ++m) add(row(m, col, count), count, part);
+        for (int64_t i = 0; i < count; ++i) df[col + i] += part[i];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void sum_tokens(const Matrix& dy, void* df) {
+  dispatch(dy.dtype, dy.dtype, [&](auto t, auto) { sum<decltype(t)>(dy, static_cast<Wide<decltype(t)>*>(df)); });
+}
+
+}  // namespace rlrr

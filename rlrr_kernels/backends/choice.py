@@ -1,0 +1,156 @@
+"""Which backend serves which tensors.
+
+``auto`` takes what was measured fastest for the device, dtype and number of tokens
+(``measured.json``), else the first of the backends that are tried for the device
+type without being asked; in both cases one that can serve the tensors.
+
+``measured.json`` is a list of rules, the first that fits counts::
+
+    {"device": "cpu", "dtype": "float32", "tokens": [1, 512], "backend": "reference", "source": "benchmarks/..."}
+
+``device`` is the name that ``torch.cuda.get_device_name`` gives, or ``cpu``;
+``tokens`` the first and last M, null for no limit; ``source`` the committed result
+that shows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from importlib import resources
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: name -> (module, device types it is tried for without being asked), best first.
+BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cpu": ("rlrr_kernels.backends.cpu", ("cpu",)),
+    "triton": ("rlrr_kernels.backends.triton", ("cuda",)),
+    # not yet measured on a GPU: by name, or by a rule of measured.json
+    "cuda": ("rlrr_kernels.backends.cuda", ()),
+    "reference": ("rlrr_kernels.reference", ("cuda", "cpu", "mps", "xpu")),
+}
+
+_forced: str | None = None
+_loaded: dict[str, ModuleType | str] = {}
+_warned: set[str] = set()
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of auto, {', '.join(BACKENDS)}")
+    return name
+
+
+def _requested() -> str | None:
+    """The backend asked for by ``use_backend`` or ``RLRR_BACKEND``, or None for a free choice."""
+    if _forced is not None:
+        return None if _forced == "auto" else _forced
+    name = os.environ.get("RLRR_BACKEND", "auto")
+    return None if name in ("auto", "") else _checked(name, "RLRR_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block, in all threads, on one backend.
+
+    ``name``: ``"cpu"``, ``"triton"``, ``"cuda"``, ``"reference"`` or ``"auto"`` (the
+    default choice). It takes precedence over the environment variable
+    ``RLRR_BACKEND``. Backward runs on whatever is in force when it runs. Raises
+    ``ValueError`` for another name; an op raises ``RuntimeError`` where the named
+    backend cannot serve its tensors.
+    """
+    global _forced
+    if name != "auto":
+        _checked(name, "use_backend")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def load(name: str) -> ModuleType | str:
+    """The backend's module, or why it cannot be imported here."""
+    if name not in _loaded:
+        try:
+            _loaded[name] = importlib.import_module(BACKENDS[name][0])
+        except ImportError as error:
+            _loaded[name] = f"it cannot be imported: {error}"
+    return _loaded[name]
+
+
+def refusal(name: str, x: Tensor, weight: Tensor) -> str | None:
+    """Why the backend cannot serve these tensors, or None if it can."""
+    module = load(name)
+    return module if isinstance(module, str) else module.unsupported(x, weight)
+
+
+@functools.cache
+def _rules(device: str, dtype: str) -> tuple[dict[str, Any], ...]:
+    rules = json.loads(resources.files("rlrr_kernels.backends").joinpath("measured.json").read_text())
+    return tuple(rule for rule in rules if rule["device"] == device and rule["dtype"] == dtype)
+
+
+@functools.cache
+def _device_name(kind: str, index: int | None) -> str:
+    return torch.cuda.get_device_name(index) if kind == "cuda" else kind
+
+
+def _measured(x: Tensor) -> str | None:
+    """The backend that a rule of ``measured.json`` names for x ``[M, ...]``, or None."""
+    for rule in _rules(_device_name(x.device.type, x.device.index), str(x.dtype).removeprefix("torch.")):
+        first, last = rule["tokens"]
+        if x.shape[0] >= (first or 0) and (last is None or x.shape[0] <= last):
+            return rule["backend"]
+    return None
+
+
+def _without(name: str, instead: str) -> None:
+    """Say once that a preferred backend is not here."""
+    reason = load(name)
+    if isinstance(reason, str) and name not in _warned:
+        _warned.add(name)
+        warnings.warn(f"rlrr_kernels: backend {name!r} is not available, {instead!r} serves: {reason}", stacklevel=2)
+
+
+def backend_for(x: Tensor, weight: Tensor) -> str:
+    """Name of the backend that serves these tensors: the one asked for, or the best that can.
+
+    Raises ``RuntimeError`` if the one asked for cannot, saying why.
+    """
+    return explain(x, weight)[0]
+
+
+def explain(x: Tensor, weight: Tensor) -> tuple[str, str]:
+    """As :func:`backend_for`, with the reason for the choice."""
+    name = _requested()
+    if name is not None:
+        why = refusal(name, x, weight)
+        if why is not None:
+            raise RuntimeError(
+                f"backend {name!r} cannot serve {why}. Leave the choice open "
+                "(RLRR_BACKEND=auto, use_backend('auto')) or name another: " + ", ".join(BACKENDS)
+            )
+        return name, "asked for"
+    name = _measured(x)
+    if name is not None and refusal(name, x, weight) is None:
+        return name, "measured fastest"
+    refused = []
+    for name, (_, devices) in BACKENDS.items():
+        if x.device.type not in devices:
+            continue
+        why = refusal(name, x, weight)
+        if why is None:
+            for other in refused:
+                _without(other, name)
+            return name, f"default for {x.device.type}" if not refused else f"{', '.join(refused)} cannot serve it"
+        refused.append(name)
+    return "reference", f"serves every device, {x.device.type} too"

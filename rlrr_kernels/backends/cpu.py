@@ -1,0 +1,63 @@
+"""The C++ ops of ``csrc/cpu``: W' is formed a tile or a panel at a time, in cache.
+
+``RLRR_CPU_CAPABILITY`` (baseline, avx2, avx512, avx512_bf16) limits the instructions
+that they use; it is read once.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from rlrr_kernels.backends import library
+
+_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+if os.environ.get("RLRR_CPU_CAPABILITY", _CAPABILITIES[0]) not in _CAPABILITIES:
+    raise ValueError(
+        f"RLRR_CPU_CAPABILITY: expected one of {', '.join(_CAPABILITIES)}, got {os.environ['RLRR_CPU_CAPABILITY']!r}"
+    )
+library.load("cpu", "a C++ compiler")
+
+_PAIRS = {(torch.float64, torch.float64)} | {
+    (x, weight) for x in (torch.float32, torch.bfloat16) for weight in (torch.float32, torch.bfloat16)
+}
+_ops = torch.ops.rlrr_cpu
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Why this backend cannot serve these tensors, or None if it can."""
+    if x.device.type != "cpu":
+        return f"device {x.device}: it runs on CPUs"
+    if (x.dtype, weight.dtype) not in _PAIRS:
+        return (
+            f"x {x.dtype} with weight {weight.dtype}: it computes in float32 and bfloat16, with a weight of either, "
+            "and in float64"
+        )
+    return None
+
+
+def build() -> str:
+    """What the library was built with, and which instructions it uses on this CPU."""
+    return _ops.build()
+
+
+def forward(
+    x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
+    return _ops.forward(x, weight, scale_out, scale_in, bias, shift)
+
+
+def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
+    """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
+    return _ops.grad_input(dy, weight, scale_out, scale_in)
+
+
+def grad_scales(
+    dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32 or float64."""
+    return _ops.grad_scales(dy, x, weight, scale_out, scale_in, need_shift)

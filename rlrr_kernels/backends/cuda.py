@@ -1,0 +1,67 @@
+"""The CUDA C++ kernels of ``csrc/cuda``, for compute capability 8.0 and later.
+
+``RLRR_CUDA_HOPPER=1`` lets them use the experimental path for Hopper GPUs (bulk
+tensor copies and wgmma) where it takes the tensors; it is off by default.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from rlrr_kernels.backends import library
+
+if torch.version.cuda is None:
+    raise ImportError(f"torch {torch.__version__} is built without CUDA")
+library.load("cuda", "nvcc, on the PATH or in CUDA_HOME, and a torch built for CUDA")
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ops = torch.ops.rlrr_cuda
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Why this backend cannot serve these tensors, or None if it can."""
+    if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
+        return f"x {x.dtype} with weight {weight.dtype}: it computes in float32, float16 and bfloat16"
+    if x.device.type != "cuda":
+        return f"device {x.device}: it runs on NVIDIA GPUs"
+    capability = _capability(x.device.index)
+    return None if capability >= (8, 0) else f"compute capability {capability}: it needs 8.0 or later"
+
+
+def build() -> str:
+    """What the library was built with."""
+    return _ops.build()
+
+
+def _modes() -> tuple[bool, bool]:
+    """Whether TF32 may be used, and the Hopper path."""
+    # not allow_tf32: reading it raises once the user has set fp32_precision
+    return torch.backends.cuda.matmul.fp32_precision == "tf32", os.environ.get("RLRR_CUDA_HOPPER") == "1"
+
+
+def forward(
+    x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
+    return _ops.forward(x, weight, scale_out, scale_in, bias, shift, *_modes())
+
+
+def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
+    """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
+    return _ops.grad_input(dy, weight, scale_out, scale_in, *_modes())
+
+
+def grad_scales(
+    dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32."""
+    return _ops.grad_scales(dy, x, weight, scale_out, scale_in, need_shift, *_modes())

@@ -1,0 +1,27 @@
+"""Find and load the shared libraries that ``setup.py`` builds from ``csrc/``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent.parent / "lib"
+
+
+def load(name: str, builder: str) -> None:
+    """Load ``librlrr_<name>.so`` and with it the ops of the namespace ``rlrr_<name>``.
+
+    ``builder``: what the build needs. Raises ``ImportError``, in one line that ends
+    with the remedy, where the library is missing or this torch cannot load it.
+    """
+    path = FOLDER / f"librlrr_{name}.so"
+    remedy = "reinstall with pip install --no-build-isolation --force-reinstall --no-deps ."
+    if not path.exists():
+        raise ImportError(f"{path.name} is not in {FOLDER}: it was not built. With {builder}, {remedy}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        # torch's own error only names the file; the loader's, behind it, says what is wrong
+        why = error.__cause__ or error
+        raise ImportError(f"{path.name} does not load with torch {torch.__version__} ({why}); {remedy}") from error

@@ -1,0 +1,161 @@
+"""One suite that every backend passes: all results against float64, over shapes that are multiples of nothing."""
+
+import itertools
+
+import pytest
+import torch
+
+from rlrr_kernels import ops, use_backend
+from rlrr_kernels.backends import choice
+from tests.oracle import BACKENDS, Answer, Problem, check, make_problem, require
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+RESULTS = ("y", "dx", "du", "dv", "df")
+
+
+def solve(p: Problem, backend: str) -> Answer:
+    scales = (p.weight, p.scale_out, p.scale_in)
+    with use_backend(backend):
+        y = ops.forward(p.x, *scales, p.bias, p.shift)
+        return Answer(y, ops.grad_input(p.dy, *scales), *ops.grad_scales(p.dy, p.x, *scales, True))
+
+
+SHAPES = [  # M, N, K, groups
+    (1, 1, 1, 1),
+    (1, 7, 5, 1),
+    (33, 17, 19, 1),
+    (197, 10, 48, 1),  # a classifier's few outputs
+    (197, 48, 40, 3),
+    (70, 30, 72, 3),  # groups of 10 rows: every tile of a group is cut short
+    (65, 130, 67, 1),
+    (394, 96, 50, 2),  # many splits over the tokens
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "groups"), SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes(backend, m, n, k, groups, dtype):
+    p = make_problem(m, n, k, groups, dtype, device=require(backend, dtype))
+    check(p, solve(p, backend))
+
+
+@pytest.mark.parametrize(
+    "pair", list(itertools.permutations([torch.float32, torch.bfloat16, torch.float16], 2)), ids=str
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_of_another_dtype(backend, pair):
+    device = require(backend, pair[0])
+    p = make_problem(50, 48, 40, 3, *pair, device=device)
+    refusal = choice.refusal(backend, p.x, p.weight)
+    if refusal:
+        pytest.skip(refusal)
+    check(p, solve(p, backend))
+
+
+@pytest.mark.parametrize(("bias", "shift"), list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_and_shift_each_absent(backend, bias, shift):
+    p = make_problem(40, 20, 24, bias=bias, shift=shift, device=require(backend))
+    check(p, solve(p, backend))
+
+
+def _strided(t: torch.Tensor, how: str) -> torch.Tensor:
+    rows, cols = t.shape
+    if how == "transposed":
+        return t.mT.contiguous().mT
+    if how == "sliced":
+        wide = torch.full((2 * rows, 3 * cols), float("nan"), dtype=t.dtype, device=t.device)
+        wide[::2, ::3] = t
+        return wide[::2, ::3]
+    if how == "columns of a wider matrix":
+        wide = torch.full((rows, cols + 3), float("nan"), dtype=t.dtype, device=t.device)
+        wide[:, 1 : cols + 1] = t
+        return wide[:, 1 : cols + 1]
+    return t[:1, :1].expand(rows, cols)
+
+
+@pytest.mark.parametrize("how", ["transposed", "sliced", "columns of a wider matrix", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend, dtype, how):
+    p = make_problem(45, 26, 35, dtype=dtype, device=require(backend, dtype))
+    p.dy = _strided(p.dy, how)
+    if how != "expanded":  # all of one value, errors would add up instead of averaging out
+        p.x, p.weight = _strided(p.x, how), _strided(p.weight, how)
+    p.bias, p.shift = torch.stack([p.bias, p.bias], 1)[:, 0], torch.stack([p.shift, p.shift], 1)[:, 0]
+    check(p, solve(p, backend))
+
+
+@pytest.mark.parametrize("scales", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scales_of_another_dtype_and_strides(backend, scales):
+    p = make_problem(21, 12, 20, 2, device=require(backend))
+    p.scale_out = torch.cat([p.scale_out, p.scale_out], 1).to(scales)[:, :1]
+    p.scale_in = p.scale_in.to(scales).mT.contiguous().mT
+    p.shift = p.shift.to(scales)
+    assert not p.scale_out.is_contiguous()
+    check(p, solve(p, backend))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_power_of_two_scales_equal_a_prescaled_weight_bit_for_bit(backend, dtype):
+    """1 + uv in {2, 4} rounds nothing, so rescaling must change no bit of the product."""
+    p, plain = (
+        make_problem(50, 32, 48, 2, dtype, bias=False, shift=False, device=require(backend, dtype)) for _ in range(2)
+    )
+    p.scale_out = 1.0 + 2.0 * (torch.arange(32, device=p.x.device, dtype=p.scale_out.dtype)[:, None] % 2)
+    p.scale_in = torch.ones_like(p.scale_in)
+    plain.weight = (plain.weight * (1 + p.scale_out)).to(dtype)
+    plain.scale_out = torch.zeros_like(p.scale_out)
+    a, b = solve(p, backend), solve(plain, backend)
+    assert torch.equal(a.y, b.y)
+    assert torch.equal(a.dx, b.dx)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_u_du_equals_v_dv(backend, groups, dtype):
+    """Both are the sum of P * u v, whatever the rounding of the products; per group."""
+    p = make_problem(150, 48, 40, groups, dtype, device=require(backend, dtype))
+    got = solve(p, backend)
+    left = (p.scale_out.double() * got.du.double()).view(groups, -1).sum(1)
+    right = (p.scale_in.double() * got.dv.double()).view(groups, -1).sum(1)
+    size = (p.scale_out * got.du).double().abs().sum()
+    assert (left - right).abs().max() < 1e-6 * size
+    assert left.abs().min() > 1e-3  # not 0 = 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_agree_bit_for_bit(backend, dtype):
+    p = make_problem(394, 100, 70, 2, dtype, device=require(backend, dtype))
+    first, second = solve(p, backend), solve(p, backend)
+    for name in RESULTS:
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinity_and_nan_reach_only_what_they_should(backend):
+    """An edge tile's padding must not carry an inf or nan of one row into another."""
+    p = make_problem(35, 18, 21, device=require(backend))
+    p.x[3, 4], p.x[34, 20] = float("inf"), float("nan")
+    p.dy[7, 17] = float("nan")
+    got = solve(p, backend)
+    assert [m for m in range(35) if not torch.isfinite(got.y[m]).all()] == [3, 34]
+    assert [m for m in range(35) if not torch.isfinite(got.dx[m]).all()] == [7]
+    assert torch.isfinite(got.df).tolist() == [True] * 17 + [False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_df_is_skipped_unless_asked_for(backend):
+    p = make_problem(40, 20, 24, device=require(backend))
+    with use_backend(backend):
+        with_df, without = (
+            ops.grad_scales(p.dy, p.x, p.weight, p.scale_out, p.scale_in, need_shift) for need_shift in (True, False)
+        )
+    assert without[2].shape == (0,)
+    assert torch.equal(with_df[0], without[0])
+    assert torch.equal(with_df[1], without[1])
