@@ -186,7 +186,7 @@ def build_cuda(build: Build, out: Path) -> None:
     if ptx:
         general.append(f"-gencode=arch=compute_{ptx.rstrip('af')},code=compute_{ptx.rstrip('af')}")
     nvcc = [str(home / "bin" / "nvcc"), "-ccbin", build.cxx[0], "-std=c++20", "-O3", "-Xcompiler=-fPIC"]
-    nvcc += ["-Xcompiler=-fvisibility=hidden", "--expt-relaxed-constexpr", "-lineinfo"]
+    nvcc += ["-Xcompiler=-fvisibility=hidden", "--expt-relaxed-constexpr"]
     host = [*build.cxx, *FLAGS, *build.torch_flags, "-DUSE_CUDA", f"-DRLRR_HOPPER={int(hopper)}"]
     host += [f'-DRLRR_ARCHITECTURES="{" ".join(numbers)}"', "-isystem", str(home / "include")]
     commands = {s: [*nvcc, *general] for s in sorted((CSRC / "cuda").glob("*.cu"))}

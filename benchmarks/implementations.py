@@ -12,6 +12,15 @@ from torch.nn import functional as F
 
 from rlrr_kernels import reference, rescaled_linear
 
+#: ViT-B/16: tokens of one image, and (N, K, groups) of the four linears of a block
+TOKENS = 197
+LAYERS = {
+    "qkv": (2304, 768, 3),
+    "proj": (768, 768, 1),
+    "fc1": (3072, 768, 1),
+    "fc2": (768, 3072, 1),
+}
+
 
 @dataclass
 class Inputs:
@@ -59,21 +68,29 @@ def formula(i: Inputs) -> Tensor:
     return reference.formula(i.x, i.weight, i.scale_out, i.scale_in, i.bias, i.shift)
 
 
+def _rescaled_weight(weight: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """W' with as few passes over memory as PyTorch allows: one for S, one in place for the product."""
+    groups, _, k = v.shape
+    one = torch.ones((), device=u.device)
+    scale = torch.addcmul(one, u.view(groups, -1, 1), v).view(-1, k)
+    return scale.mul_(weight).to(dtype)
+
+
 class _Recompute(torch.autograd.Function):
     """The careful way without kernels: W' written to memory, not kept, and written again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, v: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, u, v)
-        offset = (bias + shift).to(x.dtype)
-        return F.linear(x, reference.rescaled_weight(weight, u, v, x.dtype), offset)
+        return F.linear(x, _rescaled_weight(weight, u, v, x.dtype), (bias + shift).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, u, v = ctx.saved_tensors
         groups, rank, k = v.shape
-        dx = dy @ reference.rescaled_weight(weight, u, v, dy.dtype)
-        p = ((dy.mT @ x).float() * weight.float()).view(groups, -1, k)
+        dx = dy @ _rescaled_weight(weight, u, v, dy.dtype)
+        # G is rounded to x's dtype here, which the package does not do
+        p = (dy.mT @ x).float().mul_(weight).view(groups, -1, k)
         du = (p @ v.mT).reshape(-1, rank)
         dv = u.view(groups, -1, rank).mT @ p
         return dx, None, du, dv, None, dy.sum(0, dtype=torch.float32)
@@ -86,6 +103,13 @@ def recompute(i: Inputs) -> Tensor:
 def plain(i: Inputs) -> Tensor:
     """A frozen ``nn.Linear``: another function, and the limit for forward and dx."""
     return F.linear(i.x, i.weight, i.bias)
+
+
+def step(i: Inputs, implementation: Callable[[Inputs], Tensor]) -> tuple[Tensor, ...]:
+    """y and the gradients of what is trained; of x alone for the plain linear."""
+    y = implementation(i)
+    trained = (i.x,) if implementation is plain else i.trained
+    return (y.detach(), *torch.autograd.grad(y, trained, i.dy))
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Inputs], Tensor]] = {

@@ -9,8 +9,7 @@
 namespace rlrr {
 namespace {
 
-constexpr int64_t task_rows = 32;   // rows of G that share a packed dy and a partial dv
-constexpr int64_t max_units = 256;  // of tokens a block: packed dy fits in the first cache
+constexpr int64_t task_rows = 32;  // rows of G that share a packed dy and a partial dv
 
 // x as [column tile][unit][tile_cols], so that a tile of G reads it in one stream
 template <class Unit>
@@ -97,6 +96,7 @@ void reduce_gram(const Matrix& dy, const Matrix& x, const Layer& layer, float* d
                  int64_t bytes) {
   const int64_t k = layer.k(), group_rows = layer.n() / layer.groups;
   const int64_t group_tasks = up(group_rows, task_rows), tasks = layer.groups * group_tasks;
+  // blocks of tokens as long as one sum may be; du and dv are linear in G, so each is reduced at once
   const int64_t all_units = up(x.rows, Unit::elements), block_units = std::min(all_units, max_units);
   // as many columns of x as the scratch takes, with a partial dv for each task
   const int64_t fit = bytes / int64_t{sizeof(Word)} / (tile_cols * (block_units + tasks));

@@ -87,8 +87,7 @@ void multiply_by_rescaled(const Matrix& left, const float* offset, const Matrix&
         for (int64_t t = first; t < std::min(row_tiles, first + part_tiles); ++t) {
           prefetch_rows<typename Unit::Element>(left, (t + 1) * tile_rows, 0, lanes);
           prefetch_rows<typename Unit::Element>(out, t * tile_rows, col_tile * tile_cols, tile_cols);
-          Tile tile;
-          multiply<Unit>(left_rows<Unit>(left, t * tile_rows, copy), packed, units, tile);
+          const Tile tile = multiply_long<Unit>(left_rows<Unit>(left, t * tile_rows, copy), packed, units);
           store<Unit>(tile, offset, out, t * tile_rows, col_tile * tile_cols);
         }
       }

@@ -48,5 +48,25 @@ inline __attribute__((always_inline)) void multiply(Rows left, const Word* right
   }
 }
 
+// Units summed in one go: float32 sums of thousands of terms one after another lose two bits that a BLAS keeps
+constexpr int64_t max_units = 256;
+
+// As multiply, for sums of any length: by parts, which are then added
+template <class Unit>
+Tile multiply_long(Rows left, const Word* right, int64_t units) {
+  Tile total;
+  multiply<Unit>(left, right, std::min(units, max_units), total);
+  for (int64_t done = max_units; done < units; done += max_units) {
+    left.data += max_units * left.unit_step;
+    right += max_units * tile_cols;
+    Tile part;
+    multiply<Unit>(left, right, std::min(units - done, max_units), part);
+    for (int i = 0; i < tile_rows; ++i) {
+      for (int j = 0; j < vectors; ++j) total.sum[i][j] = _mm512_add_ps(total.sum[i][j], part.sum[i][j]);
+    }
+  }
+  return total;
+}
+
 }  // namespace
 }  // namespace rlrr

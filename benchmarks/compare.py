@@ -1,0 +1,101 @@
+"""The layer, forward and backward, against the formula and its best rewriting: ``python -m benchmarks.compare``.
+
+The implementations take turns within each round, and the fastest round of each
+counts: what else a shared machine does then hits all of them alike. Prints a
+Markdown table of ratios and writes every time, with versions and the command, to
+``benchmarks/results/<device>/layers.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.implementations import IMPLEMENTATIONS, LAYERS, TOKENS, make_inputs, step
+from benchmarks.memory import peak_extra_bytes
+from rlrr_kernels import backend_for, info
+
+PEERS = ("formula", "recompute")
+OURS = "rlrr_kernels"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _seconds(call: Any, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(layer: str, tokens: int, dtype: str, device: str, rounds: int) -> dict[str, Any]:
+    """Seconds of each round and peak extra bytes of each implementation at one layer."""
+    n, k, groups = LAYERS[layer]
+    inputs = make_inputs(tokens, n, k, groups, DTYPES[dtype], device)
+    names = (OURS, *PEERS)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):  # the first warms up
+        for name in names:
+            spent = _seconds(lambda name=name: step(inputs, IMPLEMENTATIONS[name]), device)
+            if turn:
+                seconds[name].append(spent)
+    extra = {name: peak_extra_bytes(lambda name=name: step(inputs, IMPLEMENTATIONS[name])) for name in names}
+    served = backend_for(inputs.x, inputs.weight)
+    return {
+        "layer": layer,
+        "tokens": tokens,
+        "dtype": dtype,
+        "backend": served,
+        "seconds": seconds,
+        "extra_bytes": extra,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Ratios of the fastest rounds, and of peak extra memory, as Markdown."""
+    lines = [
+        "| layer | M | dtype | formula / ours | recompute / ours | extra memory: ours / formula |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for r in results:
+        best = {name: min(times) for name, times in r["seconds"].items()}
+        ratios = " | ".join(f"{best[name] / best[OURS]:.2f}" for name in PEERS)
+        memory = r["extra_bytes"][OURS] / r["extra_bytes"]["formula"]
+        lines.append(f"| {r['layer']} | {r['tokens']} | {r['dtype']} | {ratios} | {memory:.1%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 32], help="batch sizes, of 197 tokens each")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=25, help="at one image; a fifth of it from eight images on")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>/layers.json")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = [(layer, i, dtype) for i in args.images for dtype in args.dtype for layer in LAYERS]
+    results = [
+        measure(layer, TOKENS * i, dtype, device, args.rounds if i < 8 else max(args.rounds // 5, 3))
+        for layer, i, dtype in tqdm(cases, leave=False)
+    ]
+    print(table(results))
+    name = torch.cuda.get_device_name().replace(" ", "_") if device == "cuda" else "cpu"
+    out = args.out or Path(__file__).parent / "results" / name / "layers.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m benchmarks.compare", *sys.argv[1:]])
+    out.write_text(json.dumps({"command": command, "info": list(info.lines()), "results": results}, indent=1) + "\n")
+    print(f"\nwritten to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+#include "tensor_map.h"
+
+#include <limits>
+
+namespace rlrr::hopper {
+namespace {
+
+// Asked of the runtime, so that the library links without the driver's.
+decltype(&cuTensorMapEncodeTiled) encoder() {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(usable ? function : nullptr);
+  }();
+  return encode;
+}
+
+cudaError_t encode(CUtensorMap& map, CUtensorMapDataType type, CUtensorMapSwizzle swizzle, void* data, int64_t rows,
+                   int64_t cols, int64_t row_bytes, int box_rows, int box_cols) {
+  if (!encoder()) return cudaErrorNotSupported;
+  const cuuint64_t size[] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t stride[] = {static_cast<cuuint64_t>(row_bytes)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t every[] = {1, 1};
+  const CUresult result = encoder()(&map, type, 2, data, size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                    swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+}  // namespace
+
+bool fits_boxes(const Matrix& matrix, int64_t rows, int64_t cols) {
+  // coordinates are 32 bits, and boxes may begin up to a tile beyond the edge
+  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max() - 1024;
+  return matrix.dtype != Dtype::float32 && matrix.col_stride == 1 && matrix.row_stride >= cols &&
+         matrix.row_stride % 8 == 0 && matrix.row_stride * 2 < int64_t{1} << 40 && aligned(matrix.data) && rows > 0 &&
+         cols > 0 && rows < kLargest && cols < kLargest;
+}
+
+bool fits_layer(const Layer& layer, Dtype dtype) {
+  return layer.device.capability == 90 && layer.weight.dtype == dtype && fits_boxes(layer.weight, layer.n, layer.k) &&
+         layer.n % 8 == 0 && layer.k % 8 == 0 && aligned(layer.u) && aligned(layer.v) && layer.groups > 0 &&
+         layer.n % layer.groups == 0;
+}
+
+cudaError_t describe(CUtensorMap& map, const Matrix& matrix, int64_t rows, int64_t cols, int box_rows) {
+  const auto type =
+      matrix.dtype == Dtype::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode(map, type, CU_TENSOR_MAP_SWIZZLE_128B, matrix.data, rows, cols, matrix.row_stride * 2, box_rows, 64);
+}
+
+cudaError_t describe(CUtensorMap& map, const float* rows_of_scales, int64_t rows, int64_t cols) {
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE, const_cast<float*>(rows_of_scales),
+                rows, cols, cols * 4, 1, 64);
+}
+
+}  // namespace rlrr::hopper

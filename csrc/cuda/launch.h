@@ -1,0 +1,20 @@
+// The entry points of the CUDA library's kernels: one a pass, sm_80 and later.
+//
+// Each enqueues its work on `stream` of the current device and returns the launch's error. Results do
+// not depend on the order in which blocks run.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "problem.h"
+
+namespace rlrr {
+
+cudaError_t forward(const Forward& problem, cudaStream_t stream);
+cudaError_t grad_input(const GradInput& problem, cudaStream_t stream);
+cudaError_t grad_scales(const GradScales& problem, cudaStream_t stream);
+
+// Floats of scratch that grad_scales wants for these sizes (du, dv, df and workspace are not read).
+int64_t workspace_floats(const GradScales& problem);
+
+}  // namespace rlrr

@@ -1,0 +1,157 @@
+"""The C++ CPU library: every instruction set, shapes that cross its blocks, memory, and its stable ABI."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.implementations import IMPLEMENTATIONS, make_inputs, step
+from benchmarks.memory import peak_extra_bytes
+from rlrr_kernels.backends import library
+from tests.backends.test_numerics import RESULTS, solve
+from tests.oracle import check, make_problem, require
+
+
+@pytest.fixture(autouse=True)
+def _built():
+    require("cpu")
+
+
+def test_the_library_is_built_wherever_there_is_a_compiler():
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    assert (library.FOLDER / "librlrr_cpu.so").exists()
+
+
+# M, N, K, groups: across the AVX-512 kernels' tiles of 8 x 48, tasks of 32 rows of G, blocks of 256 units of
+# tokens and parts of 768 rows; and with sums too long for them, which BLAS takes
+LARGE = [
+    (1, 200, 300, 1),
+    (769, 100, 97, 1),
+    (1100, 96, 130, 3),
+    (600, 300, 777, 2),
+    (64, 3072, 768, 3),
+    (64, 768, 3072, 1),
+    (24, 40, 5000, 1),
+    (24, 5000, 40, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "groups"), LARGE)
+def test_shapes_across_blocks(m, n, k, groups, dtype):
+    check(p := make_problem(m, n, k, groups, dtype), solve(p, "cpu"))
+
+
+CODE = """
+import torch
+from rlrr_kernels.backends import cpu
+from tests.backends.test_numerics import solve
+from tests.oracle import check, make_problem
+capability = {capability!r}
+assert cpu.build().endswith(capability), cpu.build()
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for shape in [(1, 7, 5, 1), (70, 30, 72, 3), (600, 130, 67, 1), (394, 96, 50, 2)]:
+        check(p := make_problem(*shape, dtype), solve(p, "cpu"))
+for pair in [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]:
+    check(p := make_problem(70, 30, 72, 3, *pair), solve(p, "cpu"))
+    p.x, p.weight, p.dy = (t.mT.contiguous().mT for t in (p.x, p.weight, p.dy))
+    check(p, solve(p, "cpu"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_lower_capability(capability):
+    """The code for other machines: read once, so in a process of its own."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this CPU has no AVX-512")
+    environment = os.environ | {"RLRR_CPU_CAPABILITY": capability}
+    subprocess.run([sys.executable, "-c", CODE.format(capability=capability)], check=True, env=environment)
+
+
+def test_an_unknown_capability_is_refused():
+    environment = os.environ | {"RLRR_CPU_CAPABILITY": "avx1024"}
+    code = "import rlrr_kernels.backends.cpu"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "RLRR_CPU_CAPABILITY: expected one of baseline, avx2, avx512, avx512_bf16, got 'avx1024'" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_gradients_of_the_scales_do_not_depend_on_the_number_of_threads(dtype):
+    p = make_problem(600, 300, 200, 3, dtype)
+    threads, answers = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            answers.append(solve(p, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    # with float64 the product itself is BLAS's, which promises nothing of the kind
+    for name in RESULTS if dtype is not torch.float64 else ("df",):
+        for other in answers[1:]:
+            assert torch.equal(getattr(answers[0], name), getattr(other, name)), name
+
+
+def test_it_rescales_as_the_reference_does_bit_for_bit():
+    """W' has the reference's bits: with x = I, y is W'^T itself, and with dy = I, dx is W'."""
+    p = make_problem(40, 40, 40, 2, bias=False, shift=False)
+    p.x = p.dy = torch.eye(40)
+    ours, plain = solve(p, "cpu"), solve(p, "reference")
+    assert torch.equal(ours.y, plain.y)
+    assert torch.equal(ours.dx, plain.dx)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(768, 768), (768, 3072)])
+@pytest.mark.parametrize("m", [197, 1024])
+def test_extra_memory_is_under_a_twentieth_of_the_formulas(m, n, k, dtype):
+    inputs = make_inputs(m, n, k, 1, dtype, "cpu")
+    extra = {name: peak_extra_bytes(lambda name=name: step(inputs, IMPLEMENTATIONS[name])) for name in IMPLEMENTATIONS}
+    assert extra["formula"] > 2.9 * 4 * n * k  # the watch sees the formula's copies of W
+    assert extra["rlrr_kernels"] < 0.05 * extra["formula"]
+
+
+def test_scratch_does_not_grow_with_the_weight():
+    extra = []
+    for size in (2048, 4096):
+        p = make_problem(4, size, size)
+        extra.append(peak_extra_bytes(lambda p=p: tuple(vars(solve(p, "cpu")).values())))
+    per_thread = 56 * 4 * 4096 * torch.get_num_threads()  # a tile of W' and of x over the longest sum
+    assert max(extra) <= max(2 << 20, per_thread) + 64 * 4096
+    assert max(extra) < 4 * 4096 * 4096 / 16
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_the_library_needs_nothing_of_torch_but_its_stable_c_interface(name):
+    path = library.FOLDER / f"librlrr_{name}.so"
+    if not path.exists() or shutil.which("nm") is None:
+        pytest.skip("no such library here, or no nm")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[-1].partition("@")[0] for line in listed.splitlines()]
+    ours = [s for s in symbols if re.match(r"(aoti_torch|torch)_", s)]
+    assert "torch_call_dispatcher" in ours or name == "cuda"
+    assert len(ours) > 10
+    # C++ names of torch are mangled ones with its namespaces in them; Python's begin with Py
+    assert [s for s in symbols if re.match(r"_?Py[A-Z_]", s) or re.search(r"N?K?\d*(c10|2at|5torch)", s)] == []
+
+
+def test_bad_tensors_are_refused_by_the_ops_themselves():
+    """They can be called without the package's own checks, from C++ for one."""
+    forward = torch.ops.rlrr_cpu.forward
+    p = make_problem(3, 4, 5)
+    u, v = p.scale_out, p.scale_in
+    with pytest.raises(RuntimeError, match=r"x: expected 5 columns, got 4"):
+        forward(p.x[:, :4], p.weight, u, v, None, None)
+    with pytest.raises(RuntimeError, match=r"scale_in: expected shape \[groups, 1, 5\] with groups that divide 4"):
+        forward(p.x, p.weight, u, v.expand(3, 1, 5), None, None)
+    with pytest.raises(RuntimeError, match="weight: expected float32, bfloat16 or float64"):
+        forward(p.x, p.weight.half(), u, v, None, None)
+    with pytest.raises(RuntimeError, match="float64 goes with a float64 weight only"):
+        forward(p.x.double(), p.weight, u, v, None, None)
+    with pytest.raises(RuntimeError, match=r"bias, shift: expected shape \[4\]"):
+        forward(p.x, p.weight, u, v, p.x[0], None)

@@ -1,0 +1,166 @@
+"""The CUDA C++ library as built: no spill, no stack; and, on a GPU, real shapes and the Hopper path."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlrr_kernels.backends import choice, library
+from tests.backends.test_numerics import RESULTS, solve
+from tests.oracle import Problem, check, make_problem, require
+
+HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
+BUILT = library.FOLDER / "librlrr_cuda.so"
+
+
+def _cuobjdump() -> str:
+    triton = pytest.importorskip("triton")
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = shutil.which("cuobjdump") or (str(bundled) if bundled.exists() else None)
+    if found is None:
+        pytest.skip("no cuobjdump")
+    return found
+
+
+@pytest.fixture(scope="module")
+def resources() -> dict[str, list[tuple[str, dict[str, int]]]]:
+    """Architecture -> (kernel, what it uses), of the library that is installed."""
+    if not BUILT.exists():
+        pytest.skip("the CUDA library is not built")
+    listed = subprocess.run(
+        [_cuobjdump(), "--dump-resource-usage", BUILT], capture_output=True, text=True, check=True
+    ).stdout
+    found: dict[str, list[tuple[str, dict[str, int]]]] = {}
+    arch = ""
+    for line in listed.splitlines():
+        if match := re.match(r"arch = (\S+)", line.strip()):
+            arch = match[1]
+        elif match := re.match(r"Function (\S+):", line.strip()):
+            name = match[1]
+        elif "REG:" in line:
+            found.setdefault(arch, []).append((name, {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", line)}))
+    return found
+
+
+def test_every_pass_dtype_and_tile_is_there(resources):
+    """Ten kinds of arithmetic and staging for two products, less for G, in two tiles each; and the sums."""
+    for arch in ("sm_80", "sm_90"):
+        if arch not in resources:
+            pytest.skip(f"built without {arch}")
+        names = [name for name, _ in resources[arch]]
+        for kernel in ("forward_kernel", "grad_input_kernel", "grad_scales_kernel"):
+            count = sum(kernel in name for name in names)
+            # bf16 and fp16, each with W staged as it is and as float32, TF32 and plain float32; G never has W staged
+            assert count >= (8 if kernel == "grad_scales_kernel" else 12), (kernel, count)
+
+
+def test_no_kernel_spills_or_has_a_stack(resources):
+    uses = [(arch, name, use) for arch, kernels in resources.items() for name, use in kernels]
+    assert len(uses) > 30
+    assert [(arch, name) for arch, name, use in uses if use["STACK"] or use["LOCAL"]] == []
+
+
+def test_the_library_loads_where_there_is_no_gpu():
+    if not BUILT.exists():
+        pytest.skip("the CUDA library is not built")
+    module = choice.load("cuda")
+    assert not isinstance(module, str), module
+    assert re.search(r"torch 2\.\d+ headers, .*CUDA \d+\.\d, compute capabilities .*80", module.build())
+
+
+def test_it_refuses_what_it_cannot_serve_and_says_what_it_can():
+    module = choice.load("cuda")
+    if isinstance(module, str):
+        pytest.skip(module)
+    x = torch.zeros(2, 2)
+    assert module.unsupported(x, x) == "device cpu: it runs on NVIDIA GPUs"
+    assert module.unsupported(x.double(), x.double()).endswith("it computes in float32, float16 and bfloat16")
+
+
+SHAPES = [(197, 768, 768, 1), (6304, 2304, 768, 3), (6304, 768, 3072, 1), (12608, 5120, 1280, 1), (12611, 771, 770, 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "groups"), SHAPES)
+def test_vision_transformer_shapes(gpu, m, n, k, groups, dtype):
+    require("cuda", dtype)
+    check(p := make_problem(m, n, k, groups, dtype, device=gpu), solve(p, "cuda"))
+
+
+@pytest.fixture
+def hopper(gpu, monkeypatch):
+    """The experimental path, switched on; skips on other GPUs."""
+    require("cuda")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setenv("RLRR_CUDA_HOPPER", "1")
+    return gpu
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "groups"), [*SHAPES[:4], (1, 8, 8, 1), (300, 192, 136, 3), (257, 520, 264, 1), (70, 64, 72, 1)]
+)
+def test_hopper_path(hopper, m, n, k, groups, dtype):
+    p = make_problem(m, n, k, groups, dtype, device=hopper)
+    got = solve(p, "cuda")
+    check(p, got)
+    again = solve(p, "cuda")
+    for name in RESULTS:
+        assert torch.equal(getattr(got, name), getattr(again, name)), name
+
+
+@pytest.mark.gpu
+def test_tf32_follows_pytorchs_flag(gpu):
+    require("cuda")
+    p = make_problem(512, 256, 512, device=gpu)
+    p.scale_out.zero_()
+    before = torch.backends.cuda.matmul.allow_tf32
+    errors = {}
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            check(p, solve(p, "cuda"))
+            exact = p.x.double() @ p.weight.double().mT + p.bias.double() + p.shift.double()
+            errors[allowed] = float((solve(p, "cuda").y - exact).norm() / exact.norm())
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert errors[False] < 1e-6 < 1e-5 < errors[True] < 1e-3
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_int32(gpu):
+    """M * N above 2**31 in y and dy: rows need 64-bit offsets."""
+    require("cuda")
+    m, wide, narrow = 2**22 + 5, 520, 8
+    small = make_problem(64, wide, narrow, dtype=BF16, device=gpu)
+    x, dy = (torch.zeros(m, width, dtype=BF16, device=gpu) for width in (narrow, wide))
+    x[-64:], dy[-64:] = small.x, small.dy
+    got, expected = solve(Problem(x, *small.forward_args[1:], dy), "cuda"), solve(small, "cuda")
+    assert torch.equal(got.y[-64:], expected.y)
+    assert torch.equal(got.dx[-64:], expected.dx)
+    for name in ("du", "dv", "df"):
+        assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_it_follows_the_current_stream_and_device(gpu):
+    """Enqueued on a side stream behind a long copy, it must wait for it."""
+    require("cuda")
+    p = make_problem(256, 128, 128, device=gpu)
+    expected = solve(p, "cuda")
+    source, p.x = p.x, torch.zeros_like(p.x)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        p.x.copy_(source)
+        got = solve(p, "cuda")
+    stream.synchronize()
+    assert torch.equal(got.y, expected.y)
+    assert torch.equal(got.du, expected.du)

@@ -1,0 +1,69 @@
+// What the tests call through ctypes: the library's own entry points, with the machine's options.
+#include <hopper_model.h>
+
+#include "hopper/launch.h"
+
+namespace rlrr {
+namespace {
+
+void allow(const Matrix& matrix, int64_t rows, int64_t cols, bool writable) {
+  model::allow(matrix.data, ((rows - 1) * matrix.row_stride + cols) * 2, writable);
+}
+void allow(const float* vector, int64_t count, bool writable) {
+  if (vector) model::allow(vector, 4 * count, writable);
+}
+void allow(const Vector& vector, int64_t count) {
+  if (vector.data) model::allow(vector.data, count * (vector.dtype == Dtype::float32 ? 4 : 2), false);
+}
+void begin(const Layer& l, const model::Options* options) {
+  model::set_options(*options);
+  model::clear_ranges();
+  allow(l.weight, l.n, l.k, false);
+  allow(l.u, l.n, false);
+  allow(l.v, l.groups * l.k, false);
+}
+
+}  // namespace
+}  // namespace rlrr
+
+extern "C" {
+
+bool model_forward_supported(const rlrr::Forward* f) { return rlrr::hopper::supports(*f); }
+bool model_grad_input_supported(const rlrr::GradInput* g) { return rlrr::hopper::supports(*g); }
+bool model_grad_scales_supported(const rlrr::GradScales* g) { return rlrr::hopper::supports(*g); }
+
+int model_forward(const rlrr::Forward* f, const rlrr::model::Options* options) {
+  const auto& l = f->layer;
+  rlrr::begin(l, options);
+  rlrr::allow(f->x, l.m, l.k, false);
+  rlrr::allow(f->bias, l.n);
+  rlrr::allow(f->shift, l.n);
+  rlrr::allow(f->y, l.m, l.n, true);
+  return rlrr::hopper::forward(*f, nullptr);
+}
+
+int model_grad_input(const rlrr::GradInput* g, const rlrr::model::Options* options) {
+  const auto& l = g->layer;
+  rlrr::begin(l, options);
+  rlrr::allow(g->dy, l.m, l.n, false);
+  rlrr::allow(g->dx, l.m, l.k, true);
+  return rlrr::hopper::grad_input(*g, nullptr);
+}
+
+int64_t model_workspace_floats(const rlrr::GradScales* g) { return rlrr::hopper::workspace_floats(*g); }
+
+int model_grad_scales(const rlrr::GradScales* g, const rlrr::model::Options* options) {
+  const auto& l = g->layer;
+  rlrr::begin(l, options);
+  rlrr::allow(g->dy, l.m, l.n, false);
+  rlrr::allow(g->x, l.m, l.k, false);
+  rlrr::allow(g->du, l.n, true);
+  rlrr::allow(g->dv, l.groups * l.k, true);
+  rlrr::allow(g->df, l.n, true);
+  rlrr::allow(g->workspace, rlrr::hopper::workspace_floats(*g), true);
+  return rlrr::hopper::grad_scales(*g, nullptr);
+}
+
+const char* model_message() { return rlrr::model::message().c_str(); }
+
+}  // extern "C"

@@ -1,0 +1,170 @@
+"""The Hopper kernels on a model of a Hopper GPU: several tiles a block, several turns of the ring, every edge."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.cuda_host.hopper.machine import Unsupported
+from tests.cuda_host.machine import BACKWARDS, FORWARDS, SHUFFLED
+from tests.oracle import Answer, check, make_problem
+
+HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
+
+# tiles are 128 rows of W by 256 tokens by 64 of depth, the ring has four stages
+SHAPES = [
+    (1, 8, 8, 1),  # one of everything, nearly all of it padding
+    (257, 136, 72, 1),  # every index a little beyond a tile, one step's depth
+    (70, 200, 584, 1),  # the ring turns more than twice
+    (520, 264, 328, 1),  # several tiles a block
+    (300, 384, 192, 3),  # groups of one tile each, of two steps in grad_input
+    (130, 576, 264, 3),  # groups of a tile and a half
+]
+# groups that grad_input cannot walk in whole steps
+RAGGED_GROUPS = [(200, 120, 136, 3), (100, 432, 72, 3)]
+FEW = 3  # multiprocessors, so that blocks live through several tiles
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "groups"), SHAPES)
+def test_shapes(hopper, m, n, k, groups, dtype):
+    check(p := make_problem(m, n, k, groups, dtype), hopper.solve(p, FEW))
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "groups"), RAGGED_GROUPS)
+def test_groups_that_end_inside_a_tile(hopper, m, n, k, groups, dtype):
+    p = make_problem(m, n, k, groups, dtype)
+    got = hopper.solve(p, FEW, passes=("forward", "grad_scales"))
+    got.dx = (p.dy.float() @ (p.weight.float() * (1 + p.scale_out * p.scale_in[_group_of(n, groups), 0]))).to(dtype)
+    check(p, got)
+    with pytest.raises(Unsupported):
+        hopper.solve(p, FEW, passes=("grad_input",))
+
+
+def _group_of(n: int, groups: int) -> torch.Tensor:
+    return torch.arange(n) // (n // groups)
+
+
+@pytest.mark.parametrize("splits", [1, 7, 40])
+def test_splits_of_the_tokens(hopper, splits):
+    """As many multiprocessors ask for as many splits: of several steps, of one, and of none too few."""
+    check(p := make_problem(1000, 128, 136, 1, BF16), hopper.solve(p, splits))
+
+
+@pytest.mark.parametrize(("bias", "shift"), list(itertools.product([False, True], repeat=2)))
+def test_bias_and_shift_each_absent(hopper, bias, shift):
+    check(p := make_problem(40, 136, 72, dtype=BF16, bias=bias, shift=shift), hopper.solve(p, FEW))
+
+
+def test_padded_rows(hopper):
+    """Rows further apart than they are wide: what lies between them is neither read nor written."""
+    p = make_problem(70, 136, 72, dtype=HALF)
+
+    def padded(t):
+        wide = torch.full((t.shape[0], t.shape[1] + 24), float("nan"), dtype=t.dtype)
+        wide[:, : t.shape[1]] = t
+        return wide[:, : t.shape[1]]
+
+    p.x, p.dy, p.weight = padded(p.x), padded(p.dy), padded(p.weight)
+    check(p, hopper.solve(p, FEW, row_stride=160))
+
+
+def test_df_is_skipped_unless_asked_for(hopper):
+    p = make_problem(300, 136, 264, dtype=BF16)
+    with_df = hopper.solve(p, FEW, passes=("grad_scales",))
+    without = hopper.solve(p, FEW, passes=("grad_scales",), need_shift=False)
+    assert without.df.numel() == 0
+    assert torch.equal(with_df.du, without.du)
+    assert torch.equal(with_df.dv, without.dv)
+
+
+def _equal(a: Answer, b: Answer) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("y", "dx", "du", "dv", "df"))
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+def test_no_order_of_blocks_warps_and_copies_changes_a_bit(hopper, dtype):
+    p = make_problem(300, 192, 200, 3, dtype)
+    first = hopper.solve(p, FEW)
+    for blocks, warps, seed in [(BACKWARDS, BACKWARDS, 0), (FORWARDS, SHUFFLED, 1)]:
+        assert _equal(first, hopper.solve(p, FEW, blocks=blocks, warps=warps, seed=seed))
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_power_of_two_scales_equal_a_prescaled_weight_bit_for_bit(hopper, dtype, sign):
+    p = make_problem(50, 128, 136, 2, dtype, bias=False, shift=False)
+    # S in {2, 4}, or in {-2, -1/2}
+    pick = torch.arange(128)[:, None] % 2
+    p.scale_out = 1.0 + 2.0 * pick if sign > 0 else 1.0 - 0.5 * pick
+    p.scale_in = torch.full_like(p.scale_in, 1.0 if sign > 0 else -3.0)
+    scale = 1 + p.scale_out * p.scale_in[0, 0, 0]
+    assert set(scale.flatten().tolist()) == ({2.0, 4.0} if sign > 0 else {-2.0, -0.5})
+    plain = make_problem(50, 128, 136, 2, dtype, bias=False, shift=False)
+    plain.weight = (plain.weight.float() * scale).to(dtype)
+    plain.scale_out = torch.zeros_like(plain.scale_out)
+    a, b = hopper.solve(p, FEW), hopper.solve(plain, FEW)
+    assert torch.equal(a.y, b.y)
+    assert torch.equal(a.dx, b.dx)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_u_du_equals_v_dv(hopper, groups):
+    p = make_problem(150, 384, 264, groups, BF16)
+    got = hopper.solve(p, FEW, passes=("grad_scales",))
+    left = (p.scale_out * got.du).double().view(groups, -1).sum(1)
+    right = (p.scale_in * got.dv).double().view(groups, -1).sum(1)
+    assert (left - right).abs().max() < 1e-6 * (p.scale_out * got.du).double().abs().sum()
+    assert left.abs().min() > 1e-3  # not 0 = 0
+
+
+def test_infinity_reaches_only_what_it_should(hopper):
+    """A tile's padding, and the next group's rows in it, must not carry an infinity to anyone else."""
+    p = make_problem(70, 240, 72, 3, HALF)  # tiles reach over into the next group
+    p.x[3, 4] = float("inf")
+    y = hopper.solve(p, FEW, passes=("forward",)).y
+    finite = torch.isfinite(y).all(1)
+    assert not finite[3]
+    assert finite.sum() == 69
+    p = make_problem(70, 240, 72, 3, HALF)
+    p.dy[5, 80] = float("inf")  # the first row of the second group
+    got = hopper.solve(p, FEW, passes=("grad_scales",))
+    assert torch.isfinite(got.dv[:, 0]).all(1).tolist() == [True, False, True]
+    assert torch.isfinite(got.du[:, 0]).sum() == torch.isfinite(got.df).sum() == 239
+
+
+def _offset(t: torch.Tensor) -> torch.Tensor:
+    """The same values, from one element into their storage on."""
+    return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
+
+
+REFUSED = {
+    "float32": lambda: make_problem(40, 128, 64, dtype=SINGLE),
+    "another dtype of W": lambda: make_problem(40, 128, 64, dtype=BF16, weight_dtype=SINGLE),
+    "rows of 63": lambda: make_problem(40, 120, 63, dtype=BF16),
+    "rows of 60": lambda: make_problem(40, 120, 60, dtype=BF16),
+    "60 outputs": lambda: make_problem(40, 60, 64, dtype=BF16),
+}
+
+
+@pytest.mark.parametrize("name", ["forward", "grad_input", "grad_scales"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_it_leaves_to_the_other_kernels(hopper, what, name):
+    with pytest.raises(Unsupported):
+        hopper.solve(REFUSED[what](), FEW, passes=(name,))
+
+
+@pytest.mark.parametrize("name", ["forward", "grad_input", "grad_scales"])
+def test_misaligned_and_transposed_operands_are_refused(hopper, name):
+    for change in (_offset, lambda t: t.mT.contiguous().mT, lambda t: t[:1].expand_as(t)):
+        p = make_problem(40, 128, 64, dtype=BF16)
+        p.x, p.dy = change(p.x), change(p.dy)
+        with pytest.raises(Unsupported):
+            hopper.solve(p, FEW, passes=(name,))
+
+
+def test_another_gpu_is_refused(hopper, monkeypatch):
+    monkeypatch.setattr(hopper, "capability", 100)
+    with pytest.raises(Unsupported):
+        hopper.solve(make_problem(40, 128, 64, dtype=BF16), FEW)

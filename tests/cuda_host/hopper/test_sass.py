@@ -1,0 +1,112 @@
+"""What ptxas made of the Hopper kernels: products that overlap, operands left alone, nothing spilled."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_host.machine import SOURCES
+
+COMMAND = ("nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin")
+
+#: Cycles that the tensor cores take for a step of both warpgroups: 2 x 4 products of 128 each.
+STEP_CYCLES = 1024
+
+
+def _disassembler() -> str | None:
+    if found := shutil.which("nvdisasm"):
+        return found
+    triton = pytest.importorskip("triton")
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return str(path) if path.exists() else None
+
+
+@pytest.fixture(scope="module", params=["forward", "grad_input", "grad_scales"])
+def compiled(request, tmp_path_factory) -> tuple[str, str, dict[str, list[str]]]:
+    """A pass, what ptxas said of it, and the instructions and labels of each of its kernels."""
+    disassembler = _disassembler()
+    if shutil.which("nvcc") is None or disassembler is None:
+        pytest.skip("needs nvcc and nvdisasm")
+    cubin = tmp_path_factory.mktemp("sass") / f"{request.param}.cubin"
+    source = SOURCES / "hopper" / f"{request.param}.cu"
+    log = subprocess.run([*COMMAND, str(source), "-o", str(cubin)], check=True, capture_output=True, text=True).stderr
+    sass = subprocess.run([disassembler, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+    kernels: dict[str, list[str]] = {}
+    for line in sass.splitlines():
+        if start := re.match(r"\.text\.(\S+):", line):
+            lines = kernels.setdefault(start[1], [])
+        elif label := re.match(r"(\.L_x_\d+):", line):
+            lines.append(label[1])
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            lines.append(instruction[1])
+    return request.param, log, {name: lines for name, lines in kernels.items() if any("HGMMA" in x for x in lines)}
+
+
+def _step(lines: list[str]) -> list[str]:
+    """The shortest loop around an HGMMA."""
+    loops = []
+    for end, line in enumerate(lines):
+        target = re.search(r"BRA `\((\.L_x_\d+)\)", line)
+        if target and target[1] in lines[:end]:
+            body = lines[lines.index(target[1]) : end + 1]
+            if any("HGMMA" in x for x in body):
+                loops.append([x for x in body if not x.startswith(".L")])
+    return min(loops, key=len)
+
+
+def _written(instruction: str) -> set[int]:
+    """General registers that an instruction writes; none for those that only read them."""
+    match = re.match(r"(?:@!?U?P\w+ )?([A-Z][\w.]*) R(\d+)\b", instruction)
+    if not match or match[1].startswith(("ST", "RED", "BAR", "HGMMA")):
+        return set()
+    opcode, first = match[1], int(match[2])
+    wide = 4 if ".128" in opcode or opcode.endswith(".4") else 2 if re.search(r"\.64|WIDE|CS2R", opcode) else 1
+    return set(range(first, first + wide))
+
+
+@pytest.mark.slow
+def test_nothing_is_spilled_or_serialised(compiled):
+    _, log, kernels = compiled
+    assert "serialized" not in log
+    assert not re.search(r"C75\d\d", log)
+    assert set(re.findall(r"(\d+) bytes (?:stack frame|spill)", log)) == {"0"}
+    assert len(kernels) == 2  # float16 and bfloat16
+    for lines in kernels.values():
+        assert any("UTMALDG.2D" in x for x in lines)
+        assert any("USETMAXREG" in x for x in lines)
+
+
+@pytest.mark.slow
+def test_a_step_fits_under_its_products(compiled):
+    name, _, kernels = compiled
+    for lines in kernels.values():
+        step = _step(lines)
+        products = [x for x in step if "HGMMA.64x256x16" in x]
+        assert len(products) == 4
+        from_registers = [x for x in products if re.search(r"R\d+, R\d+, gdesc", x)]
+        assert len(from_registers) == (0 if name == "grad_scales" else 4)
+        # every wait lets some run on
+        waits = [int(x, 16) for x in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", "\n".join(step))]
+        assert waits
+        assert min(waits) >= 3
+        assert 2 * len(step) < STEP_CYCLES / 2  # two warps a scheduler
+
+
+@pytest.mark.slow
+def test_no_register_of_a_running_product_is_written(compiled):
+    _, _, kernels = compiled
+    for lines in kernels.values():
+        running: list[set[int]] = []
+        seen = 0
+        for instruction in _step(lines) * 2:
+            if product := re.search(r"HGMMA\S* R(\d+), (?:R(\d+), )?gdesc", instruction):
+                sums, operand = int(product[1]), product[2]
+                running.append({*range(sums, sums + 128), *(range(int(operand), int(operand) + 4) if operand else ())})
+                seen += 1
+            elif wait := re.search(r"DEPBAR\.LE gsb0, (0x\w+)", instruction):
+                running = running[max(0, len(running) - int(wait[1], 16)) :]
+            else:
+                assert not any(registers & _written(instruction) for registers in running), instruction
+        assert seen == 8

@@ -1,0 +1,199 @@
+"""Builds the CUDA kernels with the host's C++ compiler and runs them on the model of a GPU in this folder."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.oracle import Answer, Problem
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "csrc" / "cuda"
+PASSES = ("forward", "grad_input", "grad_scales")
+FLAGS = ("-std=c++17", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas")
+
+FORWARDS, BACKWARDS, SHUFFLED = range(3)
+
+#: One multiprocessor makes large tiles worth their while, very many make small ones.
+LARGE, SMALL = 1, 4096
+
+
+def compiler() -> str | None:
+    """The C++ compiler, if there is one."""
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+
+def _cache() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"rlrr_cuda_host_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _produce(command: list[str], target: Path) -> None:
+    """Run ``command -o target`` so that workers who do it at once all find a whole file."""
+    if target.exists():
+        return
+    handle, name = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
+    os.close(handle)
+    subprocess.run([*command, "-o", name], check=True)
+    os.replace(name, target)
+
+
+def build(sources: Path = SOURCES, passes: tuple[str, ...] = PASSES, optimise: str = "-O2") -> Path:
+    """Passes of the kernels in ``sources`` as a shared library. What has not changed is not compiled again."""
+    cxx = compiler()
+    assert cxx is not None
+    command = [cxx, *FLAGS, optimise, f"-I{HERE / 'include'}", f"-I{sources}"]
+    version = subprocess.run([cxx, "--version"], check=True, capture_output=True).stdout
+    objects = []
+    for unit in (*(sources / f"{name}.cu" for name in passes), HERE / "model.cpp", HERE / "entry.cpp"):
+        # the preprocessed text is all that an object depends on
+        text = subprocess.run([*command, "-E", "-P", "-xc++", str(unit)], check=True, capture_output=True).stdout
+        key = hashlib.sha256(version + " ".join((*FLAGS, optimise)).encode() + text).hexdigest()[:20]
+        objects.append(_cache() / f"{unit.stem}_{key}.o")
+        _produce([*command, "-c", "-xc++", str(unit)], objects[-1])
+    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
+    library = _cache() / f"kernels_{key}.so"
+    _produce([cxx, "-shared", *map(str, objects)], library)
+    return library
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("col_stride", ctypes.c_int64),
+        ("dtype", ctypes.c_int),
+    )
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int))
+
+
+class _Device(ctypes.Structure):
+    _fields_ = (("capability", ctypes.c_int), ("multiprocessors", ctypes.c_int), ("shared_memory", ctypes.c_int))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("m", "n", "k", "groups")),
+        ("weight", _Matrix),
+        ("u", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("tf32", ctypes.c_bool),
+        ("device", _Device),
+    )
+
+
+class _Forward(ctypes.Structure):
+    _fields_ = (("layer", _Layer), ("x", _Matrix), ("bias", _Vector), ("shift", _Vector), ("y", _Matrix))
+
+
+class _GradInput(ctypes.Structure):
+    _fields_ = (("layer", _Layer), ("dy", _Matrix), ("dx", _Matrix))
+
+
+class _GradScales(ctypes.Structure):
+    _fields_ = (
+        ("layer", _Layer),
+        ("dy", _Matrix),
+        ("x", _Matrix),
+        *((name, ctypes.c_void_p) for name in ("du", "dv", "df", "workspace")),
+    )
+
+
+class _Options(ctypes.Structure):
+    _fields_ = (("blocks", ctypes.c_int), ("warps", ctypes.c_int), ("seed", ctypes.c_uint64))
+
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def _matrix(t: Tensor) -> _Matrix:
+    return _Matrix(t.data_ptr(), *t.stride(), _DTYPES[t.dtype])
+
+
+def _vector(t: Tensor | None) -> _Vector:
+    return _Vector(None, 0) if t is None else _Vector(t.data_ptr(), _DTYPES[t.dtype])
+
+
+def rows_apart(rows: int, cols: int, stride: int, dtype: torch.dtype) -> Tensor:
+    """NaN, in rows ``stride`` elements apart; memory between them is not touched."""
+    storage = torch.empty((rows - 1) * stride + cols, dtype=dtype)
+    return storage.as_strided((rows, cols), (stride, 1)).fill_(float("nan"))
+
+
+class MachineError(RuntimeError):
+    """The machine stopped a launch: an access, a barrier or an instruction that it does not allow."""
+
+
+class Machine:
+    """The kernels of one build, on a GPU with ``multiprocessors``, its blocks and warps in some order."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        for name in ("workspace_floats", "blocks_launched", "bank_conflicts"):
+            if hasattr(self.library, f"model_{name}"):
+                getattr(self.library, f"model_{name}").restype = ctypes.c_int64
+        self.library.model_message.restype = ctypes.c_char_p
+
+    def blocks_launched(self) -> int:
+        """Of the last pass."""
+        return int(self.library.model_blocks_launched())
+
+    def bank_conflicts(self) -> int:
+        """Rows that ldmatrix had to wait for in the last pass."""
+        return int(self.library.model_bank_conflicts())
+
+    def _call(self, name: str, problem: ctypes.Structure, options: _Options) -> None:
+        code = getattr(self.library, f"model_{name}")(ctypes.byref(problem), ctypes.byref(options))
+        if code:
+            raise MachineError(f"{name}: error {code}, {self.library.model_message().decode()}")
+
+    def solve(
+        self,
+        p: Problem,
+        multiprocessors: int = SMALL,
+        *,
+        tf32: bool = False,
+        need_shift: bool = True,
+        blocks: int = FORWARDS,
+        warps: int = FORWARDS,
+        seed: int = 0,
+        passes: tuple[str, ...] = PASSES,
+        row_stride: int | None = None,
+    ) -> Answer:
+        """All results of a problem; NaN where a pass is left out or a kernel writes nothing.
+
+        ``row_stride``: of y and dx, where not their width.
+        """
+        (m, k), n, groups = p.x.shape, p.weight.shape[0], p.scale_in.shape[0]
+        u, v = p.scale_out.float().contiguous(), p.scale_in.float().contiguous()
+        device = _Device(80, multiprocessors, 99 * 1024)
+        layer = _Layer(m, n, k, groups, _matrix(p.weight), u.data_ptr(), v.data_ptr(), tf32, device)
+        options = _Options(blocks, warps, seed)
+        nan = float("nan")
+        y, dx = (rows_apart(m, width, row_stride or width, p.x.dtype) for width in (n, k))
+        du, dv = torch.full((n, 1), nan), torch.full((groups, 1, k), nan)
+        df = torch.full((n if need_shift else 0,), nan)
+        if "forward" in passes:
+            problem = _Forward(layer, _matrix(p.x), _vector(p.bias), _vector(p.shift), _matrix(y))
+            self._call("forward", problem, options)
+        if "grad_input" in passes:
+            self._call("grad_input", _GradInput(layer, _matrix(p.dy), _matrix(dx)), options)
+        if "grad_scales" in passes:
+            df_pointer = df.data_ptr() if need_shift else None
+            scales = _GradScales(layer, _matrix(p.dy), _matrix(p.x), du.data_ptr(), dv.data_ptr(), df_pointer, None)
+            workspace = torch.full((self.library.model_workspace_floats(ctypes.byref(scales)),), nan)
+            scales.workspace = workspace.data_ptr()
+            self._call("grad_scales", scales, options)
+        return Answer(y, dx, du, dv, df)

@@ -1,0 +1,189 @@
+"""Faults planted in the kernels' source, one at a time: the tests beside this file must notice each."""
+
+import itertools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_host.machine import BACKWARDS, FORWARDS, LARGE, SMALL, SOURCES, Machine, MachineError, build
+from tests.cuda_host.test_kernels import BF16, HALF, SINGLE, _strided, far_apart, one_product, tf32_products
+from tests.oracle import Problem, assert_close, differentiate, make_problem
+
+RESULTS = {"forward": ("y",), "grad_input": ("dx",), "grad_scales": ("du", "dv", "df")}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``old`` becomes ``new`` in ``file`` and shows in the results of one pass."""
+
+    name: str
+    seen_in: str
+    file: str
+    old: str
+    new: str
+
+
+FAULTS = [
+    Fault(*fields)
+    for fields in (
+        # synchronisation
+        ("no barrier in the loop", "forward", "pipeline.cuh", "    ptx::barrier();\n", ""),
+        ("no barrier in the loop", "grad_scales", "pipeline.cuh", "    ptx::barrier();\n", ""),
+        (
+            "copies before the barrier",
+            "forward",
+            "pipeline.cuh",
+            "    ptx::barrier();\n    if (step + kStages - 1 < steps) copy(stage_to_fill);",
+            "    if (step + kStages - 1 < steps) copy(stage_to_fill);\n    ptx::barrier();",
+        ),
+        ("no wait for copies", "forward", "pipeline.cuh", "    ptx::wait_copies<kStages - 2>();\n", ""),
+        ("waits for a step too few", "grad_input", "pipeline.cuh", "copies<kStages - 2>", "copies<kStages - 1>"),
+        (
+            "commits only what it copied",
+            "forward",
+            "pipeline.cuh",
+            "    ptx::commit_copies();\n    multiply(stage);",
+            "    if (step + kStages - 1 < steps) ptx::commit_copies();\n    multiply(stage);",
+        ),
+        ("fills the stage that is read", "grad_input", "pipeline.cuh", "to_fill = kStages - 1", "to_fill = 0"),
+        (
+            "W overwrites a stage still read",
+            "grad_scales",
+            "reduce.cuh",
+            "  ptx::barrier();  // the last stages of the pipeline lie here and must have been read\n",
+            "",
+        ),
+        ("no wait for W", "grad_scales", "reduce.cuh", "  ptx::wait_copies<0>();\n", ""),
+        ("no barrier after W", "grad_scales", "reduce.cuh", "  ptx::barrier();\n  reduce_warp", "  reduce_warp"),
+        ("no barrier for shares", "grad_scales", "reduce.cuh", "  ptx::barrier();\n  add_shares", "  add_shares"),
+        ("no barrier in df", "grad_scales", "grad_scales.cu", "  ptx::barrier();\n", ""),
+        # layouts
+        (
+            "x's fragments swapped",
+            "forward",
+            "fragments.cuh",
+            "s.at(row + l.index % 16, depth + l.index / 16 * 8)",
+            "s.at(row + l.index / 16 * 8 + l.index % 8, depth + l.index / 8 % 2 * 8)",
+        ),
+        (
+            "W's fragments swapped",
+            "grad_input",
+            "fragments.cuh",
+            "s.at(depth + l.index % 16, col + l.index / 16 * 8)",
+            "s.at(depth + l.index / 16 * 8 + l.index % 8, col + l.index / 8 % 2 * 8)",
+        ),
+        ("packed the wrong way round", "forward", "math.cuh", "(w[0][0], w[0][1]), ptx", "(w[0][1], w[0][0]), ptx"),
+        ("scales of other depths", "forward", "math.cuh", "4 * (2 * l.t + 8)", "4 * (2 * l.t)"),
+        ("a lane's sum left out", "grad_scales", "reduce.cuh", "    du += ptx::shuffle_xor(du, 2);\n", ""),
+        # edges
+        ("a row too many", "forward", "epilogue.cuh", "first_row + 8 * i >= rows", "first_row + 8 * i > rows"),
+        ("a column too many", "grad_input", "epilogue.cuh", "col >= cols", "col > cols"),
+        ("a depth too many", "forward", "copy.cuh", "r < rows && c < cols", "r < rows && c <= cols"),
+        ("whole rows at the edge", "forward", "copy.cuh", "rows == Shared::kRows && cols == Shared::kCols", "true"),
+        ("whole vectors at the edge", "forward", "copy.cuh", "left > 16 ? 16 : left", "16"),
+        ("a token too few", "grad_scales", "copy.cuh", "kRowsAtOnce < rows ?", "kRowsAtOnce + 1 < rows ?"),
+        ("v beyond the end", "forward", "copy.cuh", "i < count ? from + i : from, i < count ? 4 : 0", "from + i, 4"),
+        ("32-bit offsets", "forward", "copy.cuh", "const int64_t index", "const int index"),
+        # groups and sums
+        ("the first group's v", "forward", "forward.cu", "p.v + static_cast<int64_t>(group) * p.k", "p.v"),
+        ("the first group's v", "grad_input", "grad_input.cu", "scale_stride = p.k", "scale_stride = 0"),
+        ("the first group's u", "grad_input", "product.cuh", "depth_scale + depth", "depth_scale + at.offset"),
+        (
+            "the first group's v",
+            "grad_scales",
+            "grad_scales.cu",
+            "static_cast<int64_t>(group) * p.k + k_start",
+            "k_start",
+        ),
+        ("splits share a row", "grad_scales", "grad_scales.cu", "split) * p.k_tiles", "0) * p.k_tiles"),
+        ("a partial sum left out", "grad_scales", "partials.cuh", "if (row + i < rows)", "if (row + i + 1 < rows)"),
+        ("no shift", "forward", "forward.cu", "p.shift.data ?", "false ?"),
+        # rounding
+        (
+            "S rounded too",
+            "forward",
+            "product.cuh",
+            "ptx::fma(feature_scale[c], depth_scale[d], 1.0f)",
+            "widen(narrow<typename Math::Element>(ptx::fma(feature_scale[c], depth_scale[d], 1.0f)))",
+        ),
+        ("W' cut to TF32", "grad_input", "math.cuh", "{{ptx::round_tf32(w[0][0]), ", "{{ptx::bits(w[0][0]), "),
+        ("dy cut to TF32", "grad_scales", "math.cuh", "ptx::round_tf32(ptx::from_bits(a.r[i]))", "a.r[i]"),
+    )
+]
+
+
+def plant(fault: Fault, folder: Path) -> Path:
+    shutil.copytree(SOURCES, folder, ignore=shutil.ignore_patterns("hopper"))
+    file = folder / fault.file
+    text = file.read_text()
+    assert text.count(fault.old) == 1, f"{fault.file} holds the text to change {text.count(fault.old)} times"
+    file.write_text(text.replace(fault.old, fault.new))
+    return folder
+
+
+def padded(p: Problem) -> Problem:
+    """A row or column less of everything, and NaN in its place: rows of whole vectors with a ragged end."""
+
+    def less(t: Tensor) -> Tensor:
+        return t[:-1]
+
+    x, dy, weight = (_strided(t[:, :-1], "rows apart") for t in (p.x, p.dy, p.weight))
+    return Problem(x, less(weight), less(p.scale_out), p.scale_in[..., :-1], less(p.bias), less(p.shift), dy)
+
+
+def disagreement(machine: Machine, seen_in: str, p: Problem, **how: object) -> str | None:
+    """Hold a pass's results to the yardstick."""
+    if how.get("tf32"):
+        exact, plain = tf32_products(p, torch.float64), tf32_products(p, SINGLE)
+    else:
+        keep = ("weight", "scale_out", "scale_in", "bias", "shift")
+        exact = differentiate(p, torch.float64)
+        plain = differentiate(p, SINGLE) if seen_in == "grad_scales" else differentiate(p, p.x.dtype, keep)
+    try:
+        got = machine.solve(p, passes=(seen_in,), **how)
+        for name in RESULTS[seen_in]:
+            assert_close(name, getattr(got, name), getattr(plain, name), getattr(exact, name))
+    except (AssertionError, MachineError) as reason:
+        return f"{p.x.dtype}, x {list(p.x.shape)}, {how}: {reason}"
+    return None
+
+
+def complaint(machine: Machine, seen_in: str) -> str | None:
+    """The first thing amiss, over arithmetics, tiles, load paths, groups and orders of execution."""
+    p, y = one_product(BF16)
+    try:
+        if seen_in == "forward" and not torch.equal(machine.solve(p, passes=("forward",)).y, y):
+            return "one product is not rounded once each way"
+    except MachineError as reason:
+        return f"K = 1: {reason}"
+    if reason := disagreement(machine, seen_in, far_apart(make_problem(2, 2, 40), 2**31 + 1)):
+        return reason
+    kinds = [(SINGLE, True), (BF16, False), (HALF, False), (SINGLE, False)]
+    for (dtype, tf32), size, warps in itertools.product(kinds, (SMALL, LARGE), (FORWARDS, BACKWARDS)):
+        problems = [
+            make_problem(70, 30, 67, 3, dtype),
+            padded(make_problem(140, 152, 168, 1, dtype)),
+            make_problem(100, 160, 232, 2, dtype),
+        ]
+        for p in problems:
+            if reason := disagreement(machine, seen_in, p, multiprocessors=size, tf32=tf32, warps=warps):
+                return reason
+    return None
+
+
+@pytest.mark.parametrize("seen_in", RESULTS)
+def test_the_comparison_passes_what_is_right(machine, seen_in):
+    assert complaint(machine, seen_in) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.seen_in}: {fault.name}")
+def test_every_fault_is_noticed(machine, fault, tmp_path):
+    faulty = Machine(build(plant(fault, tmp_path / "cuda"), (fault.seen_in,), "-O1"))
+    reason = complaint(faulty, fault.seen_in)
+    print(reason)
+    assert reason is not None
