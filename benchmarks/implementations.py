@@ -105,6 +105,12 @@ def plain(i: Inputs) -> Tensor:
     return F.linear(i.x, i.weight, i.bias)
 
 
+def products(i: Inputs) -> tuple[Tensor, ...]:
+    """The layer's three products alone, W as it is: x W^T, dy W and dy^T x in x's dtype."""
+    x, dy = i.x.detach(), i.dy
+    return x @ i.weight.mT, dy @ i.weight, dy.mT @ x
+
+
 def step(i: Inputs, implementation: Callable[[Inputs], Tensor]) -> tuple[Tensor, ...]:
     """y and the gradients of what is trained; of x alone for the plain linear."""
     y = implementation(i)

@@ -143,7 +143,7 @@ def explain(x: Tensor, weight: Tensor) -> tuple[str, str]:
     name = _measured(x)
     if name is not None and refusal(name, x, weight) is None:
         return name, "measured fastest"
-    refused = []
+    refused: list[str] = []
     for name, (_, devices) in BACKENDS.items():
         if x.device.type not in devices:
             continue
