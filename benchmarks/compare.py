@@ -70,7 +70,7 @@ def measure(layer: str, tokens: int, dtype: str, device: str, rounds: int) -> di
 def table(results: list[dict[str, Any]]) -> str:
     """Ratios of the fastest rounds, and of peak extra memory, as Markdown."""
     lines = [
-        "| layer | M | dtype | formula / ours | recompute / ours | formula / bare products | extra memory, ours / formula |",
+        "| layer | M | dtype | formula / ours | recompute / ours | formula / products | extra memory, ours / formula |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for r in results:
