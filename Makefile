@@ -3,31 +3,52 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench compare floor sanitize clean
 
-demo: $(VENV)/.installed  ## fine-tune the embedded ViT by RLRR and by a linear probe, and compare
+demo: $(VENV)/.built  ## fine-tune the embedded ViT by RLRR and by a linear probe, and compare
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed  ## the test suite
+test: $(VENV)/.built  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: $(VENV)/.installed  ## style and types
+lint: $(VENV)/.built  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.installed
+format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed  ## kernel benchmarks, a slice that suits the device
+bench: $(VENV)/.built  ## kernel benchmarks, a slice that suits the device
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+compare: $(VENV)/.built  ## forward and backward against the formula and its best rewriting, as a table
+	$(BIN)/python -m benchmarks.compare
+
+floor: $(VENV)/.built  ## the suite with the oldest torch and Triton, on the libraries built against the newest
+	$(PYTHON) -m venv $(VENV)-floor
+	$(VENV)-floor/bin/python -m pip install --quiet 'torch==2.11.*' 'numpy<2.4' 'setuptools>=77'
+	RLRR_BUILD_CPU=0 RLRR_BUILD_CUDA=0 $(VENV)-floor/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)-floor/bin/python -m pytest -n 2 --dist worksteal
+
+sanitize: $(VENV)/.built  ## on a GPU: the CUDA kernels under compute-sanitizer
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(BIN)/python -m pytest -m gpu tests/backends/test_numerics.py -k cuda || exit 1; \
+	done
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rlrr_kernels needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# torch first: the build below uses its headers
+	$(BIN)/python -m pip install --quiet 'torch>=2.11' 'setuptools>=77'
+	RLRR_BUILD_CPU=0 RLRR_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-floor build dist rlrr_kernels/lib *.egg-info .pytest_cache .ruff_cache .mypy_cache

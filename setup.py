@@ -34,7 +34,7 @@ CSRC = ROOT / "csrc"
 TORCH = (2, 11)  # the oldest torch that the libraries run with
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # the formula's roundings, one by one: a fused multiply-add would skip the one of u v
-CPU_FLAGS = [*FLAGS, "-fopenmp-simd", "-ffp-contract=off", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+CPU_FLAGS = [*FLAGS, "-fopenmp-simd", "-ffp-contract=off", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 class Unavailable(Exception):

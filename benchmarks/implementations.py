@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlrr_kernels import reference, rescaled_linear
+from rlrr_kernels import ops, reference, rescaled_linear
 
 #: ViT-B/16: tokens of one image, and (N, K, groups) of the four linears of a block
 TOKENS = 197
@@ -109,6 +109,14 @@ def products(i: Inputs) -> tuple[Tensor, ...]:
     """The layer's three products alone, W as it is: x W^T, dy W and dy^T x in x's dtype."""
     x, dy = i.x.detach(), i.dy
     return x @ i.weight.mT, dy @ i.weight, dy.mT @ x
+
+
+def three_ops(i: Inputs) -> tuple[Tensor, ...]:
+    """The package's ops alone: no module, no validation, no autograd."""
+    x, u, v, f = (t.detach() for t in i.trained)
+    scales = (i.weight, u, v)
+    y, dx = ops.forward(x, *scales, i.bias, f), ops.grad_input(i.dy, *scales)
+    return y, dx, *ops.grad_scales(i.dy, x, *scales, True)
 
 
 def step(i: Inputs, implementation: Callable[[Inputs], Tensor]) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ def load(name: str, builder: str) -> None:
     with the remedy, where the library is missing or this torch cannot load it.
     """
     path = FOLDER / f"librlrr_{name}.so"
-    remedy = "reinstall with pip install --no-build-isolation --force-reinstall --no-deps ."
+    remedy = "reinstall from the source folder: pip install --force-reinstall --no-deps ."
     if not path.exists():
         raise ImportError(f"{path.name} is not in {FOLDER}: it was not built. With {builder}, {remedy}")
     try:

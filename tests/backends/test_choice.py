@@ -134,7 +134,9 @@ def test_a_library_for_another_torch_is_said_with_the_remedy(fresh, tmp_path):
 
     (tmp_path / "librlrr_cpu.so").write_bytes(b"not a library")
     fresh.setattr(library, "FOLDER", tmp_path)
-    with pytest.raises(ImportError, match=rf"does not load with torch {torch.__version__[:4]}.*; reinstall with pip"):
+    with pytest.raises(
+        ImportError, match=rf"does not load with torch {torch.__version__[:4]}.*; reinstall from the source folder: pip"
+    ):
         library.load("cpu", "a C++ compiler")
 
 

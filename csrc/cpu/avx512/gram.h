@@ -38,26 +38,42 @@ void pack_dy(const Matrix& dy, int64_t first, int64_t end, int64_t units, Word* 
   }
 }
 
-// du += G W v over the tile's columns, dv += u G W over its rows
-template <class W>
-void reduce(const Tile& g, const Layer& layer, int64_t first, int64_t rows, int64_t col, const float* v, float* du,
-            float* dv) {
-  const float* u = static_cast<const float*>(layer.u);
-  __m512 du_sum[tile_rows];
-  for (int64_t i = 0; i < tile_rows; ++i) du_sum[i] = _mm512_setzero_ps();
+// du += G W v over the tile's columns, dv += u G W over its rows. `whole`: the tile lies inside W, whose
+// rows have no gaps.
+template <class W, bool whole>
+inline void reduce(const Tile& g, const Layer& layer, int64_t first, int64_t rows, int64_t col, const float* v,
+                   float* du, float* dv) {
+  const float* u = static_cast<const float*>(layer.u) + first;
+  const __mmask16 all = 0xFFFF;
+  __m512 scale_in[vectors], dv_sum[vectors];
+#pragma GCC unroll 3
   for (int64_t j = 0; j < vectors; ++j) {
-    const int64_t k = col + j * lanes;
-    if (k >= layer.k()) break;
-    const __m512 scale_in = load_wide(v + k, first_lanes(layer.k() - k));
-    __m512 dv_sum = _mm512_loadu_ps(dv + j * lanes);
-    for (int64_t i = 0; i < rows; ++i) {
-      const __m512 p = _mm512_mul_ps(g.sum[i][j], load_row<W>(layer.weight, first + i, k, layer.k()));
-      du_sum[i] = _mm512_fmadd_ps(p, scale_in, du_sum[i]);
-      dv_sum = _mm512_fmadd_ps(_mm512_set1_ps(u[first + i]), p, dv_sum);
-    }
-    _mm512_storeu_ps(dv + j * lanes, dv_sum);
+    const int64_t left = layer.k() - col - j * lanes;
+    scale_in[j] = load_wide(v + col + (left > 0 ? j * lanes : 0), whole ? all : first_lanes(left));
+    dv_sum[j] = _mm512_loadu_ps(dv + j * lanes);
   }
-  for (int64_t i = 0; i < rows; ++i) du[i] += _mm512_reduce_add_ps(du_sum[i]);
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < tile_rows; ++i) {
+    if (!whole && i >= rows) break;
+    const __m512 scale_out = _mm512_set1_ps(u[i]);
+    __m512 du_sum = _mm512_setzero_ps();
+#pragma GCC unroll 3
+    for (int64_t j = 0; j < vectors; ++j) {
+      const int64_t k = col + j * lanes;
+      __m512 w;
+      if constexpr (whole) {
+        w = load_wide(layer.weight.at<W>(first + i, k), all);
+      } else {
+        w = k < layer.k() ? load_row<W>(layer.weight, first + i, k, layer.k()) : _mm512_setzero_ps();
+      }
+      const __m512 p = _mm512_mul_ps(g.sum[i][j], w);
+      du_sum = _mm512_fmadd_ps(p, scale_in[j], du_sum);
+      dv_sum[j] = _mm512_fmadd_ps(scale_out, p, dv_sum[j]);
+    }
+    du[i] += _mm512_reduce_add_ps(du_sum);
+  }
+#pragma GCC unroll 3
+  for (int64_t j = 0; j < vectors; ++j) _mm512_storeu_ps(dv + j * lanes, dv_sum[j]);
 }
 
 // W's part under a tile of G: asked for before the product, it has arrived when the sums are done
@@ -86,7 +102,9 @@ void run_task(const Matrix& dy, const Layer& layer, int64_t first, int64_t end, 
       prefetch_weight<W>(layer.weight, n, rows, col + t * tile_cols);
       Tile g;
       multiply<Unit>({packed_dy + (n - first) * units, 1, tile_rows}, packed_x + t * units * tile_cols, units, g);
-      reduce<W>(g, layer, n, rows, col + t * tile_cols, v, du + n, dv + t * tile_cols);
+      const bool whole = rows == tile_rows && col + (t + 1) * tile_cols <= layer.k() && layer.weight.col_stride == 1;
+      (whole ? reduce<W, true> : reduce<W, false>)(g, layer, n, rows, col + t * tile_cols, v, du + n,
+                                                   dv + t * tile_cols);
     }
   }
 }

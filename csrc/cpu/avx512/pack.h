@@ -40,37 +40,58 @@ inline void transpose(__m512i (&r)[lanes]) {
   }
 }
 
+// 16 rows of W' from `row` on, 16 units from `col` on, a register a row. `whole`: all of it lies inside W,
+// in one group and in rows without gaps, so that nothing needs to be asked of an element.
+template <class Unit, class W, bool whole>
+void rescale_block(const Layer& layer, int64_t row, int64_t col, __m512i (&block)[lanes]) {
+  const int64_t n = layer.n(), k = layer.k();
+  const float *u = static_cast<const float*>(layer.u) + row, *v = static_cast<const float*>(layer.v) + col;
+  const __mmask16 all = 0xFFFF;
+  __m512 scale_in[Unit::elements];
+  if constexpr (whole) {
+    for (int64_t e = 0; e < Unit::elements; ++e) {
+      scale_in[e] = load_wide(v + layer.group_of(row) * k + e * lanes, all);
+    }
+  }
+  const W* w = layer.weight.at<W>(row, col);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < lanes; ++i, w += layer.weight.row_stride) {
+    __m512 parts[Unit::elements];
+    if (whole) prefetch(w + 128);
+    for (int64_t e = 0; e < Unit::elements; ++e) {
+      const int64_t at = col + e * lanes;
+      if constexpr (whole) {
+        parts[e] = rescale(load_wide(w + e * lanes, all), _mm512_set1_ps(u[i]), scale_in[e]);
+      } else if (row + i < n && at < k) {
+        const __m512 scale = load_wide(v + layer.group_of(row + i) * k + e * lanes, first_lanes(k - at));
+        parts[e] = rescale(load_row<W>(layer.weight, row + i, at, k), _mm512_set1_ps(u[i]), scale);
+      } else {
+        parts[e] = _mm512_setzero_ps();
+      }
+    }
+    block[i] = Unit::from_row(parts);
+  }
+}
+
 // Rows first... of W' as columns of a sum over K: [units of K][tile_cols]. Rows past N are 0.
 template <class Unit, class W>
 void pack_rescaled_rows(const Layer& layer, int64_t first, Word* packed) {
   const int64_t n = layer.n(), k = layer.k(), units = up(k, Unit::elements);
-  const float *u = static_cast<const float*>(layer.u), *v = static_cast<const float*>(layer.v);
-  for (int64_t unit = 0; unit < units; unit += lanes) {
-    for (int64_t col = 0; col < tile_cols; col += lanes) {
+  for (int64_t col = 0; col < tile_cols; col += lanes) {
+    const int64_t row = first + col;
+    const bool whole = layer.weight.col_stride == 1 && row + lanes <= n &&
+                       layer.group_of(row) == layer.group_of(row + lanes - 1);
+    for (int64_t unit = 0; unit < units; unit += lanes) {
       __m512i block[lanes];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < lanes; ++i) {
-        const int64_t row = first + col + i;
-        block[i] = _mm512_setzero_si512();
-        if (row >= n) continue;
-        const float* v_row = v + layer.group_of(row) * k;
-        __m512 parts[Unit::elements];
-        for (int64_t e = 0; e < Unit::elements; ++e) {
-          const int64_t at = unit * Unit::elements + e * lanes;
-          if (at >= k) {
-            parts[e] = _mm512_setzero_ps();
-            continue;
-          }
-          prefetch(layer.weight.at<W>(row, at + 128));
-          const __m512 scale_in = load_wide(v_row + at, first_lanes(k - at));
-          parts[e] = rescale(load_row<W>(layer.weight, row, at, k), _mm512_set1_ps(u[row]), scale_in);
-        }
-        block[i] = Unit::from_row(parts);
+      if (whole && (unit + lanes) * Unit::elements <= k) {
+        rescale_block<Unit, W, true>(layer, row, unit * Unit::elements, block);
+      } else {
+        rescale_block<Unit, W, false>(layer, row, unit * Unit::elements, block);
       }
       transpose(block);
-      for (int64_t i = 0; i < std::min(lanes, units - unit); ++i) {
-        _mm512_storeu_si512(packed + (unit + i) * tile_cols + col, block[i]);
-      }
+      Word* to = packed + unit * tile_cols + col;
+      const int64_t count = std::min(lanes, units - unit);
+      for (int64_t i = 0; i < count; ++i) _mm512_storeu_si512(to + i * tile_cols, block[i]);
     }
   }
 }
@@ -78,20 +99,36 @@ void pack_rescaled_rows(const Layer& layer, int64_t first, Word* packed) {
 // Columns first... of W' as columns of a sum over N: [units of N][tile_cols]. Columns past K are 0.
 template <class Unit, class W>
 void pack_rescaled_cols(const Layer& layer, int64_t first, Word* packed) {
-  const int64_t n = layer.n(), k = layer.k(), units = up(n, Unit::elements);
+  const int64_t n = layer.n(), k = layer.k(), units = up(n, Unit::elements), group_rows = n / layer.groups;
   const float *u = static_cast<const float*>(layer.u), *v = static_cast<const float*>(layer.v);
+  __m512 scale_in[vectors];
+  int64_t group_end = 0;
   for (int64_t unit = 0; unit < units; ++unit) {
-    for (int64_t j = 0; j < tile_cols; j += lanes) {
-      __m512 rows[Unit::elements];
-      for (int64_t e = 0; e < Unit::elements; ++e) {
-        const int64_t row = unit * Unit::elements + e;
-        prefetch(layer.weight.at<W>(row + 16, first + j));
-        rows[e] = _mm512_setzero_ps();
-        if (row >= n || first + j >= k) continue;
-        const __m512 scale_in = load_wide(v + layer.group_of(row) * k + first + j, first_lanes(k - first - j));
-        rows[e] = rescale(load_row<W>(layer.weight, row, first + j, k), _mm512_set1_ps(u[row]), scale_in);
+    __m512 rows[vectors][Unit::elements];
+    for (int64_t e = 0; e < Unit::elements; ++e) {
+      const int64_t row = unit * Unit::elements + e;
+      if (row == group_end) {
+        group_end += group_rows;
+        for (int64_t j = 0; j < vectors; ++j) {
+          const int64_t col = first + j * lanes;
+          scale_in[j] = load_wide(v + layer.group_of(std::min(row, n - 1)) * k + std::min(col, k), first_lanes(k - col));
+        }
       }
-      _mm512_storeu_si512(packed + unit * tile_cols + j, Unit::from_rows(rows));
+      if (row >= n) {
+        for (int64_t j = 0; j < vectors; ++j) rows[j][e] = _mm512_setzero_ps();
+        continue;
+      }
+      const __m512 scale_out = _mm512_set1_ps(u[row]);
+#pragma GCC unroll 3
+      for (int64_t j = 0; j < vectors; ++j) {
+        const int64_t col = first + j * lanes;
+        prefetch(layer.weight.at<W>(row + 16, col));
+        const __m512 w = col < k ? load_row<W>(layer.weight, row, col, k) : _mm512_setzero_ps();
+        rows[j][e] = rescale(w, scale_out, scale_in[j]);
+      }
+    }
+    for (int64_t j = 0; j < vectors; ++j) {
+      _mm512_storeu_si512(packed + unit * tile_cols + j * lanes, Unit::from_rows(rows[j]));
     }
   }
 }
