@@ -71,10 +71,9 @@ def measure(layer: str, tokens: int, dtype: str, device: str, rounds: int) -> di
 
 def table(results: list[dict[str, Any]]) -> str:
     """Ratios of the fastest rounds, and of peak extra memory, as Markdown."""
-    lines = [
-        "| layer | M | dtype | formula / ours | recompute / ours | formula / products | our ops / ours | extra memory, ours / formula |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    heads = ["layer", "M", "dtype", *(f"{name} / ours" for name in PEERS), "formula / products", "our ops / ours"]
+    heads.append("extra memory, ours / formula")
+    lines = [f"| {' | '.join(heads)} |", "| --- | ---: | --- |" + " ---: |" * (len(heads) - 3)]
     for r in results:
         best = {name: min(times) for name, times in r["seconds"].items()}
         ratios = " | ".join(f"{best[name] / best[OURS]:.2f}" for name in PEERS)

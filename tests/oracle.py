@@ -104,6 +104,32 @@ def make_problem(
     )
 
 
+def strided(t: Tensor, how: str) -> Tensor:
+    """The same values laid out otherwise; what lies between them is NaN, so that reading it shows."""
+    rows, cols = t.shape
+    if how == "transposed":
+        return t.mT.contiguous().mT
+    if how == "sliced":
+        wide = torch.full((2 * rows, 3 * cols), float("nan"), dtype=t.dtype, device=t.device)
+        wide[::2, ::3] = t
+        return wide[::2, ::3]
+    if how == "rows apart":  # whole vectors still, with NaN after each row's end
+        wide = torch.full((rows, (cols + 15) // 8 * 8), float("nan"), dtype=t.dtype, device=t.device)
+        wide[:, :cols] = t
+        return wide[:, :cols]
+    if how == "columns of a wider matrix":
+        wide = torch.full((rows, cols + 3), float("nan"), dtype=t.dtype, device=t.device)
+        wide[:, 1 : cols + 1] = t
+        return wide[:, 1 : cols + 1]
+    if how == "off by one element":
+        shifted = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(rows, cols)
+        return shifted.copy_(t)
+    if how == "one row":
+        return t[:1].expand(rows, cols)
+    assert how == "expanded", how
+    return t[:1, :1].expand(rows, cols)
+
+
 def differentiate(p: Problem, dtype: torch.dtype, keep: tuple[str, ...] = ()) -> Answer:
     """The plain formula and its autograd gradients with tensors cast to ``dtype``.
 

@@ -7,7 +7,7 @@ import torch
 
 from rlrr_kernels import ops, use_backend
 from rlrr_kernels.backends import choice
-from tests.oracle import BACKENDS, Answer, Problem, check, make_problem, require
+from tests.oracle import BACKENDS, Answer, Problem, check, make_problem, require, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RESULTS = ("y", "dx", "du", "dv", "df")
@@ -60,29 +60,14 @@ def test_bias_and_shift_each_absent(backend, bias, shift):
     check(p, solve(p, backend))
 
 
-def _strided(t: torch.Tensor, how: str) -> torch.Tensor:
-    rows, cols = t.shape
-    if how == "transposed":
-        return t.mT.contiguous().mT
-    if how == "sliced":
-        wide = torch.full((2 * rows, 3 * cols), float("nan"), dtype=t.dtype, device=t.device)
-        wide[::2, ::3] = t
-        return wide[::2, ::3]
-    if how == "columns of a wider matrix":
-        wide = torch.full((rows, cols + 3), float("nan"), dtype=t.dtype, device=t.device)
-        wide[:, 1 : cols + 1] = t
-        return wide[:, 1 : cols + 1]
-    return t[:1, :1].expand(rows, cols)
-
-
 @pytest.mark.parametrize("how", ["transposed", "sliced", "columns of a wider matrix", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides(backend, dtype, how):
     p = make_problem(45, 26, 35, dtype=dtype, device=require(backend, dtype))
-    p.dy = _strided(p.dy, how)
+    p.dy = strided(p.dy, how)
     if how != "expanded":  # all of one value, errors would add up instead of averaging out
-        p.x, p.weight = _strided(p.x, how), _strided(p.weight, how)
+        p.x, p.weight = strided(p.x, how), strided(p.weight, how)
     p.bias, p.shift = torch.stack([p.bias, p.bias], 1)[:, 0], torch.stack([p.shift, p.shift], 1)[:, 0]
     check(p, solve(p, backend))
 

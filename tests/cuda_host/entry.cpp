@@ -2,6 +2,7 @@
 #include "machine.cuh"
 
 #include "launch.h"
+#include "ranges.h"
 
 namespace rlrr {
 
@@ -13,24 +14,9 @@ namespace rlrr {
 
 namespace {
 
-void allow(const Matrix& matrix, int64_t rows, int64_t cols, bool writable) {
-  const int64_t last = (rows - 1) * matrix.row_stride + (cols - 1) * matrix.col_stride;
-  model::allow(matrix.data, (last + 1) * (matrix.dtype == Dtype::float32 ? 4 : 2), writable);
-}
-void allow(const float* vector, int64_t count, bool writable) {
-  if (vector) model::allow(vector, 4 * count, writable);
-}
-void allow(const Vector& vector, int64_t count) {
-  if (vector.data) model::allow(vector.data, count * (vector.dtype == Dtype::float32 ? 4 : 2), false);
-}
-
-void begin(const Layer& l, const model::Options* options) {
-  model::set_options(*options);
-  model::clear_ranges();
+void start(const Layer& l, const model::Options* options) {
   model::blocks_launched = model::bank_conflicts = 0;
-  allow(l.weight, l.n, l.k, false);
-  allow(l.u, l.n, false);
-  allow(l.v, l.groups * l.k, false);
+  begin(l, options);
 }
 
 }  // namespace
@@ -40,7 +26,7 @@ extern "C" {
 
 int model_forward(const rlrr::Forward* f, const rlrr::model::Options* options) {
   const auto& l = f->layer;
-  rlrr::begin(l, options);
+  rlrr::start(l, options);
   rlrr::allow(f->x, l.m, l.k, false);
   rlrr::allow(f->bias, l.n);
   rlrr::allow(f->shift, l.n);
@@ -50,7 +36,7 @@ int model_forward(const rlrr::Forward* f, const rlrr::model::Options* options) {
 
 int model_grad_input(const rlrr::GradInput* g, const rlrr::model::Options* options) {
   const auto& l = g->layer;
-  rlrr::begin(l, options);
+  rlrr::start(l, options);
   rlrr::allow(g->dy, l.m, l.n, false);
   rlrr::allow(g->dx, l.m, l.k, true);
   return rlrr::grad_input(*g, nullptr);
@@ -60,7 +46,7 @@ int64_t model_workspace_floats(const rlrr::GradScales* g) { return rlrr::workspa
 
 int model_grad_scales(const rlrr::GradScales* g, const rlrr::model::Options* options) {
   const auto& l = g->layer;
-  rlrr::begin(l, options);
+  rlrr::start(l, options);
   rlrr::allow(g->dy, l.m, l.n, false);
   rlrr::allow(g->x, l.m, l.k, false);
   rlrr::allow(g->du, l.n, true);

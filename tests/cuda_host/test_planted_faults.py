@@ -1,31 +1,15 @@
 """Faults planted in the kernels' source, one at a time: the tests beside this file must notice each."""
 
 import itertools
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda_host.machine import BACKWARDS, FORWARDS, LARGE, SMALL, SOURCES, Machine, MachineError, build
-from tests.cuda_host.test_kernels import BF16, HALF, SINGLE, _strided, far_apart, one_product, tf32_products
-from tests.oracle import Problem, assert_close, differentiate, make_problem
-
-RESULTS = {"forward": ("y",), "grad_input": ("dx",), "grad_scales": ("du", "dv", "df")}
-
-
-@dataclass(frozen=True)
-class Fault:
-    """``old`` becomes ``new`` in ``file`` and shows in the results of one pass."""
-
-    name: str
-    seen_in: str
-    file: str
-    old: str
-    new: str
-
+from tests.cuda_host.faults import RESULTS, Fault
+from tests.cuda_host.machine import BACKWARDS, FORWARDS, LARGE, SMALL, Machine, MachineError, build
+from tests.cuda_host.test_kernels import BF16, HALF, SINGLE, far_apart, one_product, tf32_products
+from tests.oracle import Problem, assert_close, differentiate, make_problem, strided
 
 FAULTS = [
     Fault(*fields)
@@ -116,22 +100,13 @@ FAULTS = [
 ]
 
 
-def plant(fault: Fault, folder: Path) -> Path:
-    shutil.copytree(SOURCES, folder, ignore=shutil.ignore_patterns("hopper"))
-    file = folder / fault.file
-    text = file.read_text()
-    assert text.count(fault.old) == 1, f"{fault.file} holds the text to change {text.count(fault.old)} times"
-    file.write_text(text.replace(fault.old, fault.new))
-    return folder
-
-
 def padded(p: Problem) -> Problem:
     """A row or column less of everything, and NaN in its place: rows of whole vectors with a ragged end."""
 
     def less(t: Tensor) -> Tensor:
         return t[:-1]
 
-    x, dy, weight = (_strided(t[:, :-1], "rows apart") for t in (p.x, p.dy, p.weight))
+    x, dy, weight = (strided(t[:, :-1], "rows apart") for t in (p.x, p.dy, p.weight))
     return Problem(x, less(weight), less(p.scale_out), p.scale_in[..., :-1], less(p.bias), less(p.shift), dy)
 
 
@@ -183,7 +158,7 @@ def test_the_comparison_passes_what_is_right(machine, seen_in):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.seen_in}: {fault.name}")
 def test_every_fault_is_noticed(machine, fault, tmp_path):
-    faulty = Machine(build(plant(fault, tmp_path / "cuda"), (fault.seen_in,), "-O1"))
+    faulty = Machine(build(fault.plant(tmp_path / "cuda"), (fault.seen_in,), "-O1"))
     reason = complaint(faulty, fault.seen_in)
     print(reason)
     assert reason is not None

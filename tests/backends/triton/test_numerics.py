@@ -7,7 +7,7 @@ import torch
 
 from rlrr_kernels.backends.triton import launch
 from rlrr_kernels.backends.triton.config import Config, Device
-from tests.oracle import Answer, Problem, check, make_problem
+from tests.oracle import Answer, Problem, check, make_problem, strided
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
@@ -90,21 +90,10 @@ def test_the_heuristics_own_choice(triton_device, dtype):
     check(p, solve(p, None, None))
 
 
-def _strided(t: torch.Tensor, how: str) -> torch.Tensor:
-    rows, cols = t.shape
-    if how == "transposed":
-        return t.mT.contiguous().mT
-    if how == "sliced":
-        wide = torch.full((2 * rows, 3 * cols), float("nan"), dtype=t.dtype, device=t.device)
-        wide[::2, ::3] = t
-        return wide[::2, ::3]
-    return t[:1, :1].expand(rows, cols)
-
-
 @pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
 def test_strides(triton_device, how):
     p = make_problem(45, 26, 35, device=triton_device)
-    p.x, p.dy, p.weight = _strided(p.x, how), _strided(p.dy, how), _strided(p.weight, how)
+    p.x, p.dy, p.weight = strided(p.x, how), strided(p.dy, how), strided(p.weight, how)
     if how == "expanded":
         assert p.dy.stride() == (0, 0)
     check(p, solve(p, SMALL, None))

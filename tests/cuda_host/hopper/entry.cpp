@@ -1,30 +1,8 @@
 // What the tests call through ctypes: the library's own entry points, with the machine's options.
 #include <hopper_model.h>
 
+#include "../ranges.h"
 #include "hopper/launch.h"
-
-namespace rlrr {
-namespace {
-
-void allow(const Matrix& matrix, int64_t rows, int64_t cols, bool writable) {
-  model::allow(matrix.data, ((rows - 1) * matrix.row_stride + cols) * 2, writable);
-}
-void allow(const float* vector, int64_t count, bool writable) {
-  if (vector) model::allow(vector, 4 * count, writable);
-}
-void allow(const Vector& vector, int64_t count) {
-  if (vector.data) model::allow(vector.data, count * (vector.dtype == Dtype::float32 ? 4 : 2), false);
-}
-void begin(const Layer& l, const model::Options* options) {
-  model::set_options(*options);
-  model::clear_ranges();
-  allow(l.weight, l.n, l.k, false);
-  allow(l.u, l.n, false);
-  allow(l.v, l.groups * l.k, false);
-}
-
-}  // namespace
-}  // namespace rlrr
 
 extern "C" {
 

@@ -1,74 +1,69 @@
 """Faults planted in the Hopper kernels' source, one at a time: the model and the yardstick must notice each."""
 
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.cuda_host.faults import RESULTS, Fault
 from tests.cuda_host.hopper.machine import HopperMachine, build
-from tests.cuda_host.machine import BACKWARDS, FORWARDS, SHUFFLED, SOURCES, MachineError, compiler
+from tests.cuda_host.machine import BACKWARDS, FORWARDS, SHUFFLED, MachineError, compiler
 from tests.oracle import assert_close, differentiate, make_problem
-
-RESULTS = {"forward": ("y",), "grad_input": ("dx",), "grad_scales": ("du", "dv", "df")}
-
-
-@dataclass(frozen=True)
-class Fault:
-    """``old``, which stands in ``file`` once, becomes ``new``; seen through one pass."""
-
-    name: str
-    seen_in: str
-    file: str
-    old: str
-    new: str = ""
-
 
 FAULTS = [
     Fault(
-        "readers wait for the wrong phase", "forward", "pipeline.cuh", "full[stage], phase)", "full[stage], phase ^ 1)"
+        "readers wait for the wrong phase",
+        "forward",
+        "hopper/pipeline.cuh",
+        "full[stage], phase)",
+        "full[stage], phase ^ 1)",
     ),
-    Fault("fetches without a claim", "forward", "pipeline.cuh", "    ptx::wait(&ring.empty[stage], phase ^ 1);\n"),
+    Fault(
+        "fetches without a claim", "forward", "hopper/pipeline.cuh", "    ptx::wait(&ring.empty[stage], phase ^ 1);\n"
+    ),
     Fault(
         "reads before boxes land",
         "grad_scales",
-        "gram_multiply.cuh",
+        "hopper/gram_multiply.cuh",
         "      place.await(s.ring);\n      auto& boxes",
         "      auto& boxes",
     ),
-    Fault("a stage released under a product", "grad_input", "multiply.cuh", "part == kInFlight - 1", "part == 0"),
+    Fault(
+        "a stage released under a product", "grad_input", "hopper/multiply.cuh", "part == kInFlight - 1", "part == 0"
+    ),
     Fault(
         "registers reused under a product",
         "forward",
-        "multiply.cuh",
+        "hopper/multiply.cuh",
         "constexpr int kInFlight = kParts - 1",
         "constexpr int kInFlight = kParts",
     ),
-    Fault("sums read too early", "forward", "multiply.cuh", "    ptx::finish(sums);\n"),
+    Fault("sums read too early", "forward", "hopper/multiply.cuh", "    ptx::finish(sums);\n"),
     Fault(
         "staging read too early",
         "grad_input",
-        "store.cuh",
+        "hopper/store.cuh",
         "    ptx::named_barrier(1 + l.consumer, kWarpgroup);\n    const int chunk",
         "    const int chunk",
     ),
     Fault(
         "warps' dv added too early",
         "grad_scales",
-        "gram_multiply.cuh",
+        "hopper/gram_multiply.cuh",
         "    ptx::named_barrier(1, kConsumers * kWarpgroup);\n    const int col",
         "    const int col",
     ),
-    Fault("stride between boxes", "grad_scales", "tile.cuh", "(next_box >> 4) << 16", "(next_box >> 5) << 16"),
-    Fault("depth's step in a row", "forward", "tile.cuh", "kAlongRow = 16 * 2 >> 4", "kAlongRow = 16 * 4 >> 4"),
-    Fault("no swizzle in loads", "grad_input", "tile.cuh", "((chunk ^ (row % 8)) << 4)", "(chunk << 4)"),
-    Fault("u and v of the wrong rows", "forward", "weight.cuh", "row_scales[i % 2]", "row_scales[i / 2]"),
-    Fault("the first group's v throughout", "grad_input", "multiply.cuh", "segment++, row", "0 * segment++, row"),
+    Fault("stride between boxes", "grad_scales", "hopper/tile.cuh", "(next_box >> 4) << 16", "(next_box >> 5) << 16"),
+    Fault("depth's step in a row", "forward", "hopper/tile.cuh", "kAlongRow = 16 * 2 >> 4", "kAlongRow = 16 * 4 >> 4"),
+    Fault("no swizzle in loads", "grad_input", "hopper/tile.cuh", "((chunk ^ (row % 8)) << 4)", "(chunk << 4)"),
+    Fault("u and v of the wrong rows", "forward", "hopper/weight.cuh", "row_scales[i % 2]", "row_scales[i / 2]"),
+    Fault(
+        "the first group's v throughout", "grad_input", "hopper/multiply.cuh", "segment++, row", "0 * segment++, row"
+    ),
     Fault(
         "one split's tokens in another's",
         "grad_scales",
-        "gram.cuh",
+        "hopper/gram.cuh",
         "const int first = split * p.split_steps",
         "const int first = 0 * split",
     ),
@@ -80,12 +75,7 @@ FAULTS = [
 def test_fault_is_noticed(tmp_path: Path, fault: Fault):
     if compiler() is None:
         pytest.skip("needs a C++ compiler")
-    shutil.copytree(SOURCES, tmp_path / "cuda")
-    file = tmp_path / "cuda" / "hopper" / fault.file
-    text = file.read_text()
-    assert text.count(fault.old) == 1
-    file.write_text(text.replace(fault.old, fault.new))
-    machine = HopperMachine(build(tmp_path / "cuda", (fault.seen_in,)))
+    machine = HopperMachine(build(fault.plant(tmp_path / "cuda"), (fault.seen_in,)))
     assert any(_differs(machine, fault.seen_in, warps) for warps in (FORWARDS, BACKWARDS, SHUFFLED))
 
 
