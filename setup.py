@@ -21,6 +21,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,7 @@ CSRC = ROOT / "csrc"
 TORCH = (2, 11)  # the oldest torch that the libraries run with
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # the formula's roundings, one by one: a fused multiply-add would skip the one of u v
-CPU_FLAGS = [*FLAGS, "-fopenmp-simd", "-ffp-contract=off", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+CPU_FLAGS = [*FLAGS, "-fopenmp-simd", "-ffp-contract=off", "-Wno-uninitialized"]
 
 
 class Unavailable(Exception):
@@ -59,10 +60,15 @@ def torch_version(torch: Path) -> tuple[int, int]:
 
 
 def compiler() -> list[str] | None:
-    if "CXX" in os.environ:
+    if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
     found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     return [found] if found else None
+
+
+def host_compiler(cxx: list[str]) -> str:
+    """The compiler itself, for nvcc: without options, and without a launcher such as ccache."""
+    return [word for word in cxx if not word.startswith("-")][-1]
 
 
 def wanted(name: str) -> bool | None:
@@ -75,9 +81,11 @@ def wanted(name: str) -> bool | None:
 
 def cuda_home() -> Path | None:
     """The toolkit that has an nvcc: CUDA_HOME's, the PATH's, or one of pip's packages."""
-    if "CUDA_HOME" in os.environ:
+    if os.environ.get("CUDA_HOME"):
         home = Path(os.environ["CUDA_HOME"])
-        return home if (home / "bin" / "nvcc").exists() else None
+        if not (home / "bin" / "nvcc").exists():
+            raise Unavailable(f"CUDA_HOME={home} holds no bin/nvcc")
+        return home
     on_path = shutil.which("nvcc")
     if on_path:
         # the PATH may hold a script; nvcc itself knows its toolkit
@@ -99,7 +107,7 @@ class Build:
             raise Unavailable(f"it needs torch {TORCH[0]}.{TORCH[1]} or later, {torch} holds {version[0]}.{version[1]}")
         self.torch_flags = [
             f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000",
-            f'-DRLRR_BUILD="torch {version[0]}.{version[1]} headers, {Path(cxx[0]).name}"',
+            f'-DRLRR_BUILD="torch {version[0]}.{version[1]} headers, {Path(host_compiler(cxx)).name}"',
             "-isystem",
             str(torch / "include"),
         ]
@@ -111,7 +119,7 @@ class Build:
         stale = {source: command for source, command in commands.items() if self._stale(source, command)}
         # the largest first: the last to start is then not the last to end
         order = sorted(stale, key=lambda source: -source.stat().st_size)
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             list(pool.map(lambda source: self._run(source, stale[source]), order))
 
     def _stale(self, source: Path, command: list[str]) -> bool:
@@ -135,7 +143,10 @@ class Build:
 
     def _call(self, command: list[str]) -> None:
         print(shlex.join(command), flush=True)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise Unavailable(f"{command[0]} does not run: {error.strerror}") from error
         if done.stderr.strip():
             print(done.stderr, flush=True)
         if done.returncode:
@@ -158,7 +169,7 @@ def architectures() -> tuple[list[str], str | None]:
     for item in given or ["8.0+PTX", "9.0a"]:
         found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", item)
         if found is None:
-            raise SystemExit(f'TORCH_CUDA_ARCH_LIST: expected numbers like "8.0" or "9.0a+PTX", got {item!r}')
+            raise Unavailable(f'TORCH_CUDA_ARCH_LIST: expected numbers like "8.0" or "9.0a+PTX", got {item!r}')
         if int(found[1]) < 8:
             print(f"rlrr_kernels: left out {item}: the CUDA kernels need compute capability 8.0 or later")
             continue
@@ -172,7 +183,7 @@ def architectures() -> tuple[list[str], str | None]:
 def build_cuda(build: Build, out: Path) -> None:
     home = cuda_home()
     if home is None:
-        raise Unavailable("no nvcc in CUDA_HOME, on the PATH or in pip's packages")
+        raise Unavailable("no CUDA_HOME, and no nvcc on the PATH or in pip's packages")
     if not (build.torch / "lib" / "libtorch_cuda.so").exists():
         raise Unavailable(f"the torch in {build.torch} is built without CUDA")
     static = next((p for d in ("lib64", "lib") for p in [home / d / "libcudart_static.a"] if p.exists()), None)
@@ -185,7 +196,7 @@ def build_cuda(build: Build, out: Path) -> None:
     general = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in plain]
     if ptx:
         general.append(f"-gencode=arch=compute_{ptx.rstrip('af')},code=compute_{ptx.rstrip('af')}")
-    nvcc = [str(home / "bin" / "nvcc"), "-ccbin", build.cxx[0], "-std=c++20", "-O3", "-Xcompiler=-fPIC"]
+    nvcc = [str(home / "bin" / "nvcc"), "-ccbin", host_compiler(build.cxx), "-std=c++20", "-O3", "-Xcompiler=-fPIC"]
     nvcc += ["-Xcompiler=-fvisibility=hidden", "--expt-relaxed-constexpr"]
     host = [*build.cxx, *FLAGS, *build.torch_flags, "-DUSE_CUDA", f"-DRLRR_HOPPER={int(hopper)}"]
     host += [f'-DRLRR_ARCHITECTURES="{" ".join(numbers)}"', "-isystem", str(home / "include")]
@@ -199,6 +210,10 @@ def build_cuda(build: Build, out: Path) -> None:
     build.link(list(commands), ["-ltorch_cpu", "-ltorch_cuda", str(static), "-ldl", "-lrt", "-lpthread"], out)
 
 
+def _short(ext: Extension) -> str:
+    return str(ext.name).rpartition("rlrr_")[2]
+
+
 class BuildLibraries(build_ext):
     """``python setup.py build_ext``, as pip calls it."""
 
@@ -208,17 +223,24 @@ class BuildLibraries(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         # for an editable install, whose folder git does not keep
-        (ROOT / "rlrr_kernels" / "lib").mkdir(exist_ok=True)
+        folder = ROOT / "rlrr_kernels" / "lib"
+        folder.mkdir(exist_ok=True)
+        for ext in self.extensions:
+            # what could not be built must not be left from an earlier time; what was not to be built stays
+            if not Path(self.build_lib, self.get_ext_filename(ext.name)).exists() and wanted(_short(ext)) is None:
+                (folder / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
         super().copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
-        name = ext.name.rpartition("rlrr_")[2]
+        name = _short(ext)
         must = wanted(name)
         try:
             if must is False:
                 raise Unavailable(f"RLRR_BUILD_{name.upper()}=0")
             cxx, torch = compiler(), torch_folder()
-            if os.name != "posix" or cxx is None:
+            if sys.platform != "linux":
+                raise Unavailable(f"it is built on Linux, and this is {sys.platform}")
+            if cxx is None:
                 raise Unavailable("no C++ compiler (g++, clang++ or CXX)")
             if torch is None:
                 raise Unavailable("no torch to build against")
@@ -227,6 +249,8 @@ class BuildLibraries(build_ext):
         except Unavailable as reason:
             if must:
                 raise SystemExit(f"rlrr_kernels: RLRR_BUILD_{name.upper()}=1, but: {reason}") from reason
+            # nor may one of an earlier build pass for it
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             print(f"rlrr_kernels: built without its {name.upper()} library: {reason}", flush=True)
 
 

@@ -5,6 +5,10 @@
 #include <iterator>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace rlrr {
 
 namespace baseline {
@@ -21,14 +25,22 @@ extern const Loops table;
 
 namespace {
 
-constexpr const char* levels[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* levels[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
+
+#if defined(__x86_64__)
+// Tiles of bfloat16: leaf 7, EDX bit 22. Older compilers do not know the name.
+bool cpu_has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+}
+#endif
 
 int supported_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512) return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  if (avx512) return !__builtin_cpu_supports("avx512bf16") ? 2 : cpu_has_amx() ? 4 : 3;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
@@ -62,12 +74,6 @@ bool has_avx512() { return level() >= 2; }
 
 bool has_avx512_bf16() { return level() >= 3; }
 
-bool has_amx() {
-#if defined(__x86_64__)
-  return level() >= 3 && __builtin_cpu_supports("amx-bf16");
-#else
-  return false;
-#endif
-}
+bool has_amx() { return level() >= 4; }
 
 }  // namespace rlrr

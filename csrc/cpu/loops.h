@@ -32,7 +32,7 @@ struct Loops {
   AddRow<double>* add_f64;
 };
 
-// For the CPU at hand, or no more than RLRR_CPU_CAPABILITY (baseline, avx2, avx512, avx512_bf16) allows.
+// For the CPU at hand, or no more than RLRR_CPU_CAPABILITY (baseline, avx2, avx512, avx512_bf16, amx) allows.
 const Loops& loops();
 
 const char* capability();

@@ -30,10 +30,11 @@ int64_t sum_length(Pass pass, const Layer& layer) {
 
 }  // namespace
 
-int64_t scratch_bytes(Pass pass, Dtype dtype, const Layer& layer) {
+int64_t scratch_bytes(Pass pass, const Matrix& rows, const Layer& layer) {
   const int64_t length = sum_length(pass, layer), panels = blas::scratch_bytes(layer);
-  if (own_kernels(dtype, length) == nullptr || pass == Pass::grad_scales) return panels;
-  return avx512::scratch_bytes(dtype, length, thread_count());
+  if (own_kernels(rows.dtype, length) == nullptr) return panels;
+  if (pass == Pass::grad_scales) return std::max(panels, avx512::least_gram_bytes(rows, layer));
+  return avx512::scratch_bytes(rows.dtype, length, thread_count());
 }
 
 void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, void* scratch, int64_t bytes) {

@@ -10,8 +10,8 @@ namespace rlrr {
 
 enum class Pass { forward, grad_input, grad_scales };
 
-// Bytes of scratch that a pass wants for these sizes.
-int64_t scratch_bytes(Pass pass, Dtype dtype, const Layer& layer);
+// Bytes of scratch that a pass wants; `rows` is x or dy.
+int64_t scratch_bytes(Pass pass, const Matrix& rows, const Layer& layer);
 
 // y = x W'^T + offset; offset [N] in Wide<T>, or null
 void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, void* scratch, int64_t bytes);

@@ -40,6 +40,8 @@ Dtype dtype_from(const Tensor& tensor, const char* name) {
 
 Matrix matrix(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, ": expected 2 dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.numel() > 0, name, ": expected sizes of at least 1, got [", tensor.size(0), ", ",
+                  tensor.size(1), "]");
   return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1),
           dtype_from(tensor, name)};
 }
@@ -83,7 +85,7 @@ struct Scratch {
   Tensor tensor;
 
   Scratch(Pass pass, const Matrix& rows, const Layer& layer)
-      : bytes(scratch_bytes(pass, rows.dtype, layer)), tensor(empty({bytes}, ScalarType::Byte)) {}
+      : bytes(scratch_bytes(pass, rows, layer)), tensor(empty({bytes}, ScalarType::Byte)) {}
   void* data() const { return tensor.data_ptr(); }
 };
 

@@ -129,11 +129,11 @@ RLRR_DEVICE void load_values(PlainMath, Values<PlainMath>& w, const Shared& s, i
   }
 }
 
-// Two right operands as they are, for a product that rescales nothing.
+// Two right operands for a product that rescales nothing.
 template <class Math, class Shared>
 RLRR_DEVICE void load_rights(Math math, typename Math::Right (&b)[2], const Shared& s, int col, int depth,
                              const Lane& l) {
-  if constexpr (Math::kTensorCores) {
+  if constexpr (Math::kTensorCores && sizeof(typename Math::Element) == 2) {
     uint32_t r[4];
     load_right<Inner::other>(math, r, s, col, depth, l);
     b[0] = {{r[0], r[1]}}, b[1] = {{r[2], r[3]}};

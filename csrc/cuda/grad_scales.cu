@@ -51,7 +51,7 @@ RLRR_DEVICE void multiply_stage(typename Tile::Accumulator& acc, const Stage<Mat
 #pragma unroll
     for (int i = 0; i < Tile::kRowTiles; ++i) {
       auto left = load_left<Inner::other>(Math{}, stage.left, Tile::warp_row() + 16 * i, depth, l);
-      Math::round(left);  // one operand is enough to stay near a product of two rounded ones
+      Math::round(left);
 #pragma unroll
       for (int j = 0; j < Tile::kColTiles; ++j) Math::multiply_add(acc[i][j], left, right[j]);
     }

@@ -14,6 +14,9 @@ cudaError_t forward(const Forward& problem, cudaStream_t stream);
 cudaError_t grad_input(const GradInput& problem, cudaStream_t stream);
 cudaError_t grad_scales(const GradScales& problem, cudaStream_t stream);
 
+// Whether the current device has code of this library to run.
+cudaError_t probe();
+
 // Floats of scratch that grad_scales wants for these sizes (du, dv, df and workspace are not read).
 int64_t workspace_floats(const GradScales& problem);
 

@@ -59,6 +59,7 @@ struct Tf32Math {
     to[0] = ptx::load_shared<float>(vector + 4 * l.t);
     to[1] = ptx::load_shared<float>(vector + 4 * (l.t + 4));
   }
+  // Both operands are rounded: values that are cut instead all shrink, and no length of sum averages that out.
   RLRR_DEVICE static void round(Left& a) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a.r[i] = ptx::round_tf32(ptx::from_bits(a.r[i]));

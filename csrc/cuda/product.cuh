@@ -114,7 +114,8 @@ RLRR_DEVICE void multiply_stage(typename Tile::Accumulator& acc, const Stage& st
     }
 #pragma unroll
     for (int i = 0; i < Tile::kRowTiles; ++i) {
-      const auto left = load_left<Inner::depth>(Math{}, stage.left, Tile::warp_row() + 16 * i, depth, l);
+      auto left = load_left<Inner::depth>(Math{}, stage.left, Tile::warp_row() + 16 * i, depth, l);
+      Math::round(left);
 #pragma unroll
       for (int j = 0; j < Tile::kColTiles; ++j) Math::multiply_add(acc[i][j], left, right[j]);
     }

@@ -26,6 +26,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void check(cudaError_t error, const char* what) {
+  // taken off the runtime's record, or the next launch would report it once more
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
   STD_TORCH_CHECK(error == cudaSuccess, "rlrr_cuda::", what, ": ", cudaGetErrorString(error));
 }
 
@@ -69,9 +71,15 @@ Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
   return torch::stable::contiguous(torch::stable::to(tensor, dtype));
 }
 
+void same_device(const Tensor& tensor, const Tensor& as, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == as.get_device_index(), name,
+                  ": expected the device of the other tensors, cuda:", as.get_device_index());
+}
+
 // A bias or shift as the kernels read it: float64 has no place on the way to a float32 sum
-std::optional<Tensor> addend(const std::optional<Tensor>& given, int64_t n) {
+std::optional<Tensor> addend(const std::optional<Tensor>& given, const Tensor& rows, int64_t n) {
   if (!given) return std::nullopt;
+  same_device(*given, rows, "bias, shift");
   STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == n, "bias, shift: expected shape [", n, "]");
   const ScalarType own = given->scalar_type();
   return contiguous_as(*given, own == ScalarType::Double ? ScalarType::Float : own);
@@ -88,6 +96,9 @@ struct LayerOwner {
 
   LayerOwner(const Tensor& rows, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in, bool tf32)
       : u(contiguous_as(scale_out, ScalarType::Float)), v(contiguous_as(scale_in, ScalarType::Float)) {
+    same_device(weight, rows, "weight");
+    same_device(scale_out, rows, "scale_out");
+    same_device(scale_in, rows, "scale_in");
     const Matrix w = matrix(weight, "weight");
     const int64_t n = weight.size(0), k = weight.size(1);
     STD_TORCH_CHECK(u.dim() == 2 && u.size(0) == n && u.size(1) == 1, "scale_out: expected shape [", n, ", 1]");
@@ -104,6 +115,9 @@ struct Place {
   cudaStream_t stream;
 
   explicit Place(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    // torch's guard does nothing on a thread that is on this device already, and such a thread, as autograd's
+    // own may be, can still lack the context that encoding a tensor map asks for
+    check(cudaSetDevice(tensor.get_device_index()), "device");
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
@@ -127,7 +141,7 @@ Tensor forward_op(const Tensor& x, const Tensor& weight, const Tensor& scale_out
   const LayerOwner owner(x, weight, scale_out, scale_in, tf32);
   const Layer& layer = owner.layer;
   STD_TORCH_CHECK(x.size(1) == layer.k, "x: expected ", layer.k, " columns, got ", x.size(1));
-  const auto b = addend(bias, layer.n), f = addend(shift, layer.n);
+  const auto b = addend(bias, x, layer.n), f = addend(shift, x, layer.n);
   Tensor y = empty({layer.m, layer.n}, x.scalar_type(), x);
   const Forward problem{layer, input, vector(b), vector(f), matrix(y, "y")};
 #if RLRR_HOPPER
@@ -164,6 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> grad_scales_op(const Tensor& dy, const Tensor
                                                   bool tf32, bool hopper) {
   const Matrix grad = matrix(dy, "dy"), input = matrix(x, "x");
   STD_TORCH_CHECK(grad.dtype == input.dtype, "dy: expected x's dtype");
+  same_device(dy, x, "dy");
   const Place place(x);
   const LayerOwner owner(x, weight, scale_out, scale_in, tf32);
   const Layer& layer = owner.layer;
@@ -196,6 +211,19 @@ std::tuple<Tensor, Tensor, Tensor> grad_scales_op(const Tensor& dy, const Tensor
   return {du, dv, df};
 }
 
+// Why no kernel of this library can run on a device, or nothing: another driver, or no code for its capability.
+std::string unusable(int64_t device) {
+  int driver = 0;
+  static_cast<void>(cudaDriverGetVersion(&driver));
+  const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+  cudaError_t error = cudaSetDevice(static_cast<int>(device));
+  if (error == cudaSuccess) error = probe();
+  if (error == cudaSuccess) return "";
+  static_cast<void>(cudaGetLastError());
+  return std::string(cudaGetErrorString(error)) + " (built with CUDA " + version(CUDART_VERSION) + " for " +
+         RLRR_ARCHITECTURES + ", the driver serves CUDA " + version(driver) + ")";
+}
+
 std::string build() {
   return std::string(RLRR_BUILD) + ", CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
          std::to_string(CUDART_VERSION % 1000 / 10) + ", compute capabilities " + RLRR_ARCHITECTURES;
@@ -210,6 +238,7 @@ STABLE_TORCH_LIBRARY(rlrr_cuda, library) {
   library.def(
       "grad_scales(Tensor dy, Tensor x, Tensor weight, Tensor scale_out, Tensor scale_in, bool need_shift, bool tf32,"
       " bool hopper) -> (Tensor, Tensor, Tensor)");
+  library.def("unusable(int device) -> str");
   library.def("build() -> str");
 }
 
@@ -220,6 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlrr_cuda, CUDA, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlrr_cuda, CompositeExplicitAutograd, library) {
+  library.impl("unusable", TORCH_BOX(&unusable));
   library.impl("build", TORCH_BOX(&build));
 }
 

@@ -143,9 +143,9 @@ def explain(x: Tensor, weight: Tensor) -> tuple[str, str]:
     name = _measured(x)
     if name is not None and refusal(name, x, weight) is None:
         return name, "measured fastest"
-    refused: list[str] = []
+    refused: list[str] = [] if name is None else [name]
     for name, (_, devices) in BACKENDS.items():
-        if x.device.type not in devices:
+        if x.device.type not in devices or name in refused:
             continue
         why = refusal(name, x, weight)
         if why is None:

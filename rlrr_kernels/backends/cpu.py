@@ -1,6 +1,6 @@
 """The C++ ops of ``csrc/cpu``: W' is formed a tile or a panel at a time, in cache.
 
-``RLRR_CPU_CAPABILITY`` (baseline, avx2, avx512, avx512_bf16) limits the instructions
+``RLRR_CPU_CAPABILITY`` (baseline, avx2, avx512, avx512_bf16, amx) limits the instructions
 that they use; it is read once.
 """
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rlrr_kernels.backends import library
 
-_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
+_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
-if os.environ.get("RLRR_CPU_CAPABILITY", _CAPABILITIES[0]) not in _CAPABILITIES:
+if os.environ.get("RLRR_CPU_CAPABILITY") not in (None, "", *_CAPABILITIES):
     raise ValueError(
         f"RLRR_CPU_CAPABILITY: expected one of {', '.join(_CAPABILITIES)}, got {os.environ['RLRR_CPU_CAPABILITY']!r}"
     )

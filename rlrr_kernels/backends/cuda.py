@@ -23,8 +23,13 @@ _ops = torch.ops.rlrr_cuda
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _unusable(index: int) -> str:
+    """Why no kernel can run on a GPU, or an empty string; asked of the library once."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"compute capability {capability}: it needs 8.0 or later"
+    reason = _ops.unusable(index)
+    return f"{torch.cuda.get_device_name(index)}: {reason}" if reason else ""
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -33,8 +38,7 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
         return f"x {x.dtype} with weight {weight.dtype}: it computes in float32, float16 and bfloat16"
     if x.device.type != "cuda":
         return f"device {x.device}: it runs on NVIDIA GPUs"
-    capability = _capability(x.device.index)
-    return None if capability >= (8, 0) else f"compute capability {capability}: it needs 8.0 or later"
+    return _unusable(x.device.index) or None
 
 
 def build() -> str:

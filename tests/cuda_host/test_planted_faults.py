@@ -96,6 +96,7 @@ FAULTS = [
         ),
         ("W' cut to TF32", "grad_input", "math.cuh", "{{ptx::round_tf32(w[0][0]), ", "{{ptx::bits(w[0][0]), "),
         ("dy cut to TF32", "grad_scales", "math.cuh", "ptx::round_tf32(ptx::from_bits(a.r[i]))", "a.r[i]"),
+        ("x cut to TF32", "forward", "product.cuh", "      Math::round(left);\n", ""),
     )
 ]
 

@@ -9,8 +9,6 @@
 namespace rlrr {
 namespace {
 
-constexpr int64_t task_rows = 32;  // rows of G that share a packed dy and a partial dv
-
 // x as [column tile][unit][tile_cols], so that a tile of G reads it in one stream
 template <class Unit>
 void pack_x(const Matrix& x, int64_t col, int64_t tiles, int64_t units, Word* packed) {
@@ -113,7 +111,7 @@ template <class Unit, class W>
 void reduce_gram(const Matrix& dy, const Matrix& x, const Layer& layer, float* du, float* dv, void* scratch,
                  int64_t bytes) {
   const int64_t k = layer.k(), group_rows = layer.n() / layer.groups;
-  const int64_t group_tasks = up(group_rows, task_rows), tasks = layer.groups * group_tasks;
+  const int64_t tasks = gram_tasks(layer), group_tasks = tasks / layer.groups;
   // blocks of tokens as long as one sum may be; du and dv are linear in G, so each is reduced at once
   const int64_t all_units = up(x.rows, Unit::elements), block_units = std::min(all_units, max_units);
   // as many columns of x as the scratch takes, with a partial dv for each task
@@ -136,10 +134,13 @@ void reduce_gram(const Matrix& dy, const Matrix& x, const Layer& layer, float* d
                             units, packed_x, du, partial + task * width);
         }
       });
-      // in the order of the tasks, whichever thread ran them
-      for (int64_t task = 0; task < tasks; ++task) {
-        float* total = dv + task / group_tasks * k + col;
-        for (int64_t i = 0; i < std::min(width, k - col); ++i) total[i] += partial[task * width + i];
+      // in the order of the tasks, whichever thread ran them; added up first, then to what earlier blocks gave
+      for (int64_t group = 0; group < layer.groups; ++group) {
+        float* sum = partial + group * group_tasks * width;
+        for (int64_t task = 1; task < group_tasks; ++task) {
+          for (int64_t i = 0; i < width; ++i) sum[i] += sum[task * width + i];
+        }
+        for (int64_t i = 0; i < std::min(width, k - col); ++i) dv[group * k + col + i] += sum[i];
       }
     }
   }

@@ -6,10 +6,8 @@
 namespace rlrr {
 namespace {
 
-// 24 sums, 3 columns of operands and a broadcast row are 28 of the 32 registers
-constexpr int64_t tile_rows = 8, vectors = 3, tile_cols = vectors * lanes;
-
-using Word = uint32_t;  // one unit
+// One unit, wherever it comes from: it aliases float32 and pairs of bfloat16, which may begin at any of them
+typedef uint32_t Word __attribute__((may_alias, aligned(2)));
 
 struct Tile {
   __m512 sum[tile_rows][vectors];
@@ -47,9 +45,6 @@ inline __attribute__((always_inline)) void multiply(Rows left, const Word* right
     right += tile_cols;
   }
 }
-
-// Units summed in one go: float32 sums of thousands of terms one after another lose two bits that a BLAS keeps
-constexpr int64_t max_units = 256;
 
 // As multiply, for sums of any length: by parts, which are then added
 template <class Unit>

@@ -6,8 +6,6 @@
 namespace rlrr {
 namespace {
 
-inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // w (1 + u v) in float32, by two roundings and one as the formula has it: no fused multiply-add
 inline __m512 rescale(__m512 w, __m512 u, __m512 v) {
   return _mm512_mul_ps(w, _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_mul_ps(u, v)));

@@ -20,6 +20,10 @@ struct Passes {
 // Bytes for products whose sums run over `length` elements: a tile of W' and of the left operand a thread.
 int64_t scratch_bytes(Dtype dtype, int64_t length, int64_t threads);
 
+// Bytes that grad_scales cannot do with less than: a tile of columns of x and of dv's partial sums. At most a
+// few times what the formula's G takes, where almost every row of W has a group of its own.
+int64_t least_gram_bytes(const Matrix& x, const Layer& layer);
+
 // Whether that tile stays in a core's second cache.
 bool fits_cache(Dtype dtype, int64_t length);
 

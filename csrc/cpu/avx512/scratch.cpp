@@ -1,18 +1,24 @@
+#include <algorithm>
+
+#include "blocks.h"
 #include "passes.h"
 
 namespace rlrr::avx512 {
 
 namespace {
 
-// a tile of W' [48 columns] and of the left operand [8 rows], 32 bits a unit
-int64_t tile_bytes(Dtype dtype, int64_t length) {
-  const int64_t elements = dtype == Dtype::bfloat16 ? 2 : 1;
-  return (48 + 8) * 4 * ((length + elements - 1) / elements);
-}
+int64_t units(Dtype dtype, int64_t length) { return dtype == Dtype::bfloat16 ? up(length, 2) : length; }
+
+// a tile of W' and of the left operand, 32 bits a unit
+int64_t tile_bytes(Dtype dtype, int64_t length) { return (tile_cols + tile_rows) * 4 * units(dtype, length); }
 
 }  // namespace
 
 int64_t scratch_bytes(Dtype dtype, int64_t length, int64_t threads) { return threads * tile_bytes(dtype, length); }
+
+int64_t least_gram_bytes(const Matrix& x, const Layer& layer) {
+  return tile_cols * 4 * (std::min(units(x.dtype, x.rows), max_units) + gram_tasks(layer));
+}
 
 bool fits_cache(Dtype dtype, int64_t length) { return tile_bytes(dtype, length) <= 1 << 20; }
 

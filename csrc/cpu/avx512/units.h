@@ -8,12 +8,10 @@
 
 #include <algorithm>
 
-#include "../types.h"
+#include "blocks.h"
 
 namespace rlrr {
 namespace {
-
-constexpr int64_t lanes = 16;
 
 __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, lanes)) - 1);

@@ -17,6 +17,7 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
     const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
     const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    if (!usable) static_cast<void>(cudaGetLastError());
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(usable ? function : nullptr);
   }();
   return encode;
@@ -49,7 +50,7 @@ bool fits_boxes(const Matrix& matrix, int64_t rows, int64_t cols) {
 bool fits_layer(const Layer& layer, Dtype dtype) {
   return layer.device.capability == 90 && layer.weight.dtype == dtype && fits_boxes(layer.weight, layer.n, layer.k) &&
          layer.n % 8 == 0 && layer.k % 8 == 0 && aligned(layer.u) && aligned(layer.v) && layer.groups > 0 &&
-         layer.n % layer.groups == 0;
+         layer.n % layer.groups == 0 && encoder() != nullptr;
 }
 
 cudaError_t describe(CUtensorMap& map, const Matrix& matrix, int64_t rows, int64_t cols, int box_rows) {

@@ -38,6 +38,7 @@ constexpr cudaError_t cudaErrorNotSupported = static_cast<cudaError_t>(801);
 constexpr unsigned long long cudaEnableDefault = 0;
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
 
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
                                                     cudaDriverEntryPointQueryResult* found) {
   *function = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
