@@ -261,13 +261,16 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[
+OPTIONS = {
+    "ext_modules": [
         # optional: a library that was left out is no error when files are copied either
         Extension(f"rlrr_kernels.lib.rlrr_{name}", sources=[], optional=True)
         for name in ("cpu", "cuda")
     ],
-    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
+    "cmdclass": {"build_ext": BuildLibraries, "bdist_wheel": Wheel},
     # headers only; pip would otherwise fetch a second torch beside the one that is there
-    setup_requires=[] if torch_folder() or compiler() is None else [f"torch>={TORCH[0]}.{TORCH[1]}"],
-)
+    "setup_requires": [] if torch_folder() or compiler() is None else [f"torch>={TORCH[0]}.{TORCH[1]}"],
+}
+
+if __name__ == "__main__":
+    setup(**OPTIONS)

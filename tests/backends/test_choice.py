@@ -1,5 +1,6 @@
 """Which backend serves which tensors."""
 
+import importlib
 import json
 import sys
 import threading
@@ -174,6 +175,19 @@ def test_a_measured_rule_that_cannot_serve_is_passed_over(fresh):
     _with_rules(fresh, {"device": "cpu", "dtype": "float64", "tokens": [1, None], "backend": "triton", "source": "-"})
     x = torch.zeros(2, 5, dtype=torch.float64)
     assert backend_for(x, x) == "cpu"
+
+
+def test_a_measured_backend_that_is_not_here_is_said_once(fresh, tmp_path):
+    from rlrr_kernels.backends import library
+
+    require("cpu")
+    fresh.setattr(library, "FOLDER", tmp_path)
+    fresh.delitem(sys.modules, "rlrr_kernels.backends.cuda", raising=False)
+    _with_rules(fresh, {"device": "cpu", "dtype": "float32", "tokens": [1, None], "backend": "cuda", "source": "-"})
+    fresh.setitem(choice._loaded, "cpu", importlib.import_module("rlrr_kernels.backends.cpu"))
+    x = torch.zeros(2, 5)
+    with pytest.warns(UserWarning, match="'cuda' is not available, 'cpu' serves"):
+        assert backend_for(x, x) == "cpu"
 
 
 def test_the_shipped_rules_name_backends_dtypes_and_results_that_exist():

@@ -36,6 +36,8 @@ LARGE = [
     (600, 300, 777, 2),
     (64, 3072, 768, 3),
     (64, 768, 3072, 1),
+    (6304, 3072, 48, 1),  # thousands of partial sums
+    (300, 500, 8, 500),  # a group a row: more partial sums than scratch for anything else
     (24, 40, 5000, 1),
     (24, 5000, 40, 1),
 ]
@@ -78,7 +80,7 @@ def test_an_unknown_capability_is_refused():
     environment = os.environ | {"RLRR_CPU_CAPABILITY": "avx1024"}
     code = "import rlrr_kernels.backends.cpu"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "RLRR_CPU_CAPABILITY: expected one of baseline, avx2, avx512, avx512_bf16, got 'avx1024'" in done.stderr
+    assert "RLRR_CPU_CAPABILITY: expected one of baseline, avx2, avx512, avx512_bf16, amx, got 'avx1024'" in done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -140,6 +142,18 @@ def test_the_library_needs_nothing_of_torch_but_its_stable_c_interface(name):
     assert [s for s in symbols if re.match(r"_?Py[A-Z_]", s) or re.search(r"N?K?\d*(c10|2at|5torch)", s)] == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_begin_between_pairs(dtype):
+    """Even sizes and strides, so that rows are read in place, from a base that no pair of bfloat16 is aligned to."""
+    p = make_problem(40, 64, 50, dtype=dtype)
+    for name in ("x", "dy", "weight"):
+        t = getattr(p, name)
+        wide = torch.full((t.shape[0], t.shape[1] + 2), float("nan"), dtype=dtype)
+        setattr(p, name, wide[:, 1:-1].copy_(t))
+    assert p.x.data_ptr() % 4 == dtype.itemsize % 4
+    check(p, solve(p, "cpu"))
+
+
 def test_bad_tensors_are_refused_by_the_ops_themselves():
     """They can be called without the package's own checks, from C++ for one."""
     forward = torch.ops.rlrr_cpu.forward
@@ -153,5 +167,7 @@ def test_bad_tensors_are_refused_by_the_ops_themselves():
         forward(p.x, p.weight.half(), u, v, None, None)
     with pytest.raises(RuntimeError, match="float64 goes with a float64 weight only"):
         forward(p.x.double(), p.weight, u, v, None, None)
+    with pytest.raises(RuntimeError, match=r"x: expected sizes of at least 1, got \[0, 5\]"):
+        forward(p.x[:0], p.weight, u, v, None, None)
     with pytest.raises(RuntimeError, match=r"bias, shift: expected shape \[4\]"):
         forward(p.x, p.weight, u, v, p.x[0], None)

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_the_library_loads_where_there_is_no_gpu():
         pytest.skip("the CUDA library is not built")
     module = choice.load("cuda")
     assert not isinstance(module, str), module
-    assert re.search(r"torch 2\.\d+ headers, .*CUDA \d+\.\d, compute capabilities .*80", module.build())
+    assert re.search(r"torch 2\.\d+ headers, .*CUDA \d+\.\d, compute capabilities \d\d", module.build())
 
 
 def test_it_refuses_what_it_cannot_serve_and_says_what_it_can():
@@ -78,6 +79,15 @@ def test_it_refuses_what_it_cannot_serve_and_says_what_it_can():
     x = torch.zeros(2, 2)
     assert module.unsupported(x, x) == "device cpu: it runs on NVIDIA GPUs"
     assert module.unsupported(x.double(), x.double()).endswith("it computes in float32, float16 and bfloat16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the driver is right")
+def test_it_says_what_is_wrong_with_the_driver():
+    module = choice.load("cuda")
+    if isinstance(module, str):
+        pytest.skip(module)
+    reason = torch.ops.rlrr_cuda.unusable(0)
+    assert re.search(r"CUDA driver .*\(built with CUDA \d+\.\d for [\d a]+, the driver serves CUDA \d+\.\d\)", reason)
 
 
 SHAPES = [(197, 768, 768, 1), (6304, 2304, 768, 3), (6304, 768, 3072, 1), (12608, 5120, 1280, 1), (12611, 771, 770, 1)]
@@ -146,6 +156,26 @@ def test_offsets_beyond_int32(gpu):
     assert torch.equal(got.dx[-64:], expected.dx)
     for name in ("du", "dv", "df"):
         assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_hopper_path_on_a_thread_that_has_not_used_the_gpu(hopper):
+    """Tensor maps are encoded by the driver, which asks for a context: autograd's threads may have none."""
+    p = make_problem(300, 192, 136, dtype=BF16, device=hopper)
+    expected, got = solve(p, "cuda"), []
+    thread = threading.Thread(target=lambda: got.append(solve(p, "cuda")))
+    thread.start()
+    thread.join()
+    assert torch.equal(got[0].dx, expected.dx)
+
+
+@pytest.mark.gpu
+def test_an_error_is_not_reported_twice(gpu):
+    require("cuda")
+    p = make_problem(20, 16, 16, device=gpu)
+    with pytest.raises(RuntimeError, match="weight: expected the device of the other tensors"):
+        torch.ops.rlrr_cuda.forward(p.x, p.weight.cpu(), p.scale_out, p.scale_in, None, None, False, False)
+    check(p, solve(p, "cuda"))
 
 
 @pytest.mark.gpu

@@ -9,7 +9,16 @@ import pytest
 
 from tests.cuda_host.machine import SOURCES
 
-COMMAND = ("nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin")
+COMMAND = (
+    "nvcc",
+    "-std=c++20",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-Xptxas",
+    "-v",
+    "-cubin",
+)
 
 #: Cycles that the tensor cores take for a step of both warpgroups: 2 x 4 products of 128 each.
 STEP_CYCLES = 1024

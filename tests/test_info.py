@@ -1,0 +1,33 @@
+"""``python -m rlrr_kernels.info`` says what is here and what serves."""
+
+import subprocess
+import sys
+
+import torch
+
+from rlrr_kernels import info, use_backend
+from rlrr_kernels.backends import choice
+from tests.oracle import require
+
+
+def test_it_names_versions_backends_and_choices():
+    require("cpu")
+    done = subprocess.run([sys.executable, "-m", "rlrr_kernels.info"], capture_output=True, text=True, check=True)
+    words = [line.split() for line in done.stdout.splitlines()]
+    assert ["rlrr_kernels", "0.1.0"] in words
+    assert torch.__version__ in done.stdout
+    for backend in choice.BACKENDS:
+        assert any(w[:1] == [backend] and w[1].rstrip(":") in ("available", "not") for w in words), backend
+    served = {w[0]: w[1] for w in words if w and w[0] in ("float32", "bfloat16", "float16", "float64")}
+    if not torch.cuda.is_available():
+        assert served == {"float32": "cpu", "bfloat16": "cpu", "float16": "reference", "float64": "cpu"}
+
+
+def test_it_says_why_not(monkeypatch):
+    monkeypatch.setitem(choice._loaded, "cuda", "it cannot be imported: no such file")
+    monkeypatch.setitem(choice._loaded, "cpu", "it cannot be imported: not built")
+    report = "\n".join(info.lines())
+    assert "cuda       not available: it cannot be imported: no such file" in report
+    assert "float32    reference  cpu cannot serve it" in report
+    with use_backend("triton"):
+        assert "float64    none       backend 'triton' cannot serve" in "\n".join(info.lines())

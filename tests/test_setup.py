@@ -1,0 +1,118 @@
+"""What setup.py builds, what it leaves out, and what it says."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+VARIABLES = ("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "RLRR_BUILD_CPU", "RLRR_BUILD_CUDA", "MAX_JOBS")
+
+
+@pytest.fixture
+def setup(monkeypatch) -> ModuleType:
+    """setup.py as a module, in an environment that asks for nothing."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("rlrr_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, (["80", "90a"], "80")),
+        ("", (["80", "90a"], "80")),
+        ("8.6", (["86"], None)),
+        ("8.0;9.0a+PTX", (["80", "90a"], "90a")),
+        ("7.5 8.9 12.0+PTX", (["89", "120"], "120")),
+    ],
+)
+def test_architectures(setup, monkeypatch, given, expected):
+    if given is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    assert setup.architectures() == expected
+
+
+@pytest.mark.parametrize(("given", "words"), [("Ampere", "got 'Ampere'"), ("7.0", "no compute capability of 8.0")])
+def test_architectures_that_cannot_be_built(setup, monkeypatch, given, words):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    with pytest.raises(setup.Unavailable, match=words):
+        setup.architectures()
+
+
+def test_nvcc_takes_the_compiler_without_its_launcher_and_options(setup, monkeypatch):
+    monkeypatch.setenv("CXX", "ccache g++-12 -m64")
+    assert setup.host_compiler(setup.compiler()) == "g++-12"
+
+
+def test_a_toolkit_that_is_not_one(setup, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(setup.Unavailable, match=rf"CUDA_HOME={tmp_path} holds no bin/nvcc"):
+        setup.cuda_home()
+
+
+def test_switches(setup, monkeypatch):
+    assert setup.wanted("cpu") is None
+    monkeypatch.setenv("RLRR_BUILD_CPU", "0")
+    assert setup.wanted("cpu") is False
+    monkeypatch.setenv("RLRR_BUILD_CPU", "yes")
+    with pytest.raises(SystemExit, match="RLRR_BUILD_CPU: expected 0 or 1, got 'yes'"):
+        setup.wanted("cpu")
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """The sources in a folder of their own."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "rlrr_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("lib", "__pycache__", "weights"))
+    return tmp_path
+
+
+def _build(tree: Path, **environment: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=tree, env=clean | environment, capture_output=True, text=True, check=False)
+
+
+def test_a_compiler_that_fails_leaves_the_library_out_and_no_older_one_in_its_place(tree):
+    library = tree / "rlrr_kernels" / "lib" / "librlrr_cpu.so"
+    library.parent.mkdir()
+    library.write_bytes(b"of an earlier build")
+    for compiler, words in (
+        ("/nonexistent/g++", "/nonexistent/g++ does not run"),
+        ("false", "false failed: no message"),
+    ):
+        done = _build(tree, CXX=compiler, RLRR_BUILD_CUDA="0")
+        assert done.returncode == 0, done.stderr
+        assert f"built without its CPU library: {words}" in done.stdout
+        assert not library.exists()
+    library.write_bytes(b"of an earlier build")
+    assert _build(tree, RLRR_BUILD_CPU="0", RLRR_BUILD_CUDA="0").returncode == 0
+    assert library.exists(), "what was not to be built is left alone"
+
+
+def test_a_library_that_must_be_built_and_cannot_is_an_error(tree):
+    done = _build(tree, CXX="/nonexistent/g++", RLRR_BUILD_CPU="1", RLRR_BUILD_CUDA="0")
+    assert done.returncode == 1
+    assert "RLRR_BUILD_CPU=1, but: /nonexistent/g++ does not run" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_cpu_library_builds_once_and_then_only_what_changed(tree):
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    first = _build(tree, RLRR_BUILD_CPU="1", RLRR_BUILD_CUDA="0")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count(" -c ") > 8
+    (tree / "csrc" / "cpu" / "passes.cpp").touch()
+    assert _build(tree, RLRR_BUILD_CPU="1", RLRR_BUILD_CUDA="0").stdout.count(" -c ") == 1
