@@ -56,7 +56,7 @@ def measure(layer: str, tokens: int, dtype: str, device: str, rounds: int) -> di
         for name, call in calls.items():
             spent = _seconds(call, device)
             if turn:
-                seconds[name].append(spent)
+                seconds[name].append(round(spent, 6))
     extra = {name: peak_extra_bytes(call) for name, call in calls.items()}
     served = backend_for(inputs.x, inputs.weight)
     return {
@@ -85,6 +85,13 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def as_json(command: str, report: list[str], results: list[dict[str, Any]]) -> str:
+    """A line for each result, so that two runs can be told apart by eye."""
+    lines = ",\n  ".join(json.dumps(r) for r in results)
+    head = f'"command": {json.dumps(command)},\n "info": {json.dumps(report, indent=2)}'
+    return f'{{{head},\n "results": [\n  {lines}\n ]}}\n'
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.partition("\n")[0])
@@ -104,7 +111,7 @@ def main() -> None:
     out = args.out or Path(__file__).parent / "results" / name / "layers.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m benchmarks.compare", *sys.argv[1:]])
-    out.write_text(json.dumps({"command": command, "info": list(info.lines()), "results": results}, indent=1) + "\n")
+    out.write_text(as_json(command, list(info.lines()), results))
     print(f"\nwritten to {out}")
 
 

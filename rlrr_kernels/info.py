@@ -37,7 +37,7 @@ def lines() -> Iterator[str]:
     """The report, line by line."""
     yield f"rlrr_kernels {__version__}"
     yield f"Python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
-    yield f"Triton {_installed('triton')}, timm {_installed('timm')}, {platform.platform()}"
+    yield f"Triton {_installed('triton')}, timm {_installed('timm')}, {platform.system()} {' '.join(platform.libc_ver())}"
     yield ""
     yield "Backends"
     for name in choice.BACKENDS:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from rlrr_kernels import info, use_backend
@@ -26,7 +27,9 @@ def test_it_names_versions_backends_and_choices():
 def test_it_says_why_not(monkeypatch):
     monkeypatch.setitem(choice._loaded, "cuda", "it cannot be imported: no such file")
     monkeypatch.setitem(choice._loaded, "cpu", "it cannot be imported: not built")
-    report = "\n".join(info.lines())
+    monkeypatch.setattr(choice, "_warned", set())
+    with pytest.warns(UserWarning, match="'cpu' is not available, 'reference' serves"):
+        report = "\n".join(info.lines())
     assert "cuda       not available: it cannot be imported: no such file" in report
     assert "float32    reference  cpu cannot serve it" in report
     with use_backend("triton"):
