@@ -37,7 +37,8 @@ def lines() -> Iterator[str]:
     """The report, line by line."""
     yield f"rlrr_kernels {__version__}"
     yield f"Python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
-    yield f"Triton {_installed('triton')}, timm {_installed('timm')}, {platform.system()} {' '.join(platform.libc_ver())}"
+    system = " ".join((platform.system(), *platform.libc_ver()))
+    yield f"Triton {_installed('triton')}, timm {_installed('timm')}, {system}"
     yield ""
     yield "Backends"
     for name in choice.BACKENDS:
