@@ -18,6 +18,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ OPS, LIMIT = "our three ops", "bare products"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def _seconds(call: Any, device: str) -> float:
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """Of one call, the GPU's work included."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -51,12 +53,12 @@ def measure(layer: str, tokens: int, dtype: str, device: str, rounds: int) -> di
     calls = {name: functools.partial(step, inputs, IMPLEMENTATIONS[name]) for name in (OURS, *PEERS)}
     calls[OPS] = functools.partial(three_ops, inputs)
     calls[LIMIT] = functools.partial(products, inputs)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):  # the first warms up
         for name, call in calls.items():
-            spent = _seconds(call, device)
+            spent = seconds(call, device)
             if turn:
-                seconds[name].append(round(spent, 6))
+                times[name].append(round(spent, 6))
     extra = {name: peak_extra_bytes(call) for name, call in calls.items()}
     served = backend_for(inputs.x, inputs.weight)
     return {
@@ -64,7 +66,7 @@ def measure(layer: str, tokens: int, dtype: str, device: str, rounds: int) -> di
         "tokens": tokens,
         "dtype": dtype,
         "backend": served,
-        "seconds": seconds,
+        "seconds": times,
         "extra_bytes": extra,
     }
 
@@ -83,6 +85,12 @@ def table(results: list[dict[str, Any]]) -> str:
             f"| {r['layer']} | {r['tokens']} | {r['dtype']} | {ratios} | {limit:.2f} | {ops:.2f} | {memory:.1%} |"
         )
     return "\n".join(lines)
+
+
+def results_folder() -> Path:
+    """Where the results of this device are kept."""
+    name = torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "cpu"
+    return Path(__file__).parent / "results" / name
 
 
 def as_json(command: str, report: list[str], results: list[dict[str, Any]]) -> str:
@@ -107,8 +115,7 @@ def main() -> None:
         for layer, i, dtype in tqdm(cases, leave=False)
     ]
     print(table(results))
-    name = torch.cuda.get_device_name().replace(" ", "_") if device == "cuda" else "cpu"
-    out = args.out or Path(__file__).parent / "results" / name / "layers.json"
+    out = args.out or results_folder() / "layers.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m benchmarks.compare", *sys.argv[1:]])
     out.write_text(as_json(command, list(info.lines()), results))

@@ -1,0 +1,96 @@
+"""Which backend is fastest here, for ``auto`` to know: ``python -m benchmarks.choose``.
+
+Times forward and backward of ViT-B/16's four linears, all together, on every
+backend that serves the device, for each dtype and class of token counts; backends
+take turns, and the fastest round of each counts. A class gets a rule where another
+backend than the default wins by more than the noise; ``--write`` puts the device's
+rules into ``rlrr_kernels/backends/measured.json`` and the times that show them into
+``benchmarks/results/<device>/choice.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.compare import results_folder, seconds
+from benchmarks.implementations import LAYERS, fused, make_inputs, step
+from rlrr_kernels import use_backend
+from rlrr_kernels.backends import choice
+
+#: First and last M of a class, and the M that stands for it.
+CLASSES = ((1, 15, 4), (16, 127, 64), (128, 1023, 394), (1024, None, 3152))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MARGIN = 1.05
+ROOT = Path(__file__).parents[1]
+
+
+def measure(dtype: torch.dtype, tokens: int, device: str, rounds: int) -> dict[str, float]:
+    """Backend -> seconds of the fastest round, over all four layers."""
+    layers = [make_inputs(tokens, n, k, groups, dtype, device) for n, k, groups in LAYERS.values()]
+    one = layers[0]
+    names = [name for name in choice.BACKENDS if choice.refusal(name, one.x, one.weight) is None]
+
+    def run() -> None:
+        for inputs in layers:
+            step(inputs, fused)
+
+    best = dict.fromkeys(names, float("inf"))
+    for turn in range(rounds + 1):  # the first warms up
+        for name in names:
+            with use_backend(name):
+                spent = seconds(run, device)
+            if turn:
+                best[name] = min(best[name], spent)
+    return best
+
+
+def rules(results: list[dict[str, Any]], device: str, source: str) -> list[dict[str, Any]]:
+    """Where another backend than the default won by more than the margin."""
+    found = []
+    for r in results:
+        default = next(name for name, (_, kinds) in choice.BACKENDS.items() if r["kind"] in kinds and name in r["best"])
+        winner = min(r["best"], key=r["best"].__getitem__)
+        if r["best"][default] > MARGIN * r["best"][winner]:
+            rule = {"device": device, "dtype": r["dtype"], "tokens": r["tokens"], "backend": winner, "source": source}
+            found.append(rule)
+    return found
+
+
+def main() -> None:
+    """Measure, print, and write if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.choose", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--write", action="store_true", help="change measured.json for this device")
+    args = parser.parse_args()
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name() if kind == "cuda" else "cpu"
+    results = []
+    for dtype in tqdm(DTYPES, leave=False):
+        for first, last, tokens in CLASSES:
+            best = measure(dtype, tokens, kind, args.rounds)
+            name = str(dtype).removeprefix("torch.")
+            results.append({"kind": kind, "dtype": name, "tokens": [first, last], "M": tokens, "best": best})
+            fastest = min(best.values())
+            ratios = ", ".join(f"{b} {t / fastest:.2f}" for b, t in sorted(best.items(), key=lambda item: item[1]))
+            tqdm.write(f"{name:<9} M = {tokens:<5} {ratios}")
+    folder = results_folder()
+    found = rules(results, device, str((folder / "choice.json").relative_to(ROOT)))
+    print(json.dumps(found, indent=1))
+    if args.write:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python -m benchmarks.choose", *sys.argv[1:]])
+        (folder / "choice.json").write_text(json.dumps({"command": command, "results": results}, indent=1) + "\n")
+        path = Path(choice.__file__).parent / "measured.json"
+        others = [rule for rule in json.loads(path.read_text()) if rule["device"] != device]
+        path.write_text(json.dumps(others + found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
