@@ -31,9 +31,9 @@ int64_t sum_length(Pass pass, const Layer& layer) {
 }  // namespace
 
 int64_t scratch_bytes(Pass pass, const Matrix& rows, const Layer& layer) {
-  const int64_t length = sum_length(pass, layer), panels = blas::scratch_bytes(layer);
-  if (own_kernels(rows.dtype, length) == nullptr) return panels;
-  if (pass == Pass::grad_scales) return std::max(panels, avx512::least_gram_bytes(rows, layer));
+  const int64_t length = sum_length(pass, layer);
+  if (own_kernels(rows.dtype, length) == nullptr) return blas::scratch_bytes(rows, layer);
+  if (pass == Pass::grad_scales) return avx512::gram_scratch_bytes(rows, layer);
   return avx512::scratch_bytes(rows.dtype, length, thread_count());
 }
 

@@ -20,9 +20,9 @@ struct Passes {
 // Bytes for products whose sums run over `length` elements: a tile of W' and of the left operand a thread.
 int64_t scratch_bytes(Dtype dtype, int64_t length, int64_t threads);
 
-// Bytes that grad_scales cannot do with less than: a tile of columns of x and of dv's partial sums. At most a
-// few times what the formula's G takes, where almost every row of W has a group of its own.
-int64_t least_gram_bytes(const Matrix& x, const Layer& layer);
+// Bytes for grad_scales: a twenty-fifth of the formula's three float32 copies of W, and what fits in a cache; but no
+// less than a tile of columns of x and of dv's partial sums.
+int64_t gram_scratch_bytes(const Matrix& x, const Layer& layer);
 
 // Whether that tile stays in a core's second cache.
 bool fits_cache(Dtype dtype, int64_t length);

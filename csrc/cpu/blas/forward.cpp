@@ -28,12 +28,11 @@ void rescale_rows(const Layer& layer, int64_t first, int64_t count, T* panel) {
 
 }  // namespace
 
-int64_t scratch_bytes(const Layer& layer) {
-  // the formula holds three float32 copies of W's size at once, and more where there are many tokens
-  const int64_t formula = 12 * layer.n() * layer.k();
+int64_t scratch_bytes(const Matrix& rows, const Layer& layer) {
+  // the formula holds three copies of W's size in the type of the sums, besides x and y
+  const int64_t n = layer.n(), k = layer.k(), formula = wide_size(rows.dtype) * (3 * n * k + rows.rows * (n + k));
   // a panel must hold a few rows, or columns, however long they are
-  const int64_t least = 16 * 8 * std::max(layer.n(), layer.k());
-  return std::max(std::clamp<int64_t>(formula / 25, 64 << 10, 2 << 20), least);
+  return std::max(std::clamp<int64_t>(formula / 21, 64 << 10, 4 << 20), 16 * 8 * std::max(n, k));
 }
 
 void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, void* scratch, int64_t bytes) {

@@ -7,8 +7,9 @@
 
 namespace rlrr::blas {
 
-// About a twentieth of what the formula in PyTorch allocates for the same sizes, and a few MB at most.
-int64_t scratch_bytes(const Layer& layer);
+// About a twentieth of what the formula in PyTorch holds for the same sizes, and a few MB at most: a BLAS copies
+// its operands for each panel anew, so that with many tokens wide panels pay. `rows` is x or dy.
+int64_t scratch_bytes(const Matrix& rows, const Layer& layer);
 
 void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, void* scratch, int64_t bytes);
 void grad_input(const Matrix& dy, const Layer& layer, const Matrix& dx, void* scratch, int64_t bytes);
