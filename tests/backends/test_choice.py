@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 import warnings
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -191,9 +192,7 @@ def test_a_measured_backend_that_is_not_here_is_said_once(fresh, tmp_path):
 
 
 def test_the_shipped_rules_name_backends_dtypes_and_results_that_exist():
-    from pathlib import Path
-
-    root = Path(choice.__file__).parents[2]
+    root = Path(__file__).parents[2]
     rules = json.loads((Path(choice.__file__).parent / "measured.json").read_text())
     for rule in rules:
         assert set(rule) == {"device", "dtype", "tokens", "backend", "source"}
