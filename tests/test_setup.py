@@ -9,6 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from rlrr_kernels.backends import choice
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = ("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "RLRR_BUILD_CPU", "RLRR_BUILD_CUDA", "MAX_JOBS")
@@ -23,6 +26,17 @@ def setup(monkeypatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize(("name", "tool"), [("cpu", "g++"), ("cuda", "nvcc")])
+def test_what_is_installed_has_the_library_wherever_its_compiler_is(name, tool):
+    """All tests of a library skip where it is missing; this one does not."""
+    if shutil.which(tool) is None or os.environ.get(f"RLRR_BUILD_{name.upper()}") == "0":
+        pytest.skip(f"no {tool}, or not to be built")
+    if name == "cuda" and torch.version.cuda is None:
+        pytest.skip("torch is built without CUDA")
+    module = choice.load(name)
+    assert not isinstance(module, str), module
 
 
 @pytest.mark.parametrize(
