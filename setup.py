@@ -200,6 +200,8 @@ def build_cuda(build: Build, out: Path) -> None:
     nvcc += ["-Xcompiler=-fvisibility=hidden", "--expt-relaxed-constexpr"]
     host = [*build.cxx, *FLAGS, *build.torch_flags, "-DUSE_CUDA", f"-DRLRR_HOPPER={int(hopper)}"]
     host += [f'-DRLRR_ARCHITECTURES="{" ".join(numbers)}"', "-isystem", str(home / "include")]
+    if not hopper:
+        host.append("-Wno-unused-parameter")  # the switch for it has nothing to switch
     commands = {s: [*nvcc, *general] for s in sorted((CSRC / "cuda").glob("*.cu"))}
     if hopper:
         ninety = "-gencode=arch=compute_90a,code=sm_90a"

@@ -12,8 +12,7 @@ void rescale(const W* __restrict w, Wide<T> u, const Wide<T>* __restrict v, int6
 }
 
 template <class A, class W>
-A reduce(const A* __restrict g, const W* __restrict w, A u, const A* __restrict v, int64_t count,
-         A* __restrict dv) {
+A reduce(const A* __restrict g, const W* __restrict w, A u, const A* __restrict v, int64_t count, A* __restrict dv) {
   A du = 0;
 #pragma omp simd reduction(+ : du)
   for (int64_t k = 0; k < count; ++k) {

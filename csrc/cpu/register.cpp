@@ -24,17 +24,22 @@ using torch::stable::Tensor;
 const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
 
 ScalarType scalar_type(Dtype dtype) {
-  return dtype == Dtype::float64 ? ScalarType::Double
+  return dtype == Dtype::float64   ? ScalarType::Double
          : dtype == Dtype::float32 ? ScalarType::Float
                                    : ScalarType::BFloat16;
 }
 
 Dtype dtype_from(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float64"); return {};
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float64");
+      return {};
   }
 }
 
@@ -42,8 +47,8 @@ Matrix matrix(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, ": expected 2 dimensions, got ", tensor.dim());
   STD_TORCH_CHECK(tensor.numel() > 0, name, ": expected sizes of at least 1, got [", tensor.size(0), ", ",
                   tensor.size(1), "]");
-  return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1),
-          dtype_from(tensor, name)};
+  return {tensor.data_ptr(), tensor.size(0),   tensor.size(1),
+          tensor.stride(0),  tensor.stride(1), dtype_from(tensor, name)};
 }
 
 Tensor view(const Matrix& a) {
@@ -65,8 +70,7 @@ struct LayerOwner {
   Tensor u, v;
   Layer layer;
 
-  LayerOwner(const Matrix& x, const char* x_name, const Tensor& weight, const Tensor& scale_out,
-             const Tensor& scale_in)
+  LayerOwner(const Matrix& x, const char* x_name, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in)
       : u(as(scale_out, wide(x.dtype))), v(as(scale_in, wide(x.dtype))) {
     layer = {matrix(weight, "weight"), u.data_ptr(), v.data_ptr(), scale_in.dim() == 3 ? scale_in.size(0) : 0};
     const int64_t n = layer.n(), k = layer.k();
@@ -100,7 +104,8 @@ Tensor forward_op(const Tensor& x, const Tensor& weight, const Tensor& scale_out
   std::optional<Tensor> offset = bias ? bias : shift;
   if (offset) {
     offset = bias && shift ? torch::stable::subtract(as(*bias, wide), as(*shift, wide), -1.0) : as(*offset, wide);
-    STD_TORCH_CHECK(offset->dim() == 1 && offset->size(0) == layer.n(), "bias, shift: expected shape [", layer.n(), "]");
+    STD_TORCH_CHECK(offset->dim() == 1 && offset->size(0) == layer.n(), "bias, shift: expected shape [", layer.n(),
+                    "]");
   }
   const Scratch scratch(Pass::forward, input, layer);
   forward(input, layer, offset ? offset->data_ptr() : nullptr, matrix(y, "y"), scratch.data(), scratch.bytes);
@@ -181,8 +186,6 @@ STABLE_TORCH_LIBRARY_IMPL(rlrr_cpu, CPU, library) {
   library.impl("grad_scales", TORCH_BOX(&grad_scales_op));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rlrr_cpu, CompositeExplicitAutograd, library) {
-  library.impl("build", TORCH_BOX(&build));
-}
+STABLE_TORCH_LIBRARY_IMPL(rlrr_cpu, CompositeExplicitAutograd, library) { library.impl("build", TORCH_BOX(&build)); }
 
 }  // namespace rlrr

@@ -74,8 +74,8 @@ cudaError_t launch(const Forward& f, cudaStream_t stream) {
   };
   using Stage = ProductStage<Math, Staged, Inner::depth, Tile>;
   static_assert(Stage::kTotalBytes <= kMostSharedBytes);
-  return ptx::launch<forward_kernel<Math, Staged, Tile>>(
-      ceil_div(l.m, Tile::kRows) * l.groups * group_tiles, Stage::kTotalBytes, stream, p);
+  return ptx::launch<forward_kernel<Math, Staged, Tile>>(ceil_div(l.m, Tile::kRows) * l.groups * group_tiles,
+                                                         Stage::kTotalBytes, stream, p);
 }
 
 }  // namespace
@@ -92,9 +92,8 @@ cudaError_t forward(const Forward& f, cudaStream_t stream) {
       const auto tiles = [&](int64_t rows, int64_t cols) {
         return ceil_div(l.m, rows) * l.groups * ceil_div(l.n / l.groups, cols);
       };
-      return prefer_large<Large, Small>(tiles, l.device)
-                 ? launch<Math, Staged, Large>(f, stream)
-                 : launch<Math, Staged, Small>(f, stream);
+      return prefer_large<Large, Small>(tiles, l.device) ? launch<Math, Staged, Large>(f, stream)
+                                                         : launch<Math, Staged, Small>(f, stream);
     });
   });
 }

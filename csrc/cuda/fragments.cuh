@@ -49,8 +49,7 @@ RLRR_DEVICE void load_right(Tf32Math, uint32_t (&r)[4], const Shared& s, int col
     ptx::ldmatrix(r, s.at(col + l.index / 16 * 8 + l.index % 8, depth + l.index / 8 % 2 * 4));
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      r[i] = ptx::load_shared<uint32_t>(s.at(depth + l.t + i % 2 * 4, col + l.g + i / 2 * 8));
+    for (int i = 0; i < 4; ++i) r[i] = ptx::load_shared<uint32_t>(s.at(depth + l.t + i % 2 * 4, col + l.g + i / 2 * 8));
   }
 }
 

@@ -62,8 +62,8 @@ cudaError_t launch(const GradInput& g, cudaStream_t stream) {
   };
   using Stage = ProductStage<Math, Staged, Inner::other, Tile>;
   static_assert(Stage::kTotalBytes <= kMostSharedBytes);
-  return ptx::launch<grad_input_kernel<Math, Staged, Tile>>(
-      ceil_div(l.m, Tile::kRows) * k_tiles, Stage::kTotalBytes, stream, p);
+  return ptx::launch<grad_input_kernel<Math, Staged, Tile>>(ceil_div(l.m, Tile::kRows) * k_tiles, Stage::kTotalBytes,
+                                                            stream, p);
 }
 
 }  // namespace
@@ -78,9 +78,8 @@ cudaError_t grad_input(const GradInput& g, cudaStream_t stream) {
       using Large = LargeProductTile<Math>;
       using Small = SmallProductTile<Math>;
       const auto tiles = [&](int64_t rows, int64_t cols) { return ceil_div(l.m, rows) * ceil_div(l.k, cols); };
-      return prefer_large<Large, Small>(tiles, l.device)
-                 ? launch<Math, Staged, Large>(g, stream)
-                 : launch<Math, Staged, Small>(g, stream);
+      return prefer_large<Large, Small>(tiles, l.device) ? launch<Math, Staged, Large>(g, stream)
+                                                         : launch<Math, Staged, Small>(g, stream);
     });
   });
 }

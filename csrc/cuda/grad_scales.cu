@@ -118,15 +118,14 @@ RLRR_KERNEL grad_scales_kernel(RLRR_PARAMETER Parameters p) {
   typename Tile::Accumulator acc;
   Tile::clear(acc);
   int token = first;
-  pipeline<Tile::kStages>(
-      (last - first + Tile::kDepth - 1) / Tile::kDepth,
-      [&](int stage) {
-        const Stage<Math, Tile> to(stage);
-        copy_tile(to.left, p.dy, token, n_start, last - token, left_in_group);
-        copy_tile(to.right, p.x, token, k_start, last - token, p.k - k_start);
-        token += Tile::kDepth;
-      },
-      [&](int stage) { multiply_stage<Math, Tile>(acc, Stage<Math, Tile>(stage), l); });
+  pipeline<Tile::kStages>((last - first + Tile::kDepth - 1) / Tile::kDepth,
+                          [&](int stage) {
+                            const Stage<Math, Tile> to(stage);
+                            copy_tile(to.left, p.dy, token, n_start, last - token, left_in_group);
+                            copy_tile(to.right, p.x, token, k_start, last - token, p.k - k_start);
+                            token += Tile::kDepth;
+                          },
+                          [&](int stage) { multiply_stage<Math, Tile>(acc, Stage<Math, Tile>(stage), l); });
 
   Patch patch;
   patch.weight = p.weight;
@@ -223,9 +222,8 @@ cudaError_t launch(const GradScales& g, const Plan& plan, cudaStream_t stream) {
       static_cast<int>(plan.split_tokens),
   };
   static_assert(Stage<Math, Tile>::kTotalBytes <= kMostSharedBytes);
-  const cudaError_t error =
-      ptx::launch<grad_scales_kernel<Math, Tile>>(plan.splits * l.groups * plan.group_tiles * columns,
-                                                  Stage<Math, Tile>::kTotalBytes, stream, p);
+  const cudaError_t error = ptx::launch<grad_scales_kernel<Math, Tile>>(
+      plan.splits * l.groups * plan.group_tiles * columns, Stage<Math, Tile>::kTotalBytes, stream, p);
   if (error != cudaSuccess) return error;
   const Partials partials{
       du,

@@ -35,9 +35,7 @@ struct HalfMath {
   RLRR_DEVICE static Right right(const float (&w)[kColumns][kDepths]) {
     return {{ptx::narrow2<T>(w[0][0], w[0][1]), ptx::narrow2<T>(w[0][2], w[0][3])}};
   }
-  RLRR_DEVICE static void multiply_add(float (&acc)[4], const Left& a, const Right& b) {
-    ptx::mma<T>(acc, a.r, b.r);
-  }
+  RLRR_DEVICE static void multiply_add(float (&acc)[4], const Left& a, const Right& b) { ptx::mma<T>(acc, a.r, b.r); }
 };
 
 struct Tf32Math {
@@ -67,9 +65,7 @@ struct Tf32Math {
   RLRR_DEVICE static Right right(const float (&w)[kColumns][kDepths]) {
     return {{ptx::round_tf32(w[0][0]), ptx::round_tf32(w[0][1])}};
   }
-  RLRR_DEVICE static void multiply_add(float (&acc)[4], const Left& a, const Right& b) {
-    ptx::mma_tf32(acc, a.r, b.r);
-  }
+  RLRR_DEVICE static void multiply_add(float (&acc)[4], const Left& a, const Right& b) { ptx::mma_tf32(acc, a.r, b.r); }
 };
 
 // A lane multiplies whole rows by whole columns of its own accumulators: no exchange between lanes.

@@ -26,9 +26,9 @@ struct Vector {
 
 // What the GPU at hand offers; read once per device by the caller.
 struct Device {
-  int capability;       // 80 for 8.0, 90 for 9.0
+  int capability;  // 80 for 8.0, 90 for 9.0
   int multiprocessors;
-  int shared_memory;    // bytes a block may ask for
+  int shared_memory;  // bytes a block may ask for
 };
 
 // Sizes and the frozen layer, the same for all three passes.
@@ -43,9 +43,9 @@ struct Layer {
 
 struct Forward {
   Layer layer;
-  Matrix x;  // [M, K]; its dtype is the dtype of the product
+  Matrix x;            // [M, K]; its dtype is the dtype of the product
   Vector bias, shift;  // [N] each
-  Matrix y;  // [M, N], row-major, x's dtype
+  Matrix y;            // [M, N], row-major, x's dtype
 };
 
 struct GradInput {
@@ -56,11 +56,11 @@ struct GradInput {
 
 struct GradScales {
   Layer layer;
-  Matrix dy;  // [M, N], x's dtype
-  Matrix x;   // [M, K]
-  float* du;  // [N]
-  float* dv;  // [groups, K]
-  float* df;  // [N], or null where nobody asks for it
+  Matrix dy;         // [M, N], x's dtype
+  Matrix x;          // [M, K]
+  float* du;         // [N]
+  float* dv;         // [groups, K]
+  float* df;         // [N], or null where nobody asks for it
   float* workspace;  // as many floats as workspace_floats() says
 };
 

@@ -56,8 +56,7 @@ RLRR_DEVICE typename Math::Right rescale(const float (&w)[Math::kColumns][Math::
 #pragma unroll
   for (int c = 0; c < Math::kColumns; ++c)
 #pragma unroll
-    for (int d = 0; d < Math::kDepths; ++d)
-      rescaled[c][d] = w[c][d] * ptx::fma(feature_scale[c], depth_scale[d], 1.0f);
+    for (int d = 0; d < Math::kDepths; ++d) rescaled[c][d] = w[c][d] * ptx::fma(feature_scale[c], depth_scale[d], 1.0f);
   return Math::right(rescaled);
 }
 

@@ -56,8 +56,8 @@ RLRR_DEVICE void copy_async(char* shared, const void* global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(bytes), "n"(kBytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes),
+                 "n"(kBytes)
                  : "memory");
   }
 }
@@ -151,8 +151,7 @@ RLRR_DEVICE float2 widen2<fp16>(uint32_t packed) {
 template <auto kKernel, class Parameters>
 cudaError_t launch(int64_t blocks, int shared_bytes, cudaStream_t stream, const Parameters& parameters) {
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
   kKernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream>>>(parameters);

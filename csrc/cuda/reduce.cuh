@@ -28,7 +28,7 @@ struct PatchShared {
   Weight weight{ptx::shared_memory()};
   char* u = weight.data + Weight::kBytes;
   char* v = u + 4 * Tile::kRows;
-  char* du = v + 4 * Tile::kCols;  // [kWarpCols][kRows]
+  char* du = v + 4 * Tile::kCols;                     // [kWarpCols][kRows]
   char* dv = du + 4 * Tile::kWarpCols * Tile::kRows;  // [kWarpRows][kCols]
 };
 

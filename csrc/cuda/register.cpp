@@ -51,10 +51,15 @@ Device device_at(int32_t index) {
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, float16 or bfloat16"); return {};
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float16 or bfloat16");
+      return {};
   }
 }
 
@@ -104,8 +109,15 @@ struct LayerOwner {
     STD_TORCH_CHECK(u.dim() == 2 && u.size(0) == n && u.size(1) == 1, "scale_out: expected shape [", n, ", 1]");
     STD_TORCH_CHECK(v.dim() == 3 && v.size(0) > 0 && n % v.size(0) == 0 && v.size(1) == 1 && v.size(2) == k,
                     "scale_in: expected shape [groups, 1, ", k, "] with groups that divide ", n);
-    layer = {rows.size(0), n, k, v.size(0), w, static_cast<const float*>(u.data_ptr()),
-             static_cast<const float*>(v.data_ptr()), tf32, device_at(rows.get_device_index())};
+    layer = {rows.size(0),
+             n,
+             k,
+             v.size(0),
+             w,
+             static_cast<const float*>(u.data_ptr()),
+             static_cast<const float*>(v.data_ptr()),
+             tf32,
+             device_at(rows.get_device_index())};
   }
 };
 
@@ -124,16 +136,6 @@ struct Place {
   }
 };
 
-// Whether the Hopper path was asked for, was built, and takes this problem
-template <class Problem>
-bool takes_hopper([[maybe_unused]] const Problem& problem, [[maybe_unused]] bool asked) {
-#if RLRR_HOPPER
-  return asked && hopper::supports(problem);
-#else
-  return false;
-#endif
-}
-
 Tensor forward_op(const Tensor& x, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& shift, bool tf32, bool hopper) {
   const Matrix input = matrix(x, "x");
@@ -145,7 +147,7 @@ Tensor forward_op(const Tensor& x, const Tensor& weight, const Tensor& scale_out
   Tensor y = empty({layer.m, layer.n}, x.scalar_type(), x);
   const Forward problem{layer, input, vector(b), vector(f), matrix(y, "y")};
 #if RLRR_HOPPER
-  if (takes_hopper(problem, hopper)) {
+  if (hopper && hopper::supports(problem)) {
     check(hopper::forward(problem, place.stream), "forward (hopper)");
     return y;
   }
@@ -154,8 +156,8 @@ Tensor forward_op(const Tensor& x, const Tensor& weight, const Tensor& scale_out
   return y;
 }
 
-Tensor grad_input_op(const Tensor& dy, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in,
-                     bool tf32, bool hopper) {
+Tensor grad_input_op(const Tensor& dy, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in, bool tf32,
+                     bool hopper) {
   const Matrix grad = matrix(dy, "dy");
   const Place place(dy);
   const LayerOwner owner(dy, weight, scale_out, scale_in, tf32);
@@ -164,7 +166,7 @@ Tensor grad_input_op(const Tensor& dy, const Tensor& weight, const Tensor& scale
   Tensor dx = empty({layer.m, layer.k}, dy.scalar_type(), dy);
   const GradInput problem{layer, grad, matrix(dx, "dx")};
 #if RLRR_HOPPER
-  if (takes_hopper(problem, hopper)) {
+  if (hopper && hopper::supports(problem)) {
     check(hopper::grad_input(problem, place.stream), "grad_input (hopper)");
     return dx;
   }
@@ -202,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> grad_scales_op(const Tensor& dy, const Tensor
     check(launch(problem, place.stream), name);
   };
 #if RLRR_HOPPER
-  if (takes_hopper(problem, hopper)) {
+  if (hopper && hopper::supports(problem)) {
     run(hopper::workspace_floats, hopper::grad_scales, "grad_scales (hopper)");
     return {du, dv, df};
   }

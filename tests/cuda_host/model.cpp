@@ -139,8 +139,7 @@ void allow(const void* from, int64_t bytes, bool writable) {
 }
 const std::string& message() { return failure; }
 
-cudaError_t run_grid(int64_t blocks, int count, int shared_bytes, void (*kernel)(const void*),
-                     const void* parameters) {
+cudaError_t run_grid(int64_t blocks, int count, int shared_bytes, void (*kernel)(const void*), const void* parameters) {
   failure.clear();
   if (blocks < 1 || blocks > 0x7fffffff || shared_bytes > kMostShared) {
     failure = "a grid of " + std::to_string(blocks) + " blocks, " + std::to_string(shared_bytes) + " bytes shared";
@@ -214,8 +213,8 @@ void commit_copies() { ++threads[current].groups; }
 void wait_copies(int pending) {
   Thread& thread = threads[current];
   const int64_t landed = thread.groups - pending;  // groups before this one
-  const auto later = std::find_if(thread.copies.begin(), thread.copies.end(),
-                                  [&](const Copy& copy) { return copy.group >= landed; });
+  const auto later =
+      std::find_if(thread.copies.begin(), thread.copies.end(), [&](const Copy& copy) { return copy.group >= landed; });
   std::for_each(thread.copies.begin(), later, land);
   thread.copies.erase(thread.copies.begin(), later);
 }

@@ -25,8 +25,8 @@ template <class Unit>
 Rows left_rows(const Matrix& a, int64_t first, Word* copy) {
   using T = typename Unit::Element;
   const int64_t units = up(a.cols, Unit::elements), rows = std::min(tile_rows, a.rows - first);
-  const bool in_place = a.col_stride == 1 && a.cols % Unit::elements == 0 && a.row_stride % Unit::elements == 0 &&
-                        rows == tile_rows;
+  const bool in_place =
+      a.col_stride == 1 && a.cols % Unit::elements == 0 && a.row_stride % Unit::elements == 0 && rows == tile_rows;
   if (in_place) return {reinterpret_cast<const Word*>(a.at<T>(first, 0)), a.row_stride / Unit::elements, 1};
   std::memset(copy, 0, static_cast<size_t>(tile_rows * units) * sizeof(Word));
   for (int64_t i = 0; i < rows; ++i) {

@@ -77,8 +77,8 @@ void pack_rescaled_rows(const Layer& layer, int64_t first, Word* packed) {
   const int64_t n = layer.n(), k = layer.k(), units = up(k, Unit::elements);
   for (int64_t col = 0; col < tile_cols; col += lanes) {
     const int64_t row = first + col;
-    const bool whole = layer.weight.col_stride == 1 && row + lanes <= n &&
-                       layer.group_of(row) == layer.group_of(row + lanes - 1);
+    const bool whole =
+        layer.weight.col_stride == 1 && row + lanes <= n && layer.group_of(row) == layer.group_of(row + lanes - 1);
     for (int64_t unit = 0; unit < units; unit += lanes) {
       __m512i block[lanes];
       if (whole && (unit + lanes) * Unit::elements <= k) {
@@ -109,7 +109,8 @@ void pack_rescaled_cols(const Layer& layer, int64_t first, Word* packed) {
         group_end += group_rows;
         for (int64_t j = 0; j < vectors; ++j) {
           const int64_t col = first + j * lanes;
-          scale_in[j] = load_wide(v + layer.group_of(std::min(row, n - 1)) * k + std::min(col, k), first_lanes(k - col));
+          scale_in[j] =
+              load_wide(v + layer.group_of(std::min(row, n - 1)) * k + std::min(col, k), first_lanes(k - col));
         }
       }
       if (row >= n) {
@@ -138,8 +139,7 @@ __m512i token_units(const Matrix& a, int64_t unit, int64_t col, int64_t end) {
   for (int64_t e = 0; e < Unit::elements; ++e) {
     const int64_t token = unit * Unit::elements + e;
     prefetch(a.at<typename Unit::Element>(token + 16, col));
-    rows[e] = token < a.rows && col < end ? load_row<typename Unit::Element>(a, token, col, end)
-                                          : _mm512_setzero_ps();
+    rows[e] = token < a.rows && col < end ? load_row<typename Unit::Element>(a, token, col, end) : _mm512_setzero_ps();
   }
   return Unit::from_rows(rows);
 }

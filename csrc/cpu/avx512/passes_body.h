@@ -29,9 +29,7 @@ constexpr avx512::Passes passes_of = {
       });
     },
     [](const Matrix& dy, const Matrix& x, const Layer& layer, float* du, float* dv, void* scratch, int64_t bytes) {
-      with_weight(layer, [&](auto w) {
-        reduce_gram<Unit, decltype(w)>(dy, x, layer, du, dv, scratch, bytes);
-      });
+      with_weight(layer, [&](auto w) { reduce_gram<Unit, decltype(w)>(dy, x, layer, du, dv, scratch, bytes); });
     },
 };
 

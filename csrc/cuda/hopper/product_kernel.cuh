@@ -56,9 +56,8 @@ cudaError_t launch_product(Product& p, Dtype dtype, const Device& device, cudaSt
   p.tiles = (p.token_count + kTileCols - 1) / kTileCols * p.row_groups * ((p.group_rows + kTileRows - 1) / kTileRows);
   const int blocks = static_cast<int>(p.tiles < device.multiprocessors ? p.tiles : device.multiprocessors);
   constexpr int kBytes = sizeof(ProductMemory);
-  return dtype == Dtype::float16
-             ? ptx::launch_warpgroups<product_kernel<fp16, kWeight>>(blocks, kBytes, stream, p)
-             : ptx::launch_warpgroups<product_kernel<bf16, kWeight>>(blocks, kBytes, stream, p);
+  return dtype == Dtype::float16 ? ptx::launch_warpgroups<product_kernel<fp16, kWeight>>(blocks, kBytes, stream, p)
+                                 : ptx::launch_warpgroups<product_kernel<bf16, kWeight>>(blocks, kBytes, stream, p);
 }
 
 }  // namespace rlrr::hopper

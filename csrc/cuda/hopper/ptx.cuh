@@ -33,8 +33,7 @@ RLRR_DEVICE void arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
 }
 RLRR_DEVICE void arrive_and_expect(Barrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes)
-               : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
 }
 // Until the phase of this parity is complete. A new barrier is in phase 0; the one before it counts
 // as complete.
@@ -57,9 +56,7 @@ RLRR_DEVICE void named_barrier(int id, int threads) {
 
 RLRR_DEVICE void warp_barrier() { __syncwarp(); }
 
-RLRR_DEVICE void prefetch(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
+RLRR_DEVICE void prefetch(const CUtensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 // The box at (row, col), zeros outside the matrix; all its bytes count towards the barrier either way.
 RLRR_DEVICE void copy_box(char* shared, const CUtensorMap& map, int row, int col, Barrier* full) {
   asm volatile(

@@ -43,8 +43,8 @@ RLRR_DEVICE void reduce_half(const float* sums, const char* boxes, RowShare& row
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int col = first + 8 * j;
-      const float2 v_pair = col + 2 * l.t < cols ? ptx::load(reinterpret_cast<const float2*>(v + col + 2 * l.t))
-                                                 : float2{0.0f, 0.0f};
+      const float2 v_pair =
+          col + 2 * l.t < cols ? ptx::load(reinterpret_cast<const float2*>(v + col + 2 * l.t)) : float2{0.0f, 0.0f};
       float2 dv_pair = {0.0f, 0.0f};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {

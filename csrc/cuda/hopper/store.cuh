@@ -29,8 +29,7 @@ RLRR_DEVICE void store_tile(const ptx::Products& sums, const Product& p, const P
       const float* from = sums + (part * kBox + tokens) / 2;
       uint32_t r[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        r[i] = ptx::narrow2<T>(from[2 * i] + term[i % 2], from[2 * i + 1] + term[i % 2]);
+      for (int i = 0; i < 4; ++i) r[i] = ptx::narrow2<T>(from[2 * i] + term[i % 2], from[2 * i + 1] + term[i % 2]);
       ptx::stmatrix_trans(staging + swizzled(tokens + l.index / 16 * 8 + l.index % 8, 2 * l.warp + l.index / 8 % 2), r);
     }
     ptx::named_barrier(1 + l.consumer, kWarpgroup);

@@ -54,8 +54,7 @@ bool fits_layer(const Layer& layer, Dtype dtype) {
 }
 
 cudaError_t describe(CUtensorMap& map, const Matrix& matrix, int64_t rows, int64_t cols, int box_rows) {
-  const auto type =
-      matrix.dtype == Dtype::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto type = matrix.dtype == Dtype::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode(map, type, CU_TENSOR_MAP_SWIZZLE_128B, matrix.data, rows, cols, matrix.row_stride * 2, box_rows, 64);
 }
 

@@ -19,8 +19,7 @@ RLRR_DEVICE void load_weight(uint32_t (&w)[4], const char* box, int depth, const
   if constexpr (kWeight == Weight::rows) {
     ptx::ldmatrix(w, box + swizzled(16 * l.warp + l.index % 16, depth / 8 + l.index / 16));
   } else {
-    ptx::ldmatrix_trans(
-        w, box + swizzled(depth + l.index / 16 * 8 + l.index % 8, 2 * l.warp + l.index / 8 % 2));
+    ptx::ldmatrix_trans(w, box + swizzled(depth + l.index / 16 * 8 + l.index % 8, 2 * l.warp + l.index / 8 % 2));
   }
 }
 

@@ -30,7 +30,7 @@ inline float from_bits(uint32_t raw) {
 inline float widen(bf16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
 inline float widen(fp16 value) {
   const int exponent = value.bits >> 10 & 31, mantissa = value.bits & 1023;
-  const float size = exponent == 31   ? (mantissa ? NAN : INFINITY)
+  const float size = exponent == 31  ? (mantissa ? NAN : INFINITY)
                      : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
                                      : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
   return value.bits >> 15 ? -size : size;

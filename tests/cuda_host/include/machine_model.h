@@ -102,9 +102,8 @@ float2 widen2(uint32_t packed) {
 template <auto kKernel, class Parameters>
 cudaError_t launch(int64_t blocks, int shared_bytes, cudaStream_t, const Parameters& parameters) {
   model::blocks_launched += blocks;
-  return model::run_grid(blocks, kThreads, shared_bytes, [](const void* p) {
-    kKernel(*static_cast<const Parameters*>(p));
-  }, &parameters);
+  return model::run_grid(
+      blocks, kThreads, shared_bytes, [](const void* p) { kKernel(*static_cast<const Parameters*>(p)); }, &parameters);
 }
 
 }  // namespace rlrr::ptx

@@ -98,9 +98,9 @@ inline void finish(Products&) { wait_products<0>(); }
 
 template <auto kKernel, class Parameters>
 cudaError_t launch_warpgroups(int blocks, int shared_bytes, cudaStream_t, const Parameters& parameters) {
-  return model::run_grid(blocks, hopper::kBlockThreads, shared_bytes, [](const void* p) {
-    kKernel(*static_cast<const Parameters*>(p));
-  }, &parameters);
+  return model::run_grid(
+      blocks, hopper::kBlockThreads, shared_bytes, [](const void* p) { kKernel(*static_cast<const Parameters*>(p)); },
+      &parameters);
 }
 
 }  // namespace rlrr::ptx
