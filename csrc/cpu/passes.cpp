@@ -1,7 +1,6 @@
 #include "passes.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "avx512/passes.h"
 #include "blas/passes.h"
@@ -40,16 +39,9 @@ int64_t scratch_bytes(Pass pass, const Matrix& rows, const Layer& layer) {
 void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, void* scratch, int64_t bytes) {
   if (const auto* own = own_kernels(x.dtype, sum_length(Pass::forward, layer))) {
     own->forward(x, layer, static_cast<const float*>(offset), y, scratch, thread_count());
-    return;
+  } else {
+    blas::forward(x, layer, offset, y, scratch, bytes);
   }
-  std::vector<bfloat16> narrowed;
-  if (offset != nullptr && x.dtype == Dtype::bfloat16) {
-    const float* wide = static_cast<const float*>(offset);
-    narrowed.resize(layer.n());
-    std::transform(wide, wide + layer.n(), narrowed.begin(), narrow<bfloat16>);
-    offset = narrowed.data();
-  }
-  blas::forward(x, layer, offset, y, scratch, bytes);
 }
 
 void grad_input(const Matrix& dy, const Layer& layer, const Matrix& dx, void* scratch, int64_t bytes) {

@@ -82,19 +82,11 @@ cudaError_t launch(const Forward& f, cudaStream_t stream) {
 
 cudaError_t forward(const Forward& f, cudaStream_t stream) {
   const Layer& l = f.layer;
-  if (!fits(l)) return cudaErrorInvalidValue;
-  return with_math(f.x.dtype, l.tf32, [&](auto math) {
-    return with_staged(math, l.weight.dtype, [&](auto math, auto staged) {
-      using Math = decltype(math);
-      using Staged = decltype(staged);
-      using Large = LargeProductTile<Math>;
-      using Small = SmallProductTile<Math>;
-      const auto tiles = [&](int64_t rows, int64_t cols) {
-        return ceil_div(l.m, rows) * l.groups * ceil_div(l.n / l.groups, cols);
-      };
-      return prefer_large<Large, Small>(tiles, l.device) ? launch<Math, Staged, Large>(f, stream)
-                                                         : launch<Math, Staged, Small>(f, stream);
-    });
+  const auto tiles = [&](int64_t rows, int64_t cols) {
+    return ceil_div(l.m, rows) * l.groups * ceil_div(l.n / l.groups, cols);
+  };
+  return with_product_plan(l, f.x.dtype, tiles, [&](auto math, auto staged, auto tile) {
+    return launch<decltype(math), decltype(staged), decltype(tile)>(f, stream);
   });
 }
 

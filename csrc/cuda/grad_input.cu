@@ -70,17 +70,9 @@ cudaError_t launch(const GradInput& g, cudaStream_t stream) {
 
 cudaError_t grad_input(const GradInput& g, cudaStream_t stream) {
   const Layer& l = g.layer;
-  if (!fits(l)) return cudaErrorInvalidValue;
-  return with_math(g.dy.dtype, l.tf32, [&](auto math) {
-    return with_staged(math, l.weight.dtype, [&](auto math, auto staged) {
-      using Math = decltype(math);
-      using Staged = decltype(staged);
-      using Large = LargeProductTile<Math>;
-      using Small = SmallProductTile<Math>;
-      const auto tiles = [&](int64_t rows, int64_t cols) { return ceil_div(l.m, rows) * ceil_div(l.k, cols); };
-      return prefer_large<Large, Small>(tiles, l.device) ? launch<Math, Staged, Large>(g, stream)
-                                                         : launch<Math, Staged, Small>(g, stream);
-    });
+  const auto tiles = [&](int64_t rows, int64_t cols) { return ceil_div(l.m, rows) * ceil_div(l.k, cols); };
+  return with_product_plan(l, g.dy.dtype, tiles, [&](auto math, auto staged, auto tile) {
+    return launch<decltype(math), decltype(staged), decltype(tile)>(g, stream);
   });
 }
 

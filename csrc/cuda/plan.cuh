@@ -70,4 +70,17 @@ bool prefer_large(const Tiles& tiles, const Device& device) {
   return cost(Large::kRows, Large::kCols) <= cost(Small::kRows, Small::kCols) / 0.6;
 }
 
+// Calls run(math, staged, tile) with what suits a product of x's dtype over `tiles`.
+template <class Tiles, class Run>
+cudaError_t with_product_plan(const Layer& layer, Dtype dtype, const Tiles& tiles, const Run& run) {
+  if (!fits(layer)) return cudaErrorInvalidValue;
+  return with_math(dtype, layer.tf32, [&](auto math) {
+    return with_staged(math, layer.weight.dtype, [&](auto math, auto staged) {
+      using Large = LargeProductTile<decltype(math)>;
+      using Small = SmallProductTile<decltype(math)>;
+      return prefer_large<Large, Small>(tiles, layer.device) ? run(math, staged, Large{}) : run(math, staged, Small{});
+    });
+  });
+}
+
 }  // namespace rlrr

@@ -14,12 +14,6 @@ namespace {
 
 constexpr int64_t part_rows = 768;
 
-// Units of W' for one tile of columns
-template <class Unit>
-int64_t packed_words(int64_t length) {
-  return up(length, Unit::elements) * tile_cols;
-}
-
 // Rows of the left operand as units along the sum: in place, or copied where they lie otherwise
 template <class Unit>
 Rows left_rows(const Matrix& a, int64_t first, Word* copy) {
@@ -67,7 +61,7 @@ void prefetch_rows(const Matrix& a, int64_t first, int64_t col, int64_t count) {
 template <class Unit, class Pack>
 void multiply_by_rescaled(const Matrix& left, const float* offset, const Matrix& out, const Pack& pack, Word* scratch,
                           int64_t threads) {
-  const int64_t units = up(left.cols, Unit::elements), tile_words = packed_words<Unit>(left.cols);
+  const int64_t units = up(left.cols, Unit::elements), tile_words = units * tile_cols;
   const int64_t col_tiles = up(out.cols, tile_cols), row_tiles = up(out.rows, tile_rows);
   // rows in parts that stay in the last cache while W' passes by, and enough of them for all threads;
   // W' is formed anew for each part

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <vector>
 
 #include "../dispatch.h"
 #include "../loops.h"
@@ -37,6 +38,13 @@ int64_t scratch_bytes(const Matrix& rows, const Layer& layer) {
 
 void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, void* scratch, int64_t bytes) {
   const int64_t n = layer.n(), k = layer.k();
+  std::vector<bfloat16> narrowed;  // BLAS takes an offset in its own type
+  if (offset != nullptr && x.dtype == Dtype::bfloat16) {
+    const float* wide = static_cast<const float*>(offset);
+    narrowed.resize(n);
+    std::transform(wide, wide + n, narrowed.begin(), narrow<bfloat16>);
+    offset = narrowed.data();
+  }
   const int64_t rows = std::clamp<int64_t>(bytes / (k * element_size(x.dtype)), 1, n);
   for (int64_t first = 0; first < n; first += rows) {
     const int64_t count = std::min(rows, n - first);

@@ -1,6 +1,6 @@
 // The passes by BLAS, on any CPU: a panel of W' or of G at a time, in a scratch that stays in cache.
 //
-// Contracts as in ../passes.h, but the offset is in T, and grad_scales adds to du and dv.
+// Contracts as in ../passes.h, but grad_scales adds to du and dv.
 #pragma once
 
 #include "../types.h"
