@@ -1,95 +1,243 @@
-"""Put the layer into a whole model, say what trains, and take it out again."""
+"""Put the method into a whole model, and say what trains."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from rlrr_kernels.linear import FusedRLRRLinear, Init
+from rlrr_kernels import bypass
+from rlrr_kernels.architectures import Architecture, architecture_of
+from rlrr_kernels.config import RLRRConfig
+from rlrr_kernels.linear import FusedRLRRLinear
+from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
 
-#: Every linear inside the blocks of a timm VisionTransformer; the head is none of them.
-VIT_TARGETS = ("blocks.*",)
+#: The modules that train something; each has ``enabled``.
+Adapter = FusedRLRRLinear | SSFLayerNorm | SSFAffine
+
+#: Where timm's patch embeddings have their norm, which is where the affine goes.
+PATCH_NORM = "patch_embed.norm"
 
 
 def apply_rlrr(
-    model: nn.Module,
-    target_modules: Sequence[str] | None = None,
-    *,
-    init: Init = "paper",
-    train_head: bool = True,
+    model: nn.Module, config: RLRRConfig | None = None, *, example_input: Any = None, **options: Any
 ) -> nn.Module:
-    """Replace linears by :class:`FusedRLRRLinear`, in place; freeze the rest but the head.
+    """Make a model train by RLRR, in place: u, v, f of its linears, the affines, and the head; nothing else.
 
     Args:
-        model: a timm ``VisionTransformer``, or any module if ``target_modules`` is given.
-        target_modules: names of ``nn.Linear`` modules, or shell patterns over names
-            (``"blocks.*.mlp.fc1"``). Default: all linears in a ViT's blocks. A module
-            whose own name is ``qkv`` gets three groups: a v each for q, k and v, as in
-            the published code, where they are three layers.
-        init: see :class:`FusedRLRRLinear`.
-        train_head: leave what ``model.get_classifier()`` returns trainable.
+        model: a timm ViT, DeiT, CLIP-style ViT, DINOv2 or v3, EVA-02, BEiT, Swin or Swin V2; or
+            any module, with ``target_modules`` named.
+        config: see :class:`~rlrr_kernels.RLRRConfig`; by default the published method.
+        example_input: what one calls ``model`` with (a tensor, or a tuple of arguments; its
+            values do not matter). The model is tried with it, without data, to find layers that
+            its code bypasses. Not needed for timm's image models. Without it, a bypassed layer
+            of another model is warned of in the first training pass.
+        **options: fields of the config, in place of ``config``'s.
 
     Returns:
-        The same model. Only u, v, f of each replaced layer, and the head, need gradients.
+        The same model, with the config as ``model.rlrr_config``.
 
     Raises:
-        TypeError: no ``target_modules`` for a model that is no timm ``VisionTransformer``.
-        ValueError: a pattern in ``target_modules`` matches no ``nn.Linear``, the model
-            already holds a :class:`FusedRLRRLinear`, or it has classes and no head to train.
+        TypeError: no ``target_modules`` for a model of another family; an option that is none;
+            a LayerNorm of a kind that has no affine here.
+        ValueError: a pattern that matches nothing, groups that do not divide a layer, a model that already
+            holds adapters, that has classes and no head to train, or whose code reads the weights
+            of a chosen layer instead of calling it. The model is then as it was.
     """
-    if any(isinstance(module, FusedRLRRLinear) for module in model.modules()):
-        raise ValueError("model: it already holds FusedRLRRLinear layers; apply_rlrr goes on a plain model")
-    if target_modules is None:
-        target_modules = VIT_TARGETS
-        if not _is_timm_vit(model):
-            raise TypeError(
-                f"model: expected a timm VisionTransformer, got {type(model).__name__}. For another "
-                "model name the linears in target_modules, and check that its code calls them as "
-                "modules: SwinV2, BEiT and EVA02 read qkv.weight directly, which leaves u, v, f unused"
-            )
-    elif isinstance(target_modules, str):
-        target_modules = (target_modules,)
-    # a layer used in two places has two names; the model itself has none and cannot be replaced in place
-    modules = list(model.named_modules(remove_duplicate=False))
-    linears = {name: module for name, module in modules if name and type(module) is nn.Linear}
-    chosen: dict[str, nn.Linear] = {}
-    for pattern in target_modules:
-        matches = {name: module for name, module in linears.items() if fnmatchcase(name, pattern)}
-        if not matches:
-            raise ValueError(f"target_modules: {pattern!r} matches no nn.Linear of {type(model).__name__}")
-        chosen |= matches
-
-    if train_head and getattr(model, "num_classes", None) and next(head(model).parameters(), None) is None:
+    if not isinstance(config, RLRRConfig | None):
+        raise TypeError(
+            f"config: expected an RLRRConfig, got {type(config).__name__}; linears are named in target_modules"
+        )
+    config = dataclasses.replace(config or RLRRConfig(), **options)
+    if next(adapters(model), None) is not None:
+        raise ValueError("model: it already holds RLRR adapters; apply_rlrr goes on a plain model")
+    if config.train_head and getattr(model, "num_classes", None) and next(head(model).parameters(), None) is None:
         raise ValueError(f"train_head: {type(model).__name__}.get_classifier() gives no head with parameters")
+    plan = _Plan.of(model, config)
+    separate_bias = _separate_bias(model, plan)
+    try:
+        for module in separate_bias:
+            module.qkv_bias_separate = True
+        tried = _try(model, plan, example_input)
+    except BaseException:
+        for module in separate_bias:
+            module.qkv_bias_separate = False
+        raise
+
     model.requires_grad_(False)
-    layers: dict[int, FusedRLRRLinear] = {}
-    for name, linear in chosen.items():
-        if id(linear) not in layers:
-            groups = 3 if name.rpartition(".")[2] == "qkv" else 1
-            layers[id(linear)] = FusedRLRRLinear.from_linear(linear, groups=groups, init=init)
-        _replace(model, name, layers[id(linear)])
-    if train_head:
-        for module in head(model).modules():
-            if not isinstance(module, FusedRLRRLinear):
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(True)
+    made: dict[int, nn.Module] = {}
+    for name, groups in plan.linears.items():
+        linear: Any = model.get_submodule(name)
+        if id(linear) not in made:
+            made[id(linear)] = FusedRLRRLinear.from_linear(
+                linear, groups=groups, init=config.init, dtype=config.frozen_dtype
+            )
+        replace(model, name, made[id(linear)])
+    for name, norm in plan.norms.items():
+        if id(norm) not in made:
+            made[id(norm)] = _norm_adapter(norm, model, config)
+        replace(model, name, made[id(norm)])
+    if config.train_head:
+        _train_head(model)
+    if not tried:
+        bypass.Watch(model, plan.names)
+    changed: Any = model
+    changed.rlrr_config = config
+    changed._rlrr_base = Base(
+        head={n: p.detach().clone() for n, p in head(model).named_parameters() if p.requires_grad},
+        separate_bias=[name for name, module in model.named_modules() if module in separate_bias],
+    )
     return model
 
 
-def _is_timm_vit(model: nn.Module) -> bool:
-    try:
-        from timm.models.vision_transformer import VisionTransformer
-    except ImportError:
+@dataclass
+class Base:
+    """What :func:`~rlrr_kernels.disable_adapter` puts back besides switching adapters off.
+
+    Attributes:
+        head: the trained parameters of the head as they were.
+        separate_bias: attention modules whose ``qkv_bias_separate`` was set.
+    """
+
+    head: dict[str, Tensor]
+    separate_bias: list[str]
+
+
+@dataclass
+class _Plan:
+    """Names of the linears with their groups, and of the norms: nothing is changed yet."""
+
+    linears: dict[str, int] = field(default_factory=dict)
+    norms: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.linears, *self.norms]
+
+    @classmethod
+    def of(cls, model: nn.Module, config: RLRRConfig) -> _Plan:
+        known = architecture_of(model)
+        if known is None and config.target_modules is None:
+            raise TypeError(
+                f"model: expected a ViT, EVA, BEiT or Swin of timm, got {type(model).__name__}. "
+                "For another model name the linears in target_modules"
+            )
+        published = known if known is not None and config.target_modules is None else None
+        # a layer used in two places has two names; the model itself has none and cannot be replaced in place
+        modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        for pattern in config.exclude_modules:
+            if not _matching([pattern], modules):
+                raise ValueError(f"exclude_modules: {pattern!r} matches no module of {type(model).__name__}")
+        out = set(_matching([*config.exclude_modules, *(published.excluded if published else ())], modules))
+        plan = cls()
+        groups = config.groups if config.groups is not None else (known.groups if known else {})
+        linears = [name for name, module in modules.items() if type(module) is nn.Linear]
+        for pattern in published.linears if published else config.target_modules or ():
+            matches = _matching([pattern], linears)
+            if not matches and published is None:
+                raise ValueError(f"target_modules: {pattern!r} matches no nn.Linear of {type(model).__name__}")
+            for name in matches:
+                if name not in out:
+                    plan.linears[name] = _groups_of(name, modules[name], groups)
+        if not plan.linears:
+            raise ValueError(f"target_modules: they leave no nn.Linear of {type(model).__name__} to adapt")
+        if config.groups is not None:
+            for pattern in config.groups:
+                if not _matching([pattern], plan.linears):
+                    raise ValueError(f"groups: {pattern!r} matches no adapted nn.Linear of {type(model).__name__}")
+        plan._add_norms(model, config, published, modules, out)
+        return plan
+
+    def _add_norms(
+        self,
+        model: nn.Module,
+        config: RLRRConfig,
+        published: Architecture | None,
+        modules: dict[str, nn.Module],
+        out: set[str],
+    ) -> None:
+        norms = [name for name, m in modules.items() if isinstance(m, nn.LayerNorm) and name != PATCH_NORM]
+        chosen: Iterable[str] = ()
+        if config.norm_affine is None and published is not None:
+            chosen = _matching(published.norms, norms)
+        elif config.norm_affine:
+            chosen = norms
+        self.norms = {name: modules[name] for name in chosen if name not in out}
+        wanted = config.patch_affine
+        if wanted is None:
+            wanted = published is not None and published.patch_affine
+        if wanted and PATCH_NORM not in out:
+            norm = modules.get(PATCH_NORM)
+            if not isinstance(norm, (nn.Identity, nn.LayerNorm)):
+                raise ValueError(
+                    f"patch_affine: {type(model).__name__} has no {PATCH_NORM} as timm's patch embeddings have; "
+                    "set patch_affine=False"
+                )
+            self.norms[PATCH_NORM] = norm
+        for norm in self.norms.values():
+            if isinstance(norm, nn.LayerNorm):
+                SSFLayerNorm.check(norm)
+
+
+def _matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    patterns = list(patterns)
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _groups_of(name: str, linear: Any, groups: Mapping[str, int]) -> int:
+    count = next((count for pattern, count in groups.items() if fnmatchcase(name, pattern)), 1)
+    rows = linear.out_features
+    if rows % count:
+        raise ValueError(f"groups: {count} does not divide the {rows} rows of {name}")
+    return count
+
+
+def _separate_bias(model: nn.Module, plan: _Plan) -> list[Any]:
+    """Attention modules of EVA, BEiT and Swin V2 that call qkv only if its bias is added apart."""
+    parents = [model.get_submodule(name.rpartition(".")[0]) for name in plan.linears if name.endswith(".qkv")]
+    return [parent for parent in parents if getattr(parent, "qkv_bias_separate", None) is False]
+
+
+def _try(model: nn.Module, plan: _Plan, example_input: Any) -> bool:
+    """Whether the model could be tried; ``ValueError`` if it then bypassed a chosen layer."""
+    inputs = bypass.example_input(model) if example_input is None else example_input
+    if inputs is None:
         return False
-    return isinstance(model, VisionTransformer)
+    try:
+        missing = bypass.uncalled(model, plan.names, inputs)
+    except Exception as error:
+        if example_input is not None:
+            raise ValueError(f"example_input: {type(model).__name__} cannot be run on it: {error}") from error
+        return False
+    if missing:
+        raise ValueError(f"model: {bypass.describe(model, missing)}")
+    return True
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def _norm_adapter(norm: nn.Module, model: nn.Module, config: RLRRConfig) -> SSFLayerNorm | SSFAffine:
+    """The module that takes a norm's place: affines of a callable ``init`` start as published."""
+    init = config.init if isinstance(config.init, str) else "paper"
+    if isinstance(norm, nn.LayerNorm):
+        device = next((p.device for p in model.parameters()), None)
+        return SSFLayerNorm.from_layer_norm(norm, init=init, device=device)
+    proj: Any = model.get_submodule("patch_embed.proj")
+    weight: Tensor = proj.weight
+    return SSFAffine(weight.shape[0], weight.device, weight.dtype, init=init).train(norm.training)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` at a full name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """(name, module) of everything :func:`apply_rlrr` put in; a module used in two places comes once."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
 
 
 def head(model: nn.Module) -> nn.Module:
@@ -101,25 +249,11 @@ def head(model: nn.Module) -> nn.Module:
     return classifier if isinstance(classifier, nn.Module) else nn.Identity()
 
 
-def merge_model(model: nn.Module) -> nn.Module:
-    """Replace each :class:`FusedRLRRLinear` by the plain ``nn.Linear`` it amounts to, in place.
-
-    Weights are formed in float32 and rounded once to their stored dtype. The result
-    has no cost left at inference, and the architecture's usual state-dict keys (a
-    layer that had no bias gains one: f).
-
-    Returns:
-        The same model; for a bare :class:`FusedRLRRLinear` its plain twin.
-    """
-    if isinstance(model, FusedRLRRLinear):
-        return model.merged()
-    merged: dict[int, nn.Linear] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, FusedRLRRLinear):
-            if id(module) not in merged:
-                merged[id(module)] = module.merged()
-            _replace(model, name, merged[id(module)])
-    return model
+def _train_head(model: nn.Module) -> None:
+    for module in head(model).modules():
+        if not isinstance(module, Adapter):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -134,20 +268,29 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups that decay u, v and other weights, and leave f, biases and norms alone.
+#: What decays in an adapter; f and the affines after norms do not, as in the published code.
+_DECAYED = {FusedRLRRLinear: ("scale_out", "scale_in"), SSFLayerNorm: (), SSFAffine: ("ssf_scale", "ssf_shift")}
 
-    The published code decays u, v and the head's weight. A rule by dimension, as
-    timm's, agrees for these shapes only by luck; this one goes by what a parameter is.
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimiser groups that decay what the published code decays.
+
+    That is u, v, the affine after the patch embedding and the head's weight; not f, the
+    affines after norms and biases. (It leaves out what has "bias" or "norm" in its name.)
+    A rule by dimension, as timm's, would leave out the patch affine.
 
     Returns:
         Two groups for a ``torch.optim`` optimiser, trainable parameters only.
     """
     plain: set[int] = set()
     for module in model.modules():
+        decayed = next((names for kind, names in _DECAYED.items() if isinstance(module, kind)), None)
         for name, parameter in module.named_parameters(recurse=False):
-            is_scale = isinstance(module, FusedRLRRLinear) and name in ("scale_out", "scale_in")
-            if not is_scale and (parameter.ndim <= 1 or name in ("bias", "shift", "cls_token", "pos_embed")):
+            if decayed is not None:
+                decays = name in decayed
+            else:
+                decays = parameter.ndim > 1 and name not in ("bias", "cls_token", "pos_embed")
+            if not decays:
                 plain.add(id(parameter))
     trained = [p for p in model.parameters() if p.requires_grad]
     return [

@@ -74,7 +74,8 @@ class _RescaledLinear(torch.autograd.Function):
         ctx.shift_dtype = None if shift is None else shift.dtype
         u, v = _canonical(scale_out, scale_in)
         y = ops.forward(_rows(x), weight, u, v, bias, shift)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        # a view made in here could not be changed in place, as callers of nn.Linear do
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

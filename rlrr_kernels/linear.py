@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rlrr_kernels.functional import rescaled_linear
 from rlrr_kernels.reference import accumulation_dtype, rescaled_weight
@@ -42,6 +43,10 @@ class FusedRLRRLinear(nn.Linear):
         scale_out: u ``[N, 1]``. scale_in: v ``[1, K]``, or ``[groups, 1, K]``.
         shift: f ``[N]``, 0 at the start.
             These three are trained, in float32 (float64 with a float64 weight).
+        enabled: False computes the frozen layer alone, bit for bit.
+        merged: whether :meth:`merge` put W' and b + f in the place of W and b.
+
+    While merged, ``state_dict`` still gives the frozen W and b.
 
     Raises:
         ValueError: ``groups`` does not divide N, or ``init`` is an unknown name.
@@ -62,9 +67,13 @@ class FusedRLRRLinear(nn.Linear):
             raise ValueError(f"groups: expected a divisor of out_features = {out_features}, got {groups}")
         if isinstance(init, str) and init not in INITS:
             raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {init!r}")
+        super().__init__(in_features, out_features, bias, device, dtype)
         self.groups = groups
         self.init = init
-        super().__init__(in_features, out_features, bias, device, dtype)
+        self.enabled = True
+        self.merged = False
+        #: the frozen W and b while W' and b + f are in their place, if they were kept
+        self._frozen: tuple[nn.Parameter, nn.Parameter | None] | None = None
         new: dict[str, Any] = {"device": self.weight.device, "dtype": accumulation_dtype(self.weight.dtype)}
         v_shape = (1, in_features) if groups == 1 else (groups, 1, in_features)
         self.scale_out = nn.Parameter(torch.empty((out_features, 1), **new))
@@ -76,17 +85,24 @@ class FusedRLRRLinear(nn.Linear):
         self.reset_scales()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, groups: int = 1, init: Init = "paper") -> FusedRLRRLinear:
+    def from_linear(
+        cls, linear: nn.Linear, *, groups: int = 1, init: Init = "paper", dtype: torch.dtype | None = None
+    ) -> FusedRLRRLinear:
         """Take over a layer's own weight and bias (no copy) and freeze them.
 
         Args:
             linear: the layer to replace; its parameters are shared and frozen.
             groups, init: as in the constructor.
+            dtype: keep weight and bias in this dtype instead (a copy).
         """
         layer = cls(linear.in_features, linear.out_features, False, "meta", groups=groups, init=init)
         new: dict[str, Any] = {"device": linear.weight.device, "dtype": accumulation_dtype(linear.weight.dtype)}
         linear.requires_grad_(False)
         layer.weight, layer.bias = linear.weight, linear.bias
+        if dtype is not None and dtype is not linear.weight.dtype:
+            layer.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+            if linear.bias is not None:
+                layer.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)
         for name in ("scale_out", "scale_in", "shift"):
             shape = getattr(layer, name).shape
             setattr(layer, name, nn.Parameter(torch.empty(shape, **new)))
@@ -110,22 +126,127 @@ class FusedRLRRLinear(nn.Linear):
             self.scale_out.uniform_(-math.sqrt(6), math.sqrt(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` to ``[..., N]`` in x's dtype, or autocast's."""
+        """``[..., K]`` to ``[..., N]`` in x's dtype, or autocast's.
+
+        Raises:
+            RuntimeError: a pass that is to train u, v, f while they are merged.
+        """
+        if self.merged or not self.enabled:
+            return self._plain(x)
         return rescaled_linear(x, self.weight, self.scale_out, self.scale_in, self.bias, self.shift)
 
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """A plain ``nn.Linear`` that computes the same: weight W', bias b + f.
+    def _plain(self, x: Tensor) -> Tensor:
+        if self.merged and self.training and torch.is_grad_enabled():
+            raise RuntimeError("FusedRLRRLinear: u, v, f are merged and would not train; unmerge first")
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
-        Formed in float32 and rounded once to the frozen weight's dtype; shares no memory.
+    @torch.no_grad()
+    def merged_weight(self) -> tuple[Tensor, Tensor]:
+        """W' and b + f, formed in float32 and rounded once to the frozen dtype, in memory of their own.
+
+        Raises:
+            RuntimeError: they are already merged.
         """
-        dtype, device = self.weight.dtype, self.weight.device
-        linear = nn.Linear(self.in_features, self.out_features, True, device, dtype)
+        if self.merged:
+            raise RuntimeError("FusedRLRRLinear: u, v and f are already merged")
+        dtype = self.weight.dtype
         scale_in = self.scale_in.view(self.groups, 1, self.in_features)
-        linear.weight.copy_(rescaled_weight(self.weight, self.scale_out, scale_in, dtype))
-        linear.bias.copy_(self.shift if self.bias is None else self.bias.to(self.shift.dtype) + self.shift)
+        weight = rescaled_weight(self.weight, self.scale_out, scale_in, dtype)
+        bias = self.shift if self.bias is None else self.bias.to(self.shift.dtype) + self.shift
+        return weight, bias.to(dtype, copy=True)
+
+    def merge(self, keep: bool = True) -> None:
+        """Put W' and b + f in the place of W and b, for inference at the cost of the plain layer.
+
+        Args:
+            keep: keep W and b for :meth:`unmerge`, at the cost of a second weight in memory.
+
+        Raises:
+            RuntimeError: they are already merged.
+        """
+        weight, bias = self.merged_weight()
+        self._frozen = (cast(nn.Parameter, self.weight), self.bias) if keep else None
+        # new parameters: W may be tied to a layer that is not merged
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.merged = True
+
+    @property
+    def kept(self) -> bool:
+        """Whether the frozen W and b are kept while W' and b + f are in their place."""
+        return self._frozen is not None
+
+    def unmerge(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """Put W and b back, the very tensors that were there.
+
+        Args:
+            weight, bias: W ``[N, K]`` and b, needed if they were not kept, as loaded anew.
+
+        Raises:
+            RuntimeError: nothing is merged, or W was not kept and is not given.
+            ValueError: a weight or bias of another shape.
+        """
+        if not self.merged:
+            raise RuntimeError("FusedRLRRLinear: nothing is merged")
+        if self._frozen is None:
+            if weight is None:
+                raise RuntimeError("FusedRLRRLinear: the frozen weight was not kept; give it to unmerge")
+            for name, given, expected in (("weight", weight, self.weight.shape), ("bias", bias, self.shift.shape)):
+                if given is not None and given.shape != expected:
+                    raise ValueError(f"{name}: expected shape {list(expected)}, got {list(given.shape)}")
+            self._frozen = (
+                nn.Parameter(weight.to(self.weight), requires_grad=False),
+                None if bias is None else nn.Parameter(bias.to(self.weight), requires_grad=False),
+            )
+        self.weight, self.bias = self._frozen  # type: ignore[assignment]  # nn.Linear's bias may be None
+        self._frozen, self.merged = None, False
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` that computes the same, always with a bias. It shares no memory with this layer."""
+        if self.merged:
+            weight, bias = self.weight.detach().clone(), self.bias.detach().clone()
+        else:
+            weight, bias = self.merged_weight()
+        linear = nn.Linear(self.in_features, self.out_features, True, "meta", weight.dtype)
+        linear.weight, linear.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
         return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedRLRRLinear:
+        super()._apply(fn, recurse)
+        if self._frozen is not None:
+            weight, bias = self._frozen
+            self._frozen = _moved(weight, fn), None if bias is None else _moved(bias, fn)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.merged:
+            return
+        if self._frozen is None:
+            raise RuntimeError(f"{prefix or 'model'}: the frozen weight was not kept when merging; unmerge first")
+        for name, kept in zip(("weight", "bias"), self._frozen, strict=True):
+            destination.pop(prefix + name)
+            if kept is not None:
+                destination[prefix + name] = kept if keep_vars else kept.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.merged:
+            args[-1].append(f"{prefix or 'model'}: it is merged; unmerge before loading")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         init = self.init if isinstance(self.init, str) else getattr(self.init, "__name__", repr(self.init))
-        return f"{super().extra_repr()}, groups={self.groups}, init={init}"
+        state = "" if self.enabled else ", disabled"
+        state += ", merged" if self.merged else ""
+        return f"{super().extra_repr()}, groups={self.groups}, init={init}{state}"
+
+
+def _moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """What ``nn.Module.to`` makes of a parameter: the same object where it can be, for ties to it."""
+    data = fn(parameter.data)
+    if not torch._has_compatible_shallow_copy_type(parameter.data, data):
+        return nn.Parameter(data, parameter.requires_grad)
+    parameter.data = data
+    return parameter

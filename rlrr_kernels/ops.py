@@ -1,4 +1,4 @@
-"""The three ops and their fakes.
+"""The ops and their fakes: three for the rescaled linear layer, two for SSF's LayerNorm.
 
 A backend is a module with four functions and no knowledge of modules, autocast
 or autograd (shapes as in :mod:`rlrr_kernels.reference`)::
@@ -11,11 +11,15 @@ or autograd (shapes as in :mod:`rlrr_kernels.reference`)::
 To add one, write that module and add its line to the table in
 :mod:`rlrr_kernels.backends.choice`. The choice is made when an op runs, behind the
 dispatcher, so ``torch.compile`` neither sees nor guards on it.
+
+The two LayerNorm ops have a Triton kernel each, for NVIDIA GPUs; plain PyTorch serves
+the rest, under every backend's name but ``triton``.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,3 +100,151 @@ def _(
 forward = torch.ops.rlrr.forward.default
 grad_input = torch.ops.rlrr.grad_input.default
 grad_scales = torch.ops.rlrr.grad_scales.default
+
+
+def compose_affine(
+    weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm's affine and SSF's after it as one, ``[D]`` each: (xhat w + b) s + t = xhat (w s) + (b s + t)."""
+    scale, shift = scale.to(dtype), shift.to(dtype)
+    return (
+        scale if weight is None else weight.to(dtype) * scale,
+        shift if bias is None else bias.to(dtype) * scale + shift,
+    )
+
+
+def layer_norm_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    scale: Tensor,
+    mask: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx ``[M, D]``, sum of dy xhat ``[D]`` and sum of dy ``[D]``, those ``mask`` asks for; differentiable."""
+    wide = mean.dtype
+    composed, _ = compose_affine(weight, None, scale, scale, wide)
+    # the last argument's values count for nothing, its presence does
+    dx, dy_xhat, dy_sum = torch.ops.aten.native_layer_norm_backward(
+        dy.to(wide), x.to(wide), x.shape[-1:], mean, rstd, composed, composed, mask
+    )
+    return dx.to(x.dtype) if mask[0] else None, dy_xhat if mask[1] else None, dy_sum if mask[2] else None
+
+
+def layer_norm_kernels(x: Tensor) -> Any:
+    """The module whose kernels are to serve LayerNorm over x ``[..., D]``, or None where plain PyTorch is.
+
+    Raises ``RuntimeError`` if ``triton`` is asked for and cannot, saying why.
+    """
+    name = choice._requested()
+    asked = name == "triton"
+    if (not asked and (name is not None or x.device.type != "cuda")) or x.numel() == 0:
+        return None
+    module = choice.load("triton")
+    if isinstance(module, str):
+        refusal: str | None = module
+    else:
+        from rlrr_kernels.backends.triton import layer_norm as kernels
+
+        refusal = kernels.unsupported(x)
+        if refusal is None:
+            return kernels
+    if asked:
+        raise RuntimeError(
+            f"backend 'triton' cannot serve LayerNorm: {refusal}. Leave the choice open "
+            "(RLRR_BACKEND=auto, use_backend('auto')) or name another: " + ", ".join(choice.BACKENDS)
+        )
+    if isinstance(module, str):
+        choice._without("triton", "reference")
+    return None
+
+
+_library.define(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor scale, Tensor shift, float eps, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor scale,"
+    " bool need_x) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = layer_norm_kernels(x)
+    if kernels is not None:
+        return kernels.forward(x, weight, bias, scale, shift, eps, dtype)
+    wide = accumulation_dtype(x.dtype)
+    composed = compose_affine(weight, bias, scale, shift, wide)
+    y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], *composed, eps)
+    return y.to(dtype), mean, rstd
+
+
+def _layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = layer_norm_kernels(x)
+    if kernels is not None:
+        return kernels.backward(dy, x, mean, rstd, weight, bias, scale, need_x)
+    dx, ds, dt = layer_norm_sums(dy, x, mean, rstd, weight, scale, (need_x, True, True))
+    assert ds is not None
+    assert dt is not None
+    if weight is not None:
+        ds = ds * weight.to(ds.dtype)
+    if bias is not None:
+        ds = ds + dt * bias.to(ds.dtype)
+    return x.new_empty((0, x.shape[1])) if dx is None else dx, ds, dt
+
+
+_library.impl("layer_norm", _layer_norm, "CompositeExplicitAutograd")
+_library.impl("layer_norm_backward", _layer_norm_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rlrr::layer_norm", lib=_library)
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty((x.shape[0], 1), dtype=accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape, dtype=dtype), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("rlrr::layer_norm_backward", lib=_library)
+def _(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ds = x.new_empty(scale.shape, dtype=mean.dtype)
+    return x.new_empty((x.shape[0] if need_x else 0, x.shape[1])), ds, torch.empty_like(ds)
+
+
+layer_norm = torch.ops.rlrr.layer_norm.default
+layer_norm_backward = torch.ops.rlrr.layer_norm_backward.default

@@ -347,3 +347,18 @@ def test_nan_is_not_an_error_and_stays_in_its_row():
     y = rescaled_linear(**inputs)
     assert torch.isnan(y[2]).all()
     assert torch.isfinite(y[[0, 1, 3, 4]]).all()
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 3, 8)])
+def test_the_result_may_be_changed_in_place_as_nn_linears_may(shape):
+    """BEiT's and EVA's attention add their bias to it so."""
+    torch.manual_seed(0)
+    x, w = torch.randn(shape), torch.randn(6, 8)
+    u, v, extra = (torch.randn(s, requires_grad=True) for s in ((6, 1), (1, 8), (6,)))
+    y = rescaled_linear(x, w, u, v)
+    y += extra
+    y.square().sum().backward()
+    expected = x @ (w * (1 + u * v)).mT + extra
+    grads = torch.autograd.grad(expected.square().sum(), (u, v, extra))
+    for given, right in zip((u.grad, v.grad, extra.grad), grads, strict=True):
+        assert torch.allclose(given, right, rtol=1e-4, atol=1e-4)

@@ -106,10 +106,10 @@ def test_from_linear_on_meta_stays_there():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_merged_computes_the_same(groups, bias):
+def test_to_linear_computes_the_same(groups, bias):
     layer = FusedRLRRLinear(8, 6, bias, groups=groups)
     nn.init.normal_(layer.shift)
-    merged = layer.merged()
+    merged = layer.to_linear()
     assert type(merged) is nn.Linear
     x = torch.randn(5, 8)
     assert torch.allclose(merged(x), layer(x), atol=1e-6)
@@ -119,7 +119,7 @@ def test_merged_computes_the_same(groups, bias):
 def test_merging_a_narrow_weight_rounds_once_from_float32():
     layer = FusedRLRRLinear(64, 32, dtype=torch.bfloat16)
     exact = layer.weight.double() * (1 + layer.scale_out.double() * layer.scale_in.double())
-    assert torch.equal(layer.merged().weight, exact.float().bfloat16())
+    assert torch.equal(layer.to_linear().weight, exact.float().bfloat16())
 
 
 @pytest.mark.parametrize(

@@ -118,17 +118,21 @@ def main() -> None:
     from triton.runtime.driver import driver
 
     from rlrr_kernels.backends.triton import config as configs
-    from rlrr_kernels.backends.triton import launch
+    from rlrr_kernels.backends.triton import launch, layer_norm
 
     request = json.load(sys.stdin)
     device = configs.Device(**request["device"] | {"capability": tuple(request["device"]["capability"])})
     major, minor = device.capability
     driver.set_active(NoGPU(10 * major + minor))
     compiled: list[Any] = []
-    kernels = ("forward_kernel", "grad_input_kernel", "grad_scales_kernel", "sum_partials_kernel")
+    kernels = [
+        *((launch, name) for name in ("forward_kernel", "grad_input_kernel", "grad_scales_kernel")),
+        *((layer_norm, name) for name in ("forward_kernel", "backward_kernel")),
+        *((module, "sum_partials_kernel") for module in (launch, layer_norm)),
+    ]
     with contextlib.ExitStack() as stack:
-        for name in kernels:
-            stack.enter_context(mock.patch.object(launch, name, CompileOnly(getattr(launch, name), compiled)))
+        for module, name in kernels:
+            stack.enter_context(mock.patch.object(module, name, CompileOnly(getattr(module, name), compiled)))
         for name, value in (("interpreting", False), ("_device", device), ("_guard", contextlib.nullcontext())):
             stack.enter_context(mock.patch.object(launch, name, lambda *_, value=value: value))
         for case in request["cases"]:
@@ -156,6 +160,10 @@ def main() -> None:
                 launch.forward(x, weight, u, v, offset, offset, **arguments)
             elif kernel == "grad_input":
                 launch.grad_input(dy, weight, u, v, **arguments)
+            elif kernel == "layer_norm":  # over K, forward and backward
+                own, (mean, rstd) = weight[0], torch.empty(2, m, 1, dtype=torch.float32, device="meta")
+                layer_norm.forward(x, own, own, v[0, 0], v[0, 0], 1e-6, x.dtype)
+                layer_norm.backward(x, x, mean, rstd, own, own, v[0, 0], True)
             else:
                 launch.grad_scales(dy, x, weight, u, v, True, **arguments)
             for result in compiled:

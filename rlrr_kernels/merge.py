@@ -1,0 +1,234 @@
+"""Take the method out of a model again: merged for inference, switched off, or undone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlrr_kernels.adapt import Base, adapters, head, replace
+from rlrr_kernels.linear import FusedRLRRLinear
+from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
+from rlrr_kernels.reference import accumulation_dtype
+
+#: A merge that leaves this share of the weights unchanged that the update should change is warned of.
+LOST_SHARE = 0.1
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, safe_merge: bool = False, keep: bool = True) -> nn.Module:
+    """Put W' and b + f in the place of W and b in every :class:`FusedRLRRLinear`, in place.
+
+    Inference then costs what the plain model's costs. (The affines after norms cost nothing
+    and stay as they are.) W' is formed in float32 and rounded once to the frozen dtype.
+
+    Args:
+        safe_merge: first see that all of W', b + f are finite.
+        keep: keep W and b, for :func:`unmerge`: a second copy of the weights in memory.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model holds no adapters; or ``safe_merge`` and a value is not finite:
+            nothing is merged then.
+        RuntimeError: it is already merged.
+
+    Warns:
+        UserWarning: rounding to the frozen dtype undoes the update of more than a tenth of
+            the weights, as it does in bfloat16 where u v is small.
+    """
+    layers = _linears(model)
+    if any(layer.merged for _, layer in layers):
+        raise RuntimeError("model: it is already merged")
+    if safe_merge:
+        _check_finite(model)
+    _warn_of_loss(layers)
+    for _, layer in layers:
+        layer.merge(keep)
+    return model
+
+
+def unmerge(model: nn.Module, base: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Put every frozen W and b back, bit for bit: those kept by :func:`merge`, or those of ``base``.
+
+    Args:
+        base: a state dict with the frozen weights under their names in the model, as loaded
+            anew; needed after ``merge(keep=False)``. W' is never divided by 1 + u v.
+
+    Raises:
+        RuntimeError: the model is not merged.
+        ValueError: weights were not kept and ``base`` lacks one, or has another shape; nothing is changed then.
+    """
+    layers = [(name, layer) for name, layer in _linears(model) if layer.merged]
+    if not layers:
+        raise RuntimeError("model: it is not merged")
+    given = base or {}
+    for name, layer in layers:
+        if not layer.kept:
+            weight = given.get(f"{name}.weight")
+            if weight is None:
+                raise ValueError(f"base: expected {name}.weight, as merge(keep=False) kept no copy")
+            if weight.shape != layer.weight.shape:
+                raise ValueError(f"base: expected {name}.weight {list(layer.weight.shape)}, got {list(weight.shape)}")
+    for name, layer in layers:
+        layer.unmerge(given.get(f"{name}.weight"), given.get(f"{name}.bias"))
+    return model
+
+
+@torch.no_grad()
+def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module:
+    """Turn the model back into plain modules that compute the same, in place.
+
+    Linears become ``nn.Linear``, LayerNorms absorb their affines, and so does the patch
+    embedding's convolution. The state dict has the plain model's keys; a layer that had no bias
+    gains one (Swin's ``downsample.reduction``, a bias-less qkv or patch convolution).
+
+    Args:
+        safe_merge: first see that every merged value is finite.
+
+    Returns:
+        The same model; for a bare adapter its plain twin.
+
+    Raises:
+        ValueError: no adapters; or ``safe_merge`` and a value is not finite: nothing is changed then.
+
+    Warns:
+        UserWarning: as :func:`merge`.
+    """
+    layers = _linears(model)
+    if safe_merge:
+        _check_finite(model)
+    _warn_of_loss([(name, layer) for name, layer in layers if not layer.merged])
+    if isinstance(model, FusedRLRRLinear):
+        return model.to_linear()
+    if isinstance(model, SSFLayerNorm):
+        return model.to_layer_norm()
+    plain: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, (FusedRLRRLinear, SSFLayerNorm)):
+            if id(module) not in plain:
+                plain[id(module)] = (
+                    module.to_linear() if isinstance(module, FusedRLRRLinear) else module.to_layer_norm()
+                )
+            replace(model, name, plain[id(module)].requires_grad_(False))
+        elif isinstance(module, SSFAffine):
+            parent: Any = model.get_submodule(name.rpartition(".")[0])
+            parent.proj = _absorb(parent.proj, module)
+            replace(model, name, nn.Identity().train(module.training))
+    for name in ("rlrr_config", "_rlrr_base"):
+        if hasattr(model, name):
+            delattr(model, name)
+    return model
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block the model is the base model, bit for bit, its head included.
+
+    A merged model is unmerged for the time (which needs its copy of the weights).
+
+    Raises:
+        ValueError: no adapters. RuntimeError: it was merged with ``keep=False``.
+    """
+    merged = [layer for _, layer in _linears(model) if layer.merged]
+    if not all(layer.kept for layer in merged):
+        raise RuntimeError("model: it was merged with keep=False; unmerge it with the base weights first")
+    modules = [module for _, module in adapters(model)]
+    was_enabled = [module.enabled for module in modules]
+    base: Base = getattr(model, "_rlrr_base", Base({}, []))
+    flagged: list[Any] = [model.get_submodule(name) for name in base.separate_bias]
+    trained = {name: p for name, p in head(model).named_parameters() if name in base.head}
+    now = {name: p.detach().clone() for name, p in trained.items()}
+    for layer in merged:
+        layer.unmerge()
+    try:
+        for module in modules:
+            module.enabled = False
+        for module in flagged:
+            module.qkv_bias_separate = False
+        _copy(base.head, trained)
+        yield model
+    finally:
+        _copy(now, trained)
+        for module in flagged:
+            module.qkv_bias_separate = True
+        for module, enabled in zip(modules, was_enabled, strict=True):
+            module.enabled = enabled
+        for layer in merged:
+            layer.merge()
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+def _linears(model: nn.Module) -> list[tuple[str, FusedRLRRLinear]]:
+    found = list(adapters(model))
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} holds no RLRR adapters")
+    return [(name, module) for name, module in found if isinstance(module, FusedRLRRLinear)]
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, module in adapters(model):
+        if isinstance(module, FusedRLRRLinear):
+            values = (module.weight, module.bias) if module.merged else module.merged_weight()
+        elif isinstance(module, SSFLayerNorm):
+            plain = module.to_layer_norm()
+            values = plain.weight, plain.bias
+        else:
+            values = module.ssf_scale, module.ssf_shift
+        if not all(value is None or bool(value.isfinite().all()) for value in values):
+            raise ValueError(
+                f"safe_merge: {name or 'the layer'} would get values that are not finite; nothing is changed"
+            )
+
+
+def _absorb(proj: Any, affine: SSFAffine) -> nn.Module:
+    """A patch projection (a convolution, or a linear on flat patches) that applies the affine itself."""
+    merged: Any = copy.copy(proj)
+    merged._parameters = dict(proj._parameters)
+    weight, bias = proj.weight, proj.bias
+    wide = accumulation_dtype(weight.dtype)
+    scale, shift = affine.ssf_scale.to(wide), affine.ssf_shift.to(wide)
+    rows = scale.view(-1, *(1,) * (weight.dim() - 1))
+    merged.weight = nn.Parameter((weight.to(wide) * rows).to(weight.dtype), False)
+    moved = shift if bias is None else bias.to(wide) * scale + shift
+    merged.bias = nn.Parameter(moved.to(weight.dtype, copy=True), False)
+    return merged
+
+
+def _warn_of_loss(layers: list[tuple[str, FusedRLRRLinear]]) -> None:
+    shares = []
+    lost_of_all = changed_of_all = 0
+    for name, layer in layers:
+        lost, changed = lost_updates(layer)
+        lost_of_all, changed_of_all = lost_of_all + lost, changed_of_all + changed
+        shares.append((lost / changed if changed else 0.0, name))
+    if lost_of_all > LOST_SHARE * changed_of_all:
+        share, name = max(shares)
+        warnings.warn(
+            f"merging rounds to {layers[0][1].weight.dtype}, which undoes the update of "
+            f"{lost_of_all / changed_of_all:.0%} of the weights ({share:.0%} in {name or 'the layer'}); "
+            "merge in float32, as after model.float(), to keep it",
+            stacklevel=4,
+        )
+
+
+def lost_updates(layer: FusedRLRRLinear) -> tuple[int, int]:
+    """(weights that u v should change but that rounding to the stored dtype leaves, weights it should change)."""
+    if layer.weight.is_meta:
+        return 0, 0
+    merged, _ = layer.merged_weight()
+    u = layer.scale_out.view(layer.groups, -1, 1)
+    update = (u != 0) & (layer.scale_in.view(layer.groups, 1, -1) != 0)
+    should = update.view_as(merged) & (layer.weight != 0)
+    return int((should & (merged == layer.weight)).sum()), int(should.sum())
