@@ -1,29 +1,43 @@
 """Fused kernels for fine-tuning through a rescaled weight: y = x (W * (1 + u v))^T + b + f."""
 
 from rlrr_kernels._version import __version__
-from rlrr_kernels.adapt import (
-    apply_rlrr,
-    count_parameters,
-    merge_model,
-    param_groups,
-    print_trainable_parameters,
-)
+from rlrr_kernels.adapt import apply_rlrr, count_parameters, param_groups, print_trainable_parameters
 from rlrr_kernels.backends.choice import backend_for, use_backend
-from rlrr_kernels.checkpoint import load_adapter, save_adapter
+from rlrr_kernels.checkpoint import (
+    adapter_metadata,
+    convert_official,
+    load_adapter,
+    load_npz_backbone,
+    load_official_adapter,
+    save_adapter,
+)
+from rlrr_kernels.config import RLRRConfig
 from rlrr_kernels.functional import rescaled_linear
 from rlrr_kernels.linear import FusedRLRRLinear
+from rlrr_kernels.merge import disable_adapter, merge, merge_and_unload, unmerge
+from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
 
 __all__ = [
     "FusedRLRRLinear",
+    "RLRRConfig",
+    "SSFAffine",
+    "SSFLayerNorm",
     "__version__",
+    "adapter_metadata",
     "apply_rlrr",
     "backend_for",
+    "convert_official",
     "count_parameters",
+    "disable_adapter",
     "load_adapter",
-    "merge_model",
+    "load_npz_backbone",
+    "load_official_adapter",
+    "merge",
+    "merge_and_unload",
     "param_groups",
     "print_trainable_parameters",
     "rescaled_linear",
     "save_adapter",
+    "unmerge",
     "use_backend",
 ]

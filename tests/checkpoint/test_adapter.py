@@ -1,96 +1,395 @@
-"""Adapter files: only what trains, whole or not at all, checked before anything is loaded."""
+"""Adapter folders: only what trains, whole or not at all, checked before anything is loaded."""
 
+import json
 import os
-import stat
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from rlrr_kernels import apply_rlrr, load_adapter, save_adapter
-from rlrr_kernels.checkpoint import FORMAT, adapter_metadata, write_atomically
-from tests.test_adapt import X, small_vit
-
-
-def trained_model(seed=1):
-    model = apply_rlrr(small_vit())
-    torch.manual_seed(seed)
-    for p in model.parameters():
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=0.1)
-    return model
+from rlrr_kernels import FusedRLRRLinear, apply_rlrr, count_parameters, disable_adapter, merge
+from rlrr_kernels.checkpoint import CARD, CONFIG, WEIGHTS, adapter_metadata, load_adapter, save_adapter
+from rlrr_kernels.checkpoint.manifest import Manifest
+from tests.models import X, small_swin, small_vit, stir
+from tests.checkpoint.test_files import fail_at
 
 
-def test_a_round_trip_brings_back_the_function(tmp_path):
-    model = trained_model()
-    save_adapter(model, tmp_path / "a.safetensors", {"base_model": "small"})
-    other = apply_rlrr(small_vit())
+def tuned(model=None, **options):
+    return stir(apply_rlrr(small_vit() if model is None else model, **options))
+
+
+def values_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_untouched(model, before):
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def tensors_of(folder):
+    """Copies: what safetensors loads is a view of the file, which some tests write over."""
+    return {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+
+
+def edit(folder, **changes):
+    values = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(values | changes))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_adapter(tuned(), tmp_path / "an adapter", {"dataset": "cifar"})
+    return tmp_path / "an adapter"
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"norm_affine": False, "groups": {}}, {"target_modules": ["*.fc1"], "init": "identity", "train_head": False}],
+)
+def test_a_round_trip_brings_back_the_function(tmp_path, options, prepared):
+    model = tuned(**options)
+    save_adapter(model, tmp_path / "a")
+    other = small_vit()
+    if prepared:
+        apply_rlrr(other, **options)
     assert not torch.equal(other(X), model(X))
-    load_adapter(other, tmp_path / "a.safetensors")
+    assert load_adapter(other, tmp_path / "a") is other
     assert torch.equal(other(X), model(X))
-    assert adapter_metadata(tmp_path / "a.safetensors") == {"base_model": "small", "format": FORMAT}
+    trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, other)]
+    assert trained[0] == trained[1]
+    assert other.rlrr_config == model.rlrr_config
 
 
-def test_only_what_trains_is_in_the_file(tmp_path):
-    model = trained_model()
-    save_adapter(model, tmp_path / "a.safetensors")
-    size = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert size < (tmp_path / "a.safetensors").stat().st_size < size + 8192
+def test_a_swin_and_weights_frozen_in_bfloat16_make_the_round_trip(tmp_path):
+    model = tuned(small_swin(), frozen_dtype=torch.bfloat16)
+    save_adapter(model, tmp_path / "a")
+    other = load_adapter(small_swin(), tmp_path / "a")
+    assert other.layers[1].downsample.reduction.weight.dtype is torch.bfloat16
+    assert torch.equal(other(X), model(X))
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "a.safetensors"
-    save_adapter(trained_model(), path)
-    before = path.read_bytes()
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_adapter(trained_model(2), path)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["a.safetensors"]
+def test_only_what_trains_is_in_the_file(folder):
+    model = tuned()
+    tensors = tensors_of(folder)
+    expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert tensors.keys() == expected.keys()
+    assert "head.bias" in tensors
+    assert all(torch.equal(tensors[name], parameter) for name, parameter in expected.items())
+    assert sorted(os.listdir(folder)) == sorted([CARD, CONFIG, WEIGHTS])
 
 
-def test_files_get_the_usual_permissions(tmp_path):
-    write_atomically(tmp_path / "a", b"x")
-    (tmp_path / "b").write_bytes(b"x")
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+def test_metadata_is_kept_in_the_file_s_header(folder):
+    assert adapter_metadata(folder) == {"dataset": "cifar"}
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"dataset": "cifar", "format": "pt"}
 
 
-def test_names_and_shapes_are_checked_before_anything_is_copied(tmp_path):
-    state = {n: p.detach().clone() for n, p in trained_model().named_parameters() if p.requires_grad}
-    state["head.weight"] = torch.zeros(7, 48)
-    del state["blocks.1.mlp.fc2.shift"]
-    state["blocks.9.attn.qkv.shift"] = torch.zeros(3)
-    save_file(state, tmp_path / "a.safetensors", metadata={"format": FORMAT})
-    model = apply_rlrr(small_vit())
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"does not fit the model") as caught:
-        load_adapter(model, tmp_path / "a.safetensors")
-    for words in (
-        "missing blocks.1.mlp.fc2.shift",
-        "unexpected blocks.9.attn.qkv.shift",
-        "head.weight of shape [7, 48], expected [5, 48]",
-    ):
-        assert words in str(caught.value)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+def test_metadata_has_to_be_strings(tmp_path):
+    with pytest.raises(TypeError, match=r"metadata: expected strings only, got {'accuracy': 0\.5}"):
+        save_adapter(tuned(), tmp_path / "a", {"accuracy": 0.5})
+    with pytest.raises(ValueError, match="'format' is reserved"):
+        save_adapter(tuned(), tmp_path / "a", {"format": "x"})
+    assert os.listdir(tmp_path) == []
 
 
-def test_other_files_are_refused(tmp_path):
-    model = apply_rlrr(small_vit())
-    with pytest.raises(FileNotFoundError, match=r"none.safetensors does not exist"):
-        load_adapter(model, tmp_path / "none.safetensors")
-    (tmp_path / "text").write_text("not tensors at all")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
-        load_adapter(model, tmp_path / "text")
-    save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match=r"expected a file of format .*, got None"):
-        load_adapter(model, tmp_path / "b.safetensors")
+def test_an_adapter_frozen_for_inference_is_saved_whole(tmp_path, folder):
+    save_adapter(tuned().requires_grad_(False), tmp_path / "b")
+    assert tensors_of(tmp_path / "b").keys() == tensors_of(folder).keys()
+
+
+def test_a_merged_model_is_saved_with_the_fingerprint_of_its_frozen_weights(tmp_path, folder):
+    model = merge(tuned())
+    save_adapter(model, tmp_path / "b")
+    assert Manifest.read(tmp_path / "b").fingerprint == Manifest.read(folder).fingerprint
+    with pytest.raises(ValueError, match="it is merged; unmerge before loading"):
+        load_adapter(model, folder)
+    with pytest.raises(RuntimeError, match="was not kept"):
+        save_adapter(merge(tuned(), keep=False), tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_switched_off_adapter_is_neither_saved_nor_loaded(tmp_path, folder):
+    model = tuned()
+    with disable_adapter(model):
+        with pytest.raises(ValueError, match=r"patch_embed\.norm is switched off"):
+            save_adapter(model, tmp_path / "b")
+        with pytest.raises(ValueError, match="is switched off"):
+            load_adapter(model, folder)
+
+
+def test_compiled_and_data_parallel_models_are_looked_into(tmp_path, folder):
+    wrapped = torch.compile(nn.DataParallel(tuned()))
+    save_adapter(wrapped, tmp_path / "b")
+    assert tensors_of(tmp_path / "b").keys() == tensors_of(folder).keys()
+    other = nn.DataParallel(small_vit())
+    assert load_adapter(other, folder) is other
+    assert torch.equal(other.module(X), tuned()(X))
 
 
 def test_nothing_to_save_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="nothing in it needs gradients"):
-        save_adapter(small_vit().requires_grad_(False), tmp_path / "a.safetensors")
+        save_adapter(small_vit().requires_grad_(False), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"patch_embed\.norm\.ssf_scale is on the meta device"):
+        save_adapter(tuned().to("meta"), tmp_path / "a")
     assert os.listdir(tmp_path) == []
+
+
+# models that were not prepared by apply_rlrr
+
+
+def test_a_linear_probe_goes_onto_a_plain_model_and_onto_one_with_the_same_part_trained(tmp_path):
+    model = small_vit().requires_grad_(False)
+    model.head.requires_grad_(True)
+    stir(model)
+    save_adapter(model, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / CONFIG).read_text())["rlrr"] is None
+    assert tensors_of(tmp_path / "a").keys() == {"head.weight", "head.bias"}
+    probe = small_vit().requires_grad_(False)
+    probe.head.requires_grad_(True)
+    for other in (small_vit(), probe):
+        load_adapter(other, tmp_path / "a")
+        assert torch.equal(other(X), model(X))
+        assert not any(isinstance(module, FusedRLRRLinear) for module in other.modules())
+    probe.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"does not fit the model: missing norm\.bias; missing norm\.weight$"):
+        load_adapter(probe, tmp_path / "a")
+    changed = small_vit()
+    with torch.no_grad():
+        changed.blocks[0].mlp.fc2.weight.mul_(1.1)
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc2\.weight differs"):
+        load_adapter(changed, tmp_path / "a")
+
+
+def test_full_fine_tuning_makes_the_round_trip(tmp_path):
+    model = stir(small_vit())
+    save_adapter(model, tmp_path / "a")
+    other = load_adapter(small_vit(), tmp_path / "a")
+    assert torch.equal(other(X), model(X))
+    state = tensors_of(tmp_path / "a")
+    del state["blocks.0.norm1.weight"]
+    save_file(state, tmp_path / "a" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected \d+ numbers as adapter_config\.json says"):
+        load_adapter(other, tmp_path / "a")
+
+
+# what does not fit
+
+
+def test_names_shapes_and_dtypes_are_checked_before_anything_is_changed(folder):
+    state = tensors_of(folder)
+    state["head.weight"] = torch.zeros(7, 48)
+    del state["blocks.1.mlp.fc2.shift"]
+    state["blocks.9.attn.qkv.shift"] = torch.zeros(3)
+    state["norm.ssf_scale"] = torch.ones(48, dtype=torch.int64)
+    save_file(state, folder / WEIGHTS)
+    edit(folder, parameters=sum(tensor.numel() for tensor in state.values()))
+    for model in (small_vit(), tuned()):
+        before, trained = values_of(model), count_parameters(model)
+        with pytest.raises(ValueError, match=r"adapter .*an adapter does not fit the model: ") as caught:
+            load_adapter(model, folder)
+        for words in (
+            "missing blocks.1.mlp.fc2.shift",
+            "unexpected blocks.9.attn.qkv.shift",
+            "head.weight of shape [7, 48], expected [5, 48]",
+            "norm.ssf_scale of torch.int64, expected floating point numbers",
+        ):
+            assert words in str(caught.value)
+        assert_untouched(model, before)
+        assert count_parameters(model) == trained
+        assert model.training is False
+
+
+def test_a_long_list_of_what_does_not_fit_is_cut(folder):
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        load_adapter(tuned(small_vit(depth=3)), folder)
+    assert str(caught.value).count("missing") == 8
+    assert str(caught.value).endswith("; and 8 more")
+
+
+def test_a_model_prepared_in_another_way_is_refused(folder):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.scale_in of shape \[3, 1, 48\], expected \[1, 48\]"):
+        load_adapter(apply_rlrr(small_vit(), groups={}), folder)
+    with pytest.raises(ValueError, match=r"unexpected blocks\.0\.norm1\.ssf_scale"):
+        load_adapter(apply_rlrr(small_vit(), norm_affine=False), folder)
+
+
+# meta device, sharded parameters
+
+
+def test_parameters_on_the_meta_device_are_made_from_the_file(folder):
+    with torch.device("meta"):
+        model = small_vit()
+    load_adapter(model, folder)
+    assert model.blocks[0].mlp.fc1.weight.is_meta
+    assert model.blocks[0].mlp.fc1.scale_in.requires_grad
+    assert {p.device.type for p in model.parameters() if p.requires_grad} == {"cpu"}
+    model.load_state_dict({n: t for n, t in small_vit().state_dict().items() if "head" not in n}, False, assign=True)
+    assert torch.equal(model(X), tuned()(X))
+
+
+def test_made_parameters_have_the_model_s_dtype_and_memory_of_their_own(folder):
+    with torch.device("meta"):
+        model = small_vit().bfloat16()
+    load_adapter(model, folder, check_base=False)
+    size = (folder / WEIGHTS).stat().st_size
+    with open(folder / WEIGHTS, "r+b") as file:
+        file.write(bytes(size))
+    expected = tuned()
+    assert model.head.weight.dtype is torch.bfloat16
+    assert torch.equal(model.head.weight, expected.head.weight.bfloat16())
+    assert torch.equal(model.blocks[0].mlp.fc1.scale_out, expected.blocks[0].mlp.fc1.scale_out)
+
+
+def test_a_tied_parameter_on_the_meta_device_stays_tied(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+    model = Twice()
+    save_adapter(model, tmp_path / "a")
+    with torch.device("meta"):
+        other = Twice()
+    load_adapter(other, tmp_path / "a")
+    assert other.a.weight is other.b.weight
+    assert torch.equal(other.b.weight, model.a.weight)
+
+
+def test_sharded_parameters_are_filled_and_gathered_again(tmp_path, folder):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = fully_shard(apply_rlrr(small_vit()), mesh=mesh)
+        model(X)  # which leaves whole parameters in the place of shards
+        load_adapter(model, folder)
+        fits = torch.equal(model(X), tuned()(X))
+        save_adapter(model, tmp_path / "b", {"dataset": "cifar"})
+        del model, mesh
+    finally:
+        distributed.destroy_process_group()
+    assert fits
+    for name in (CONFIG, CARD):
+        assert (tmp_path / "b" / name).read_bytes() == (folder / name).read_bytes()
+    expected, got = tensors_of(folder), tensors_of(tmp_path / "b")
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+# damaged and hostile folders
+
+
+def test_other_paths_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"adapter folder .*none does not exist"):
+        load_adapter(small_vit(), tmp_path / "none")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="file is a file; an adapter is a folder"):
+        load_adapter(small_vit(), tmp_path / "file")
+    for call in (lambda: load_adapter(small_vit(), tmp_path), lambda: adapter_metadata(tmp_path)):
+        with pytest.raises(ValueError, match=r"is not an adapter folder: it has no adapter_config\.json"):
+            call()
+
+
+def test_a_folder_without_tensors_is_refused(folder):
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"an adapter is not an adapter folder: it has no adapter_model\.safetensors"):
+        load_adapter(small_vit(), folder)
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 500, -1])
+def test_truncated_tensors_are_refused(folder, size):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not a safetensors file"):
+        load_adapter(small_vit(), folder)
+
+
+# writing into what exists
+
+
+def test_a_later_epoch_replaces_tensors_and_card_and_keeps_other_files(folder):
+    (folder / "notes.txt").write_text("mine")
+    config = (folder / CONFIG).stat().st_ino
+    model = tuned(init="identity")
+    save_adapter(model, folder, {"epoch": "2"})
+    assert adapter_metadata(folder) == {"epoch": "2"}
+    assert "| epoch | 2 |" in (folder / CARD).read_text()
+    assert (folder / CONFIG).stat().st_ino == config
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert torch.equal(load_adapter(small_vit(), folder)(X), model(X))
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_whatever_fails_while_saving_again_the_folder_loads(folder, monkeypatch, step):
+    model = tuned()
+    with torch.no_grad():
+        model.head.bias.fill_(3.0)
+    with monkeypatch.context() as patch:
+        fail_at(patch, step)
+        with pytest.raises(OSError, match="disk full"):
+            save_adapter(model, folder)
+    loaded = load_adapter(small_vit(), folder)(X)
+    new_is_in_place = step > 2  # after its own fsync and replace
+    assert torch.equal(loaded, (model if new_is_in_place else tuned())(X))
+    assert sorted(os.listdir(folder)) == sorted([CARD, CONFIG, WEIGHTS])
+
+
+def test_another_configuration_is_not_written_over_unless_asked(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = tuned(norm_affine=False)
+    with pytest.raises(FileExistsError, match="holds an adapter of another configuration; pass overwrite=True"):
+        save_adapter(model, folder)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds 'notes\.txt' beside an adapter of another config"):
+        save_adapter(model, folder, overwrite=True)
+    (folder / "notes.txt").unlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / f".{WEIGHTS}.0123456789ab.partial").write_text("left by a crash")
+    save_adapter(model, folder, overwrite=True)
+    assert torch.equal(load_adapter(small_vit(), folder)(X), model(X))
+    assert os.listdir(folder.parent) == ["an adapter"]
+
+
+def test_an_adapter_on_other_frozen_weights_is_another_configuration(folder):
+    model = small_vit()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(1.1)
+    with pytest.raises(FileExistsError, match="another configuration"):
+        save_adapter(tuned(model), folder)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_adapter_is_never_touched(tmp_path, overwrite):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("thesis")
+    (tmp_path / "file").write_text("thesis")
+    with pytest.raises(FileExistsError, match=r"is no adapter folder: it holds 'README\.md'"):
+        save_adapter(tuned(), tmp_path / "mine", overwrite=overwrite)
+    with pytest.raises(FileExistsError, match="file is a file"):
+        save_adapter(tuned(), tmp_path / "file", overwrite=overwrite)
+    assert (tmp_path / "mine" / "README.md").read_text() == "thesis"
+    assert (tmp_path / "file").read_text() == "thesis"
+
+
+def test_an_unreadable_configuration_is_replaced_only_if_asked(folder):
+    (folder / CONFIG).write_text("{")
+    with pytest.raises(FileExistsError, match="another configuration"):
+        save_adapter(tuned(), folder)
+    save_adapter(tuned(), folder, overwrite=True)
+    assert torch.equal(load_adapter(small_vit(), folder)(X), tuned()(X))
+
+
+def test_empty_folders_links_to_folders_and_new_parents_are_taken(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    for name in ("link", "new/parent/a"):
+        save_adapter(tuned(), tmp_path / name)
+        assert torch.equal(load_adapter(small_vit(), tmp_path / name)(X), tuned()(X))
+    save_adapter(tuned(norm_affine=False), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["empty", "link", "new"]

@@ -1,0 +1,193 @@
+"""Adapters on disk: a folder with what training changed, written whole and checked before it is loaded.
+
+::
+
+    adapter_config.json        what it was trained on and how, see manifest.py
+    adapter_model.safetensors  every tensor that trains, the head included, under its name in the model
+    README.md                  a card for people and model hubs
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from rlrr_kernels.adapt import apply_rlrr
+from rlrr_kernels.checkpoint import manifest as manifests
+from rlrr_kernels.checkpoint.card import model_card
+from rlrr_kernels.checkpoint.files import is_temporary, replace_folder, write_atomically, write_folder
+from rlrr_kernels.checkpoint.manifest import Manifest, whole
+from rlrr_kernels.checkpoint.trained import check_enabled, check_fit, copy_into, reshard, trained_parameters, unwrapped
+
+CONFIG, WEIGHTS, CARD = manifests.FILE_NAME, "adapter_model.safetensors", "README.md"
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, metadata: Mapping[str, str] | None = None, overwrite: bool = False
+) -> None:
+    """Write what trains in ``model`` as an adapter folder.
+
+    A new folder appears with all its files at once. In a folder that holds an adapter of the
+    same configuration (as of an earlier epoch) the tensors are replaced, and then the card, each in one step.
+
+    Args:
+        model: as :func:`~rlrr_kernels.apply_rlrr` leaves it, merged or not; or any model of which
+            only a part, or all, needs gradients. May be compiled or wrapped for data-parallel training. If
+            its parameters are sharded (FSDP), call this on every process: the first one writes.
+        folder: is made, with its parents, if it is not there.
+        metadata: strings to keep with the tensors, such as the data set's name and the accuracy.
+        overwrite: replace a folder that holds an adapter of another configuration.
+
+    Raises:
+        ValueError: nothing in ``model`` trains, a tensor has no data (meta device), or adapters are switched off.
+        TypeError: ``metadata`` is not strings only.
+        FileExistsError: the folder holds an adapter of another configuration, and not ``overwrite``; or
+            it holds other files in place of an adapter, or beside one that would be replaced as a whole.
+        RuntimeError: the frozen weights are not there, as after ``merge(keep=False)``.
+    """
+    model = unwrapped(model)
+    strings = dict(metadata or {})
+    if not all(isinstance(text, str) for item in strings.items() for text in item):
+        raise TypeError(f"metadata: expected strings only, got {strings!r:.200}")
+    if "format" in strings:
+        raise ValueError("metadata: 'format' is reserved")
+    check_enabled(model)
+    reshard(model)
+    parameters = trained_parameters(model)
+    if not parameters:
+        raise ValueError("model: nothing in it needs gradients, so there is nothing to save")
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise ValueError(f"model: {name} is on the meta device and has no data to save")
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in parameters.values())
+    state = {name: whole(parameter).detach().cpu().contiguous() for name, parameter in parameters.items()}
+    manifest = Manifest.of(model, sum(tensor.numel() for tensor in state.values()))
+    if sharded and torch.distributed.get_rank() != 0:
+        return
+    files = {
+        CONFIG: manifest.to_json(),
+        WEIGHTS: save(state, metadata={**strings, "format": "pt"}),
+        CARD: model_card(model, manifest, strings),
+    }
+    _write(Path(os.path.realpath(folder)), files, manifest, overwrite)
+
+
+def _write(folder: Path, files: Mapping[str, bytes], manifest: Manifest, overwrite: bool) -> None:
+    """``folder`` is free of symbolic links, so that what is renamed is the folder itself."""
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(folder, files)
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; an adapter is a folder")
+    entries = sorted(folder.iterdir())
+    if folder / CONFIG not in entries:
+        raise FileExistsError(f"{folder} exists and is no adapter folder: it holds {entries[0].name!r}")
+    ours = {e for e in entries if e.name in files or any(is_temporary(e.name, of) for of in files)}
+    foreign = [entry.name for entry in entries if entry not in ours or entry.is_dir()]
+    if _holds(folder, manifest):
+        for name in (WEIGHTS, CARD):
+            write_atomically(folder / name, files[name])
+    elif not overwrite:
+        raise FileExistsError(f"{folder} holds an adapter of another configuration; pass overwrite=True to replace it")
+    elif foreign:
+        raise FileExistsError(
+            f"{folder} holds {foreign[0]!r} beside an adapter of another configuration; move it first"
+        )
+    else:
+        replace_folder(folder, files)
+
+
+def _holds(folder: Path, manifest: Manifest) -> bool:
+    """Whether new tensors may stand beside the configuration that a folder holds."""
+    if not (folder / CONFIG).is_file():
+        return False
+    try:
+        return Manifest.read(folder).agrees_with(manifest)
+    except ValueError:
+        return False  # not readable: another configuration, which needs overwrite
+
+
+def adapter_metadata(folder: str | Path) -> dict[str, str]:
+    """The strings that :func:`save_adapter` was given. Raises as :func:`load_adapter` for other folders."""
+    folder = _existing(folder)
+    Manifest.read(folder)
+    with _open(folder / WEIGHTS) as file:
+        return {name: text for name, text in (file.metadata() or {}).items() if name != "format"}
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, check_base: bool = True, device: torch.device | str | None = None
+) -> nn.Module:
+    """Put a saved adapter into ``model``, in place.
+
+    Args:
+        model: a plain model, which :func:`~rlrr_kernels.apply_rlrr` then prepares as the adapter's
+            was; or one that is prepared already. Tensors are cast to the dtypes of its parameters.
+            May be compiled or wrapped for data-parallel training; sharded (FSDP): call on every process.
+        folder: as :func:`save_adapter` wrote it.
+        check_base: see that architecture and frozen weights are those that the adapter was trained on.
+        device: where trained parameters that are on the meta device come to be (default: CPU).
+            The frozen ones stay there.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: no such folder.
+        ValueError: no adapter, a damaged one, one of another format version or base model, or names,
+            shapes or dtypes that do not fit the model. The model is then exactly as it was.
+    """
+    target = unwrapped(model)
+    reshard(target)
+    folder = _existing(folder)
+    manifest = Manifest.read(folder)
+    with _open(folder / WEIGHTS) as file:
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    count = sum(tensor.numel() for tensor in tensors.values())
+    if count != manifest.parameters:
+        raise ValueError(f"{folder / WEIGHTS}: expected {manifest.parameters} numbers as {CONFIG} says, got {count}")
+    if check_base:
+        manifest.check_architecture(target)
+    prepare = check_fit(target, manifest.rlrr, tensors, f"adapter {folder}")
+    if check_base:
+        manifest.check_weights(target)
+    if prepare:
+        apply_rlrr(target, manifest.rlrr)
+    copy_into(target, tensors, device)
+    return model
+
+
+def _existing(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"adapter folder {folder} does not exist")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; an adapter is a folder with {CONFIG} and {WEIGHTS}")
+    return folder
+
+
+class _open:
+    """A safetensors file in a ``with`` block; damage of any kind is a ``ValueError`` that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Any:
+        if not self.path.is_file():
+            raise ValueError(f"{self.path.parent} is not an adapter folder: it has no {self.path.name}")
+        try:
+            self.file = safetensors.safe_open(self.path, framework="pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path} is not a safetensors file: {error}") from error
+        return self.file.__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        self.file.__exit__(*details)

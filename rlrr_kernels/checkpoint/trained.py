@@ -1,0 +1,141 @@
+"""The trained part of a model: its parameters, what fits them, and how they are filled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlrr_kernels.adapt import Adapter, adapters, apply_rlrr, head
+from rlrr_kernels.bypass import skeleton_of
+from rlrr_kernels.config import RLRRConfig
+from rlrr_kernels.linear import FusedRLRRLinear
+
+#: What an error message lists at most.
+SHOWN = 8
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of an adapter: what needs gradients, and u, v, f, affines and head even if they do not now."""
+    config = getattr(model, "rlrr_config", None)
+    owners: list[nn.Module] = [module for _, module in adapters(model)]
+    if config is not None and config.train_head:
+        owners += [module for module in head(model).modules() if not isinstance(module, Adapter)]
+    chosen = set()
+    for module in owners:
+        for name, parameter in module.named_parameters(recurse=False):
+            if not (isinstance(module, Adapter) and name in ("weight", "bias")):
+                chosen.add(id(parameter))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in chosen}
+
+
+def check_fit(
+    model: nn.Module,
+    config: RLRRConfig | None,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    optional: Collection[str] = (),
+) -> bool:
+    """See that tensors are those that the model's adapter needs, without changing the model.
+
+    Args:
+        model: plain or prepared.
+        config: how a plain model would be prepared; None to leave it plain.
+        tensors: name -> values.
+        source: what the error message calls them.
+        optional: names that may be missing.
+
+    Returns:
+        Whether the model is plain and has to be prepared with ``config`` to take them.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    check_enabled(model)
+    layers = [module for _, module in adapters(model)]
+    if any(isinstance(layer, FusedRLRRLinear) and layer.merged for layer in layers):
+        raise ValueError("model: it is merged; unmerge before loading")
+    plan, prepare = model, config is not None and not layers
+    if prepare:
+        try:
+            plan = apply_rlrr(skeleton_of(model), config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{source} does not fit the model: {error}") from error
+    known, wanted = dict(plan.named_parameters()), trained_parameters(plan)
+    if not (layers or prepare) and len(wanted) == len(known):
+        wanted = {}  # a plain model does not say what of it was trained
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys() - set(optional))]
+    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - known.keys())]
+    for name in sorted(known.keys() & tensors.keys()):
+        tensor, expected = tensors[name], known[name]
+        if tensor.shape != expected.shape:
+            problems.append(f"{name} of shape {list(tensor.shape)}, expected {list(expected.shape)}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} of {tensor.dtype}, expected floating point numbers")
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise ValueError(f"{source} does not fit the model: {'; '.join(problems[:SHOWN])}{more}")
+    return prepare
+
+
+@torch.no_grad()
+def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> None:
+    """Copy checked tensors into parameters of a model; those on the meta device are made anew on ``device``."""
+    parameters = dict(model.named_parameters())
+    made = {
+        id(parameters[name]): nn.Parameter(
+            tensor.to(device or "cpu", parameters[name].dtype, copy=True), parameters[name].requires_grad
+        )
+        for name, tensor in tensors.items()
+        if parameters[name].is_meta
+    }
+    # by identity: a parameter may be in several places
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) in made:
+                setattr(module, leaf, made[id(parameter)])
+    for name, tensor in tensors.items():
+        if id(parameters[name]) not in made:
+            parameters[name].copy_(_as_sharded(tensor, parameters[name]))
+
+
+def _as_sharded(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """``tensor`` laid out over processes as ``parameter`` is, where that is."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    layout: Any = parameter
+    assert isinstance(layout, DTensor)
+    return distribute_tensor(tensor.to(layout.device_mesh.device_type), layout.device_mesh, layout.placements)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of ``torch.compile``'s and data-parallel wrappers."""
+    parallel = nn.parallel.DataParallel, nn.parallel.DistributedDataParallel
+    while True:
+        inner = model.module if isinstance(model, parallel) else model._modules.get("_orig_mod")
+        if inner is None:
+            return model
+        model = inner
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward pass FSDP keeps whole copies in the place of some shards: put the shards back."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # a sharded model would have imported it
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+def check_enabled(model: nn.Module) -> None:
+    for name, module in adapters(model):
+        if not module.enabled:
+            raise ValueError(
+                f"model: {name or 'the layer'} is switched off, as inside disable_adapter; switch it on first"
+            )

@@ -1,0 +1,124 @@
+"""adapter_config.json: what it says, which base models it lets pass, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from rlrr_kernels import RLRRConfig, count_parameters
+from rlrr_kernels.checkpoint import CONFIG, load_adapter, save_adapter
+from tests.models import small_swin, small_vit
+from tests.checkpoint.test_adapter import assert_untouched, edit, tuned, values_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_adapter(tuned(), tmp_path / "an adapter")
+    return tmp_path / "an adapter"
+
+
+def test_the_configuration_says_what_it_was_trained_on(folder):
+    values = json.loads((folder / CONFIG).read_text())
+    assert values["format_version"] == 1
+    assert values["base_model"] == {
+        "class": "VisionTransformer",
+        "architecture": "vit_tiny_patch16_224",
+        "tag": "augreg_in21k_ft_in1k",
+    }
+    assert values["num_classes"] == 5
+    assert RLRRConfig.from_dict(values["rlrr"]) == RLRRConfig()
+    assert values["parameters"] == count_parameters(tuned())[0]
+    assert values["versions"]["torch"] == torch.__version__
+    weight = small_vit().blocks[1].mlp.fc2.weight.detach().double().flatten()
+    signs = torch.tensor([1.0, -1.0]).repeat(len(weight) // 2).double()
+    mean, alternating = values["fingerprint"]["blocks.1.mlp.fc2"]
+    assert mean == pytest.approx(float(weight.abs().mean()), rel=1e-5)
+    assert alternating == pytest.approx(float((weight * signs).sum() / weight.norm()), rel=1e-4)
+    assert len(values["fingerprint"]) == 8
+
+
+def test_other_pretrained_weights_are_refused_naming_the_first_layer_that_differs(folder):
+    model = small_vit()
+    with torch.no_grad():
+        # same sizes of weights in another order: a mean alone would not see it
+        model.blocks[0].mlp.fc1.weight.copy_(model.blocks[0].mlp.fc1.weight.flip(1))
+        model.blocks[1].mlp.fc2.weight.mul_(1.05)
+    before = values_of(model)
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1\.weight differs .*or pass check_base=False"):
+        load_adapter(model, folder)
+    assert_untouched(model, before)
+    load_adapter(model, folder, check_base=False)
+    assert torch.equal(model.head.weight, tuned().head.weight)
+
+
+def test_the_size_of_weights_counts_too(folder):
+    model = small_vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.mul_(1.05)
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc2\.weight differs"):
+        load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_same_weights_in_another_dtype_are_taken(folder, dtype):
+    model = load_adapter(small_vit().to(dtype), folder)
+    assert model.head.weight.dtype is dtype
+    assert torch.equal(model.blocks[0].attn.proj.scale_out.float(), tuned().blocks[0].attn.proj.scale_out)
+
+
+def test_another_architecture_of_the_same_shape_is_refused(folder):
+    model = small_vit()
+    model.pretrained_cfg = model.pretrained_cfg | {"architecture": "deit_tiny_patch16_224"}
+    with pytest.raises(ValueError, match="on architecture vit_tiny_patch16_224, the model's is deit_tiny_patch"):
+        load_adapter(model, folder)
+    with pytest.raises(ValueError, match="trained on class VisionTransformer, the model's is SwinTransformer"):
+        load_adapter(small_swin(), folder)
+
+
+def test_a_configuration_that_does_not_fit_is_an_error_that_names_the_adapter(folder):
+    edit(folder, rlrr=RLRRConfig(target_modules=["stages.*"]).to_dict())
+    model = small_vit()
+    before = values_of(model)
+    with pytest.raises(ValueError, match=r"an adapter does not fit the model: target_modules: 'stages\.\*' matches no"):
+        load_adapter(model, folder)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is not JSON"),
+        ("\xff\xfe", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ("{}", "expected format_version 1, got None"),
+        (" " * 2**20 + "{}", "has more than 1048576 bytes"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(folder, text, words):
+    (folder / CONFIG).write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=rf"adapter_config\.json.*{words}"):
+        load_adapter(small_vit(), folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format_version": 2}, "expected format_version 1, got 2"),
+        ({"format_version": True}, "expected format_version 1, got True"),
+        ({"base_model": None}, "base_model: expected dict, got None"),
+        ({"base_model": {"class": 3}}, "base_model: 'class' has a bad value: 3"),
+        ({"num_classes": "5"}, "num_classes: expected int or NoneType, got '5'"),
+        ({"parameters": 1.5}, "parameters: expected int, got 1.5"),
+        ({"rlrr": {"rank": 3}}, "unknown field 'rank'"),
+        ({"rlrr": {"init": "code"}}, "init: expected 'paper', 'identity' or a callable, got 'code'"),
+        ({"fingerprint": {"a": [1]}}, "fingerprint: expected two numbers for 'a'"),
+        ({"fingerprint": {"a": [10**400, 1]}}, "too large"),
+        ({"fingerprint": {"a": [1, 2]}}, "base model: expected a linear layer a, VisionTransformer has none"),
+        ({"fingerprint": {"blocks.0.mlp.fc1": [float("nan"), 0]}}, r"blocks\.0\.mlp\.fc1\.weight differs"),
+    ],
+)
+def test_bad_values_in_the_configuration_are_named(folder, changes, words):
+    edit(folder, **changes)
+    with pytest.raises(ValueError, match=words):
+        load_adapter(small_vit(), folder)
