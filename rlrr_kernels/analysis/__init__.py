@@ -1,0 +1,41 @@
+"""What tuning changed, seen through singular values: RLRR beside SSF, LoRA and full fine-tuning."""
+
+from rlrr_kernels.analysis.measures import (
+    Distribution,
+    LayerView,
+    ScalesView,
+    decompose,
+    layer_view,
+    principal_angles,
+    scales_view,
+)
+from rlrr_kernels.analysis.report import analyze
+from rlrr_kernels.analysis.sources import (
+    Tuned,
+    base_weights,
+    full_checkpoint,
+    linear_weights,
+    lora_adapter,
+    rlrr_adapter,
+    rlrr_of_model,
+    ssf_checkpoint,
+)
+
+__all__ = [
+    "Distribution",
+    "LayerView",
+    "ScalesView",
+    "Tuned",
+    "analyze",
+    "base_weights",
+    "decompose",
+    "full_checkpoint",
+    "layer_view",
+    "linear_weights",
+    "lora_adapter",
+    "principal_angles",
+    "rlrr_adapter",
+    "rlrr_of_model",
+    "scales_view",
+    "ssf_checkpoint",
+]
