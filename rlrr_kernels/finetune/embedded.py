@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 EMBEDDED_MODEL = "vit_embedded_patch7_28"
 WEIGHTS = Path(__file__).parent / "weights" / "vit_embedded_patch7_28.fashion_mnist.safetensors"
@@ -42,4 +42,7 @@ default_cfgs = generate_default_cfgs(
 def vit_embedded_patch7_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT with 28x28 grey input, patch 7, width 128, depth 5, 4 heads: 1.0M parameters."""
     arch = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 128, "depth": 5, "num_heads": 4}
-    return build_model_with_cfg(VisionTransformer, EMBEDDED_MODEL, pretrained, **(arch | kwargs))
+    # the filter resizes position embeddings to another image size
+    return build_model_with_cfg(
+        VisionTransformer, EMBEDDED_MODEL, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **(arch | kwargs)
+    )

@@ -1,40 +1,35 @@
-"""The training loop: choose the epoch on validation, report the test set once."""
+"""A run: its data and model, its epochs by one of three protocols, its folder."""
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from rlrr_kernels.adapt import count_parameters, param_groups
-from rlrr_kernels.checkpoint import load_adapter, save_adapter
-from rlrr_kernels.finetune.data import ImageSet, Splits, load_splits, make_transform
+from rlrr_kernels.adapt import count_parameters
+from rlrr_kernels.finetune import distributed
+from rlrr_kernels.finetune.data import Splits, load_splits, make_transform
+from rlrr_kernels.finetune.distributed import choose_device
 from rlrr_kernels.finetune.models import build_model
 from rlrr_kernels.finetune.report import RunFolder
 from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.finetune.state import State, check_settings, read_state
+from rlrr_kernels.finetune.trainer import Trainer
 
+#: Protocol -> the split that is evaluated after each epoch and chooses the best; None: the last epoch counts.
+CHOOSES = {"choose-epoch": "val", "final": None, "best-on-test": "test"}
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, or the CPU where there is none. ``ValueError`` for a device that is not here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
+ON_TEST = (
+    "The epoch was chosen on the test images, as for the published figures: "
+    "the test accuracy is the best of all epochs, and no estimate for new images."
+)
 
 
 def load_data(settings: Settings) -> Splits:
@@ -47,220 +42,245 @@ def load_data(settings: Settings) -> Splits:
     if pretrained_cfg is None:
         raise ValueError(f"model: timm does not know {settings.model!r} (timm.list_models() lists them)")
     config = resolve_data_config(pretrained_cfg=pretrained_cfg.to_dict())
-    shape = config["input_size"], config["mean"], config["std"], config["interpolation"]
-    train, plain = make_transform(*shape, flip=settings.flip), make_transform(*shape)
-    return load_splits(settings.data, settings.data_root, settings.seed, train, plain)
-
-
-class Trainer:
-    """One model, its optimiser and schedule, and the loaders."""
-
-    def __init__(self, settings: Settings, model: nn.Module, splits: Splits, device: torch.device) -> None:
-        self.settings, self.device = settings, device
-        self.model = model.to(device)
-        self.train_loader = self._loader(splits.train, shuffle=True)
-        self.splits = splits
-        groups = param_groups(model, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr)
-        steps = len(self.train_loader)
-        self.scheduler = CosineLRScheduler(
-            self.optimizer,
-            t_initial=settings.epochs * steps,
-            lr_min=settings.min_lr,
-            warmup_t=settings.warmup_epochs * steps,
-            warmup_lr_init=settings.warmup_lr,
-            t_in_epochs=False,
-        )
-        self.step = 0
-
-    def _loader(self, images: ImageSet, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(
-            images,
-            batch_size=self.settings.batch_size,
-            shuffle=shuffle,
-            num_workers=self.settings.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self.settings.seed),
-        )
-
-    def _logits(self, images: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            return self.model(images.to(self.device, non_blocking=True)).float()
-
-    def train_epoch(self, bar: tqdm[Any]) -> dict[str, float]:
-        """One pass over the training images; returns mean loss, accuracy, last lr and images/s."""
-        self.model.train()
-        start, seen = time.perf_counter(), 0
-        loss_sum, hits = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for images, labels in self.train_loader:
-            self.scheduler.step_update(self.step)
-            labels = labels.to(self.device, non_blocking=True)
-            logits = self._logits(images)
-            loss = F.cross_entropy(logits, labels)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if self.step == 0:
-                self._check_gradients()
-            self.optimizer.step()
-            self.step += 1
-            seen += len(labels)
-            loss_sum += loss.detach() * len(labels)
-            hits += (logits.argmax(1) == labels).sum()
-            bar.update()
-            # reading a result waits for the GPU, so not at every step
-            if self.step % 10 == 0 or self.step % len(self.train_loader) == 0:
-                mean = loss_sum.item() / seen
-                if not math.isfinite(mean):
-                    raise FloatingPointError(f"loss is {mean} at step {self.step}; try a smaller --lr")
-                rate = seen / (time.perf_counter() - start)
-                bar.set_postfix_str(
-                    f"loss {mean:.3f}, acc {hits.item() / seen:.3f}, {rate:.0f} images/s", refresh=False
-                )
-        return {
-            "train_loss": loss_sum.item() / seen,
-            "train_accuracy": hits.item() / seen,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": seen / (time.perf_counter() - start),
-        }
-
-    def _check_gradients(self) -> None:
-        """A model that reads ``layer.weight`` itself bypasses u, v and f, which would then never train."""
-        untouched = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
-        if untouched:
-            raise RuntimeError(
-                f"{len(untouched)} trained parameters get no gradient, {untouched[0]} among them: "
-                f"{type(self.model).__name__} does not call these layers as modules"
-            )
-
-    @torch.no_grad()
-    def evaluate(self, images: ImageSet) -> tuple[float, float]:
-        """(mean cross-entropy, accuracy) over a split."""
-        self.model.eval()
-        loss_sum, hits = 0.0, 0
-        for batch, labels in self._loader(images):
-            logits, labels = self._logits(batch), labels.to(self.device)
-            loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
-            hits += int((logits.argmax(1) == labels).sum())
-        return loss_sum / len(images), hits / len(images)
-
-    def trained(self) -> dict[str, Tensor]:
-        """A copy of what trains."""
-        return {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`trained` returned."""
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, value in state.items():
-                parameters[name].copy_(value)
+    channels, *own_size = config["input_size"]
+    size = [settings.img_size] * 2 if settings.img_size else own_size
+    # the published FGVC pipeline takes its image library's default
+    interpolation = "bilinear" if settings.resize == "crop" else config["interpolation"]
+    shape = (channels, *size), config["mean"], config["std"], interpolation
+    train = make_transform(*shape, flip=settings.flip, resize=settings.resize, train=True)
+    return load_splits(settings, train, make_transform(*shape, resize=settings.resize, train=False))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run whose inputs were found and checked: nothing is written yet."""
+    """A run whose inputs were found and checked: nothing is written yet.
+
+    Attributes:
+        state: from where a resumed run goes on; None for a new one.
+    """
 
     settings: Settings
     splits: Splits
     model: nn.Module
     device: torch.device
+    state: State | None = None
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Load the data and build the model.
+    """Load the data and build the model; of a run to resume, read and check its state.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: an input that is wrong or missing;
-            see :func:`load_data` and :func:`build_model`.
+            see :func:`load_data`, :func:`build_model`, :func:`read_state` and :func:`check_settings`.
     """
+    state = read_state(settings.resume) if settings.resume else None
+    if state:
+        check_settings(state, settings)
+        state.check("processes", distributed.launched().size)
     torch.manual_seed(settings.seed)
     device = choose_device(settings.device)
     splits = load_data(settings)
-    return Prepared(settings, splits, build_model(settings, splits.classes), device)
+    if state:
+        state.check("classes", splits.classes)
+    return Prepared(settings, splits, build_model(settings, splits.classes), device, state)
 
 
-def train(prepared: Prepared, *, quiet: bool = False) -> dict[str, Any]:
-    """Fine-tune, choose the epoch on validation, report test once, write the run folder.
+@dataclass
+class Run:
+    """A run in progress.
 
-    The folder holds ``adapter.safetensors`` (what trained, at the best epoch so far),
-    ``metrics.json`` and ``curves.png``; the first two are rewritten whole after each
+    Attributes:
+        metrics: what ``metrics.json`` says.
+        best: what trains, as it was at the epoch in the adapter folder.
+    """
+
+    trainer: Trainer
+    folder: RunFolder
+    metrics: dict[str, Any]
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, prepared: Prepared) -> Run:
+        """A new folder, or that of the run to resume, as it was after the last whole epoch."""
+        settings, splits = prepared.settings, prepared.splits
+        trainer = Trainer(settings, prepared.model, splits, prepared.device)
+        trains = "train" if settings.resolved_protocol == "choose-epoch" else "trainval"
+        names = [trains, *(["val"] if trains == "train" else []), "test"]
+        images = {name: len(getattr(splits, name)) for name in names}
+        if prepared.state:
+            prepared.state.check("images", images)
+        folder = RunFolder(settings, trainer.world)
+        run = cls(trainer, folder, {}, trainer.trained())
+        if prepared.state:
+            run.best = trainer.load(prepared.state)
+            run.metrics = prepared.state.record["metrics"]
+            run.metrics.setdefault("resumed_after", []).append(trainer.epoch)
+            return run
+        trainable, total = count_parameters(trainer.model)
+        device = prepared.device
+        run.metrics = folder.describe(settings) | {
+            "protocol": settings.resolved_protocol,
+            **({"protocol_note": ON_TEST} if CHOOSES[settings.resolved_protocol] == "test" else {}),
+            "task": settings.task,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": trainer.world.size,
+            "images": images,
+            "classes": splits.classes,
+            "trainable_parameters": trainable,
+            "parameters": total,
+            "epochs": [],
+            "train_seconds": 0.0,
+            "interrupted": False,
+            "finished": False,
+        }
+        return run
+
+    def write_state(self) -> None:
+        """What :func:`train` needs to go on from here. All processes must call it."""
+        best = self.best if CHOOSES[self.metrics["protocol"]] and self.metrics["epochs"] else None
+        agreed = {name: self.metrics[name] for name in ("settings", "processes", "images", "classes")}
+        self.folder.write_state(self.trainer.state(best, {**agreed, "metrics": self.metrics}))
+
+    def describe(self) -> dict[str, str]:
+        """The adapter's metadata."""
+        settings = self.trainer.settings
+        return {
+            "base_model": settings.model,
+            "method": settings.method,
+            "dataset": settings.dataset,
+            "classes": str(self.metrics["classes"]),
+            "epoch": str(self.metrics.get("best_epoch", 0)),
+        }
+
+    def save(self) -> None:
+        """Write the adapter: what trains now, or its moving average. All processes must call it."""
+        self.trainer.save(self.folder.adapter, self.describe())
+
+
+def train(prepared: Prepared, *, quiet: bool = False, test: bool = True) -> dict[str, Any]:
+    """Fine-tune by the protocol of the settings, and write the run folder.
+
+    The folder holds ``adapter`` (what trained, at the best epoch so far), ``metrics.json``,
+    ``curves.png``, TensorBoard's event files where it is installed, and until the run is finished
+    ``state``, from which it can be resumed. All but the curves are rewritten, each whole, after each
     epoch, so a killed run keeps them. Ctrl-C ends the run: the folder then holds what
     was reached, marked ``"interrupted": true``, with no test figure. After any other
     error ``metrics.json`` says what it was.
 
     Args:
         prepared: the run. Its model is left at the chosen epoch.
-        quiet: no progress bar.
+        quiet: no progress bar and no notes.
+        test: False leaves the test images untouched, and the figures without a test.
 
     Returns:
         The contents of ``metrics.json``.
 
     Raises:
+        ValueError: ``test=False`` with the protocol that chooses on the test images, or a state
+            that does not fit the model or the data.
         FileExistsError: ``settings.out`` exists.
         FloatingPointError: the loss became infinite or NaN.
         RuntimeError: a trained parameter is bypassed by the model's code.
     """
-    settings, splits, model, device = prepared.settings, prepared.splits, prepared.model, prepared.device
-    trainer = Trainer(settings, model, splits, device)
-    folder = RunFolder(settings)
-    trainable, total = count_parameters(model)
-    metrics: dict[str, Any] = folder.metrics | {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "images": {name: len(getattr(splits, name)) for name in ("train", "val", "test")},
-        "classes": splits.classes,
-        "trainable_parameters": trainable,
-        "parameters": total,
-        "epochs": [],
-        "interrupted": False,
-    }
+    protocol = prepared.settings.resolved_protocol
+    if not test and CHOOSES[protocol] == "test":
+        raise ValueError(f"test: expected True with protocol {protocol}, which tests after each epoch, got False")
+    run = Run.begin(prepared)
+    quiet = quiet or not run.trainer.world.main
+    if not quiet and "protocol_note" in run.metrics:
+        print(f"Note: {run.metrics['protocol_note']}", file=sys.stderr)
     try:
-        _epochs(trainer, folder, metrics, quiet)
+        with distributed.working():
+            _epochs(run, quiet)
+            run.trainer.restore(run.best)
+            if test:
+                _test(run)
     except KeyboardInterrupt:
-        metrics["interrupted"] = True
-        if folder.adapter.exists():
-            load_adapter(model, folder.adapter)
-        else:
-            save_adapter(model, folder.adapter, _describe(settings, splits, 0))
+        run.metrics["interrupted"] = True
+        run.trainer.restore(run.best)
+        # not in several processes: what is sharded would have to be gathered, and the others may be anywhere
+        if run.trainer.world.size == 1 and not run.folder.adapter.exists():
+            run.save()
     except Exception as error:
-        metrics["error"] = f"{type(error).__name__}: {error}"
+        run.metrics["error"] = f"{type(error).__name__}: {error}"
         raise
     finally:
-        folder.write_metrics(metrics)
-    folder.write_curves(metrics)
-    return metrics
+        run.folder.write_metrics(run.metrics)
+        run.folder.close()
+    run.folder.write_curves(run.metrics)
+    if not run.metrics["interrupted"]:
+        # the last thing to be written: before it, the run can be resumed
+        run.metrics["finished"] = True
+        run.folder.write_metrics(run.metrics)
+        run.folder.drop_state()
+    return run.metrics
 
 
-def _describe(settings: Settings, splits: Splits, epoch: int) -> dict[str, str]:
-    return {
-        "base_model": settings.model,
-        "method": settings.method,
-        "classes": str(splits.classes),
-        "epoch": str(epoch),
-    }
-
-
-def _epochs(trainer: Trainer, folder: RunFolder, metrics: dict[str, Any], quiet: bool) -> None:
-    settings, splits, cuda = trainer.settings, trainer.splits, trainer.device.type == "cuda"
-    best, best_key = trainer.trained(), (-1.0, 0.0)
-    start = time.perf_counter()
+def _epochs(run: Run, quiet: bool) -> None:
+    trainer, folder, metrics, settings = run.trainer, run.folder, run.metrics, run.trainer.settings
+    split = CHOOSES[metrics["protocol"]]
+    cuda = trainer.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(trainer.device)
-    total_steps = settings.epochs * len(trainer.train_loader)
+    # of a resumed run the adapter may be an epoch ahead of the state, or missing
+    if metrics["epochs"]:
+        current = trainer.trained()
+        trainer.restore(run.best)
+        run.save()
+        trainer.restore(current)
+    else:
+        run.write_state()
+        folder.write_metrics(metrics)
+    start = time.perf_counter() - metrics["train_seconds"]
+    epochs, steps = settings.total_epochs, trainer.batches.steps
     # a terminal is redrawn often, a log file gets a line now and then
     interval = 0.1 if sys.stderr.isatty() else 15
-    with tqdm(total=total_steps, unit="step", disable=quiet, dynamic_ncols=True, mininterval=interval) as bar:
-        for epoch in range(1, settings.epochs + 1):
-            bar.set_description(f"{settings.method} epoch {epoch}/{settings.epochs}", refresh=False)
-            figures = trainer.train_epoch(bar)
-            val_loss, val_accuracy = trainer.evaluate(splits.val)
-            metrics["epochs"].append({"epoch": epoch, **figures, "val_loss": val_loss, "val_accuracy": val_accuracy})
-            metrics["train_seconds"] = time.perf_counter() - start
-            if (val_accuracy, -val_loss) > best_key:
-                best, best_key = trainer.trained(), (val_accuracy, -val_loss)
-                save_adapter(trainer.model, folder.adapter, _describe(settings, splits, epoch))
-                metrics["best_epoch"] = epoch
+    with tqdm(
+        total=epochs * steps, initial=trainer.step, unit="step", disable=quiet, dynamic_ncols=True, mininterval=interval
+    ) as bar:
+        while trainer.epoch < epochs and not _stops(run):
+            bar.set_description(f"{settings.method} epoch {trainer.epoch + 1}/{epochs}", refresh=False)
+            figures: dict[str, Any] = {"epoch": trainer.epoch + 1, **trainer.train_epoch(bar)}
+            with trainer.averaged():
+                if split:
+                    loss, accuracy = trainer.evaluate(getattr(trainer.splits, split))
+                    figures |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
+                metrics["epochs"].append(figures)
+                metrics["train_seconds"] = time.perf_counter() - start
+                if _is_best(metrics, split):
+                    metrics["best_epoch"] = figures["epoch"]
+                    run.best = trainer.trained()
+                    run.save()
+            run.write_state()
             folder.write_metrics(metrics)
+            folder.write_events(figures)
     if cuda:
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
-    trainer.restore(best)
-    test_loss, test_accuracy = trainer.evaluate(splits.test)
-    metrics |= {"test_loss": test_loss, "test_accuracy": test_accuracy}
+
+
+def _is_best(metrics: dict[str, Any], split: str | None) -> bool:
+    """Whether the last epoch is better than the best before it: by accuracy, then by loss."""
+    *_, last = metrics["epochs"]
+    best = metrics.get("best_epoch")
+    if split is None or best is None:
+        return True
+    (new, old) = ((e[f"{split}_accuracy"], -e[f"{split}_loss"]) for e in (last, metrics["epochs"][best - 1]))
+    return new > old
+
+
+def _stops(run: Run) -> bool:
+    patience, metrics = run.trainer.settings.early_stop, run.metrics
+    if not patience or run.trainer.epoch - metrics.get("best_epoch", 0) < patience:
+        return False
+    metrics["stopped_early"] = True
+    return True
+
+
+def _test(run: Run) -> None:
+    metrics, splits = run.metrics, run.trainer.splits
+    if CHOOSES[metrics["protocol"]] == "test":
+        best = metrics["epochs"][metrics["best_epoch"] - 1]
+        metrics |= {name: best[name] for name in ("test_loss", "test_accuracy")}
+        return
+    loss, accuracy = run.trainer.evaluate(splits.test)
+    metrics |= {"test_loss": loss, "test_accuracy": accuracy}

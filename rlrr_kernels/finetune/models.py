@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -14,7 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rlrr_kernels.adapt import apply_rlrr, head
+from rlrr_kernels.checkpoint import load_npz_backbone
+from rlrr_kernels.finetune.peers import apply_lora, apply_ssf, matching_rank
 from rlrr_kernels.finetune.settings import Settings
+
+#: ``Settings.frozen_dtype`` -> dtype.
+FROZEN = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(settings: Settings, classes: int) -> nn.Module:
@@ -22,29 +28,59 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
 
     Raises:
         ValueError: timm does not know the model, its weights cannot be had or do not
-            fit, or it has batch norm, whose running statistics an adapter would lack.
-        TypeError: ``method="rlrr"`` with a model that is no timm ``VisionTransformer``.
+            fit, it has no ``img_size`` or drop path to set, or it has batch norm, whose running
+            statistics an adapter would lack. With ``method="rlrr"`` also what
+            :func:`~rlrr_kernels.apply_rlrr` raises.
+        TypeError: ``method="rlrr"`` with a model of a family that it does not know.
     """
-    options: dict[str, Any] = {"num_classes": classes}
-    if settings.drop_path:
-        options["drop_path_rate"] = settings.drop_path
-    pretrained = settings.pretrained and settings.checkpoint is None
-    try:
-        model = timm.create_model(settings.model, pretrained=pretrained, **options)
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"model {settings.model!r} cannot be built: {error}") from error
+    model: Any = _create(settings, classes)
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError(f"model: {settings.model!r} has batch norm; expected one without, such as a ViT")
     if settings.checkpoint is not None:
-        load_backbone(model, settings.checkpoint)
+        if settings.checkpoint.suffix == ".npz":
+            load_npz_backbone(model, settings.checkpoint)
+        else:
+            load_backbone(model, settings.checkpoint)
     # timm keeps a pretrained head of the same size, which means nothing for other classes
     model.reset_classifier(classes)
     if settings.method == "rlrr":
-        apply_rlrr(model, init=settings.init)
+        apply_rlrr(
+            model,
+            init=settings.init,
+            # None is what was published for the model's family, which may be no affine at all
+            norm_affine=None if settings.norm_affine else False,
+            patch_affine=None if settings.patch_affine else False,
+            frozen_dtype=FROZEN[settings.frozen_dtype],
+        )
+    elif settings.method == "ssf":
+        apply_ssf(model)
+    elif settings.method == "lora":
+        apply_lora(model, settings.lora_rank or matching_rank(model))
     elif settings.method == "linear":
         model.requires_grad_(False)
         head(model).requires_grad_(True)
     return model
+
+
+def _create(settings: Settings, classes: int) -> nn.Module:
+    # a rate of 0 is passed on as well: Swin's own default is not 0
+    options: dict[str, Any] = {"num_classes": classes, "drop_path_rate": settings.drop_path}
+    if settings.img_size:
+        options["img_size"] = settings.img_size
+    pretrained = settings.pretrained and settings.checkpoint is None
+    while True:
+        try:
+            return timm.create_model(settings.model, pretrained=pretrained, **options)
+        except TypeError as error:
+            # some architectures have no such argument
+            name = next((name for name in ("drop_path_rate", "img_size") if f"'{name}'" in str(error)), None)
+            if name is None:
+                raise
+            if options.pop(name):
+                field = name.removesuffix("_rate")
+                raise ValueError(f"{field}: {settings.model!r} takes none, got {getattr(settings, field)}") from error
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"model {settings.model!r} cannot be built: {error}") from error
 
 
 def load_backbone(model: nn.Module, path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,9 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rlrr_kernels.checkpoint import write_atomically
+from rlrr_kernels.finetune.distributed import World, on_main
 from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.finetune.state import FILE, State
 
-COLOURS = {"rlrr": "#1f5fa8", "linear": "#d08a1d", "full": "#5a9153"}
+COLOURS = {"rlrr": "#1f5fa8", "linear": "#d08a1d", "full": "#5a9153", "ssf": "#8c6bb1", "lora": "#b0506a"}
 PACKAGES = ("rlrr_kernels", "torch", "triton", "timm", "torchvision", "numpy", "scikit-learn")
 
 
@@ -49,28 +51,23 @@ def new_folder(path: Path) -> Path:
 
 
 class RunFolder:
-    """A new folder for one run.
+    """The folder of one run, new or resumed. Only the main process writes; all know the path.
 
-    ``settings.out`` names it, and must not exist; without it the folder is
+    ``settings.out`` names a new one, and must not exist; without it the folder is
     ``runs/<data>-<model>-<method>-seed<seed>``, with a number where that is taken.
 
     Raises:
         FileExistsError: ``settings.out`` exists.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.path = self._create(settings)
-        self.adapter = self.path / "adapter.safetensors"
-        self.metrics: dict[str, Any] = {
-            "run": str(self.path),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(sys.argv),
-            "settings": {
-                key: str(value) if isinstance(value, Path) else value
-                for key, value in dataclasses.asdict(settings).items()
-            },
-            "versions": versions(),
-        }
+    def __init__(self, settings: Settings, world: World) -> None:
+        self.world = world
+        self.path: Path = on_main(world, lambda: settings.resume or self._create(settings))
+        self.adapter = self.path / "adapter"
+        self._events: Any = None
+        self._wants_events = settings.tensorboard and world.main
+        if settings.resume and world.main:
+            _sweep_up(self.path)
 
     @staticmethod
     def _create(settings: Settings) -> Path:
@@ -80,28 +77,97 @@ class RunFolder:
             except FileExistsError:
                 raise FileExistsError(f"out: {settings.out} exists; a run never overwrites another") from None
             return settings.out
-        data = settings.data.strip("/.").replace("/", "-")
+        data = settings.dataset.strip("/.").replace("/", "-")
         return new_folder(Path("runs") / f"{data}-{settings.model}-{settings.method}-seed{settings.seed}")
+
+    def describe(self, settings: Settings) -> dict[str, Any]:
+        """What ``metrics.json`` says before anything was trained."""
+        return {
+            "run": str(self.path),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(sys.argv),
+            "settings": settings.to_dict(),
+            "versions": versions(),
+        }
+
+    def write_state(self, state: State) -> None:
+        """Write what a continuation needs, whole."""
+        if self.world.main:
+            state.write(self.path)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write ``metrics.json``, whole."""
-        write_atomically(self.path / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+        if self.world.main:
+            write_atomically(self.path / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+
+    def write_events(self, epoch: dict[str, Any]) -> None:
+        """Add an epoch's figures to TensorBoard's files, if they are wanted and it is installed."""
+        if self._events is None and self._wants_events:
+            # an epoch that a killed run wrote already is taken back
+            self._events = _event_writer(self.path, epoch["epoch"])
+            self._wants_events = self._events is not None
+        if self._events is not None:
+            for name, value in epoch.items():
+                if name != "epoch":
+                    self._events.add_scalar(name.replace("_", "/", 1), value, epoch["epoch"])
+            self._events.flush()
 
     def write_curves(self, metrics: dict[str, Any]) -> None:
         """Write ``curves.png``, if there is an epoch to draw."""
-        if metrics["epochs"]:
+        if self.world.main and metrics["epochs"]:
             write_atomically(self.path / "curves.png", draw_curves(metrics))
+
+    def close(self) -> None:
+        """Close TensorBoard's file; no more epochs come in this process."""
+        if self._events is not None:
+            self._events.close()
+
+    def drop_state(self) -> None:
+        """Remove what only an unfinished run needs."""
+        if self.world.main:
+            shutil.rmtree(self.path / FILE.parent, ignore_errors=True)
+
+
+def _sweep_up(folder: Path) -> None:
+    """Remove what a killed run was in the middle of writing."""
+    for path in list(folder.rglob(".*.partial")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _event_writer(folder: Path, epoch: int) -> Any:
+    """TensorBoard's writer from an epoch on, or None and a line that says so where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("TensorBoard is not installed: no event files are written", file=sys.stderr)
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=epoch)
+
+
+#: Which split an epoch may be judged by, in this order.
+WATCHED = ("val", "test", "train")
+
+
+def watched(epoch: dict[str, Any]) -> str:
+    """``val``, or of an epoch without validation ``test`` or ``train``."""
+    return next(split for split in WATCHED if f"{split}_loss" in epoch)
 
 
 def draw_curves(metrics: dict[str, Any]) -> bytes:
     """Loss and accuracy over the epochs as a PNG; the chosen epoch is marked."""
     epochs = metrics["epochs"]
     x = [e["epoch"] for e in epochs]
+    split = watched(epochs[0])
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for axes, key, label in ((loss, "loss", "cross-entropy"), (accuracy, "accuracy", "accuracy")):
         axes.plot(x, [e[f"train_{key}"] for e in epochs], color="#888888", label="train")
-        axes.plot(x, [e[f"val_{key}"] for e in epochs], color=COLOURS["rlrr"], label="validation")
+        if split != "train":
+            name = {"val": "validation", "test": "test (chosen on it)"}[split]
+            axes.plot(x, [e[f"{split}_{key}"] for e in epochs], color=COLOURS["rlrr"], label=name)
         best = metrics.get("best_epoch")
         if best is not None:
             axes.axvline(best, color=COLOURS["rlrr"], lw=0.8, ls=":", label=f"chosen: epoch {best}")
@@ -111,7 +177,7 @@ def draw_curves(metrics: dict[str, Any]) -> bytes:
         _finish(axes, label)
     settings = metrics["settings"]
     figure.suptitle(
-        f"{settings['method']} on {settings['data']}, {settings['model']}, "
+        f"{settings['method']} on {settings['task'] or settings['data']}, {settings['model']}, "
         f"{metrics['trainable_parameters']:,} trained parameters, seed {settings['seed']}",
         fontsize=10,
     )
@@ -119,7 +185,10 @@ def draw_curves(metrics: dict[str, Any]) -> bytes:
 
 
 def draw_comparison(runs: Sequence[dict[str, Any]]) -> bytes:
-    """Validation accuracy over the epochs, a line a run and a colour a method, as a PNG."""
+    """Validation accuracy over the epochs, a line a run and a colour a method, as a PNG.
+
+    Runs without validation are drawn by what they have instead, see :func:`watched`.
+    """
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.subplots()
     labelled: set[str] = set()
@@ -127,15 +196,17 @@ def draw_comparison(runs: Sequence[dict[str, Any]]) -> bytes:
         method = run["settings"]["method"]
         axes.plot(
             [e["epoch"] for e in run["epochs"]],
-            [e["val_accuracy"] for e in run["epochs"]],
+            [e[f"{watched(e)}_accuracy"] for e in run["epochs"]],
             color=COLOURS[method],
             alpha=0.8,
             label=None if method in labelled else f"{method}: {run['trainable_parameters']:,} trained parameters",
         )
         labelled.add(method)
-    _finish(axes, "validation accuracy")
+    splits = {watched(e) for run in runs for e in run["epochs"]}
+    names = {"val": "validation", "test": "test", "train": "training"}
+    _finish(axes, f"{' or '.join(names[split] for split in WATCHED if split in splits)} accuracy")
     settings = runs[0]["settings"]
-    axes.set_title(f"{settings['data']}, {settings['model']}, a line a seed", fontsize=10)
+    axes.set_title(f"{settings['task'] or settings['data']}, {settings['model']}, a line a seed", fontsize=10)
     return _png(figure)
 
 

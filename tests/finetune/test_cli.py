@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""The command line as a user meets it: one run, and what all commands share."""
 
 import dataclasses
 import json
@@ -11,49 +11,91 @@ import time
 import pytest
 
 from rlrr_kernels.finetune import Settings
-from rlrr_kernels.finetune.cli import HELP, main, parser
+from rlrr_kernels.finetune.cli import COMMANDS, main, parser
 
 
-def test_every_setting_is_an_option_with_the_same_default():
-    given = vars(parser().parse_args([]))
-    assert given == {f.name: f.default for f in dataclasses.fields(Settings)}
-    assert HELP.keys() == given.keys()
+def run(*words):
+    """Exit status, whichever way the program ends."""
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code
 
 
-def test_options_reach_the_settings():
-    given = parser().parse_args(["--method", "linear", "--lr", "0.01", "--no-pretrained", "--flip", "--epochs", "3"])
-    assert Settings(**vars(given)) == Settings(method="linear", lr=0.01, pretrained=False, flip=True, epochs=3)
+def test_every_setting_is_an_option_and_only_given_ones_are_taken():
+    shown = parser().format_help()
+    for field in dataclasses.fields(Settings):
+        assert f"--{field.name.replace('_', '-')}" in shown
+    assert vars(parser().parse_args([])) == {}
+    given = parser().parse_args(["--method", "linear", "--lr", "0.01", "--no-pretrained", "--epochs", "3"])
+    assert vars(given) == {"method": "linear", "lr": 0.01, "pretrained": False, "epochs": 3}
+
+
+def test_help_says_every_default_and_every_command():
+    shown = " ".join(parser().format_help().split())
+    for text in ("(default: 0.01)", "(default: digits)", "mirror training images at random (default: off)"):
+        assert text in shown
+    for name in ("sweep", "eval", "merge", "export", "table"):
+        assert f" {name} {COMMANDS[name].summary}" in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_of_its_own(capsys, name):
+    assert run(name, "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: rlrr-finetune" + (f" {name}" if name != "train" else ""))
+    assert COMMANDS[name].description.splitlines()[0] in shown
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--data", "digitz"], "data: expected digits"),
+        (["train", "--data", "digitz"], "data: expected digits"),
         (["--lr", "-1"], "lr: expected a finite number"),
         (["--checkpoint", "none.pth"], "none.pth does not exist"),
         (["--model", "vit_nonsense"], "timm does not know 'vit_nonsense'"),
-        (["--method", "lora"], "invalid choice: 'lora'"),
+        (["--method", "dora"], "invalid choice: 'dora'"),
         (["--data", "torch/cifar100"], "data_root: expected a folder to keep torch/cifar100 in"),
         (["--device", "foo"], "device: 'foo' cannot be used"),
         (["--device", "cuda:99"], "device: 'cuda:99' cannot be used"),
+        (["--resume", "nowhere"], "resume: nowhere is no folder"),
+        (["--task", "vtab/cifar"], "data_root: expected the folder that holds the images of vtab/cifar"),
+        (["--task", "vtab/cifer", "--data-root", "."], "did you mean vtab/cifar?"),
+        (["--task", "vtab/cifar", "--data-root", "no where"], "no where"),
+        (["swep"], "unknown command 'swep'; did you mean sweep?"),
+        (["eval", "nowhere"], "nowhere is no folder"),
+        (["sweep", "--lr", "1e-3"], "unrecognized arguments: --lr"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(capsys, arguments, words):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert words in capsys.readouterr().err
+    assert run(*arguments) == 2
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert words in last
+    assert "error: " in last
 
 
 def test_an_existing_folder_is_status_2(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--out", str(tmp_path)])
-    assert stop.value.code == 2
+    assert run("--out", tmp_path, "--no-tensorboard") == 2
     assert "never overwrites" in capsys.readouterr().err
 
 
+def test_a_failed_run_is_one_line_and_status_1(tmp_path, capsys):
+    assert run("--out", tmp_path / "run", "--lr", "1e30", "--warmup-epochs", "0", "--no-tensorboard") == 1
+    error = capsys.readouterr().err
+    assert "error: loss is nan" in error
+    assert "Traceback" not in error
+
+
+def test_readers_of_runs_refuse_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run("table", ".") == 2
+    assert "error (process 1 of 2): table runs in one process, not in 2" in capsys.readouterr().err
+
+
 def _start(tmp_path, *arguments):
-    command = [sys.executable, "-m", "rlrr_kernels.finetune", "--out", str(tmp_path / "run"), *arguments]
+    command = [sys.executable, "-m", "rlrr_kernels.finetune", *arguments]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
@@ -62,20 +104,23 @@ def _start(tmp_path, *arguments):
 
 @pytest.mark.slow
 def test_the_command_runs_and_says_where_things_are(tmp_path):
-    process = _start(tmp_path, "--method", "linear", "--epochs", "1", "--warmup-epochs", "0")
+    process = _start(tmp_path, "--out", "run", "--method", "linear", "--epochs", "1", "--warmup-epochs", "0")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "trained 1,290 of" in out
-    assert "test accuracy 0." in out
-    assert str(tmp_path / "run" / "curves.png") in out
+    assert "best epoch 1, test accuracy 0." in out
+    for name in ("adapter", "metrics.json", "curves.png"):
+        assert os.path.join("run", name) in out
+        assert (tmp_path / "run" / name).exists()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["command"].endswith("--warmup-epochs 0")
 
 
 @pytest.mark.slow
-def test_a_real_ctrl_c_ends_with_130_and_a_usable_folder(tmp_path):
-    process = _start(tmp_path, "--epochs", "200")
+def test_a_real_ctrl_c_ends_with_130_and_a_folder_that_resume_alone_goes_on_with(tmp_path):
+    process = _start(tmp_path, "--out", "my run", "--epochs", "200", "--method", "linear", "--lr", "0.02")
+    folder = tmp_path / "my run"
     deadline = time.monotonic() + 240
-    while not (tmp_path / "run" / "adapter.safetensors").exists():
+    while not (folder / "metrics.json").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -83,5 +128,18 @@ def test_a_real_ctrl_c_ends_with_130_and_a_usable_folder(tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "interrupted after" in err
+    assert "rlrr-finetune --resume 'my run' goes on" in err
     assert "Traceback" not in err
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["interrupted"] is True
+    done = json.loads((folder / "metrics.json").read_text())
+    assert done["interrupted"] is True
+
+    process = _start(tmp_path, "--resume", "my run")
+    while len(json.loads((folder / "metrics.json").read_text())["epochs"]) <= len(done["epochs"]):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline + 240
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    resumed = json.loads((folder / "metrics.json").read_text())
+    assert resumed["settings"]["lr"] == 0.02
+    assert resumed["epochs"][: len(done["epochs"])] == done["epochs"]

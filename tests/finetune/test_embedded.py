@@ -32,6 +32,12 @@ def test_timm_builds_it_by_name_with_its_weights():
     assert timm.create_model(EMBEDDED_MODEL, pretrained=True, num_classes=3).head.out_features == 3
 
 
+def test_its_positions_are_resized_to_another_image_size():
+    model = timm.create_model(EMBEDDED_MODEL, pretrained=True, img_size=14)
+    assert model.pos_embed.shape == (1, 1 + 2 * 2, 128)
+    assert torch.equal(model.pos_embed[:, 0], timm.create_model(EMBEDDED_MODEL, pretrained=True).pos_embed[:, 0])
+
+
 @pytest.mark.slow
 def test_its_accuracy_is_what_the_card_says():
     if not FASHION_MNIST_FOLDER.is_dir():

@@ -7,31 +7,28 @@ from unittest import mock
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from rlrr_kernels import load_adapter
 from rlrr_kernels.checkpoint import adapter_metadata
-from rlrr_kernels.finetune import Settings, loop, prepare, train
-from rlrr_kernels.finetune.data import ImageSet, Splits
+from rlrr_kernels.finetune import Settings, loop, prepare, report, train
+from rlrr_kernels.finetune.ema import Average
+from rlrr_kernels.finetune.trainer import Trainer
+from tests.finetune.runs import prepared
 
 
-def shrink(splits: Splits) -> Splits:
-    def first(images: ImageSet, count: int) -> ImageSet:
-        return ImageSet(torch.utils.data.Subset(images.items, range(count)), images.transform, images.classes)
-
-    return Splits(first(splits.train, 96), first(splits.val, 40), first(splits.test, 50), splits.classes)
-
-
-def prepared(tmp_path, **changes):
-    options = {"device": "cpu", "epochs": 2, "warmup_epochs": 1, "out": tmp_path / "run", "lr": 5e-3} | changes
-    ready = prepare(Settings(**options))
-    return dataclasses.replace(ready, splits=shrink(ready.splits))
+@pytest.fixture(autouse=True)
+def quick_drawing(request, monkeypatch):
+    """Only the first test looks at the curves."""
+    if request.function is not test_a_run_writes_its_three_files_and_says_everything:
+        monkeypatch.setattr(report, "draw_curves", lambda metrics: b"a picture")
 
 
 def test_a_run_writes_its_three_files_and_says_everything(tmp_path):
     ready = prepared(tmp_path)
     metrics = train(ready, quiet=True)
     folder = tmp_path / "run"
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter.safetensors", "curves.png", "metrics.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter", "curves.png", "metrics.json"]
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert metrics["settings"]["seed"] == 0
     assert {"python", "torch", "timm"} <= metrics["versions"].keys()
@@ -42,10 +39,10 @@ def test_a_run_writes_its_three_files_and_says_everything(tmp_path):
     assert metrics["interrupted"] is False
     with Image.open(folder / "curves.png") as picture:
         assert picture.size[0] > 800
-    assert adapter_metadata(folder / "adapter.safetensors")["base_model"] == Settings.model
+    assert adapter_metadata(folder / "adapter")["base_model"] == Settings.model
 
 
-@pytest.mark.parametrize(("method", "trained"), [("rlrr", 18_570), ("linear", 1_290), ("full", None)])
+@pytest.mark.parametrize(("method", "trained"), [("rlrr", 21_642), ("linear", 1_290), ("full", None)])
 def test_each_method_trains_what_it_says(tmp_path, method, trained):
     ready = prepared(tmp_path, method=method, epochs=1, warmup_epochs=0)
     before = {n: p.detach().clone() for n, p in ready.model.named_parameters()}
@@ -61,8 +58,8 @@ def test_the_adapter_file_is_the_chosen_epoch_and_reproduces_the_test_figure(tmp
     best = max(metrics["epochs"], key=lambda e: (e["val_accuracy"], -e["val_loss"]))
     assert metrics["best_epoch"] == best["epoch"]
     fresh = prepare(ready.settings)
-    load_adapter(fresh.model, tmp_path / "run" / "adapter.safetensors")
-    trainer = loop.Trainer(ready.settings, fresh.model, ready.splits, ready.device)
+    load_adapter(fresh.model, tmp_path / "run" / "adapter")
+    trainer = Trainer(ready.settings, fresh.model, ready.splits, ready.device)
     assert trainer.evaluate(ready.splits.test) == (metrics["test_loss"], metrics["test_accuracy"])
     assert trainer.evaluate(ready.splits.val) == (best["val_loss"], best["val_accuracy"])
 
@@ -77,7 +74,7 @@ def test_an_earlier_best_epoch_is_kept(tmp_path):
         states.append(self.trained())
         return next(scores)
 
-    with mock.patch.object(loop.Trainer, "evaluate", evaluate):
+    with mock.patch.object(Trainer, "evaluate", evaluate):
         metrics = train(ready, quiet=True)
     assert metrics["best_epoch"] == 2
     assert metrics["test_accuracy"] == 0.6
@@ -88,25 +85,11 @@ def test_an_earlier_best_epoch_is_kept(tmp_path):
 
 def test_equal_seeds_give_equal_runs_and_other_seeds_others(tmp_path):
     runs = [
-        train(prepared(tmp_path, seed=seed, epochs=1, warmup_epochs=0, out=tmp_path / str(i)), quiet=True)
+        train(prepared(tmp_path, (33, 8, 8), seed=seed, epochs=1, warmup_epochs=0, out=tmp_path / str(i)), quiet=True)
         for i, seed in enumerate((0, 0, 1))
     ]
     losses = [run["epochs"][0]["train_loss"] for run in runs]
     assert losses[0] == losses[1] != losses[2]
-
-
-def test_the_schedule_warms_up_and_ends_low(tmp_path):
-    ready = prepared(tmp_path, epochs=4, warmup_epochs=1)
-    trainer = loop.Trainer(ready.settings, ready.model, ready.splits, ready.device)
-    rates = []
-    for step in range(12):
-        trainer.scheduler.step_update(step)
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-    assert rates[0] == pytest.approx(1e-7)
-    assert max(rates) == pytest.approx(5e-3, rel=0.2)
-    assert rates.index(max(rates)) == 3
-    assert rates[3:] == sorted(rates[3:], reverse=True)
-    assert rates[-1] < 5e-4
 
 
 @pytest.mark.parametrize("after", [0, 4])
@@ -126,11 +109,11 @@ def test_ctrl_c_leaves_a_usable_adapter_and_says_so(tmp_path, after):
     assert metrics["interrupted"] is True
     assert "test_accuracy" not in metrics
     assert len(metrics["epochs"]) == (0 if after == 0 else 1)
-    epoch = adapter_metadata(tmp_path / "run" / "adapter.safetensors")["epoch"]
+    epoch = adapter_metadata(tmp_path / "run" / "adapter")["epoch"]
     assert epoch == str(metrics.get("best_epoch", 0))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["interrupted"] is True
     fresh = prepare(ready.settings)
-    load_adapter(fresh.model, tmp_path / "run" / "adapter.safetensors")
+    load_adapter(fresh.model, tmp_path / "run" / "adapter")
     left = dict(ready.model.named_parameters())
     assert all(torch.equal(p, left[n]) for n, p in fresh.model.named_parameters())
 
@@ -139,7 +122,7 @@ def test_metrics_and_adapter_are_there_after_each_epoch(tmp_path):
     """A run that is killed outright, by power or a scheduler, keeps what it had."""
     ready = prepared(tmp_path)
     seen = []
-    train_epoch = loop.Trainer.train_epoch
+    train_epoch = Trainer.train_epoch
 
     def look(self, bar):
         names = sorted(p.name for p in (tmp_path / "run").iterdir())
@@ -147,9 +130,9 @@ def test_metrics_and_adapter_are_there_after_each_epoch(tmp_path):
         seen.append((names, len(json.loads(path.read_text())["epochs"]) if path.exists() else None))
         return train_epoch(self, bar)
 
-    with mock.patch.object(loop.Trainer, "train_epoch", look):
+    with mock.patch.object(Trainer, "train_epoch", look):
         train(ready, quiet=True)
-    assert seen == [([], None), (["adapter.safetensors", "metrics.json"], 1)]
+    assert seen == [(["metrics.json", "state"], 0), (["adapter", "metrics.json", "state"], 1)]
 
 
 def test_a_bypassed_layer_is_an_error_at_the_first_step(tmp_path):
@@ -179,11 +162,11 @@ def test_ctrl_c_during_the_test_pass_is_no_result(tmp_path):
             return answer
         raise KeyboardInterrupt
 
-    with mock.patch.object(loop.Trainer, "evaluate", evaluate):
+    with mock.patch.object(Trainer, "evaluate", evaluate):
         metrics = train(ready, quiet=True)
     assert metrics["interrupted"] is True
     assert "test_accuracy" not in metrics
-    assert (tmp_path / "run" / "adapter.safetensors").is_file()
+    assert (tmp_path / "run" / "adapter").is_dir()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_recorded(tmp_path):
@@ -193,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_recorded(tmp_path):
     with pytest.raises(FloatingPointError, match="loss is nan at step 3; try a smaller --lr"):
         train(ready, quiet=True)
     assert "loss is nan" in json.loads((tmp_path / "run" / "metrics.json").read_text())["error"]
-    assert not (tmp_path / "run" / "adapter.safetensors").exists()  # nothing good to keep yet
+    assert not (tmp_path / "run" / "adapter").exists()  # nothing good to keep yet
 
 
 def test_an_existing_folder_is_never_touched(tmp_path):
@@ -214,53 +197,111 @@ def test_without_out_runs_are_numbered(tmp_path, monkeypatch):
     assert folders == [f"runs/{name}", f"runs/{name}-2"]
 
 
-def test_bf16_autocast_trains(tmp_path):
-    metrics = train(prepared(tmp_path, precision="bf16", epochs=2), quiet=True)
-    assert metrics["epochs"][1]["train_loss"] < 2.5
+def test_final_trains_on_all_and_looks_at_the_test_images_once(tmp_path):
+    ready = prepared(tmp_path, protocol="final")
+    seen = []
+    evaluate = Trainer.evaluate
+
+    def look(self, images):
+        seen.append(images)
+        return evaluate(self, images)
+
+    with mock.patch.object(Trainer, "evaluate", look):
+        metrics = train(ready, quiet=True)
+    assert seen == [ready.splits.test]
+    assert metrics["images"] == {"trainval": 136, "test": 50}
+    assert metrics["protocol"] == "final"
+    assert metrics["best_epoch"] == 2
+    assert not any(name.startswith("val") for epoch in metrics["epochs"] for name in epoch)
+    # 136 images in batches of 32 are 5 steps, of which the last has 8 images
+    assert Trainer(ready.settings, ready.model, ready.splits, ready.device).batches.steps == 5
+    assert adapter_metadata(tmp_path / "run" / "adapter")["epoch"] == "2"
 
 
-def test_a_checkpoint_file_replaces_the_pretrained_weights(tmp_path):
-    from safetensors.torch import save_file
-
-    donor = prepare(Settings(out=tmp_path / "x", method="full")).model
-    state = {n: p.detach() + 0.125 for n, p in donor.state_dict().items()}
-    state["head.weight"], state["head.bias"] = torch.zeros(7, 128), torch.zeros(7)  # another head
-    save_file(state, tmp_path / "donor weights.safetensors")
-    model = prepare(Settings(checkpoint=tmp_path / "donor weights.safetensors", method="full")).model
-    assert torch.equal(model.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
-    assert model.head.weight.shape == (10, 128)
-
-
-def test_a_checkpoint_that_does_not_fit_is_refused_not_half_loaded(tmp_path):
-    from safetensors.torch import save_file
-
-    path = tmp_path / "c.safetensors"
-    state = {n: p.detach().clone() for n, p in prepare(Settings(method="full")).model.state_dict().items()}
-    save_file({f"model.{n}": p for n, p in state.items()}, path)
-    with pytest.raises(ValueError, match=r"checkpoint: .* does not fit VisionTransformer: missing cls_token"):
-        prepare(Settings(checkpoint=path))
-    save_file({"nonsense": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"checkpoint: .*(unexpected nonsense|does not fit|cannot be read)"):
-        prepare(Settings(checkpoint=path))
-    path.write_bytes(b"not a file of tensors")
-    with pytest.raises(ValueError, match=r"checkpoint: .* cannot be read"):
-        prepare(Settings(checkpoint=path))
+def test_best_on_test_reports_the_best_epoch_and_says_what_that_is(tmp_path, capsys):
+    ready = prepared(tmp_path, epochs=3, protocol="best-on-test")
+    with mock.patch.object(Trainer, "evaluate", side_effect=[(1.0, 0.5), (1.0, 0.9), (1.0, 0.7)]):
+        metrics = train(ready)
+    assert metrics["images"] == {"trainval": 136, "test": 50}
+    assert metrics["best_epoch"] == 2
+    assert metrics["test_accuracy"] == 0.9
+    assert [e["test_accuracy"] for e in metrics["epochs"]] == [0.5, 0.9, 0.7]
+    assert "chosen on the test images" in metrics["protocol_note"]
+    assert metrics["protocol_note"] in capsys.readouterr().err
+    assert "protocol_note" not in train(
+        prepared(tmp_path, out=tmp_path / "other", epochs=1, warmup_epochs=0), quiet=True
+    )
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "executed"), "w"))
+class Untouchable:
+    def __len__(self):
+        return 10
 
-    torch.save({"cls_token": Payload()}, tmp_path / "c.pth")
-    with pytest.raises(ValueError, match=r"checkpoint: .* cannot be read"):
-        prepare(Settings(checkpoint=tmp_path / "c.pth"))
-    assert not (tmp_path / "executed").exists()
+    def __getitem__(self, index):
+        raise AssertionError("a test image was read")
 
 
-def test_batch_norm_is_refused():
-    with pytest.raises(ValueError, match="has batch norm"):
-        prepare(Settings(model="resnet10t", pretrained=False, method="linear"))
+def test_without_a_test_no_test_image_is_read(tmp_path):
+    ready = prepared(tmp_path)
+    ready = dataclasses.replace(ready, splits=dataclasses.replace(ready.splits, test=Untouchable()))
+    metrics = train(ready, quiet=True, test=False)
+    assert metrics["finished"] is True
+    assert "test_accuracy" not in metrics
+    assert metrics["best_epoch"] in (1, 2)
+    with pytest.raises(ValueError, match="test: expected True with protocol best-on-test"):
+        train(prepared(tmp_path, protocol="best-on-test", out=tmp_path / "other"), quiet=True, test=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_early_stop_ends_a_run_that_gets_no_better(tmp_path):
+    scores = [(1.0, 0.5), (1.0, 0.6), (1.0, 0.6), (1.1, 0.6), (2.0, 0.4)]
+    with mock.patch.object(Trainer, "evaluate", side_effect=scores):
+        metrics = train(prepared(tmp_path, epochs=9, early_stop=2, sizes=(8, 8, 8)), quiet=True)
+    assert [e["epoch"] for e in metrics["epochs"]] == [1, 2, 3, 4]
+    assert metrics["best_epoch"] == 2
+    assert metrics["stopped_early"] is True
+    assert metrics["test_accuracy"] == 0.4
+
+
+def test_the_average_is_what_is_evaluated_saved_and_left_in_the_model(tmp_path):
+    ready = prepared(tmp_path, ema=0.5, protocol="final", epochs=1, warmup_epochs=0)
+    kept = []
+    updates = Average.update
+
+    def follow(self):
+        updates(self)
+        kept.append(
+            ({n: v.clone() for n, v in self.values.items()}, {n: p.clone() for n, p in self.parameters.items()})
+        )
+
+    with mock.patch.object(Average, "update", follow):
+        metrics = train(ready, quiet=True)
+    assert len(kept) == 5  # a step each
+    average, last = kept[-1]
+    assert not torch.equal(average["head.weight"], last["head.weight"])
+    model = dict(ready.model.named_parameters())
+    assert all(torch.equal(model[name], value) for name, value in average.items())
+    fresh = prepare(ready.settings)
+    load_adapter(fresh.model, tmp_path / "run" / "adapter")
+    assert torch.equal(fresh.model.head.weight, average["head.weight"])
+    trainer = Trainer(ready.settings, fresh.model, ready.splits, ready.device)
+    assert trainer.evaluate(ready.splits.test) == (metrics["test_loss"], metrics["test_accuracy"])
+
+
+def test_tensorboard_gets_each_epoch(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    metrics = train(prepared(tmp_path, tensorboard=True, sizes=(32, 8, 8)), quiet=True)
+    found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    points = [(e.step, e.value) for e in found.Scalars("val/accuracy")]
+    assert points == [(e["epoch"], pytest.approx(e["val_accuracy"])) for e in metrics["epochs"]]
+    assert {"train/loss", "lr", "images/per_second"} <= set(found.Tags()["scalars"])
+
+
+def test_without_tensorboard_one_line_says_so(tmp_path, capsys):
+    with mock.patch.dict("sys.modules", {"torch.utils.tensorboard": None}):
+        train(prepared(tmp_path, tensorboard=True, sizes=(32, 8, 8)), quiet=True)
+    assert capsys.readouterr().err.count("TensorBoard is not installed") == 1
+    assert not (tmp_path / "run" / "tensorboard").exists()
 
 
 @pytest.mark.gpu
@@ -270,26 +311,10 @@ def test_a_run_on_the_gpu(tmp_path, gpu):
     assert metrics["peak_memory_bytes"] > 0
 
 
-@pytest.mark.parametrize(
-    ("changes", "kind", "words"),
-    [
-        ({"method": "lora"}, ValueError, "method: expected one of rlrr, linear, full, got 'lora'"),
-        ({"precision": "fp8"}, ValueError, "precision: expected one of fp32, bf16"),
-        ({"epochs": 0}, ValueError, "epochs: expected at least 1, got 0"),
-        ({"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
-        ({"warmup_epochs": 20}, ValueError, "warmup_epochs: expected less than epochs = 20, got 20"),
-        ({"lr": -1.0}, ValueError, "lr: expected a finite number"),
-        ({"lr": float("nan")}, ValueError, "lr: expected a finite number"),
-        ({"drop_path": 1.0}, ValueError, "drop_path: expected 0 or more and less than 1"),
-    ],
-)
-def test_settings_check_themselves(changes, kind, words):
-    with pytest.raises(kind, match=words):
-        Settings(**changes)
-
-
-def test_a_missing_checkpoint_and_an_unknown_model_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"checkpoint: .*none.pth does not exist"):
-        Settings(checkpoint=tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="model: timm does not know 'vit_nonsense'"):
-        prepare(Settings(model="vit_nonsense"))
+@pytest.mark.parametrize(("resize", "expected"), [("squash", "bicubic"), ("crop", "bilinear")])
+def test_images_are_resized_as_published(resize, expected):
+    """VTAB by the model's own filter; FGVC by the default of the published code's image library."""
+    splits = loop.load_data(Settings(model="vit_tiny_patch16_224", resize=resize))
+    for images in (splits.train, splits.test):
+        (step,) = [each for each in images.transform.transforms if isinstance(each, v2.Resize)]
+        assert step.interpolation.value == expected

@@ -1,0 +1,1 @@
+"""What ``rlrr-finetune`` does, one module a command; ``finetune/cli.py`` holds the table."""

@@ -1,0 +1,150 @@
+"""``rlrr-finetune eval``: the accuracy of a run or an adapter, again or on other images."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from rlrr_kernels.finetune.commands.common import Command, checking_input, console, say
+from rlrr_kernels.finetune.commands.grid import Grid
+from rlrr_kernels.finetune.commands.options import add_settings, given
+from rlrr_kernels.finetune.commands.runs import Run, add_run_argument, open_run
+from rlrr_kernels.finetune.data import ImageSet
+from rlrr_kernels.finetune.distributed import choose_device
+from rlrr_kernels.finetune.loop import load_data
+from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.finetune.trainer import AUTOCAST
+
+SPLITS = ("test", "val", "train")
+#: Settings that may differ from the run's: which images, where things are, and how to compute.
+OPTIONS = (
+    "model", "checkpoint", "img_size", "task", "data", "data_root", "resize", "batch_size", "precision", "device",
+    "workers", "seed",
+)  # fmt: skip
+
+DESCRIPTION = """\
+Evaluate a run, or an adapter of one: accuracy and loss, by default on the test images
+of its own data, where they are the figures in its metrics.json. The model and the data
+come from the run; an adapter without a run needs --data or --task, and --model only if
+it does not name its own.
+
+Images are seen as in testing, also those of --split train.
+"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over a split.
+
+    Attributes:
+        loss: mean cross-entropy. accuracy: 0 to 1.
+        hits, images: int64 ``[classes]``, right answers and images of each class.
+    """
+
+    loss: float
+    accuracy: float
+    hits: Tensor
+    images: Tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_argument(parser)
+    parser.add_argument("--split", choices=SPLITS, default="test", help="which images (default: test)")
+    parser.add_argument("--per-class", action="store_true", help="the accuracy of each class as well")
+    add_settings(parser.add_argument_group("in place of the run's"), only=OPTIONS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    options = given(arguments)
+    with checking_input():
+        opened = open_run(arguments.run, _as_one(options))
+        settings = opened.settings
+        if not opened.metrics and "data" not in options and "task" not in options:
+            raise ValueError(f"data: expected --data or --task, as {arguments.run} is an adapter without a run")
+        device = choose_device(settings.device)
+        images = split_of(settings, arguments.split)
+        if images.classes != opened.classes:
+            raise ValueError(f"data: {settings.dataset} has {images.classes} classes, the head {opened.classes}")
+        model = opened.model()
+    result = evaluate(model.to(device), images, settings, device)
+    say(
+        f"{settings.dataset}, {arguments.split}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f}, "
+        f"{len(images)} images"
+    )
+    for line in remarks(opened, arguments.split, options, result):
+        say(line)
+    if arguments.per_class:
+        grid = Grid("accuracy by class", ("class", "accuracy, %", "images"))
+        for number, (hits, count) in enumerate(zip(result.hits.tolist(), result.images.tolist(), strict=True)):
+            grid.add(str(number), f"{100 * hits / count:.1f}" if count else "-", str(count))
+        console().print(grid.rich())
+    return 0
+
+
+def _as_one(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A dataset by name takes the place of a task, which would hide it."""
+    return {**({"task": ""} if "data" in options and "task" not in options else {}), **options}
+
+
+def split_of(settings: Settings, split: str) -> ImageSet:
+    """A split of the settings' data, seen through the test transform.
+
+    Raises:
+        ValueError, OSError: as :func:`~rlrr_kernels.finetune.loop.load_data`.
+    """
+    splits = load_data(settings)
+    return ImageSet(getattr(splits, split).items, splits.test.transform, splits.classes)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: ImageSet, settings: Settings, device: torch.device) -> Evaluation:
+    """Evaluate with the settings' batch size and precision, as training does.
+
+    Args:
+        model: on ``device``.
+        images: float32 ``[C, H, W]`` and a label each.
+    """
+    model.eval()
+    dtype = AUTOCAST[settings.precision]
+    loss = torch.zeros((), dtype=torch.float64)
+    hits, count = torch.zeros(images.classes, dtype=torch.int64), torch.zeros(images.classes, dtype=torch.int64)
+    loader: DataLoader[Any] = DataLoader(images, batch_size=settings.batch_size, num_workers=settings.workers)
+    for inputs, labels in loader:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(inputs.to(device)).float().cpu()
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        hits += torch.bincount(labels[logits.argmax(1) == labels], minlength=images.classes)
+        count += torch.bincount(labels, minlength=images.classes)
+    return Evaluation((loss / len(images)).item(), int(hits.sum()) / len(images), hits, count)
+
+
+def remarks(opened: Run, split: str, options: Mapping[str, Any], result: Evaluation) -> list[str]:
+    """What a reader must know to make sense of the figure."""
+    metrics = opened.metrics
+    if not metrics:
+        return []
+    lines = []
+    own = not set(options) - {"device", "workers", "data_root", "checkpoint"}
+    protocol = metrics.get("protocol", "choose-epoch")
+    if own and split == "test" and "test_accuracy" in metrics:
+        same = metrics["test_accuracy"] == result.accuracy
+        lines.append(
+            "the same accuracy as in metrics.json" if same else f"metrics.json: {metrics['test_accuracy']:.4f}"
+        )
+        if "protocol_note" in metrics:
+            lines.append(metrics["protocol_note"])
+    if not {"data", "task"} & options.keys() and (split == "train" or (split == "val" and protocol != "choose-epoch")):
+        lines.append(f"the {split} images were trained on")
+    elif split == "val" and not {"data", "task"} & options.keys():
+        lines.append("the epoch was chosen on these images")
+    return lines
+
+
+COMMAND = Command("evaluate a run or an adapter", DESCRIPTION, add_arguments, run)

@@ -1,0 +1,231 @@
+"""Finished runs on disk, and what they say together: a mean over seeds, over tasks, over groups."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlrr_kernels.finetune.recipes import TASKS, VTAB_GROUPS
+
+#: Settings in which runs that are averaged may differ: the seed, and what changes no result by design.
+MAY_DIFFER = frozenset({"seed", "out", "resume", "data_root", "device", "workers", "tensorboard", "parallel"})
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run that was tested."""
+
+    folder: Path
+    task: str
+    seed: int
+    accuracy: float
+    settings: Mapping[str, Any]
+
+    @property
+    def column(self) -> Column:
+        """Runs in one column differ by task and seed."""
+        return Column(self.settings["model"], self.settings["method"], self.settings["protocol"])
+
+
+@dataclass(frozen=True, order=True)
+class Column:
+    """What accuracies must have in common to be averaged over tasks."""
+
+    model: str
+    method: str
+    protocol: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Test accuracies of one task, a seed each."""
+
+    accuracies: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation (n - 1) over seeds; None for one."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+
+@dataclass(frozen=True)
+class Means:
+    """Two summaries that are easily confused; the figures in ``recipes.PUBLISHED`` are means over tasks.
+
+    Attributes:
+        over_tasks: every task counts the same.
+        of_groups: every group counts the same (None where the benchmark has no groups).
+        tasks, of_tasks: how many tasks were there, and are in the benchmark.
+        groups: mean of each group that has a task.
+    """
+
+    over_tasks: float
+    of_groups: float | None
+    tasks: int
+    of_tasks: int
+    groups: Mapping[str, float]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The ``metrics.json`` of a run folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not what a run writes.
+    """
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no metrics.json")
+    try:
+        metrics = json.loads(path.read_bytes())
+        metrics["settings"]["model"], metrics["settings"]["seed"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what a run writes: {type(error).__name__}: {error}") from error
+    return metrics
+
+
+def find_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
+    """Tested runs in ``paths``, and a reason for each run that was left out.
+
+    Args:
+        paths: run folders, sweep folders (their final runs count, not those they chose
+            from), or folders that hold such folders at any depth.
+
+    Raises:
+        FileNotFoundError: a path that is not there, or under which there is no run.
+        ValueError: a broken ``metrics.json`` or ``sweep.json``.
+    """
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        found = list(_run_folders(path))
+        if not found:
+            raise FileNotFoundError(f"no run in {path}: expected a metrics.json or a sweep.json at some depth")
+        folders |= {folder.resolve(): folder for folder in found}
+    results, left_out = [], []
+    for folder in folders.values():
+        metrics = read_run(folder)
+        accuracy = metrics.get("test_accuracy")
+        if accuracy is None:
+            why = metrics.get("error") or ("interrupted" if metrics.get("interrupted") else "no test accuracy")
+            left_out.append(f"{folder}: {why}")
+            continue
+        settings = dict(metrics["settings"])
+        # runs of before there were protocols chose the epoch on validation images
+        settings["protocol"] = metrics.get("protocol") or settings.get("protocol") or "choose-epoch"
+        task = metrics.get("task") or settings.get("task") or str(settings.get("data"))
+        results.append(Result(folder, task, settings["seed"], float(accuracy), settings))
+    return results, left_out
+
+
+def _run_folders(path: Path) -> Iterable[Path]:
+    if path.name in ("metrics.json", "sweep.json"):
+        path = path.parent
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist")
+    for root, folders, files in os.walk(path):
+        folders.sort()
+        if "sweep.json" in files:
+            folders.clear()
+            yield from _final_runs(Path(root))
+        elif "metrics.json" in files:
+            folders.clear()
+            yield Path(root)
+
+
+def _final_runs(folder: Path) -> list[Path]:
+    path = folder / "sweep.json"
+    try:
+        final = [folder / run["folder"] for run in json.loads(path.read_bytes())["final"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what a sweep writes: {type(error).__name__}: {error}") from error
+    if not final:
+        raise ValueError(f"{folder} is a sweep that has no final run yet; the same command again goes on with it")
+    return final
+
+
+def cells(results: Iterable[Result]) -> dict[Column, dict[str, Cell]]:
+    """Accuracies by column and task.
+
+    Raises:
+        ValueError: two runs of a cell have one seed, or differ in more than the seed.
+    """
+    grouped: dict[Column, dict[str, list[Result]]] = {}
+    for result in results:
+        grouped.setdefault(result.column, {}).setdefault(result.task, []).append(result)
+    for tasks in grouped.values():
+        for runs in tasks.values():
+            _check_seeds(runs)
+    return {
+        column: {
+            task: Cell(tuple(run.accuracy for run in runs), tuple(run.seed for run in runs))
+            for task, runs in tasks.items()
+        }
+        for column, tasks in sorted(grouped.items())
+    }
+
+
+def _check_seeds(runs: list[Result]) -> None:
+    runs.sort(key=lambda run: run.seed)
+    first = runs[0]
+    for run in runs[1:]:
+        names = (first.settings.keys() | run.settings.keys()) - MAY_DIFFER
+        differ = sorted(name for name in names if first.settings.get(name) != run.settings.get(name))
+        if differ:
+            raise ValueError(
+                f"{first.folder} and {run.folder} are runs of {run.task} that differ in {', '.join(differ)}: "
+                "no seeds of one experiment; name the folders that belong together"
+            )
+    for one, next_one in itertools.pairwise(runs):
+        if one.seed == next_one.seed:
+            raise ValueError(f"{one.folder} and {next_one.folder} are runs of {one.task} with one seed, {one.seed}")
+
+
+def tasks_of(benchmark: str) -> dict[str, tuple[str, ...]]:
+    """Tasks of ``vtab``, ``fgvc``, ... by group, in the order in which they are published; one group ``""`` where
+    the benchmark has none."""
+    if benchmark == "vtab":
+        return {group: tuple(f"vtab/{task}" for task in names) for group, names in VTAB_GROUPS.items()}
+    names = tuple(task for task in TASKS if task.split("/")[0] == benchmark)
+    return {"": names} if names else {}
+
+
+def means(benchmark: str, accuracy: Mapping[str, float]) -> Means | None:
+    """Both means over those tasks of the benchmark that are there; None where none is.
+
+    Args:
+        benchmark: ``vtab``, ``fgvc``, ...
+        accuracy: task (``vtab/cifar``) -> accuracy, already averaged over seeds.
+    """
+    groups = tasks_of(benchmark)
+    found = {
+        group: [accuracy[task] for task in names if task in accuracy]
+        for group, names in groups.items()
+        if any(task in accuracy for task in names)
+    }
+    if not found:
+        return None
+    by_group = {group: statistics.fmean(values) for group, values in found.items()}
+    return Means(
+        over_tasks=statistics.fmean(value for values in found.values() for value in values),
+        of_groups=statistics.fmean(by_group.values()) if "" not in groups else None,
+        tasks=sum(map(len, found.values())),
+        of_tasks=sum(map(len, groups.values())),
+        groups={} if "" in groups else by_group,
+    )
+
+
+def benchmarks(tasks: Sequence[str]) -> list[str]:
+    """The benchmarks that the tasks are of, in order; tasks of none are under ``""``."""
+    known = set(TASKS)
+    return sorted({task.split("/")[0] if task in known else "" for task in tasks}, key=lambda name: (name == "", name))

@@ -1,0 +1,177 @@
+"""``rlrr-finetune table``: runs over tasks and seeds, next to the paper's figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlrr_kernels.finetune.commands import results
+from rlrr_kernels.finetune.commands.common import Command, checking_input, console
+from rlrr_kernels.finetune.commands.grid import Grid
+from rlrr_kernels.finetune.commands.results import Cell, Column
+from rlrr_kernels.finetune.recipes import PUBLISHED
+
+FORMATS = ("console", "markdown", "json")
+MISSING = "-"
+#: How the RLRR figures of the paper were made, and the mark of every figure made so.
+ON_TEST = "best-on-test"
+MARK = "*"
+NOTES = {
+    ON_TEST: f"{MARK} best-on-test: the epoch was chosen on the test images, as in the paper's code. "
+    "Such a figure is higher than one of the other protocols for the same model.",
+    "std": "± is the sample standard deviation over seeds, (n) their number; no sign: one seed.",
+    "groups": "Mean over tasks: each task counts the same. Mean of group means: each group does.",
+}
+
+DESCRIPTION = """\
+Test accuracy by task, from the metrics.json of runs and sweeps. Runs of one model,
+method and protocol make a column; seeds of one task are averaged. For VTAB-1k there
+are two means, over tasks and of the three groups' means, and both say over how many
+tasks they are: a missing task is shown as missing and counts for nothing. The paper's
+means stand below them, with the protocol they were made by.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="PATH", help="run folders, sweep folders, or folders that hold such"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="console", help="default: console")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with checking_input():
+        found, left_out = results.find_results(arguments.paths)
+        if not found:
+            raise ValueError(f"no run in {', '.join(map(str, arguments.paths))} was tested: {'; '.join(left_out)}")
+        columns = results.cells(found)
+    if arguments.format == "json":
+        print(json.dumps(summary(columns, left_out), indent=2))
+        return 0
+    grids = [grid for name in _benchmarks(columns) for grid in _grids(name, columns)]
+    if arguments.format == "markdown":
+        print("\n".join(grid.markdown() for grid in grids))
+        print("\n".join(f"left out: {line}  " for line in left_out))
+    else:
+        for grid in grids:
+            console().print(grid.rich(), "")
+        for line in left_out:
+            console().print(f"left out: {line}", markup=False, highlight=False)
+    return 0
+
+
+def _benchmarks(columns: Mapping[Column, Mapping[str, Cell]]) -> list[str]:
+    return results.benchmarks([task for cells in columns.values() for task in cells])
+
+
+def _grids(benchmark: str, columns: Mapping[Column, Mapping[str, Cell]]) -> list[Grid]:
+    groups = results.tasks_of(benchmark)
+    if not groups:
+        known = {
+            task for name in _benchmarks(columns) if name for tasks in results.tasks_of(name).values() for task in tasks
+        }
+        groups = {"": tuple(sorted({task for cells in columns.values() for task in cells} - known))}
+    wanted = {task for tasks in groups.values() for task in tasks}
+    used = {column: cells for column, cells in columns.items() if wanted & cells.keys()}
+    title = f"{benchmark or 'other data'}: test accuracy, %"
+    grid = Grid(title, ("task", *(f"{i} {column.method}" for i, column in enumerate(used, 1))), notes=[NOTES["std"]])
+    if len(groups) > 1:
+        grid = Grid(title, ("group", "task", *grid.header[1:]), labels=2, notes=grid.notes)
+    for group, tasks in groups.items():
+        for task in tasks:
+            name = task.removeprefix(f"{benchmark}/") if benchmark else task
+            figures = [_cell(cells[task], column) if task in cells else MISSING for column, cells in used.items()]
+            grid.add(*([group] if len(groups) > 1 else []), name, *figures)
+        grid.end_section()
+    return [grid, _means(benchmark, used)]
+
+
+def _cell(cell: Cell, column: Column) -> str:
+    spread = "" if cell.std is None else f" ± {100 * cell.std:.1f} ({len(cell.seeds)})"
+    return f"{100 * cell.mean:.1f}{MARK if column.protocol == ON_TEST else ''}{spread}"
+
+
+def _means(benchmark: str, used: Mapping[Column, Mapping[str, Cell]]) -> Grid:
+    grouped = len(results.tasks_of(benchmark)) > 1
+    header = ["", "method", "model", "protocol", "seeds"]
+    if benchmark:
+        header += ["tasks", "mean over tasks"]
+    if grouped:
+        header += [*results.tasks_of(benchmark), "mean of group means"]
+    grid = Grid(f"{benchmark or 'other data'}: columns{' and means' if benchmark else ''}", header, labels=4)
+    marked = False
+    for number, (column, cells) in enumerate(used.items(), 1):
+        mark = MARK if column.protocol == ON_TEST else ""
+        marked |= bool(mark)
+        row = [str(number), column.method, column.model, column.protocol + mark, _seeds(benchmark, cells)]
+        means = results.means(benchmark, {task: cell.mean for task, cell in cells.items()})
+        if means is not None:
+            row += [f"{means.tasks} of {means.of_tasks}", f"{100 * means.over_tasks:.1f}{mark}"]
+            if grouped and means.of_groups is not None:
+                row += [f"{100 * means.groups[g]:.1f}{mark}" if g in means.groups else MISSING for g in header[7:-1]]
+                all_groups = len(means.groups) == len(results.tasks_of(benchmark))
+                over = "" if all_groups else f" (of {len(means.groups)} groups)"
+                row += [f"{100 * means.of_groups:.1f}{mark}{over}"]
+        grid.add(*row)
+    grid.end_section()
+    for published in PUBLISHED:
+        if benchmark and published.benchmark == benchmark:
+            ours = published.method == "RLRR"
+            marked |= ours
+            row = ["paper", published.method, published.model, f"{ON_TEST}{MARK}" if ours else "as published", MISSING]
+            count = sum(map(len, results.tasks_of(benchmark).values()))
+            row += [f"{count} of {count}", f"{published.accuracy:.1f}{MARK if ours else ''}"]
+            grid.add(*row, *[MISSING] * (len(header) - len(row)))
+    if grouped:
+        grid.notes.append(NOTES["groups"])
+    if marked:
+        grid.notes.append(NOTES[ON_TEST])
+    return grid
+
+
+def _seeds(benchmark: str, cells: Mapping[str, Cell]) -> str:
+    counts = {len(cell.seeds) for task, cell in cells.items() if not benchmark or task.startswith(f"{benchmark}/")}
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def summary(columns: Mapping[Column, Mapping[str, Cell]], left_out: list[str]) -> dict[str, Any]:
+    """What ``--format json`` prints: accuracies from 0 to 1; missing tasks are listed, not left to be inferred."""
+    listed = []
+    for column, cells in columns.items():
+        entry: dict[str, Any] = {"model": column.model, "method": column.method, "protocol": column.protocol}
+        entry["tasks"] = {
+            task: {"mean": cell.mean, "std": cell.std, "seeds": list(cell.seeds), "accuracies": list(cell.accuracies)}
+            for task, cell in sorted(cells.items())
+        }
+        entry["benchmarks"] = {}
+        for benchmark in results.benchmarks(list(cells)):
+            means = results.means(benchmark, {task: cell.mean for task, cell in cells.items()})
+            if means is not None:
+                entry["benchmarks"][benchmark] = {
+                    "mean_over_tasks": means.over_tasks,
+                    "mean_of_group_means": means.of_groups,
+                    "groups": dict(means.groups),
+                    "tasks": means.tasks,
+                    "of_tasks": means.of_tasks,
+                    "missing": [t for ts in results.tasks_of(benchmark).values() for t in ts if t not in cells],
+                }
+        listed.append(entry)
+    published = [
+        {
+            "benchmark": p.benchmark,
+            "method": p.method,
+            "model": p.model,
+            "mean_over_tasks": p.accuracy / 100,
+            "protocol": ON_TEST if p.method == "RLRR" else "as published",
+        }
+        for p in PUBLISHED
+        if any(p.benchmark in entry["benchmarks"] for entry in listed)
+    ]
+    return {"columns": listed, "published": published, "left_out": left_out}
+
+
+COMMAND = Command("accuracies over tasks and seeds, next to the paper's", DESCRIPTION, add_arguments, run)

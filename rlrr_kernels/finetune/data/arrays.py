@@ -1,0 +1,133 @@
+"""Images that are held in memory: digits, Fashion-MNIST, and slices of a dataset in an ``.npz`` file."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rlrr_kernels.finetune.data.images import Parts
+from rlrr_kernels.finetune.data.listed import set_aside, set_aside_stratified
+
+FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+class Arrays(Dataset[tuple[Image.Image, int]]):
+    """Images held in memory: uint8 ``[count, H, W]`` or ``[count, H, W, 3]``, and labels ``[count]``."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+    def part(self, indices: list[int]) -> Arrays:
+        """These images, in this order."""
+        return Arrays(self.images[indices], self.labels[indices])
+
+
+def read_digits(seed: int) -> Parts:
+    """scikit-learn's 1,797 real handwritten digits, 8x8: 800 to train, 200 to validate, 797 to test.
+
+    Stratified, as VTAB-1k sizes its tasks. The test images are the same for every seed; the seed
+    decides which images validate.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    digits = Arrays((images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8), labels)
+    index = np.arange(len(labels))
+    seen, test = train_test_split(index, train_size=1000, stratify=labels, random_state=0)
+    train, val = train_test_split(seen, train_size=800, stratify=labels[seen], random_state=seed)
+    return Parts(digits.part(train), digits.part(val), digits.part(test), 10)
+
+
+def read_fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Read one split (``train`` or ``t10k``) of the original IDX files.
+
+    Returns uint8 images ``[count, 1, 28, 28]`` and int64 labels ``[count]``.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: images and labels differ in number.
+    """
+
+    def read(name: str, header: int) -> np.ndarray:
+        path = folder / f"{split}-{name}-ubyte.gz"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"Fashion-MNIST file {path} is missing (Debian package dataset-fashion-mnist, or --data-root)"
+            )
+        return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+
+    images = read("images-idx3", 16).reshape(-1, 1, 28, 28)
+    labels = read("labels-idx1", 8).astype(np.int64)
+    if len(images) != len(labels):
+        raise ValueError(f"Fashion-MNIST in {folder}: {len(images)} images but {len(labels)} labels")
+    return torch.from_numpy(images.copy()), torch.from_numpy(labels)
+
+
+def read_fashion_mnist_parts(folder: Path, seed: int) -> Parts:
+    """The 60,000 training images, a fifth of them set aside by the seed, and the 10,000 test images."""
+    seen, test = (
+        Arrays(images[:, 0].numpy(), labels.numpy())
+        for images, labels in (read_fashion_mnist(folder, split) for split in ("train", "t10k"))
+    )
+    kept, aside = set_aside(len(seen), seed)
+    return Parts(seen.part(kept), seen.part(aside), test, 10)
+
+
+def read_npz(file: Path, seed: int) -> Parts:
+    """``train_images``, ``train_labels``, ``test_images`` and ``test_labels`` of one file.
+
+    Images are uint8 ``[count, H, W]`` or ``[count, H, W, C]`` with C 1 or 3; labels are whole numbers from 0,
+    and there are as many classes as the largest says. A fifth of each class is set aside by the seed to validate.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: no such file, an array that is missing or of another shape or dtype.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"data: {file} does not exist")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            names = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
+            missing = [name for name in names if name not in arrays]
+            if missing:
+                raise ValueError(f"expected arrays {', '.join(names)}, {', '.join(missing)} missing")
+            loaded = {name: arrays[name] for name in names}
+        seen, test = (_checked(loaded, split) for split in ("train", "test"))
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data: {file}: {error}") from error
+    kept, aside = set_aside_stratified(seen.labels.tolist(), seed)
+    classes = 1 + int(max(seen.labels.max(), test.labels.max()))
+    return Parts(seen.part(kept), seen.part(aside), test, classes)
+
+
+def _checked(arrays: dict[str, np.ndarray], split: str) -> Arrays:
+    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+    if images.ndim == 4 and images.shape[-1] == 1:
+        images = images[..., 0]
+    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)):
+        raise ValueError(
+            f"{split}_images: expected uint8 [count, H, W], [count, H, W, 1] or [count, H, W, 3], "
+            f"got {images.dtype} {list(images.shape)}"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or len(labels) == 0:
+        raise ValueError(
+            f"{split}_labels: expected one whole number for each of {len(images)} images, at least one, "
+            f"got {labels.dtype} {list(labels.shape)}"
+        )
+    if labels.min() < 0:
+        raise ValueError(f"{split}_labels: expected 0 or more, got {labels.min()} at index {labels.argmin()}")
+    return Arrays(images, labels)

@@ -1,0 +1,111 @@
+"""A split of a dataset seen through a transform, its random draws fixed by seed, epoch and index."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+Transform = Callable[[Image.Image], Tensor]
+
+#: What Pillow raises, depending on the format, for a file that is no image or is damaged.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class Parts(NamedTuple):
+    """What a reader of one kind of dataset returns: indexed datasets of (PIL image, label)."""
+
+    train: Any
+    val: Any
+    test: Any
+    classes: int
+
+
+class ImageSet(Dataset[tuple[Tensor, int]]):
+    """A dataset of (PIL image, label) seen through a transform, labels checked.
+
+    ``images[index]`` and ``images[epoch, index]`` give a tensor and a label; a plain index is epoch 0.
+    What the transform draws from torch's generator depends on (seed, epoch, index) alone: not on worker
+    processes, on ranks, or on what ran before. The process's own generator is left as it was.
+
+    Args:
+        items: indexed dataset of (PIL image, label).
+        transform: PIL image -> tensor; its random draws must come from torch.
+        classes: labels are 0 to ``classes - 1``.
+        seed: of the transform's draws.
+    """
+
+    def __init__(self, items: Any, transform: Transform, classes: int, seed: int = 0) -> None:
+        self.items, self.transform, self.classes, self.seed = items, transform, classes, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
+        """
+        Raises:
+            OSError: the image cannot be read or decoded; its path is named.
+            ValueError: the label is out of range.
+        """
+        epoch, index = index if isinstance(index, tuple) else (0, index)
+        try:
+            image, label = self.items[index]
+        except UNREADABLE as error:
+            raise OSError(f"{self.name(index)} cannot be read: {error}") from error
+        if not 0 <= int(label) < self.classes:
+            raise ValueError(f"{self.name(index)} has label {label}, expected 0 to {self.classes - 1}")
+        with random_draws(self.seed, epoch, index):
+            return self.transform(image), int(label)
+
+    def name(self, index: int) -> str:
+        """``image <path>``, or ``image <index>`` of a dataset without files."""
+        return f"image {path_of(self.items, index) or index}"
+
+
+@contextmanager
+def random_draws(*key: int) -> Iterator[None]:
+    """Torch's CPU generator seeded by ``key`` inside, and as it was before outside.
+
+    ``torch.random.fork_rng`` and ``torch.manual_seed`` do the same for all devices, ten times slower.
+    """
+    generator = torch.default_generator
+    state = generator.get_state()
+    # the CPU generator takes 32 bits of its seed: SeedSequence, which knows no sign, spreads the key over them
+    words = [part % 2**64 for part in key]
+    generator.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def path_of(items: Any, index: int) -> str | None:
+    """The file of an item, through subsets and concatenations; None where there is none."""
+    if isinstance(items, Subset):
+        return path_of(items.dataset, items.indices[index])
+    if isinstance(items, ConcatDataset):
+        for part in items.datasets:
+            if index < len(part):  # type: ignore[arg-type]
+                return path_of(part, index)
+            index -= len(part)  # type: ignore[arg-type]
+    if hasattr(items, "filename"):
+        path = items.filename(index, absolute=True)
+        return str(path) if path else None
+    samples = getattr(items, "samples", None)
+    return str(samples[index][0]) if isinstance(samples, list) else None

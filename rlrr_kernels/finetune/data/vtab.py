@@ -1,0 +1,66 @@
+"""VTAB-1k as it is distributed: a folder a task, with four lists of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlrr_kernels.finetune.data.images import Parts
+from rlrr_kernels.finetune.data.listed import Entry, Listed, check_distinct, check_images, check_together, need_file
+from rlrr_kernels.finetune.recipes import VTAB
+
+
+def read_vtab(root: Path, task: str) -> Parts:
+    """``root/<task>/{train800,val200,train800val200,test}.txt``.
+
+    Each line is ``<path relative to root/task> <label>``; the label is what follows the last blank, so paths may
+    contain blanks. ``train800val200`` must list what ``train800`` and ``val200`` list, and no image may be
+    listed twice among ``train800``, ``val200`` and ``test``.
+
+    Args:
+        root: the folder of all tasks.
+        task: a name in :data:`~rlrr_kernels.finetune.recipes.VTAB`.
+
+    Raises:
+        FileNotFoundError: a folder, list or image that does not exist, with its path.
+        OSError: an image that cannot be read.
+        ValueError: a bad line or label (``file:line``), an empty list, or lists that contradict each other.
+    """
+    folder, classes = root / task, VTAB[task].classes
+    files = {name: folder / f"{name}.txt" for name in ("train800", "val200", "train800val200", "test")}
+    for file in files.values():
+        need_file(file, f"vtab/{task}")
+    train, val, both, test = (read_list(file, folder, classes) for file in files.values())
+    check_distinct(train, val, test)
+    check_together(files["train800val200"], both, train, val)
+    for entries in (train, val, test):
+        check_images(entries)
+    return Parts(Listed(train), Listed(val), Listed(test), classes)
+
+
+def read_list(file: Path, folder: Path, classes: int) -> list[Entry]:
+    """The images of one list.
+
+    Raises:
+        ValueError: a line that is no path and label, a label outside of 0 to ``classes - 1``, an empty list.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected UTF-8 text: {error}") from error
+    entries = []
+    # not splitlines: a path may contain what Unicode counts as a line's end
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            path, label = line.rsplit(maxsplit=1)
+            entry = Entry(str(folder / path), int(label), where)
+        except ValueError:
+            raise ValueError(f"{where}: expected '<path> <label>', got {line.strip()!r}") from None
+        if not 0 <= entry.label < classes:
+            raise ValueError(f"{where}: label {entry.label} is out of range, expected 0 to {classes - 1}")
+        entries.append(entry)
+    if not entries:
+        raise ValueError(f"{file}: the list is empty")
+    return entries

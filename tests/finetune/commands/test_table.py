@@ -1,0 +1,173 @@
+"""``rlrr-finetune table``: which runs count, what is averaged, and what stands beside it."""
+
+import json
+import re
+
+import pytest
+
+from rlrr_kernels.finetune.commands import results
+from rlrr_kernels.finetune.recipes import BACKBONE, VTAB_GROUPS
+from tests.finetune.commands.conftest import status
+
+
+def write(folder, task="vtab/cifar", accuracy=0.5, seed=0, protocol="final", model=BACKBONE, **settings):
+    """The part of a run's metrics.json that the table reads."""
+    folder.mkdir(parents=True)
+    values = {"model": model, "method": "rlrr", "task": task, "data": "digits", "seed": seed, "lr": 1e-3} | settings
+    metrics = {"settings": values, "protocol": protocol, "task": task, "test_accuracy": accuracy}
+    (folder / "metrics.json").write_text(json.dumps({k: v for k, v in metrics.items() if v is not None}))
+
+
+def summary(capsys, *paths):
+    capsys.readouterr()
+    assert status("table", "--format", "json", *paths) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_two_means_differ_and_say_over_how_many_tasks(tmp_path, capsys):
+    write(tmp_path / "runs" / "a", "vtab/cifar", 0.9)
+    write(tmp_path / "runs" / "b", "vtab/svhn", 0.7)
+    write(tmp_path / "runs" / "deep" / "c", "vtab/kitti", 0.2)
+    (column,) = summary(capsys, tmp_path)["columns"]
+    vtab = column["benchmarks"]["vtab"]
+    assert vtab["mean_over_tasks"] == pytest.approx(0.6)
+    assert vtab["mean_of_group_means"] == pytest.approx((0.8 + 0.2) / 2)
+    assert vtab["groups"] == pytest.approx({"natural": 0.8, "structured": 0.2})
+    assert (vtab["tasks"], vtab["of_tasks"], len(vtab["missing"])) == (3, 19, 16)
+    assert "vtab/eurosat" in vtab["missing"]
+
+    assert status("table", tmp_path, "--format", "markdown") == 0
+    out = capsys.readouterr().out
+    assert "| natural | cifar | 90.0 |" in out
+    assert "| specialized | eurosat | - |" in out
+    assert f"| 1 | rlrr | {BACKBONE} | final | 1 | 3 of 19 | 60.0 | 80.0 | - | 20.0 | 50.0 (of 2 groups) |" in out
+    assert f"| paper | RLRR | {BACKBONE} | best-on-test* | - | 19 of 19 | 74.5* | - | - | - | - |" in out
+    assert "| paper | LoRA | " in out
+
+
+def test_all_tasks_give_the_mean_of_the_three_groups(tmp_path, capsys):
+    for number, name in enumerate(name for names in VTAB_GROUPS.values() for name in names):
+        write(tmp_path / name, f"vtab/{name}", number / 100)
+    (column,) = summary(capsys, tmp_path)["columns"]
+    vtab = column["benchmarks"]["vtab"]
+    assert vtab["mean_over_tasks"] == pytest.approx(0.09)  # 0 to 18
+    assert vtab["mean_of_group_means"] == pytest.approx((0.03 + 0.085 + 0.145) / 3)  # 0-6, 7-10, 11-18
+    assert vtab["missing"] == []
+
+
+def test_seeds_are_averaged_before_tasks(tmp_path, capsys):
+    for seed, accuracy in enumerate((0.2, 0.4, 0.9)):
+        write(tmp_path / f"cifar{seed}", "vtab/cifar", accuracy, seed)
+    write(tmp_path / "svhn", "vtab/svhn", 0.7)
+    (column,) = summary(capsys, tmp_path)["columns"]
+    cifar = column["tasks"]["vtab/cifar"]
+    assert cifar["mean"] == pytest.approx(0.5)
+    assert cifar["std"] == pytest.approx(0.13**0.5)  # (0.09 + 0.01 + 0.16) / (3 - 1)
+    assert cifar["seeds"] == [0, 1, 2]
+    assert column["tasks"]["vtab/svhn"]["std"] is None
+    assert column["benchmarks"]["vtab"]["mean_over_tasks"] == pytest.approx(0.6)
+    assert status("table", tmp_path, "--format", "markdown") == 0
+    out = capsys.readouterr().out
+    assert "| natural | cifar | 50.0 ± 36.1 (3) |" in out
+    assert "| 1 to 3 | 2 of 19 |" in out
+
+
+def test_protocols_are_never_averaged_together_and_best_on_test_is_marked(tmp_path, capsys):
+    write(tmp_path / "a", accuracy=0.5, protocol="final")
+    write(tmp_path / "b", accuracy=0.9, protocol="best-on-test")
+    first, second = summary(capsys, tmp_path)["columns"]
+    assert (first["protocol"], first["tasks"]["vtab/cifar"]["mean"]) == ("best-on-test", 0.9)
+    assert (second["protocol"], second["tasks"]["vtab/cifar"]["mean"]) == ("final", 0.5)
+    assert status("table", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"cifar\W+90\.0\*\W+50\.0 ", out)
+    assert re.search(r"1 of 19\W+90\.0\*", out)
+    assert "50.0*" not in out
+    assert "* best-on-test: the epoch was chosen on the test images" in out
+
+
+def test_fgvc_has_one_mean_and_data_of_no_benchmark_none(tmp_path, capsys):
+    write(tmp_path / "cub", "fgvc/cub", 0.8)
+    write(tmp_path / "cars", "fgvc/cars", 0.9)
+    write(tmp_path / "digits", None, 0.95, model="tiny", data="digits")
+    found = summary(capsys, tmp_path)
+    tiny = next(column for column in found["columns"] if column["model"] == "tiny")
+    assert tiny["tasks"]["digits"]["mean"] == 0.95
+    assert tiny["benchmarks"] == {}
+    fgvc = next(column for column in found["columns"] if column["model"] == BACKBONE)["benchmarks"]["fgvc"]
+    assert fgvc["mean_over_tasks"] == pytest.approx(0.85)
+    assert fgvc["mean_of_group_means"] is None
+    assert fgvc["missing"] == ["fgvc/nabirds", "fgvc/flowers", "fgvc/dogs"]
+    assert {entry["benchmark"] for entry in found["published"]} == {"fgvc"}
+    assert status("table", tmp_path, "--format", "markdown") == 0
+    out = capsys.readouterr().out
+    assert "| 2 of 5 | 85.0 |" in out
+    assert "| digits | 95.0 |" in out
+    assert "| cub | 95.0 |" not in out
+
+
+def test_of_a_sweep_only_the_final_runs_count(tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    write(sweep / "runs" / "one", accuracy=0.1)
+    write(sweep / "final" / "two", accuracy=0.7, seed=1)
+    write(sweep / "final" / "earlier choice", accuracy=0.2, seed=1)
+    (sweep / "sweep.json").write_text(json.dumps({"final": [{"folder": "final/two"}]}))
+    (column,) = summary(capsys, tmp_path)["columns"]
+    assert column["tasks"]["vtab/cifar"]["accuracies"] == [0.7]
+    (sweep / "sweep.json").write_text(json.dumps({"final": []}))
+    assert status("table", sweep) == 2
+    assert "a sweep that has no final run yet" in capsys.readouterr().err
+
+
+def test_one_run_given_twice_counts_once(tmp_path, capsys, monkeypatch):
+    write(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    (column,) = summary(capsys, tmp_path / "a", tmp_path, "a/metrics.json", ".")["columns"]
+    assert column["tasks"]["vtab/cifar"]["seeds"] == [0]
+
+
+def test_runs_without_a_test_are_left_out_and_named(tmp_path, capsys):
+    write(tmp_path / "a")
+    write(tmp_path / "b", seed=1, accuracy=None)
+    assert summary(capsys, tmp_path)["left_out"] == [f"{tmp_path / 'b'}: no test accuracy"]
+    assert status("table", tmp_path / "b") == 2
+    assert "b was tested" in capsys.readouterr().err
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_one_experiment(tmp_path, capsys):
+    write(tmp_path / "a", seed=0)
+    write(tmp_path / "b", seed=1, lr=3e-3)
+    assert status("table", tmp_path) == 2
+    assert "that differ in lr" in capsys.readouterr().err
+    write(tmp_path / "c", seed=0, out="elsewhere", device="cuda")
+    assert status("table", tmp_path / "a", tmp_path / "c") == 2
+    assert "with one seed, 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "metrics.json is not what a run writes"), ('{"settings": {}}', "metrics.json is not what a run writes")],
+)
+def test_a_broken_file_is_named(tmp_path, capsys, text, words):
+    (tmp_path / "metrics.json").write_text(text)
+    assert status("table", tmp_path) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_paths_without_runs_are_refused(tmp_path, capsys):
+    assert status("table", tmp_path) == 2
+    assert "no run in" in capsys.readouterr().err
+    assert status("table", tmp_path / "none") == 2
+    assert "none does not exist" in capsys.readouterr().err
+
+
+def test_a_real_run_is_read(tuned, capsys):
+    (column,) = summary(capsys, tuned)["columns"]
+    assert (column["method"], column["protocol"]) == ("rlrr", "choose-epoch")
+
+
+def test_a_group_without_tasks_is_no_zero():
+    means = results.means("vtab", {"vtab/cifar": 0.4})
+    assert means is not None
+    assert (means.over_tasks, means.of_groups, dict(means.groups)) == (0.4, 0.4, {"natural": 0.4})
+    assert results.means("vtab", {"fgvc/cub": 0.4}) is None

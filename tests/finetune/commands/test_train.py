@@ -1,0 +1,89 @@
+"""One run from the command line: recipes, what replaces them, and resuming."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from rlrr_kernels.finetune.commands import options
+from rlrr_kernels.finetune.settings import Settings
+from tests.finetune.commands.conftest import QUICK, metrics_of, status
+
+
+def test_a_recipe_fills_what_was_not_given(tmp_path):
+    settings = options.settings_from({"task": "vtab/kitti", "data_root": tmp_path, "epochs": 20, "flip": False})
+    assert (settings.lr, settings.drop_path, settings.weight_decay) == (3e-3, 0.3, 5e-2)
+    assert (settings.epochs, settings.flip) == (20, False)
+    assert settings.model == "vit_base_patch16_224.orig_in21k"
+    assert settings.resolved_protocol == "final"
+
+
+def test_without_a_task_the_defaults_hold():
+    assert options.settings_from({"lr": 0.5}) == Settings(lr=0.5)
+
+
+def test_a_given_value_that_equals_the_default_still_beats_the_recipe(tmp_path):
+    """0 is the default drop path; a parser that compared with defaults would take the recipe's 0.3."""
+    given = {"task": "vtab/kitti", "data_root": tmp_path, "drop_path": Settings.drop_path}
+    assert options.settings_from(given).drop_path == 0.0
+
+
+def test_what_is_said_of_a_recipe_names_both_values():
+    lines = options.describe_recipe({"task": "vtab/kitti", "lr": 0.5, "weight_decay": 5e-2})
+    assert lines[0].startswith("recipe of vtab/kitti: model vit_base_patch16_224.orig_in21k, ")
+    assert "weight_decay 0.05" in lines[0]
+    assert "lr 0.5" not in lines[0]
+    assert lines[1:] == ["given instead: lr 0.5 (recipe: 0.003)"]
+    assert options.describe_recipe({"lr": 0.5}) == []
+
+
+def test_a_task_runs_by_its_recipe_and_tests_once_after_the_last_epoch(vtab, tmp_path, capsys):
+    words = ["--task", "vtab/kitti", "--data-root", vtab, "--model", Settings.model, "--out", tmp_path / "run"]
+    assert status(*words, *QUICK, "--cooldown-epochs", "0") == 0
+    out = capsys.readouterr().out
+    assert "recipe of vtab/kitti: " in out
+    assert "given instead: model vit_embedded_patch7_28 (recipe: vit_base_patch16_224.orig_in21k), " in out
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["images"] == {"trainval": 32, "test": 8}
+    assert metrics["settings"]["lr"] == 3e-3
+    assert metrics["settings"]["epochs"] == 2
+    assert f"last epoch, test accuracy {metrics['test_accuracy']:.4f}" in out
+
+
+def test_best_on_test_says_so(data, tmp_path, capsys):
+    assert status("--data", data, "--protocol", "best-on-test", "--out", tmp_path / "run", *QUICK) == 0
+    assert "chosen on the test images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_resume_alone_goes_on_with_the_run_s_own_settings(data, tmp_path, capsys, after):
+    """Stopped in the first epoch, and in the second."""
+    folder, steps, step = tmp_path / "a run", iter(range(100)), torch.optim.AdamW.step
+
+    def interrupt(self, *args, **kwargs):
+        if next(steps) == after:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with mock.patch.object(torch.optim.AdamW, "step", interrupt):
+        assert status("--data", data, "--lr", "0.003", "--out", folder, *QUICK) == 130
+    assert f"rlrr-finetune --resume '{folder}' goes on" in capsys.readouterr().err
+    assert status("--resume", folder) == 0
+    assert status("--data", data, "--lr", "0.003", "--out", tmp_path / "whole", *QUICK) == 0
+    resumed, whole = metrics_of(folder), metrics_of(tmp_path / "whole")
+    assert resumed["test_loss"] == whole["test_loss"]
+    assert resumed["settings"]["lr"] == 0.003
+
+
+def test_resume_into_an_empty_folder_takes_the_given_options(data, tmp_path):
+    """A run that was killed before it wrote anything has no settings of its own."""
+    (tmp_path / "run").mkdir()
+    assert status("--resume", tmp_path / "run", "--data", data, "--lr", "0.004", *QUICK) == 0
+    assert metrics_of(tmp_path / "run")["settings"]["lr"] == 0.004
+
+
+def test_a_resumed_run_refuses_another_learning_rate(data, tmp_path, capsys):
+    with mock.patch.object(torch.optim.AdamW, "step", side_effect=KeyboardInterrupt):
+        status("--data", data, "--out", tmp_path / "run", *QUICK)
+    assert status("--resume", tmp_path / "run", "--lr", "0.5") == 2
+    assert "lr: expected 0.01, as in the run to resume, got 0.5" in capsys.readouterr().err

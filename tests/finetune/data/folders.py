@@ -1,0 +1,70 @@
+"""Writes small datasets in the layouts that the package reads, with blanks in names."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from PIL import Image
+
+from rlrr_kernels.finetune.data import Splits, load_splits, make_transform
+from rlrr_kernels.finetune.recipes import FGVC, VTAB
+
+GREY = make_transform((1, 4, 4), (0.5,), (0.5,), "bilinear", train=False)
+
+
+def load(train=GREY, test=GREY, **settings) -> Splits:
+    """Splits of a run with these settings."""
+    return load_splits(
+        SimpleNamespace(**({"task": "", "data": "", "data_root": None, "seed": 0} | settings)), train, test
+    )
+
+
+def write_image(path: Path, red: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (10, 6), (red % 256, 0, 0)).save(path)
+
+
+def red(images, index: int) -> int:
+    """What :func:`write_image` was told."""
+    return images.items[index][0].getpixel((0, 0))[0]
+
+
+def write_vtab(root: Path, task: str = "cifar", train: int = 6, val: int = 3, test: int = 4) -> Path:
+    """A VTAB-1k task; image i of all is of class i modulo the task's and as red. Returns its folder."""
+    folder, classes, number = root / task, VTAB[task].classes, 0
+    lists: dict[str, list[str]] = {}
+    for split, count in (("train800", train), ("val200", val), ("test", test)):
+        lists[split] = []
+        for i in range(count):
+            name = f"images/{split}/a picture {i}.png"
+            write_image(folder / name, number)
+            lists[split].append(f"{name} {number % classes}")
+            number += 1
+    lists["train800val200"] = lists["train800"] + lists["val200"]
+    for split, lines in lists.items():
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_fgvc(root: Path, task: str = "flowers", name: str = "OxfordFlowers", images: str = ".") -> Path:
+    """An FGVC task whose class ids are 3, 13, 23, ...: all of them in train, every second in val and test."""
+    folder, lists, number = root / name, {}, 0
+    ids = [3 + 10 * label for label in range(FGVC[task].classes)]
+    for split, own in (("train", ids), ("val", ids[::2]), ("test", ids[1::2])):
+        lists[split] = {}
+        for key in own:
+            path = f"class {key}/{split} picture.png"
+            write_image(folder / images / path, number)
+            lists[split][path] = key
+            number += 1
+    lists["trainval"] = lists["train"] | lists["val"]
+    for split, items in lists.items():
+        (folder / f"{split}.json").write_text(json.dumps(items))
+    return folder
+
+
+def write_classes(root: Path, counts: dict[str, int], grey: int = 100) -> None:
+    """Class folders with so many images each."""
+    for label, (name, count) in enumerate(counts.items()):
+        for i in range(count):
+            write_image(root / name / f"image {i}.png", grey + label)

@@ -1,0 +1,145 @@
+"""VTAB-1k's layout: what is read, and every way in which a copy of it can be broken."""
+
+import pytest
+import torch
+
+from rlrr_kernels.finetune.data import make_transform
+
+from .folders import load, red, write_vtab
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "my vtab-1k"
+
+
+def vtab(root, task="cifar", **options):
+    return load(task=f"vtab/{task}", data_root=root, **options)
+
+
+def edit(file, line, text):
+    lines = file.read_text().split("\n")
+    lines[line - 1] = text
+    file.write_text("\n".join(lines))
+
+
+def test_the_four_lists_are_read_with_blanks_in_paths(root):
+    write_vtab(root)
+    splits = vtab(root)
+    assert splits.classes == 100
+    assert [red(splits.train, i) for i in range(6)] == [splits.train[i][1] for i in range(6)] == [0, 1, 2, 3, 4, 5]
+    assert [red(splits.val, i) for i in range(3)] == [splits.val[i][1] for i in range(3)] == [6, 7, 8]
+    assert [red(splits.test, i) for i in range(4)] == [splits.test[i][1] for i in range(4)] == [9, 10, 11, 12]
+    assert [splits.trainval[i][1] for i in range(9)] == list(range(9))
+    assert len(splits.trainval) == 9
+
+
+def test_train_and_trainval_see_the_training_transform_and_the_others_do_not(root):
+    write_vtab(root)
+    train = make_transform((1, 4, 6), (0.5,), (0.5,), "bicubic", train=True, flip=True)
+    splits = vtab(root, train=train)
+    shapes = {name: tuple(getattr(splits, name)[0][0].shape) for name in ("train", "trainval", "val", "test")}
+    assert shapes == {"train": (1, 4, 6), "trainval": (1, 4, 6), "val": (1, 4, 4), "test": (1, 4, 4)}
+
+
+def test_the_seed_of_the_run_decides_what_transforms_draw(root):
+    write_vtab(root)
+
+    def draw(seed):
+        return vtab(root, train=lambda image: torch.rand(1), seed=seed).trainval[3, 7][0]
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize(("ending", "label"), [("  6", 6), ("\t7 ", 7), (" 8\r", 8)])
+def test_any_blank_separates_and_blanks_at_the_end_do_not_count(root, ending, label):
+    folder = write_vtab(root)
+    for file in ("train800", "train800val200"):
+        edit(folder / f"{file}.txt", 2, f"images/train800/a picture 1.png{ending}")
+    assert vtab(root).train[1][1] == label
+
+
+def test_a_missing_folder_or_list_is_named(root):
+    with pytest.raises(FileNotFoundError, match=r"vtab/cifar: folder .*my vtab-1k/cifar does not exist"):
+        vtab(root)
+    folder = write_vtab(root)
+    for name in ("train800", "val200", "train800val200", "test"):
+        content = (folder / f"{name}.txt").read_text()
+        (folder / f"{name}.txt").unlink()
+        with pytest.raises(FileNotFoundError, match=rf"vtab/cifar: .*cifar/{name}\.txt does not exist"):
+            vtab(root)
+        (folder / f"{name}.txt").write_text(content)
+    vtab(root)
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("images/test/a picture 2.png", "expected '<path> <label>', got 'images/test/a picture 2.png'"),
+        ("7", "expected '<path> <label>', got '7'"),
+        ("images/test/a picture 2.png 1.5", "expected '<path> <label>', got .*1.5'"),
+        ("images/test/a picture 2.png 100", "label 100 is out of range, expected 0 to 99"),
+        ("images/test/a picture 2.png -1", "label -1 is out of range, expected 0 to 99"),
+        ("images/test/no picture.png 1", "image .*/images/test/no picture.png does not exist$"),
+        ("images/val200/a picture 0.png 6", r"image .* is listed already, at .*val200\.txt:1$"),
+        ("images/train800/a picture 4.png 4", r"image .* is listed already, at .*train800\.txt:5$"),
+        ("images/test/../test/a picture 0.png 9", r"image .* is listed already, at .*test\.txt:1$"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(root, line, error):
+    folder = write_vtab(root)
+    edit(folder / "test.txt", 3, line)
+    with pytest.raises((ValueError, OSError), match=rf"cifar/test\.txt:3: {error}"):
+        vtab(root)
+
+
+def test_labels_are_checked_against_the_tasks_classes(root):
+    write_vtab(root, "kitti")
+    assert vtab(root, "kitti").classes == 4
+    folder = write_vtab(root, "patch_camelyon", train=2, val=1, test=1)
+    edit(folder / "val200.txt", 1, "images/val200/a picture 0.png 2")
+    with pytest.raises(ValueError, match=r"val200\.txt:1: label 2 is out of range, expected 0 to 1"):
+        vtab(root, "patch_camelyon")
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "error"),
+    [
+        (9, "", r"val200\.txt:3: image .* is not in .*train800val200\.txt, which must list it too"),
+        (9, "images/val200/a picture 2.png 1", r"val200\.txt:3: image .* has label 8 here, but 1 at .*val200\.txt:9"),
+        (10, "images/test/a picture 2.png 1", r"train800val200\.txt:10: image .* in neither the training nor"),
+    ],
+)
+def test_the_joint_list_must_be_train_and_val_together(root, number, line, error):
+    folder = write_vtab(root)
+    edit(folder / "train800val200.txt", number, line)
+    with pytest.raises(ValueError, match=error):
+        vtab(root)
+
+
+def test_an_empty_list_or_one_that_is_no_text_is_an_error(root):
+    folder = write_vtab(root)
+    (folder / "test.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"test\.txt: the list is empty"):
+        vtab(root)
+    (folder / "test.txt").write_bytes(b"caf\xe9.png 1\n")
+    with pytest.raises(ValueError, match=r"test\.txt: expected UTF-8 text"):
+        vtab(root)
+
+
+@pytest.mark.parametrize("split", ["train800", "val200", "test"])
+def test_an_unreadable_image_of_any_list_is_found_before_training(root, split):
+    folder = write_vtab(root)
+    (folder / f"images/{split}/a picture 1.png").write_bytes(b"no picture")
+    with pytest.raises(OSError, match=rf"{split}\.txt:2: image .*{split}/a picture 1\.png cannot be read"):
+        vtab(root)
+
+
+def test_a_task_needs_its_root_and_a_known_name(tmp_path):
+    with pytest.raises(
+        ValueError, match="data_root: expected the folder that holds the images of vtab/cifar, got none"
+    ):
+        load(task="vtab/cifar")
+    with pytest.raises(ValueError, match=r"task: .* got 'vtab/cifar10'; did you mean vtab/cifar\?"):
+        load(task="vtab/cifar10", data_root=tmp_path)

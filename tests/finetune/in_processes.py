@@ -1,0 +1,90 @@
+"""What ``test_distributed.py`` runs under ``torchrun``: a few small runs, one after the other, in the same processes.
+
+``python -m torch.distributed.run ... -m tests.finetune.in_processes FOLDER``
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from rlrr_kernels.finetune import train
+from rlrr_kernels.finetune.distributed import launched, on_main
+from rlrr_kernels.finetune.trainer import Trainer
+from tests.finetune.runs import prepared
+
+#: 33 images: the last step has one, so of two processes one has none. 9 and 7 do not divide evenly either.
+SIZES = (33, 9, 7)
+
+#: Name -> settings of a run; batch sizes are those of two processes.
+RUNS = {
+    "ddp": {"batch_size": 16},
+    "ddp accumulated": {"batch_size": 8, "grad_accumulation": 2, "ema": 0.5},
+    "fsdp accumulated": {"batch_size": 8, "grad_accumulation": 2, "ema": 0.5, "parallel": "fsdp"},
+}
+
+#: Those that are also interrupted and resumed.
+RESUMED = ("ddp accumulated", "fsdp accumulated")
+
+
+class Unreadable(torch.utils.data.Dataset):
+    """Images of which one process cannot read a single one."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if launched().rank == 1:
+            raise OSError("this disk is broken")
+        return self.images[index]
+
+
+def stop_in_second_epoch(self):
+    if self.epoch == 1:
+        raise KeyboardInterrupt
+    update(self)
+
+
+update = Trainer._update
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    main_process = launched().main
+    found = {}
+    for name, changes in RUNS.items():
+        out = folder / name
+        found[name] = {"whole": train(prepared(folder, SIZES, out=out, **changes), quiet=True)}
+        if name not in RESUMED:
+            continue
+        with mock.patch.object(Trainer, "_update", stop_in_second_epoch):
+            cut = train(prepared(folder, SIZES, out=folder / f"{name} resumed", **changes), quiet=True)
+        assert cut["interrupted"] is True
+        assert len(cut["epochs"]) == 1
+        dist.barrier()
+        resumed = prepared(folder, SIZES, resume=folder / f"{name} resumed", **changes)
+        found[name]["resumed"] = train(resumed, quiet=True)
+    try:
+        train(prepared(folder, SIZES, out=folder / "ddp"), quiet=True)
+    except FileExistsError as error:
+        # each process has the main process's error
+        found[f"exists {launched().rank}"] = str(error)
+    everything = [None] * launched().size
+    dist.all_gather_object(everything, found)
+    if main_process:
+        (folder / "found.json").write_text(json.dumps(everything))
+    on_main(launched(), lambda: (folder / "failing").write_text(str(time.time())))
+    ready = prepared(folder, SIZES, out=folder / "broken")
+    train(dataclasses.replace(ready, splits=dataclasses.replace(ready.splits, train=Unreadable(ready.splits.train))))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

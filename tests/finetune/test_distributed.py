@@ -1,0 +1,132 @@
+"""Two processes on the CPU see, compute and write what one process with the doubled batch does."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlrr_kernels.finetune import train
+from rlrr_kernels.finetune.distributed import World, choose_device, on_main, total
+from tests.finetune.in_processes import RESUMED, RUNS, SIZES
+from tests.finetune.runs import prepared, results
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(*arguments, **options):
+    """Under torchrun, two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """All runs of ``in_processes.py``: (folder, what each process found, the finished process, when it ended)."""
+    folder = tmp_path_factory.mktemp("two processes")
+    done = launch("tests.finetune.in_processes", str(folder), cwd=ROOT)
+    ended = time.time()
+    assert (folder / "found.json").exists(), done.stderr[-3000:]
+    return folder, json.loads((folder / "found.json").read_text()), done, ended
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The same in one process with twice the batch: (metrics, adapter), without and with a moving average."""
+    folder, answers = tmp_path_factory.mktemp("one process"), {}
+    for ema in (0.0, 0.5):
+        out = folder / str(ema)
+        metrics = train(prepared(folder, SIZES, out=out, batch_size=32, ema=ema), quiet=True)
+        answers[ema] = metrics, adapter(out)
+    return answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_compute_what_one_does_with_the_doubled_batch(two, one, name):
+    folder, found, *_ = two
+    expected, tensors = one[RUNS[name].get("ema", 0.0)]
+    metrics = found[0][name]["whole"]
+    assert metrics["processes"] == 2
+    assert len(metrics["epochs"]) == 2
+    for epoch, other in zip(metrics["epochs"], expected["epochs"], strict=True):
+        for figure in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "lr"):
+            assert epoch[figure] == pytest.approx(other[figure], rel=1e-5), figure
+    assert metrics["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-5)
+    assert metrics["test_accuracy"] == pytest.approx(expected["test_accuracy"])
+    written = adapter(folder / name)
+    assert written.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert written[key].shape == tensor.shape
+        # a constant on all keys changes no attention: its gradient is rounding alone, which AdamW makes large
+        if not key.endswith("qkv.shift"):
+            torch.testing.assert_close(written[key], tensor, rtol=1e-3, atol=2e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_processes_agree_on_every_figure(two):
+    _, found, *_ = two
+    for name in RUNS:
+        assert results(found[0][name]["whole"]) == results(found[1][name]["whole"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_is_resumed_in_two_processes_bit_for_bit(two, name):
+    folder, found, *_ = two
+    assert found[0][name]["resumed"]["resumed_after"] == [1]
+    assert results(found[0][name]["resumed"]) == results(found[0][name]["whole"])
+    whole, resumed = adapter(folder / name), adapter(folder / f"{name} resumed")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_an_existing_folder_is_an_error_in_every_process(two):
+    _, found, *_ = two
+    for rank in range(2):
+        assert "a run never overwrites another" in found[rank][f"exists {rank}"]
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all_of_them(two):
+    folder, _, done, ended = two
+    assert done.returncode != 0
+    assert "this disk is broken" in done.stderr
+    assert ended - float((folder / "failing").read_text()) < 60
+
+
+@pytest.mark.slow
+def test_the_command_runs_under_torchrun_and_speaks_once(tmp_path):
+    done = launch(
+        *("rlrr_kernels.finetune", "--method", "linear", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu"),
+        *("--no-tensorboard", "--out", str(tmp_path / "run")),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy 0.") == 1
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["processes"] == 2
+
+
+def test_one_gpu_named_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="device: expected cuda or auto with 2 processes, got 'cuda:1'"):
+        choose_device("cuda:1")
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(ValueError, match="device: 'foo' cannot be used"):
+        choose_device("foo")
+
+
+def test_one_process_needs_no_group():
+    assert on_main(World(), lambda: 3) == 3
+    assert total(World(), torch.tensor(1.5), 2.0, device=torch.device("cpu")) == [1.5, 2.0]

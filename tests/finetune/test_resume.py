@@ -1,0 +1,244 @@
+"""An interrupted run, continued, is the run that was never interrupted: bit for bit, wherever it was cut."""
+
+import dataclasses
+import json
+import os
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlrr_kernels.finetune import Settings, prepare, report, train
+from rlrr_kernels.finetune.state import FILE, read_state, resumed
+from rlrr_kernels.finetune.trainer import Trainer
+from tests.finetune.runs import prepared, results
+
+EVERYTHING = {
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "label_smoothing": 0.1,
+    "ema": 0.8,
+    "drop_path": 0.3,
+    "flip": True,
+    "batch_size": 7,
+    "grad_accumulation": 2,
+    "cooldown_epochs": 1,
+    "sizes": (33, 20, 10),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    """Curves are drawn in test_loop.py; here they only take time."""
+    monkeypatch.setattr(report, "draw_curves", lambda metrics: b"a picture")
+
+
+class Killed(BaseException):
+    """As kill -9: nothing catches it."""
+
+
+def cut(at_step):
+    """Ends a run in the middle of an epoch, after so many steps."""
+    update = Trainer._update
+
+    def stop(self):
+        if self.step == at_step:
+            raise KeyboardInterrupt
+        update(self)
+
+    return mock.patch.object(Trainer, "_update", stop)
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "at_step"),
+    [
+        (EVERYTHING | {"workers": 2}, 5),
+        (EVERYTHING | {"protocol": "final", "precision": "bf16", "sizes": (24, 9, 10)}, 4),
+        ({"protocol": "best-on-test", "method": "full", "sizes": (20, 4, 8), "batch_size": 8}, 4),
+        ({"precision": "fp16", "sizes": (4, 2, 2), "batch_size": 2, "method": "linear", "epochs": 4}, 5),
+    ],
+    ids=["everything", "final", "best-on-test", "fp16"],
+)
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, changes, at_step):
+    whole = prepared(tmp_path, out=tmp_path / "whole", **{**changes, "workers": 0})
+    expected = train(whole, quiet=True)
+    out = tmp_path / "run"
+    with cut(at_step):
+        first = train(prepared(tmp_path, **changes), quiet=True)
+    assert first["interrupted"] is True
+    assert 1 <= len(first["epochs"]) < len(expected["epochs"])
+    torch.manual_seed(12345)  # what the process drew before must not matter
+    again = prepared(tmp_path, resume=out, **{**changes, "workers": 0})
+    metrics = train(again, quiet=True)
+    assert results(metrics) == results(expected)
+    assert metrics["resumed_after"] == [len(first["epochs"])]
+    assert same(adapter(out), adapter(tmp_path / "whole"))
+    left = dict(again.model.named_parameters())
+    assert all(torch.equal(p, left[n]) for n, p in whole.model.named_parameters())
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert not (out / "state").exists()
+
+
+def test_a_run_cut_in_its_first_epoch_starts_that_epoch_again(tmp_path):
+    options = {"sizes": (24, 8, 8), "batch_size": 12}
+    expected = train(prepared(tmp_path, out=tmp_path / "whole", **options), quiet=True)
+    with cut(1):
+        assert train(prepared(tmp_path, **options), quiet=True)["epochs"] == []
+    metrics = train(prepared(tmp_path, resume=tmp_path / "run", **options), quiet=True)
+    assert results(metrics) == results(expected)
+    assert same(adapter(tmp_path / "run"), adapter(tmp_path / "whole"))
+
+
+def test_an_earlier_best_epoch_outlives_the_interruption(tmp_path):
+    """Also where the adapter folder was lost, or is an epoch ahead of the state."""
+    options = {"epochs": 3, "sizes": (24, 8, 8), "batch_size": 12, "method": "linear"}
+    scores, tested = [(1.0, 0.9), (1.0, 0.5), (1.0, 0.6)], (2.0, 0.4)
+    with mock.patch.object(Trainer, "evaluate", side_effect=[*scores, tested]):
+        expected = train(prepared(tmp_path, out=tmp_path / "whole", **options), quiet=True)
+    assert expected["best_epoch"] == 1
+    with mock.patch.object(Trainer, "evaluate", side_effect=scores), cut(5):
+        train(prepared(tmp_path, **options), quiet=True)
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    again = prepared(tmp_path, resume=tmp_path / "run", **options)
+    with mock.patch.object(Trainer, "evaluate", side_effect=[scores[2], tested]):
+        assert results(train(again, quiet=True)) == results(expected)
+    assert same(adapter(tmp_path / "run"), adapter(tmp_path / "whole"))
+    assert torch.equal(again.model.head.weight, adapter(tmp_path / "whole")["head.weight"])
+
+
+def test_killed_at_any_write_a_run_can_be_resumed(tmp_path):
+    """Killed before the first, the second, ... file gets its name; from then on nothing is written or removed."""
+    options = {"sizes": (8, 8, 8), "batch_size": 8, "method": "linear"}
+    expected = train(prepared(tmp_path, out=tmp_path / "whole", **options), quiet=True)
+    out, survived, number = tmp_path / "run", False, 0
+    while not survived:
+        shutil.rmtree(out, ignore_errors=True)
+        survived = _killed_at(number, prepared(tmp_path, **options))
+        number += 1
+        if survived:
+            break
+        if json.loads((out / "metrics.json").read_text() if (out / "metrics.json").exists() else "{}").get("finished"):
+            continue
+        metrics = train(prepared(tmp_path, resume=out, **options), quiet=True)
+        assert results(metrics) == results(expected), number
+        assert same(adapter(out), adapter(tmp_path / "whole"))
+        assert sorted(p.name for p in out.iterdir()) == ["adapter", "curves.png", "metrics.json"], number
+    # state and metrics at the start; adapter, state and metrics for each epoch; metrics, curves and metrics at the end
+    assert number >= 2 + 2 * 3 + 3
+
+
+def _killed_at(number, ready):
+    """Run until the ``number``-th file or folder would get its name. Whether the run came to its end before."""
+    count = iter(range(10_000))
+    dead = False
+
+    def dying(call, counts):
+        def instead(*args, **kwargs):
+            nonlocal dead
+            if dead or (counts and next(count) == number):
+                dead = True
+                raise Killed
+            return call(*args, **kwargs)
+
+        return instead
+
+    counted = [mock.patch.object(os, name, dying(getattr(os, name), True)) for name in ("replace", "rename")]
+    others = [mock.patch.object(os, name, dying(getattr(os, name), False)) for name in ("unlink", "rmdir", "mkdir")]
+    patches = [*counted, *others, mock.patch.object(shutil, "rmtree", dying(shutil.rmtree, False))]
+    for patch in patches:
+        patch.start()
+    try:
+        train(ready, quiet=True)
+    except Killed:
+        return False
+    finally:
+        for patch in patches:
+            patch.stop()
+    return True
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was cut after its first epoch. Not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with cut(4):
+        train(prepared(folder, method="linear"), quiet=True)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": 1e-3}, r"lr: expected 0.005, as in the run to resume, got 0.001"),
+        ({"seed": 1}, "seed: expected 0"),
+        ({"batch_size": 16}, "batch_size: expected 32"),
+        ({"epochs": 3}, "epochs: expected 2"),
+        ({"method": "rlrr"}, "method: expected 'linear'"),
+    ],
+)
+def test_other_settings_are_refused_by_name(stopped, tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        prepared(tmp_path, resume=stopped, **{"method": "linear", **changes})
+
+
+def test_other_images_are_refused(stopped, tmp_path):
+    ready = prepared(tmp_path, sizes=(95, 40, 50), resume=stopped, method="linear")
+    with pytest.raises(ValueError, match=r"images: expected .*96.* as in the run to resume, got .*95"):
+        train(ready, quiet=True)
+
+
+def test_another_number_of_processes_is_refused(stopped, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="processes: expected 1, as in the run to resume, got 2"):
+        prepared(tmp_path, resume=stopped, method="linear")
+
+
+def test_device_workers_and_tensorboard_may_differ(stopped, tmp_path):
+    settings = resumed(stopped, {"workers": 1, "device": "cpu", "tensorboard": True})
+    assert settings == Settings(
+        method="linear", epochs=2, warmup_epochs=1, lr=5e-3, workers=1, device="cpu", resume=stopped
+    )
+    assert prepare(settings).state.record["epoch"] == 1
+    with pytest.raises(ValueError, match=r"lr: expected 0.005"):
+        prepare(resumed(stopped, {"lr": 0.5}))
+
+
+def test_a_finished_run_says_so(tmp_path):
+    train(prepared(tmp_path, method="linear", epochs=1, warmup_epochs=0, sizes=(8, 8, 8)), quiet=True)
+    with pytest.raises(ValueError, match=r"resume: the run in .*run is finished, after 1 epochs"):
+        read_state(tmp_path / "run")
+
+
+def test_folders_and_files_that_are_no_state_are_refused(stopped, tmp_path):
+    (tmp_path / "notes.txt").write_text("not a run")
+    with pytest.raises(ValueError, match=r"resume: .* is no unfinished run: it has no state"):
+        read_state(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"resume: .*none is no folder"):
+        read_state(tmp_path / "none")
+    whole = (stopped / FILE).read_bytes()
+    (tmp_path / FILE).parent.mkdir()
+    for damaged in (b"", whole[: len(whole) // 2], whole.replace(b"rlrr_kernels.state/1", b"rlrr_kernels.state/9")):
+        (tmp_path / FILE).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"resume: .*last.safetensors cannot be read"):
+            read_state(tmp_path)
+
+
+def test_a_state_of_other_parameters_is_refused_before_anything_is_copied(stopped, tmp_path):
+    state = read_state(stopped)
+    ready = prepared(tmp_path, method="linear")
+    trainer = Trainer(ready.settings, ready.model, ready.splits, ready.device)
+    before = trainer.trained()
+    other = dataclasses.replace(state, tensors={k: t for k, t in state.tensors.items() if k != "trained/head.bias"})
+    with pytest.raises(ValueError, match="resume: the state is of a model whose trained parameters"):
+        trainer.load(other)
+    assert same(trainer.trained(), before)

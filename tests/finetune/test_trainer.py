@@ -1,0 +1,144 @@
+"""One trainer: its schedule, what a step sums up, what its draws depend on."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from rlrr_kernels.finetune.trainer import Trainer
+from tests.finetune.runs import prepared
+
+
+def trainer(tmp_path, **changes):
+    ready = prepared(tmp_path, **changes)
+    return Trainer(ready.settings, ready.model, ready.splits, ready.device)
+
+
+def epoch(runner):
+    return runner.train_epoch(tqdm(disable=True))
+
+
+def rates(runner, steps):
+    found = []
+    for step in range(steps):
+        runner.scheduler.step_update(step)
+        found.append(runner.optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_the_schedule_warms_up_and_ends_low(tmp_path):
+    found = rates(trainer(tmp_path, epochs=4, warmup_epochs=1), 12)
+    assert found[0] == pytest.approx(1e-7)
+    assert max(found) == pytest.approx(5e-3, rel=0.2)
+    assert found.index(max(found)) == 3
+    assert found[3:] == sorted(found[3:], reverse=True)
+    assert found[-1] < 5e-4
+
+
+def test_the_rate_rises_in_the_second_warm_up_epoch(tmp_path):
+    """The published code runs two epochs at the first rate."""
+    found = rates(trainer(tmp_path, epochs=6, warmup_epochs=3), 9)
+    assert found == pytest.approx([1e-7 + (5e-3 - 1e-7) * step / 9 for step in range(9)])
+
+
+def test_the_cosine_restarts_and_cools_down(tmp_path):
+    found = rates(trainer(tmp_path, epochs=4, warmup_epochs=0, restart_epochs=2, cooldown_epochs=2, lr=1.0), 18)
+    assert found[0] == found[6] == 1.0
+    assert found[3] == found[9] == pytest.approx(0.5)
+    assert found[5] < 0.1
+    assert found[12:] == [1e-8] * 6
+
+
+def test_restarts_that_grow_are_cut_off_at_the_end(tmp_path):
+    """Cycles of 1, 2 and 4 epochs in 6 epochs of 3 steps: the last ends three quarters of its way down."""
+    options = {"epochs": 6, "warmup_epochs": 0, "restart_epochs": 1, "restart_factor": 2, "lr": 1.0, "min_lr": 0.0}
+    found = rates(trainer(tmp_path, **options), 18)
+    assert [step for step, rate in enumerate(found) if rate == 1.0] == [0, 3, 9]
+    assert found[6] == pytest.approx(0.5)
+    assert found[15] == pytest.approx(0.5)
+    assert found[17] == pytest.approx(0.5 * (1 + math.cos(math.pi * 8 / 12)))
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path):
+    """89 images: the last step has 25, in batches of 8, 8, 8 and 1."""
+    whole, parts = (
+        trainer(tmp_path, sizes=(89, 8, 8), lr=1e-3, warmup_epochs=0, batch_size=size, grad_accumulation=count)
+        for size, count in ((32, 1), (8, 4))
+    )
+    for _ in range(2):
+        one, other = epoch(whole), epoch(parts)
+        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
+        assert other["train_accuracy"] == one["train_accuracy"]
+    assert whole.step == parts.step == 6
+    for name, value in whole.trained().items():
+        # a constant on all keys changes no attention: its gradient is rounding alone, which AdamW makes large
+        if not name.endswith("qkv.shift"):
+            torch.testing.assert_close(parts.trained()[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_the_loss_is_smoothed_cross_entropy_over_all_images(tmp_path):
+    runner = trainer(tmp_path, lr=0.0, warmup_epochs=0, min_lr=0.0, label_smoothing=0.3)
+    images, labels = (torch.stack(part) for part in zip(*((x, torch.tensor(y)) for x, y in runner.images), strict=True))
+    with torch.no_grad():
+        logits = runner.model(images)
+    found = epoch(runner)
+    assert found["train_loss"] == pytest.approx(F.cross_entropy(logits, labels, label_smoothing=0.3).item(), rel=1e-5)
+    assert found["train_accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+
+
+def test_mixed_labels_train(tmp_path):
+    runner = trainer(tmp_path, sizes=(31, 8, 8), batch_size=7, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+    losses = [epoch(runner)["train_loss"] for _ in range(3)]
+    assert 1.0 < losses[-1] < losses[0]
+
+
+def test_drop_path_draws_by_seed_and_epoch_not_by_what_ran_before(tmp_path):
+    def losses(disturb):
+        runner = trainer(tmp_path, sizes=(48, 8, 8), drop_path=0.5)
+        found = []
+        for _ in range(2):
+            if disturb:
+                torch.rand(100)
+            found.append(epoch(runner)["train_loss"])
+        return found
+
+    plain = losses(False)
+    assert losses(True) == plain
+    assert trainer(tmp_path, sizes=(48, 8, 8)).settings.drop_path == 0
+    assert epoch(trainer(tmp_path, sizes=(48, 8, 8)))["train_loss"] != plain[0]
+
+
+def test_evaluation_counts_each_image_once_and_draws_nothing(tmp_path):
+    runner = trainer(tmp_path, drop_path=0.9, batch_size=16)
+    first = runner.evaluate(runner.splits.test)
+    assert runner.evaluate(runner.splits.test) == first
+    images, labels = zip(*runner.splits.test, strict=True)
+    with torch.no_grad():
+        logits = runner.model.eval()(torch.stack(images))
+    assert first[0] == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-5)
+    assert first[1] == (logits.argmax(1) == torch.tensor(labels)).double().mean().item()
+
+
+def test_bf16_autocast_trains(tmp_path):
+    runner = trainer(tmp_path, precision="bf16", warmup_epochs=0)
+    assert runner._logits(runner.model, runner.images[0][0][None]).dtype == torch.float32
+    seen = []
+    runner.model.blocks[0].mlp.act.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    first, second = (epoch(runner)["train_loss"] for _ in range(2))
+    assert second < first < 3
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(tmp_path):
+    runner = trainer(tmp_path, sizes=(4, 4, 4), batch_size=4, precision="fp16", warmup_epochs=0)
+    before = runner.trained()
+    runner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    epoch(runner)
+    assert runner.scaler.get_scale() == 2.0**23  # too large for fp16's gradients
+    assert all(torch.equal(value, before[name]) for name, value in runner.trained().items())
+    runner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    epoch(runner)
+    assert runner.scaler.get_scale() == 2.0**8
+    assert not torch.equal(runner.trained()["head.weight"], before["head.weight"])
