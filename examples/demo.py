@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rlrr_kernels import FusedRLRRLinear, merge_model
+from rlrr_kernels import FusedRLRRLinear, merge_and_unload
 from rlrr_kernels.checkpoint import write_atomically
 from rlrr_kernels.finetune import Settings, prepare, train
 from rlrr_kernels.finetune.report import draw_comparison, new_folder
@@ -32,7 +32,7 @@ LEARNING_RATES = {"rlrr": 2e-2, "linear": 1e-1}
 def merge_check(model: torch.nn.Module, images: torch.Tensor) -> tuple[float, float, bool]:
     """(largest logit, largest change of one when merged, whether all predictions stay)."""
     model.eval()
-    merged = merge_model(copy.deepcopy(model))
+    merged = merge_and_unload(copy.deepcopy(model))
     assert not any(isinstance(module, FusedRLRRLinear) for module in merged.modules())
     with torch.inference_mode():
         before, after = model(images), merged(images)
@@ -89,7 +89,7 @@ def main() -> None:
     assert merge is not None
     largest, change, same = merge
     console.print(
-        f"Merged into plain nn.Linear layers: logits up to {largest:.1f} change by at most {change:.1e}, "
+        f"Merged into a plain timm model: logits up to {largest:.1f} change by at most {change:.1e}, "
         f"{'every prediction is the same' if same else 'and predictions differ'}."
     )
     plot = folder / "comparison.png"

@@ -7,8 +7,8 @@ import torch
 
 from rlrr_kernels import RLRRConfig, count_parameters
 from rlrr_kernels.checkpoint import CONFIG, load_adapter, save_adapter
-from tests.models import small_swin, small_vit
 from tests.checkpoint.test_adapter import assert_untouched, edit, tuned, values_of
+from tests.models import small_swin, small_vit
 
 
 @pytest.fixture
