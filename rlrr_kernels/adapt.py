@@ -58,7 +58,7 @@ def apply_rlrr(
     if config.train_head and getattr(model, "num_classes", None) and next(head(model).parameters(), None) is None:
         raise ValueError(f"train_head: {type(model).__name__}.get_classifier() gives no head with parameters")
     plan = _Plan.of(model, config)
-    separate_bias = _separate_bias(model, plan)
+    separate_bias = qkv_readers(model, plan.linears)
     try:
         for module in separate_bias:
             module.qkv_bias_separate = True
@@ -88,10 +88,19 @@ def apply_rlrr(
     changed: Any = model
     changed.rlrr_config = config
     changed._rlrr_base = Base(
-        head={n: p.detach().clone() for n, p in head(model).named_parameters() if p.requires_grad},
+        head={},
         separate_bias=[name for name, module in model.named_modules() if module in separate_bias],
+        fast_paths=_leave_fast_path(model),
     )
+    remember_head(model)
     return model
+
+
+def remember_head(model: nn.Module) -> None:
+    """Take the head as it is now for the base model's, which :func:`~rlrr_kernels.disable_adapter` puts back."""
+    trained = {name: p for name, p in head(model).named_parameters() if p.requires_grad}
+    base: Any = model
+    base._rlrr_base.head = {name: p.detach().clone() for name, p in trained.items() if not p.is_meta}
 
 
 @dataclass
@@ -101,10 +110,12 @@ class Base:
     Attributes:
         head: the trained parameters of the head as they were.
         separate_bias: attention modules whose ``qkv_bias_separate`` was set.
+        fast_paths: ``nn.TransformerEncoderLayer`` modules, and what their switch of the fast path was.
     """
 
-    head: dict[str, Tensor]
-    separate_bias: list[str]
+    head: dict[str, Tensor] = field(default_factory=dict)
+    separate_bias: list[str] = field(default_factory=list)
+    fast_paths: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -129,10 +140,6 @@ class _Plan:
         published = known if known is not None and config.target_modules is None else None
         # a layer used in two places has two names; the model itself has none and cannot be replaced in place
         modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-        for pattern in config.exclude_modules:
-            if not _matching([pattern], modules):
-                raise ValueError(f"exclude_modules: {pattern!r} matches no module of {type(model).__name__}")
-        out = set(_matching([*config.exclude_modules, *(published.excluded if published else ())], modules))
         plan = cls()
         groups = config.groups if config.groups is not None else (known.groups if known else {})
         linears = [name for name, module in modules.items() if type(module) is nn.Linear]
@@ -141,16 +148,29 @@ class _Plan:
             if not matches and published is None:
                 raise ValueError(f"target_modules: {pattern!r} matches no nn.Linear of {type(model).__name__}")
             for name in matches:
-                if name not in out:
+                if not (published and _matching(published.excluded, [name])):
                     plan.linears[name] = _groups_of(name, modules[name], groups)
+        plan._add_norms(model, config, published, modules)
+        plan._exclude(config.exclude_modules, type(model).__name__)
         if not plan.linears:
             raise ValueError(f"target_modules: they leave no nn.Linear of {type(model).__name__} to adapt")
         if config.groups is not None:
             for pattern in config.groups:
                 if not _matching([pattern], plan.linears):
                     raise ValueError(f"groups: {pattern!r} matches no adapted nn.Linear of {type(model).__name__}")
-        plan._add_norms(model, config, published, modules, out)
+        for norm in plan.norms.values():
+            if isinstance(norm, nn.LayerNorm):
+                SSFLayerNorm.check(norm)
         return plan
+
+    def _exclude(self, patterns: Iterable[str], model: str) -> None:
+        for pattern in patterns:
+            out = _matching([pattern, f"{pattern}.*"], self.names)
+            if not out:
+                raise ValueError(f"exclude_modules: {pattern!r} matches nothing that would be adapted in {model}")
+            for name in out:
+                self.linears.pop(name, None)
+                self.norms.pop(name, None)
 
     def _add_norms(
         self,
@@ -158,7 +178,6 @@ class _Plan:
         config: RLRRConfig,
         published: Architecture | None,
         modules: dict[str, nn.Module],
-        out: set[str],
     ) -> None:
         norms = [name for name, m in modules.items() if isinstance(m, nn.LayerNorm) and name != PATCH_NORM]
         chosen: Iterable[str] = ()
@@ -166,21 +185,20 @@ class _Plan:
             chosen = _matching(published.norms, norms)
         elif config.norm_affine:
             chosen = norms
-        self.norms = {name: modules[name] for name in chosen if name not in out}
+        self.norms = {name: modules[name] for name in chosen}
         wanted = config.patch_affine
         if wanted is None:
             wanted = published is not None and published.patch_affine
-        if wanted and PATCH_NORM not in out:
-            norm = modules.get(PATCH_NORM)
-            if not isinstance(norm, (nn.Identity, nn.LayerNorm)):
+        if wanted:
+            norm = modules.get(PATCH_NORM, nn.Identity())
+            excluded = _matching(config.exclude_modules, [PATCH_NORM, "patch_embed"])
+            fits = PATCH_NORM in modules and isinstance(norm, (nn.Identity, nn.LayerNorm))
+            if not fits and not excluded:
                 raise ValueError(
-                    f"patch_affine: {type(model).__name__} has no {PATCH_NORM} as timm's patch embeddings have; "
+                    f"patch_affine: {type(model).__name__} has no {PATCH_NORM} that is nothing or a LayerNorm; "
                     "set patch_affine=False"
                 )
             self.norms[PATCH_NORM] = norm
-        for norm in self.norms.values():
-            if isinstance(norm, nn.LayerNorm):
-                SSFLayerNorm.check(norm)
 
 
 def _matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -196,10 +214,20 @@ def _groups_of(name: str, linear: Any, groups: Mapping[str, int]) -> int:
     return count
 
 
-def _separate_bias(model: nn.Module, plan: _Plan) -> list[Any]:
+def qkv_readers(model: nn.Module, linears: Iterable[str]) -> list[Any]:
     """Attention modules of EVA, BEiT and Swin V2 that call qkv only if its bias is added apart."""
-    parents = [model.get_submodule(name.rpartition(".")[0]) for name in plan.linears if name.endswith(".qkv")]
+    parents = [model.get_submodule(name.rpartition(".")[0]) for name in linears if name.endswith(".qkv")]
     return [parent for parent in parents if getattr(parent, "qkv_bias_separate", None) is False]
+
+
+def _leave_fast_path(model: nn.Module) -> dict[str, int]:
+    """In evaluation PyTorch's encoder layer reads its linears' weights itself, unless this says it cannot."""
+    left: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and next(adapters(module), None) is not None:
+            left[name] = module.activation_relu_or_gelu
+            module.activation_relu_or_gelu = 0
+    return left
 
 
 def _try(model: nn.Module, plan: _Plan, example_input: Any) -> bool:
@@ -238,6 +266,16 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """(name, module) of everything :func:`apply_rlrr` put in; a module used in two places comes once."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of ``torch.compile``'s and data-parallel wrappers."""
+    parallel = nn.parallel.DataParallel, nn.parallel.DistributedDataParallel
+    while True:
+        inner = model.module if isinstance(model, parallel) else model._modules.get("_orig_mod")
+        if inner is None:
+            return model
+        model = inner
 
 
 def head(model: nn.Module) -> nn.Module:

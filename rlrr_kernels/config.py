@@ -23,8 +23,8 @@ class RLRRConfig:
         target_modules: names of ``nn.Linear`` modules, or shell patterns over full names
             (``"blocks.*.mlp.fc1"``). None: those of the published method, for the
             architectures in :mod:`rlrr_kernels.architectures`.
-        exclude_modules: names or patterns to leave out again; linears, norms and the
-            patch embedding alike.
+        exclude_modules: names or patterns to leave out again, of linears and norms, or of modules
+            that hold them.
         groups: pattern over linears -> number of row blocks with a v each. None: three
             for the fused qkv of a plain vision transformer (published as three layers), one
             for Swin's (published as one); linears outside of the patterns have one.

@@ -72,6 +72,8 @@ class FusedRLRRLinear(nn.Linear):
         self.init = init
         self.enabled = True
         self.merged = False
+        #: whether the frozen layer has a bias; the merged one always does
+        self.frozen_bias = bias
         #: the frozen W and b while W' and b + f are in their place, if they were kept
         self._frozen: tuple[nn.Parameter, nn.Parameter | None] | None = None
         new: dict[str, Any] = {"device": self.weight.device, "dtype": accumulation_dtype(self.weight.dtype)}
@@ -136,10 +138,15 @@ class FusedRLRRLinear(nn.Linear):
         return rescaled_linear(x, self.weight, self.scale_out, self.scale_in, self.bias, self.shift)
 
     def _plain(self, x: Tensor) -> Tensor:
-        if self.merged and self.training and torch.is_grad_enabled():
+        if self.merged and self.enabled and self.training and torch.is_grad_enabled():
             raise RuntimeError("FusedRLRRLinear: u, v, f are merged and would not train; unmerge first")
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if self.merged and not self.enabled:
+            if self._frozen is None:
+                raise RuntimeError("FusedRLRRLinear: disabled, but the frozen weight was not kept when merging")
+            weight, bias = self._frozen
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @torch.no_grad()
     def merged_weight(self) -> tuple[Tensor, Tensor]:
@@ -167,6 +174,7 @@ class FusedRLRRLinear(nn.Linear):
         """
         weight, bias = self.merged_weight()
         self._frozen = (cast(nn.Parameter, self.weight), self.bias) if keep else None
+        self.frozen_bias = self.bias is not None
         # new parameters: W may be tied to a layer that is not merged
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
@@ -192,6 +200,9 @@ class FusedRLRRLinear(nn.Linear):
         if self._frozen is None:
             if weight is None:
                 raise RuntimeError("FusedRLRRLinear: the frozen weight was not kept; give it to unmerge")
+            if (bias is not None) is not self.frozen_bias:
+                wanted = "the frozen bias" if self.frozen_bias else "none, as the frozen layer has none"
+                raise ValueError(f"bias: expected {wanted}, got {'one' if bias is not None else 'none'}")
             for name, given, expected in (("weight", weight, self.weight.shape), ("bias", bias, self.shift.shape)):
                 if given is not None and given.shape != expected:
                     raise ValueError(f"{name}: expected shape {list(expected)}, got {list(given.shape)}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import Base, adapters, head, replace
+from rlrr_kernels.adapt import Base, adapters, head, replace, unwrapped
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
 from rlrr_kernels.reference import accumulation_dtype
@@ -46,6 +46,8 @@ def merge(model: nn.Module, *, safe_merge: bool = False, keep: bool = True) -> n
     layers = _linears(model)
     if any(layer.merged for _, layer in layers):
         raise RuntimeError("model: it is already merged")
+    if not all(layer.enabled for _, layer in layers):
+        raise RuntimeError("model: its adapters are switched off, as inside disable_adapter")
     if safe_merge:
         _check_finite(model)
     _warn_of_loss(layers)
@@ -76,8 +78,12 @@ def unmerge(model: nn.Module, base: Mapping[str, Tensor] | None = None) -> nn.Mo
                 raise ValueError(f"base: expected {name}.weight, as merge(keep=False) kept no copy")
             if weight.shape != layer.weight.shape:
                 raise ValueError(f"base: expected {name}.weight {list(layer.weight.shape)}, got {list(weight.shape)}")
+            bias = given.get(f"{name}.bias") if layer.frozen_bias else None
+            if layer.frozen_bias and (bias is None or bias.shape != layer.shift.shape):
+                found = "none" if bias is None else list(bias.shape)
+                raise ValueError(f"base: expected {name}.bias {list(layer.shift.shape)}, got {found}")
     for name, layer in layers:
-        layer.unmerge(given.get(f"{name}.weight"), given.get(f"{name}.bias"))
+        layer.unmerge(given.get(f"{name}.weight"), given.get(f"{name}.bias") if layer.frozen_bias else None)
     return model
 
 
@@ -101,7 +107,7 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
     Warns:
         UserWarning: as :func:`merge`.
     """
-    layers = _linears(model)
+    layers, inner = _linears(model), unwrapped(model)
     if safe_merge:
         _check_finite(model)
     _warn_of_loss([(name, layer) for name, layer in layers if not layer.merged])
@@ -110,20 +116,24 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
     if isinstance(model, SSFLayerNorm):
         return model.to_layer_norm()
     plain: dict[int, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for name, module in list(inner.named_modules(remove_duplicate=False)):
         if isinstance(module, (FusedRLRRLinear, SSFLayerNorm)):
             if id(module) not in plain:
                 plain[id(module)] = (
                     module.to_linear() if isinstance(module, FusedRLRRLinear) else module.to_layer_norm()
                 )
-            replace(model, name, plain[id(module)].requires_grad_(False))
+            replace(inner, name, plain[id(module)].requires_grad_(False))
         elif isinstance(module, SSFAffine):
-            parent: Any = model.get_submodule(name.rpartition(".")[0])
+            parent: Any = inner.get_submodule(name.rpartition(".")[0])
             parent.proj = _absorb(parent.proj, module)
-            replace(model, name, nn.Identity().train(module.training))
+            replace(inner, name, nn.Identity().train(module.training))
+    base: Base = getattr(inner, "_rlrr_base", Base())
+    for name, switch in base.fast_paths.items():
+        layer: Any = inner.get_submodule(name)
+        layer.activation_relu_or_gelu = switch
     for name in ("rlrr_config", "_rlrr_base"):
-        if hasattr(model, name):
-            delattr(model, name)
+        if hasattr(inner, name):
+            delattr(inner, name)
     return model
 
 
@@ -131,7 +141,9 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block the model is the base model, bit for bit, its head included.
 
-    A merged model is unmerged for the time (which needs its copy of the weights).
+    The head is that of the time of :func:`~rlrr_kernels.apply_rlrr`; one that was put in later stays. With
+    ``frozen_dtype`` the base model is the one with its weights rounded to that. A merged model is unmerged
+    for the time (which needs its copy of the weights).
 
     Raises:
         ValueError: no adapters. RuntimeError: it was merged with ``keep=False``.
@@ -141,9 +153,16 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         raise RuntimeError("model: it was merged with keep=False; unmerge it with the base weights first")
     modules = [module for _, module in adapters(model)]
     was_enabled = [module.enabled for module in modules]
-    base: Base = getattr(model, "_rlrr_base", Base({}, []))
-    flagged: list[Any] = [model.get_submodule(name) for name in base.separate_bias]
-    trained = {name: p for name, p in head(model).named_parameters() if name in base.head}
+    inner: Any = unwrapped(model)
+    base: Base = getattr(inner, "_rlrr_base", Base())
+    # a model that adds the bias of qkv itself cannot multiply by a weight in another dtype than x
+    rounded = getattr(inner, "rlrr_config", None) is not None and inner.rlrr_config.frozen_dtype is not None
+    flagged: list[Any] = [] if rounded else [inner.get_submodule(name) for name in base.separate_bias]
+    flags = [module.qkv_bias_separate for module in flagged]
+    trained = dict(head(inner).named_parameters())
+    if {n: p.shape for n, p in trained.items()} != {n: p.shape for n, p in base.head.items()}:
+        trained = {}
+    put_back = {name: base.head[name] for name in trained}
     now = {name: p.detach().clone() for name, p in trained.items()}
     for layer in merged:
         layer.unmerge()
@@ -152,12 +171,12 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             module.enabled = False
         for module in flagged:
             module.qkv_bias_separate = False
-        _copy(base.head, trained)
+        _copy(put_back, trained)
         yield model
     finally:
         _copy(now, trained)
-        for module in flagged:
-            module.qkv_bias_separate = True
+        for module, flag in zip(flagged, flags, strict=True):
+            module.qkv_bias_separate = flag
         for module, enabled in zip(modules, was_enabled, strict=True):
             module.enabled = enabled
         for layer in merged:

@@ -250,7 +250,7 @@ class SSFAffine(_Affine):
         self._add_affine(dim, device, dtype, init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., D]``, in the dtype that x and s promote to, as in the published code.
+        """``[..., D]`` to ``[..., D]`` in x's dtype, formed in s's; under autocast in s's, as the published code.
 
         Raises:
             TypeError: x is no floating-point tensor.
@@ -259,7 +259,8 @@ class SSFAffine(_Affine):
         if not self.enabled:
             return x
         _check(x, self.ssf_scale)
-        return x * self.ssf_scale + self.ssf_shift
+        y = x * self.ssf_scale + self.ssf_shift
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.ssf_scale.shape[0]}, init={self._init_name()}"
@@ -282,7 +283,8 @@ class _SSFLayerNorm(torch.autograd.Function):
         y, mean, rstd = ops.layer_norm(_rows(x), weight, bias, scale, shift, eps, dtype)
         ctx.save_for_backward(x, mean, rstd, weight, bias, scale)
         ctx.shift_dtype = shift.dtype
-        return y.view(x.shape)
+        # a view made in here could not be changed in place, as callers of nn.LayerNorm may
+        return torch.ops.aten._unsafe_view(y, x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

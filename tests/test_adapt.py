@@ -16,6 +16,7 @@ from rlrr_kernels import (
     SSFLayerNorm,
     apply_rlrr,
     count_parameters,
+    merge_and_unload,
     param_groups,
     print_trainable_parameters,
 )
@@ -118,7 +119,7 @@ def test_a_model_that_bypasses_a_layer_is_refused_and_left_alone(family, monkeyp
     """As timm's older Swin V2, which cannot be told to call its qkv."""
     name, options = FAMILIES[family]
     model = timm.create_model(name, num_classes=3, **options)
-    monkeypatch.setattr("rlrr_kernels.adapt._separate_bias", lambda *_: [])
+    monkeypatch.setattr("rlrr_kernels.adapt.qkv_readers", lambda *_: [])
     before = {n: type(m) for n, m in model.named_modules()}
     with pytest.raises(ValueError, match=r"model: .* does not call .*attn\.qkv as modules.*exclude_modules"):
         apply_rlrr(model)
@@ -164,6 +165,35 @@ def test_a_bypass_in_any_model_is_warned_of_once_in_the_first_training_pass(thro
         model(torch.zeros(2, 4))
     assert not model._forward_hooks
     assert not model.second._forward_pre_hooks
+
+
+@pytest.mark.parametrize("norm_affine", [False, True])
+def test_pytorchs_encoder_layers_do_not_bypass_it_in_evaluation(norm_affine):
+    """Their fast path reads the linears' and norms' weights, in evaluation alone."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    x = torch.randn(2, 4, 16)
+    apply_rlrr(model, target_modules=["*.linear1", "*.linear2"], norm_affine=norm_affine, example_input=x)
+    trained = model.train()(x)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), trained, atol=1e-5)
+        merge_and_unload(model)
+        assert model.layers[0].activation_relu_or_gelu == 1
+        assert torch.allclose(model(x), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [small_vit, small_swin])
+def test_sixteen_bit_models_run_and_train(make, dtype):
+    model = apply_rlrr(make().to(dtype))
+    expected = apply_rlrr(make().to(dtype)).float()
+    expected.load_state_dict(model.state_dict())
+    logits = model(X.to(dtype))
+    assert logits.dtype is dtype
+    assert torch.allclose(logits.float(), expected(X), atol=0.1)
+    logits.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype is p.dtype for p in model.parameters() if p.requires_grad)
 
 
 def test_trying_the_model_computes_nothing_and_changes_nothing():
@@ -215,6 +245,8 @@ def test_config_and_options():
     assert not kinds(model, SSFAffine)
     assert model.rlrr_config == RLRRConfig(exclude_modules=("blocks.1.*", "norm"), init="identity", patch_affine=False)
     assert not kinds(apply_rlrr(small_vit(), norm_affine=False), SSFLayerNorm)
+    parent = apply_rlrr(small_vit(), exclude_modules=["blocks.0", "patch_embed"])
+    assert {name[:8] for name in kinds(parent, (FusedRLRRLinear, SSFLayerNorm, SSFAffine))} == {"blocks.1", "norm"}
     named = apply_rlrr(small_vit(), target_modules=["blocks.0.mlp.fc1"])
     assert not kinds(named, SSFLayerNorm) | kinds(named, SSFAffine)
     assert len(kinds(apply_rlrr(small_vit(), target_modules="blocks.0.mlp.fc1", norm_affine=True), SSFLayerNorm)) == 5
@@ -290,9 +322,10 @@ def test_named_targets_on_any_model():
         (
             {"exclude_modules": ["blocks.7.*"]},
             ValueError,
-            r"exclude_modules: 'blocks.7.\*' matches no module of Vision",
+            r"exclude_modules: 'blocks.7.\*' matches nothing",
         ),
         ({"exclude_modules": ["blocks.*"]}, ValueError, "target_modules: they leave no nn.Linear"),
+        ({"exclude_modules": ["head"]}, ValueError, "exclude_modules: 'head' matches nothing that would be adapted"),
         ({"groups": {"*.qkv": 5}}, ValueError, "groups: 5 does not divide the 144 rows of blocks.0.attn.qkv"),
         ({"groups": {"*.fc9": 2}}, ValueError, r"groups: '\*.fc9' matches no adapted nn.Linear"),
         ({"lr": 1}, TypeError, "lr"),

@@ -75,6 +75,38 @@ def test_without_a_kept_copy_unmerging_takes_reloaded_weights():
     assert model.layers[1].downsample.reduction.bias is None
 
 
+def test_without_a_kept_copy_a_bias_must_come_back_too():
+    model, plain = tuned(), small_vit().state_dict()
+    merge(model, keep=False)
+    without = {name: p for name, p in plain.items() if name != "blocks.1.mlp.fc1.bias"}
+    with pytest.raises(ValueError, match=r"base: expected blocks.1.mlp.fc1.bias \[192\], got none"):
+        unmerge(model, without)
+    layer = model.blocks[0].mlp.fc1
+    with pytest.raises(ValueError, match="bias: expected the frozen bias, got none"):
+        layer.unmerge(layer.weight)
+    unmerge(model, plain)
+    bare = FusedRLRRLinear(4, 4, bias=False)
+    bare.merge(keep=False)
+    with pytest.raises(ValueError, match="bias: expected none, as the frozen layer has none, got one"):
+        bare.unmerge(torch.zeros(4, 4), torch.zeros(4))
+
+
+def test_a_disabled_layer_is_the_frozen_one_merged_or_not():
+    layer, x = FusedRLRRLinear(8, 6), torch.randn(3, 8)
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    layer.merge()
+    layer.enabled = False
+    assert torch.equal(layer(x), expected)
+    model = tuned()
+    with disable_adapter(model), pytest.raises(RuntimeError, match="switched off"):
+        merge(model)
+    gone = FusedRLRRLinear(8, 6)
+    gone.merge(keep=False)
+    gone.enabled = False
+    with pytest.raises(RuntimeError, match="was not kept"):
+        gone(x)
+
+
 def test_a_merged_model_does_not_train():
     model = merge(tuned())
     model(X)  # evaluation needs no no_grad
@@ -271,3 +303,79 @@ def test_disabling_needs_adapters_and_the_kept_weights():
     with pytest.raises(RuntimeError, match="merged with keep=False"), disable_adapter(model):
         pass
     assert all(m.enabled for m in model.modules() if isinstance(m, SSFLayerNorm))
+
+
+def test_nested_blocks_put_back_what_was_there():
+    torch.manual_seed(0)
+    model = apply_rlrr(timm.create_model("beit_base_patch16_224", depth=1, num_classes=3))
+    attention = model.blocks[0].attn
+    with disable_adapter(model):
+        with disable_adapter(model):
+            pass
+        assert attention.qkv_bias_separate is False
+        assert attention.qkv.enabled is False
+    assert attention.qkv_bias_separate is True
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_tiny_patch16_224"])
+def test_disabled_with_rounded_weights_it_is_the_model_with_those(name):
+    torch.manual_seed(0)
+    options = {"depth": 1, "num_classes": 3}
+    model = timm.create_model(name, **options).requires_grad_(False).eval()
+    rounded = copy.deepcopy(model)
+    apply_rlrr(model, frozen_dtype="bfloat16")
+    for linear, layer in zip(rounded.modules(), model.modules(), strict=False):
+        if isinstance(layer, FusedRLRRLinear):
+            linear.weight.copy_(layer.weight)
+            if layer.bias is not None:
+                linear.bias.copy_(layer.bias)
+    x = torch.randn(1, 3, 224, 224)
+    with disable_adapter(model):
+        assert torch.allclose(model(x), rounded(x), atol=1e-5)
+
+
+def test_a_wrapped_model_is_the_model_inside():
+    base, model = small_vit(), tuned()
+    wrapped = torch.nn.DataParallel(model, device_ids=None) if torch.cuda.is_available() else Wrapper.of(model)
+    with disable_adapter(wrapped):
+        assert torch.equal(model(X), base(X))
+    merge_and_unload(wrapped)
+    assert not hasattr(model, "rlrr_config")
+
+
+class Wrapper(nn.parallel.DataParallel):
+    """DataParallel without a GPU."""
+
+    @classmethod
+    def of(cls, model):
+        return cls(model)
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def test_a_head_that_was_put_in_later_stays():
+    model, base = tuned(), small_vit()
+    model.reset_classifier(9)
+    logits = model(X)
+    with disable_adapter(model):
+        assert model(X).shape == (2, 9)
+        assert torch.equal(model.forward_features(X), base.forward_features(X))
+    assert torch.equal(model(X), logits)
+    one = tuned(lambda: small_vit(classes=1))
+    one.reset_classifier(5)
+    weight = one.head.weight.clone()
+    with disable_adapter(one):
+        assert torch.equal(one.head.weight, weight)
+    model.reset_classifier(0)
+    with disable_adapter(model):
+        assert torch.equal(model.forward_features(X), base.forward_features(X))
+
+
+def test_a_model_filled_after_it_was_prepared_without_data_can_be_disabled():
+    with torch.device("meta"):
+        model = apply_rlrr(small_vit())
+    model.load_state_dict(apply_rlrr(small_vit()).state_dict(), assign=True)
+    with disable_adapter(model.eval()):
+        features = model.forward_features(X)
+    assert torch.equal(features, small_vit().forward_features(X))

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import apply_rlrr
+from rlrr_kernels.adapt import apply_rlrr, unwrapped
 from rlrr_kernels.checkpoint import manifest as manifests
 from rlrr_kernels.checkpoint.card import model_card
 from rlrr_kernels.checkpoint.files import is_temporary, replace_folder, write_atomically, write_folder
 from rlrr_kernels.checkpoint.manifest import Manifest, whole
-from rlrr_kernels.checkpoint.trained import check_enabled, check_fit, copy_into, reshard, trained_parameters, unwrapped
+from rlrr_kernels.checkpoint.trained import check_enabled, check_fit, copy_into, reshard, trained_parameters
 
 CONFIG, WEIGHTS, CARD = manifests.FILE_NAME, "adapter_model.safetensors", "README.md"
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rlrr_kernels._version import __version__
 from rlrr_kernels.adapt import adapters
+from rlrr_kernels.checkpoint.trained import plain_name
 from rlrr_kernels.config import RLRRConfig
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.reference import accumulation_dtype
@@ -25,7 +26,7 @@ FILE_NAME = "adapter_config.json"
 #: A real one has some kilobytes; more is refused before it is parsed.
 LARGEST_FILE = 2**20
 
-#: Largest difference of fingerprints: relative of the means, absolute of the alternating sums. bfloat16
+#: Largest difference of fingerprints: relative of the means, absolute of the signed sums. bfloat16
 #: storage moves the first by less than 1e-3 and the second by about 1e-3.
 TOLERANCES = (1e-2, 2e-2)
 
@@ -142,7 +143,7 @@ class Manifest:
         Raises:
             ValueError: it has not; names the first layer that differs.
         """
-        modules = dict(model.named_modules())
+        modules = {plain_name(name): module for name, module in model.named_modules()}
         for name, expected in self.fingerprint.items():
             weight = _weight(modules[name]) if name in modules else None
             if weight is None:
@@ -162,15 +163,22 @@ class Manifest:
 def fingerprint(weight: Tensor) -> tuple[float, float]:
     """Two numbers that tell pretrained weights apart and survive rounding to 16 bits.
 
-    The mean of |W|, and the sum of W with alternating signs over its Euclidean norm. Two
-    draws from one distribution agree in the first; in the second they differ by about 1.
+    The mean of |W|, and the sum of W with signs that rows and columns have, over its Euclidean
+    norm. Two draws from one distribution, or another order of rows, agree in the first; in the second
+    they differ by about 1.
     """
     values = whole(weight).detach()
-    values = values.to(accumulation_dtype(values.dtype)).flatten()
+    values = values.to(accumulation_dtype(values.dtype)).flatten(1)
     norm = values.norm().clamp_min(torch.finfo(values.dtype).tiny)
-    alternating = (values[0::2].sum() - values[1::2].sum()) / norm
-    mean, alternating = torch.stack((values.abs().mean(), alternating)).tolist()
-    return float(f"{mean:.8g}"), float(f"{alternating:.8g}")
+    rows, columns = (_signs(count, values) for count in values.shape)
+    mean, signed = torch.stack((values.abs().mean(), rows @ (values @ columns) / norm)).tolist()
+    return float(f"{mean:.8g}"), float(f"{signed:.8g}")
+
+
+def _signs(count: int, like: Tensor) -> Tensor:
+    """+1 and -1 in an order without a period (the top bit of multiples of 2^32 over the golden ratio)."""
+    bits = (torch.arange(count, device=like.device) * 2654435769 >> 31) & 1
+    return (2 * bits - 1).to(like.dtype)
 
 
 def describe_base(model: nn.Module) -> dict[str, str | None]:
@@ -207,7 +215,7 @@ def _frozen_weights(model: nn.Module) -> dict[str, Tensor]:
             if isinstance(module, nn.Linear) and not module.weight.requires_grad
         }
     weights = {name: _weight(module) for name, module in layers.items()}
-    return {name: weight for name, weight in weights.items() if weight is not None and not weight.is_meta}
+    return {plain_name(name): w for name, w in weights.items() if w is not None and not w.is_meta}
 
 
 def _close(got: tuple[float, float], expected: tuple[float, float]) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from rlrr_kernels.adapt import adapters, head
-from rlrr_kernels.checkpoint.trained import SHOWN, unwrapped
+from rlrr_kernels.adapt import adapters, head, remember_head, unwrapped
+from rlrr_kernels.checkpoint.trained import SHOWN
 from rlrr_kernels.linear import FusedRLRRLinear
 
 Shape = tuple[int, ...]
@@ -66,6 +66,8 @@ def load_npz_backbone(model: nn.Module, path: str | Path) -> nn.Module:
     except (ValueError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or does not fit the model: {error}") from error
     target.load_pretrained(str(path))
+    if hasattr(target, "rlrr_config"):
+        remember_head(target)
     return model
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import apply_rlrr, head
-from rlrr_kernels.checkpoint.trained import SHOWN, check_fit, copy_into, unwrapped
+from rlrr_kernels.adapt import apply_rlrr, head, unwrapped
+from rlrr_kernels.checkpoint.trained import SHOWN, check_fit, copy_into
 from rlrr_kernels.config import RLRRConfig
 
 _QKV = ("query", "key", "value")

@@ -29,7 +29,17 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in module.named_parameters(recurse=False):
             if not (isinstance(module, Adapter) and name in ("weight", "bias")):
                 chosen.add(id(parameter))
-    return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in chosen}
+    return {name: p for name, p in parameters_of(model).items() if p.requires_grad or id(p) in chosen}
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, under the names of the model before parts of it were compiled."""
+    return {plain_name(name): p for name, p in model.named_parameters()}
+
+
+def plain_name(name: str) -> str:
+    """A name without what ``torch.compile`` puts into it."""
+    return name.replace("_orig_mod.", "")
 
 
 def check_fit(
@@ -64,7 +74,7 @@ def check_fit(
             plan = apply_rlrr(skeleton_of(model), config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source} does not fit the model: {error}") from error
-    known, wanted = dict(plan.named_parameters()), trained_parameters(plan)
+    known, wanted = parameters_of(plan), trained_parameters(plan)
     if not (layers or prepare) and len(wanted) == len(known):
         wanted = {}  # a plain model does not say what of it was trained
     problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys() - set(optional))]
@@ -84,7 +94,7 @@ def check_fit(
 @torch.no_grad()
 def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> None:
     """Copy checked tensors into parameters of a model; those on the meta device are made anew on ``device``."""
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     made = {
         id(parameters[name]): nn.Parameter(
             tensor.to(device or "cpu", parameters[name].dtype, copy=True), parameters[name].requires_grad
@@ -111,16 +121,6 @@ def _as_sharded(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
     layout: Any = parameter
     assert isinstance(layout, DTensor)
     return distribute_tensor(tensor.to(layout.device_mesh.device_type), layout.device_mesh, layout.placements)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of ``torch.compile``'s and data-parallel wrappers."""
-    parallel = nn.parallel.DataParallel, nn.parallel.DistributedDataParallel
-    while True:
-        inner = model.module if isinstance(model, parallel) else model._modules.get("_orig_mod")
-        if inner is None:
-            return model
-        model = inner
 
 
 def reshard(model: nn.Module) -> None:

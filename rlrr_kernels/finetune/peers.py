@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlrr_kernels.adapt import apply_rlrr, count_parameters, head, replace
+from rlrr_kernels.adapt import apply_rlrr, count_parameters, head, qkv_readers, replace
 from rlrr_kernels.bypass import skeleton_of
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.reference import accumulation_dtype
@@ -63,6 +63,8 @@ def apply_lora(model: nn.Module, rank: int) -> nn.Module:
     except ImportError as error:
         raise ValueError("method: expected peft to be installed for lora (pip install peft)") from error
     targets = [name for name, _ in _linears(model)]
+    for module in qkv_readers(model, targets):
+        module.qkv_bias_separate = True
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
     head(model).requires_grad_(True)
     return model

@@ -130,6 +130,10 @@ def test_compiled_and_data_parallel_models_are_looked_into(tmp_path, folder):
     other = nn.DataParallel(small_vit())
     assert load_adapter(other, folder) is other
     assert torch.equal(other.module(X), tuned()(X))
+    parts = tuned()
+    parts.blocks[1] = torch.compile(parts.blocks[1])
+    save_adapter(parts, tmp_path / "c")
+    assert torch.equal(load_adapter(small_vit(), tmp_path / "c")(X), tuned()(X))
 
 
 def test_nothing_to_save_is_an_error(tmp_path):

@@ -29,11 +29,14 @@ def test_the_configuration_says_what_it_was_trained_on(folder):
     assert RLRRConfig.from_dict(values["rlrr"]) == RLRRConfig()
     assert values["parameters"] == count_parameters(tuned())[0]
     assert values["versions"]["torch"] == torch.__version__
-    weight = small_vit().blocks[1].mlp.fc2.weight.detach().double().flatten()
-    signs = torch.tensor([1.0, -1.0]).repeat(len(weight) // 2).double()
-    mean, alternating = values["fingerprint"]["blocks.1.mlp.fc2"]
+    weight = small_vit().blocks[1].mlp.fc2.weight.detach().double()
+    rows, columns = (
+        torch.tensor([1.0 if i * 2654435769 % 2**32 >= 2**31 else -1.0 for i in range(count)]).double()
+        for count in weight.shape
+    )
+    mean, signed = values["fingerprint"]["blocks.1.mlp.fc2"]
     assert mean == pytest.approx(float(weight.abs().mean()), rel=1e-5)
-    assert alternating == pytest.approx(float((weight * signs).sum() / weight.norm()), rel=1e-4)
+    assert signed == pytest.approx(float(rows @ weight @ columns / weight.norm()), rel=1e-4)
     assert len(values["fingerprint"]) == 8
 
 
@@ -122,3 +125,13 @@ def test_bad_values_in_the_configuration_are_named(folder, changes, words):
     edit(folder, **changes)
     with pytest.raises(ValueError, match=words):
         load_adapter(small_vit(), folder)
+
+
+def test_another_order_of_rows_is_another_base(folder):
+    """As of a fused qkv whose parts stand the other way round."""
+    model = small_vit()
+    with torch.no_grad():
+        weight = model.blocks[0].attn.qkv.weight
+        weight.copy_(weight.flip(0).clone())
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight differs"):
+        load_adapter(model, folder)

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -55,6 +56,22 @@ def test_lora_of_the_matching_rank_trains_no_fewer_parameters_than_rlrr(make):
     assert torch.allclose(model.eval()(X), make()(X), atol=1e-6)  # B starts at 0
     stir(model.train())(X).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256"])
+def test_lora_is_called_where_a_model_would_read_the_weight(name):
+    """Their qkv, whose matrices would never train."""
+    pytest.importorskip("peft")
+    small = {"depths": (1, 1), "embed_dim": 24, "num_heads": (2, 4)} if "swin" in name else {"depth": 1}
+    model = timm.create_model(name, num_classes=3, **small)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)  # Swin V2 starts with zeros, which stop gradients
+    apply_lora(model, 1)
+    model(torch.randn(1, *model.pretrained_cfg["input_size"])).sum().backward()
+    lora = {n: p for n, p in model.named_parameters() if "lora_B" in n}
+    assert any("qkv" in n for n in lora)
+    assert all(p.grad is not None and p.grad.any() for p in lora.values())
 
 
 def test_lora_leaves_the_head_a_plain_layer_that_trains():
