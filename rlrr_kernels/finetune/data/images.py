@@ -29,12 +29,17 @@ UNREADABLE = (
 
 
 class Parts(NamedTuple):
-    """What a reader of one kind of dataset returns: indexed datasets of (PIL image, label)."""
+    """What a reader of one kind of dataset returns: indexed datasets of (PIL image, label).
+
+    Attributes:
+        trainval: train and val together, where the dataset has a list of its own for them; None: the two joined.
+    """
 
     train: Any
     val: Any
     test: Any
     classes: int
+    trainval: Any = None
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):

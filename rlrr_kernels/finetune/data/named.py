@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, Subset
@@ -39,21 +43,67 @@ class Strict(Dataset[tuple[Image.Image, int]]):
 def read_named(name: str, root: Path | None, seed: int) -> Parts:
     """Splits ``train`` and ``test``; a fifth of the former is set aside by the seed.
 
+    Labels that the dataset has at hand, without its images, are checked here; the others as they are read.
+
     Args:
         name: ``torch/cifar100``, ``hfds/<owner>/<name>``, ...
-        root: where the dataset lies; torchvision's are downloaded there.
+        root: where the dataset lies; torchvision's are downloaded there, by one process at a time.
         seed: of the validation split.
 
     Raises:
-        ValueError: no root for a torchvision dataset, or a dataset that does not name its classes.
+        ValueError: no root for a torchvision dataset, a dataset that does not name its classes, or a label that
+            is none of them (``-1``, where a split is published without labels).
     """
     if root is None and name.startswith("torch/"):
         raise ValueError(f"data_root: expected a folder to keep {name} in, got none")
     options = {"root": str(root) if root else None, "download": name.startswith("torch/")}
-    seen, test = (create_dataset(name, split=split, **options) for split in ("train", "test"))
+    with _alone(root) if root and options["download"] else nullcontext():
+        seen, test = (create_dataset(name, split=split, **options) for split in ("train", "test"))
     names = getattr(seen, "classes", None) or getattr(getattr(seen, "reader", None), "class_to_idx", None)
     if not names:
         raise ValueError(f"data: {name!r} does not say how many classes it has")
+    for split, images in (("train", seen), ("test", test)):
+        _check_labels(images, len(names), f"data: {name!r}, split {split}")
     seen, test = (Strict(images) if hasattr(images, "reader") else images for images in (seen, test))
     kept, aside = set_aside(len(seen), seed)
     return Parts(Subset(seen, kept), Subset(seen, aside), test, len(names))
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """No other process that keeps datasets in ``root`` is in here: of those that ``torchrun`` starts, the first
+    downloads and the others find what it left.
+
+    A lock on the folder needs no process group, whose collectives would time out over a long download, and holds
+    where each machine has a root of its own. A root that cannot be written holds the dataset already, or never will.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    if not os.access(root, os.W_OK):
+        yield
+        return
+    # writable for all, as others may share the root
+    with FileLock(root / ".download.lock", mode=0o666):
+        yield
+
+
+def _check_labels(images: Any, classes: int, what: str) -> None:
+    """Every label that can be had without reading images is 0 to ``classes - 1``.
+
+    Those are a column of a Hugging Face dataset, and ``targets`` of most of torchvision's.
+
+    Raises:
+        ValueError: the first label that is not, and how many more are not; or no column of labels.
+    """
+    reader = getattr(images, "reader", None)
+    key, columns = getattr(reader, "label_key", None), getattr(getattr(reader, "dataset", None), "column_names", None)
+    if key and columns is not None:
+        if key not in columns:
+            raise ValueError(f"{what}: expected a column {key!r}, got {', '.join(columns)}")
+        labels = reader.dataset[key][:]  # type: ignore[union-attr]
+    else:
+        labels = getattr(images, "targets", [])
+    labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    wrong = [i for i, label in enumerate(labels) if not (isinstance(label, int) and 0 <= label < classes)]
+    if wrong:
+        more = f" (and {len(wrong) - 1:,} more of {len(labels):,} labels are not)" if len(wrong) > 1 else ""
+        raise ValueError(f"{what}: image {wrong[0]} has label {labels[wrong[0]]}, expected 0 to {classes - 1}{more}")

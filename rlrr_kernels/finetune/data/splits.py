@@ -42,7 +42,7 @@ class Splits:
     Attributes:
         train: seen through the training transform.
         val, test: seen through the test transform.
-        trainval: train and val together, seen through the training transform.
+        trainval: train and val together, seen through the training transform; of VTAB-1k what its own list names.
     """
 
     train: ImageSet
@@ -53,7 +53,10 @@ class Splits:
 
 
 def load_splits(settings: DataSettings, train_transform: Transform, test_transform: Transform) -> Splits:
-    """Find, check and split the images of a run; every list and label is checked here, before training.
+    """Find, check and split the images of a run, before training.
+
+    Lists and their labels are checked in full; image files as
+    :func:`~rlrr_kernels.finetune.data.listed.check_images` says; of named datasets the labels that they have at hand.
 
     Args:
         settings: ``task`` (with ``data_root``) or else ``data``; the ``seed`` decides which images are set aside
@@ -63,14 +66,15 @@ def load_splits(settings: DataSettings, train_transform: Transform, test_transfo
     Raises:
         FileNotFoundError: a folder, list, split or image that does not exist, with its path.
         OSError: an image that cannot be read, with its path.
-        ValueError: an unknown name or task, or a list that is wrong, with file and line.
+        ValueError: an unknown name or task, a label out of range, or a list that is wrong, with file and line.
     """
     parts, seed = _read(settings), settings.seed
+    trainval = parts.trainval if parts.trainval is not None else ConcatDataset([parts.train, parts.val])
     return Splits(
         ImageSet(parts.train, train_transform, parts.classes, seed),
         ImageSet(parts.val, test_transform, parts.classes, seed),
         ImageSet(parts.test, test_transform, parts.classes, seed),
-        ImageSet(ConcatDataset([parts.train, parts.val]), train_transform, parts.classes, seed),
+        ImageSet(trainval, train_transform, parts.classes, seed),
         parts.classes,
     )
 

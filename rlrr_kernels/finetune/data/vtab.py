@@ -1,11 +1,20 @@
-"""VTAB-1k as it is distributed: a folder a task, with four lists of images."""
+"""VTAB-1k as it is distributed: a folder a task, with four lists of images and a folder of images for each list."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from rlrr_kernels.finetune.data.images import Parts
-from rlrr_kernels.finetune.data.listed import Entry, Listed, check_distinct, check_images, check_together, need_file
+from rlrr_kernels.finetune.data.listed import (
+    Entry,
+    Listed,
+    check_distinct,
+    check_images,
+    check_labels_together,
+    check_together,
+    need_file,
+    share_files,
+)
 from rlrr_kernels.finetune.recipes import VTAB
 
 
@@ -13,8 +22,10 @@ def read_vtab(root: Path, task: str) -> Parts:
     """``root/<task>/{train800,val200,train800val200,test}.txt``.
 
     Each line is ``<path relative to root/task> <label>``; the label is what follows the last blank, so paths may
-    contain blanks. ``train800val200`` must list what ``train800`` and ``val200`` list, and no image may be
-    listed twice among ``train800``, ``val200`` and ``test``.
+    contain blanks. ``train800val200`` lists the images of ``train800`` and ``val200``: in the public copies as files
+    of its own (``images/train800val200/000000.jpg``), which must be as many for each label; where it names a file
+    of ``train800`` or ``val200``, it must name all of theirs and no other, with the same labels. No list names a file
+    twice, and ``test`` none that another list names.
 
     Args:
         root: the folder of all tasks.
@@ -22,7 +33,8 @@ def read_vtab(root: Path, task: str) -> Parts:
 
     Raises:
         FileNotFoundError: a folder, list or image that does not exist, with its path.
-        OSError: an image that cannot be read.
+        OSError: an image that cannot be read, as far as
+            :func:`~rlrr_kernels.finetune.data.listed.check_images` looks.
         ValueError: a bad line or label (``file:line``), an empty list, or lists that contradict each other.
     """
     folder, classes = root / task, VTAB[task].classes
@@ -30,11 +42,13 @@ def read_vtab(root: Path, task: str) -> Parts:
     for file in files.values():
         need_file(file, f"vtab/{task}")
     train, val, both, test = (read_list(file, folder, classes) for file in files.values())
+    shared = share_files(both, [*train, *val])
     check_distinct(train, val, test)
-    check_together(files["train800val200"], both, train, val)
-    for entries in (train, val, test):
+    (check_together if shared else check_labels_together)(files["train800val200"], both, train, val)
+    check_distinct(both, test)
+    for entries in (train, val, *([] if shared else [both]), test):
         check_images(entries)
-    return Parts(Listed(train), Listed(val), Listed(test), classes)
+    return Parts(Listed(train), Listed(val), Listed(test), classes, Listed(both))
 
 
 def read_list(file: Path, folder: Path, classes: int) -> list[Entry]:

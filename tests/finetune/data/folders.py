@@ -1,4 +1,4 @@
-"""Writes small datasets in the layouts that the package reads, with blanks in names."""
+"""Writes small datasets in the layouts that the package reads."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,8 @@ def load(train=GREY, test=GREY, **settings) -> Splits:
 
 def write_image(path: Path, red: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (10, 6), (red % 256, 0, 0)).save(path)
+    # grey, of which a JPEG of this quality loses nothing
+    Image.new("RGB", (10, 6), (red % 256,) * 3).save(path, quality=100)
 
 
 def red(images, index: int) -> int:
@@ -29,18 +30,27 @@ def red(images, index: int) -> int:
     return images.items[index][0].getpixel((0, 0))[0]
 
 
-def write_vtab(root: Path, task: str = "cifar", train: int = 6, val: int = 3, test: int = 4) -> Path:
-    """A VTAB-1k task; image i of all is of class i modulo the task's and as red. Returns its folder."""
+def write_vtab(
+    root: Path, task: str = "cifar", train: int = 6, val: int = 3, test: int = 4, shared: bool = False
+) -> Path:
+    """A VTAB-1k task; image i of all is of class i modulo the task's and as red. Returns its folder.
+
+    As in the public copies each list has a folder of images, and train800val200 copies of the others'.
+    ``shared``: train800val200 names the others' files, which have blanks in their names.
+    """
     folder, classes, number = root / task, VTAB[task].classes, 0
-    lists: dict[str, list[str]] = {}
+    lists: dict[str, list[str]] = {"train800val200": []}
     for split, count in (("train800", train), ("val200", val), ("test", test)):
         lists[split] = []
         for i in range(count):
-            name = f"images/{split}/a picture {i}.png"
+            name = f"images/{split}/a picture {i}.png" if shared else f"images/{split}/{i:06d}.jpg"
             write_image(folder / name, number)
             lists[split].append(f"{name} {number % classes}")
+            if split != "test":
+                copy = name if shared else f"images/train800val200/{number:06d}.jpg"
+                write_image(folder / copy, number)
+                lists["train800val200"].append(f"{copy} {number % classes}")
             number += 1
-    lists["train800val200"] = lists["train800"] + lists["val200"]
     for split, lines in lists.items():
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
     return folder

@@ -1,8 +1,11 @@
 """Names that go to timm's dataset factory."""
 
 import io
+import threading
+import time
 
 import pytest
+import torch
 from PIL import Image
 from timm.data import ImageDataset
 
@@ -75,3 +78,88 @@ def test_a_dataset_that_does_not_name_its_classes_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(named, "create_dataset", lambda *args, **options: [(Image.new("L", (2, 2)), 0)] * 4)
     with pytest.raises(ValueError, match="data: 'torch/x' does not say how many classes it has"):
         load(data="torch/x", data_root=tmp_path)
+
+
+def test_of_processes_that_share_a_root_one_downloads_at_a_time(tmp_path, monkeypatch):
+    """As under torchrun; threads here, which exclude each other as processes do."""
+    inside, most = [], []
+
+    def create(name, split, **options):
+        inside.append(split)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.remove(split)
+        return Tiny(10)
+
+    monkeypatch.setattr(named, "create_dataset", create)
+    threads = [
+        threading.Thread(target=load, kwargs={"data": "torch/cifar10", "data_root": tmp_path / "new" / "root"})
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 6
+
+
+def test_a_root_that_cannot_be_written_is_read_without_a_lock(tmp_path, monkeypatch):
+    """A dataset that is there already may lie on a disk that others keep."""
+    monkeypatch.setattr(named, "create_dataset", lambda *args, **options: Tiny(10))
+    monkeypatch.setattr(named.os, "access", lambda path, mode: False)
+    assert load(data="torch/cifar10", data_root=tmp_path).classes == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+class Targets(Tiny):
+    """As torchvision's datasets: labels at hand."""
+
+    def __init__(self, targets):
+        super().__init__(len(targets))
+        self.targets = targets
+
+
+class Columns(dict):
+    """As a dataset of the Hugging Face hub: a column by name."""
+
+    column_names = property(list)
+
+
+class HubReader(Reader):
+    label_key = "label"
+
+    def __init__(self, **columns):
+        self.dataset = Columns(columns)
+
+
+def create_from(train, test):
+    return lambda name, split, **options: {"train": train, "test": test}[split]
+
+
+@pytest.mark.parametrize("wrong", [[-1] * 4, torch.tensor([0, 1, -1, -1]), [0, 1, None, 1], [0, 2, 1, 0]])
+def test_a_label_out_of_range_is_found_before_training(tmp_path, monkeypatch, wrong):
+    """An unlabelled test split has -1 everywhere: without the check, found when all epochs are done."""
+    first = next((i, x) for i, x in enumerate(list(map(int_or_none, wrong))) if x not in (0, 1))
+    match = rf"data: 'torch/x', split test: image {first[0]} has label {first[1]}, expected 0 to 1"
+    monkeypatch.setattr(named, "create_dataset", create_from(Targets([0, 1] * 5), Targets(wrong)))
+    with pytest.raises(ValueError, match=match):
+        load(data="torch/x", data_root=tmp_path)
+    train, test = (ImageDataset("", reader=HubReader(image=[0] * 5, label=x)) for x in ([0, 1, 0, 1, 0], wrong))
+    monkeypatch.setattr(named, "create_dataset", create_from(train, test))
+    with pytest.raises(ValueError, match=match.replace("torch", "hfds")):
+        load(data="hfds/x")
+    # the training images are no better checked than the test's
+    monkeypatch.setattr(named, "create_dataset", create_from(test, train))
+    with pytest.raises(ValueError, match="split train: image"):
+        load(data="hfds/x")
+
+
+def int_or_none(label):
+    return None if label is None else int(label)
+
+
+def test_a_split_without_a_column_of_labels_is_named(monkeypatch):
+    train, test = (ImageDataset("", reader=HubReader(**columns)) for columns in ({"label": [0] * 5}, {"image": []}))
+    monkeypatch.setattr(named, "create_dataset", create_from(train, test))
+    with pytest.raises(ValueError, match="data: 'hfds/x', split test: expected a column 'label', got image"):
+        load(data="hfds/x")

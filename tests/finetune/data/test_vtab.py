@@ -23,15 +23,19 @@ def edit(file, line, text):
     file.write_text("\n".join(lines))
 
 
-def test_the_four_lists_are_read_with_blanks_in_paths(root):
-    write_vtab(root)
+@pytest.mark.parametrize("shared", [False, True], ids=["own copies", "shared paths"])
+def test_the_four_lists_are_read(root, shared):
+    """The joint list names copies of the images, as the public bundle's does, or the images themselves."""
+    folder = write_vtab(root, shared=shared)
     splits = vtab(root)
     assert splits.classes == 100
     assert [red(splits.train, i) for i in range(6)] == [splits.train[i][1] for i in range(6)] == [0, 1, 2, 3, 4, 5]
     assert [red(splits.val, i) for i in range(3)] == [splits.val[i][1] for i in range(3)] == [6, 7, 8]
     assert [red(splits.test, i) for i in range(4)] == [splits.test[i][1] for i in range(4)] == [9, 10, 11, 12]
-    assert [splits.trainval[i][1] for i in range(9)] == list(range(9))
+    assert [red(splits.trainval, i) for i in range(9)] == [splits.trainval[i][1] for i in range(9)] == list(range(9))
     assert len(splits.trainval) == 9
+    own = "images/train800/a picture 0.png" if shared else "images/train800val200/000000.jpg"
+    assert splits.trainval.name(0) == f"image {folder / own}"
 
 
 def test_train_and_trainval_see_the_training_transform_and_the_others_do_not(root):
@@ -56,7 +60,7 @@ def test_the_seed_of_the_run_decides_what_transforms_draw(root):
 def test_any_blank_separates_and_blanks_at_the_end_do_not_count(root, ending, label):
     folder = write_vtab(root)
     for file in ("train800", "train800val200"):
-        edit(folder / f"{file}.txt", 2, f"images/train800/a picture 1.png{ending}")
+        edit(folder / f"{file}.txt", 2, f"images/{file}/000001.jpg{ending}")
     assert vtab(root).train[1][1] == label
 
 
@@ -76,15 +80,15 @@ def test_a_missing_folder_or_list_is_named(root):
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("images/test/a picture 2.png", "expected '<path> <label>', got 'images/test/a picture 2.png'"),
+        ("images/test/000002.jpg", "expected '<path> <label>', got 'images/test/000002.jpg'"),
         ("7", "expected '<path> <label>', got '7'"),
-        ("images/test/a picture 2.png 1.5", "expected '<path> <label>', got .*1.5'"),
-        ("images/test/a picture 2.png 100", "label 100 is out of range, expected 0 to 99"),
-        ("images/test/a picture 2.png -1", "label -1 is out of range, expected 0 to 99"),
-        ("images/test/no picture.png 1", "image .*/images/test/no picture.png does not exist$"),
-        ("images/val200/a picture 0.png 6", r"image .* is listed already, at .*val200\.txt:1$"),
-        ("images/train800/a picture 4.png 4", r"image .* is listed already, at .*train800\.txt:5$"),
-        ("images/test/../test/a picture 0.png 9", r"image .* is listed already, at .*test\.txt:1$"),
+        ("images/test/000002.jpg 1.5", "expected '<path> <label>', got .*1.5'"),
+        ("images/test/000002.jpg 100", "label 100 is out of range, expected 0 to 99"),
+        ("images/test/000002.jpg -1", "label -1 is out of range, expected 0 to 99"),
+        ("images/test/no picture.jpg 1", "image .*/images/test/no picture.jpg does not exist$"),
+        ("images/val200/000000.jpg 6", r"image .* is listed already, at .*val200\.txt:1$"),
+        ("images/train800/000004.jpg 4", r"image .* is listed already, at .*train800\.txt:5$"),
+        ("images/test/../test/000000.jpg 9", r"image .* is listed already, at .*test\.txt:1$"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(root, line, error):
@@ -98,7 +102,7 @@ def test_labels_are_checked_against_the_tasks_classes(root):
     write_vtab(root, "kitti")
     assert vtab(root, "kitti").classes == 4
     folder = write_vtab(root, "patch_camelyon", train=2, val=1, test=1)
-    edit(folder / "val200.txt", 1, "images/val200/a picture 0.png 2")
+    edit(folder / "val200.txt", 1, "images/val200/000000.jpg 2")
     with pytest.raises(ValueError, match=r"val200\.txt:1: label 2 is out of range, expected 0 to 1"):
         vtab(root, "patch_camelyon")
 
@@ -109,12 +113,31 @@ def test_labels_are_checked_against_the_tasks_classes(root):
         (9, "", r"val200\.txt:3: image .* is not in .*train800val200\.txt, which must list it too"),
         (9, "images/val200/a picture 2.png 1", r"val200\.txt:3: image .* has label 8 here, but 1 at .*val200\.txt:9"),
         (10, "images/test/a picture 2.png 1", r"train800val200\.txt:10: image .* in neither the training nor"),
+        (10, "images/val200/a picture 2.png 8", r"train800val200\.txt:10: image .* is listed already, at .*:9"),
     ],
 )
-def test_the_joint_list_must_be_train_and_val_together(root, number, line, error):
-    folder = write_vtab(root)
+def test_a_joint_list_that_names_the_same_files_names_all_of_them_and_no_other(root, number, line, error):
+    folder = write_vtab(root, shared=True)
     edit(folder / "train800val200.txt", number, line)
     with pytest.raises(ValueError, match=error):
+        vtab(root)
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "error"),
+    [
+        (9, "", r"train800val200\.txt: expected 9 images, as the training and validation lists have together, got 8"),
+        (9, "images/train800val200/000008.jpg 1", r"val200\.txt: expected 1 images of label 1, .* together, got 2"),
+        (9, "images/train800val200/000007.jpg 8", r"val200\.txt:9: image .* is listed already, at .*val200\.txt:8"),
+        (9, "images/test/000002.jpg 8", r"test\.txt:3: image .* is listed already, at .*train800val200\.txt:9"),
+        (9, "images/val200/000002.jpg 8", r"train800\.txt:1: image .* is not in .*train800val200\.txt"),
+        (9, "images/train800val200/no.jpg 8", r"train800val200\.txt:9: image .*/no\.jpg does not exist"),
+    ],
+)
+def test_a_joint_list_of_copies_has_as_many_of_each_label_and_no_test_image(root, number, line, error):
+    folder = write_vtab(root)
+    edit(folder / "train800val200.txt", number, line)
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
         vtab(root)
 
 
@@ -128,11 +151,11 @@ def test_an_empty_list_or_one_that_is_no_text_is_an_error(root):
         vtab(root)
 
 
-@pytest.mark.parametrize("split", ["train800", "val200", "test"])
+@pytest.mark.parametrize("split", ["train800", "val200", "train800val200", "test"])
 def test_an_unreadable_image_of_any_list_is_found_before_training(root, split):
     folder = write_vtab(root)
-    (folder / f"images/{split}/a picture 1.png").write_bytes(b"no picture")
-    with pytest.raises(OSError, match=rf"{split}\.txt:2: image .*{split}/a picture 1\.png cannot be read"):
+    (folder / f"images/{split}/000001.jpg").write_bytes(b"no picture")
+    with pytest.raises(OSError, match=rf"{split}\.txt:2: image .*{split}/000001\.jpg cannot be read"):
         vtab(root)
 
 
