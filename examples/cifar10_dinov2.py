@@ -47,7 +47,7 @@ MODEL = "vit_small_patch14_reg4_dinov2"
 
 #: Row of the table -> options of ``rlrr-finetune``, and the learning rates to choose from.
 METHODS: dict[str, tuple[dict[str, str], tuple[float, ...]]] = {
-    "linear probe": ({"method": "linear"}, (3e-3, 1e-2)),
+    "linear probe": ({"method": "linear"}, (1e-2, 3e-2, 1e-1)),
     "LoRA (PEFT)": ({"method": "lora"}, (1e-3, 4e-3)),
     "SSF": ({"method": "ssf"}, (3e-3, 1e-2)),
     "RLRR, start as published": ({"method": "rlrr"}, (3e-3, 1e-2)),

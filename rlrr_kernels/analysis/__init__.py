@@ -1,5 +1,6 @@
 """What tuning changed, seen through singular values: RLRR beside SSF, LoRA and full fine-tuning."""
 
+from rlrr_kernels.analysis.base import base_weights, linear_weights
 from rlrr_kernels.analysis.measures import (
     Distribution,
     LayerView,
@@ -12,9 +13,7 @@ from rlrr_kernels.analysis.measures import (
 from rlrr_kernels.analysis.report import analyze
 from rlrr_kernels.analysis.sources import (
     Tuned,
-    base_weights,
     full_checkpoint,
-    linear_weights,
     lora_adapter,
     rlrr_adapter,
     rlrr_of_model,

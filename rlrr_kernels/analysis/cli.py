@@ -16,6 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from rlrr_kernels.analysis import sources
+from rlrr_kernels.analysis.base import base_weights
 from rlrr_kernels.analysis.figure import draw
 from rlrr_kernels.analysis.report import analyze
 from rlrr_kernels.checkpoint import write_atomically
@@ -29,6 +30,7 @@ Each tuned model is given by how it was tuned; an option may be repeated. Writes
 analysis.json and analysis.png, and prints the medians over layers.
 
     rlrr-analyze runs/mine --rlrr runs/mine
+    rlrr-analyze runs/mine --rlrr runs/mine --ssf runs/ssf --lora runs/lora --full runs/full
     rlrr-analyze vit_base_patch16_224.augreg_in21k --rlrr runs/mine --lora lora_folder --full tuned.pth
 """
 
@@ -52,12 +54,17 @@ def parser() -> argparse.ArgumentParser:
         prog="rlrr-analyze", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("base", help="timm model name, or a run folder (its model), or a file with a state dict")
-    result.add_argument("--checkpoint", type=Path, metavar="FILE", help="the base's weights, where not timm's own")
+    result.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="the base's weights, where not timm's own (.safetensors, .pth or .npz)",
+    )
     for name, metavar, text in (
         ("rlrr", "FOLDER", "run folder, or adapter folder"),
-        ("lora", "FOLDER", "LoRA adapter folder of PEFT"),
-        ("ssf", "FILE", "state dict with <layer>.ssf_scale, or of SSF's own code"),
-        ("full", "FILE", "state dict of a fully fine-tuned model, or a run folder"),
+        ("lora", "FOLDER", "run folder, or adapter folder; of PEFT too"),
+        ("ssf", "PATH", "run folder, adapter folder, or state dict with <layer>.ssf_scale or of SSF's own code"),
+        ("full", "PATH", "run folder, adapter folder, or state dict of a fully fine-tuned model"),
     ):
         result.add_argument(f"--{name}", action="append", default=[], type=Path, metavar=metavar, help=text)
     result.add_argument(
@@ -104,7 +111,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {arguments.device!r} cannot be used: {error}") from error
-    base = sources.base_weights(arguments.base, arguments.checkpoint)
+    base = base_weights(arguments.base, arguments.checkpoint)
     tuned = [reader(path, base) for reader, path in given]
     # before minutes of work, not after
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,8 @@ def wrap(model: nn.Module, world: World, parallel: str, device: torch.device) ->
         parallel: ``ddp`` wraps the model; ``fsdp`` shards its parameters in place, a block at a time.
 
     Returns:
-        ``model`` itself in one process, and with ``fsdp``.
+        ``model`` itself in one process, and with ``fsdp``. What is written to a parameter between two forward
+        passes counts in the second, also where it is one process's shard.
     """
     if world.size == 1:
         return model
@@ -138,7 +139,9 @@ def wrap(model: nn.Module, world: World, parallel: str, device: torch.device) ->
         if name.rpartition(".")[2] == "blocks":
             for block in module.children():
                 fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # by default the root keeps its gathered parameters after a forward pass, and after one without a backward pass
+    # the next takes them again: what was written to the shards in between would not be seen
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
 
 

@@ -115,10 +115,14 @@ class Run:
             run.best = trainer.load(prepared.state)
             run.metrics = prepared.state.record["metrics"]
             run.metrics.setdefault("resumed_after", []).append(trainer.epoch)
+            # both may have been moved
+            run.metrics["run"] = str(folder.path)
+            run.metrics["settings"]["data_root"] = settings.to_dict()["data_root"]
+            folder.write_metrics(run.metrics)
             return run
         trainable, total = count_parameters(trainer.model)
         device = prepared.device
-        run.metrics = folder.describe(settings) | {
+        run.metrics = folder.describe() | {
             "protocol": settings.resolved_protocol,
             **({"protocol_note": ON_TEST} if CHOOSES[settings.resolved_protocol] == "test" else {}),
             "task": settings.task,
@@ -133,13 +137,14 @@ class Run:
             "interrupted": False,
             "finished": False,
         }
+        folder.begin(run.state(), run.metrics)
         return run
 
-    def write_state(self) -> None:
+    def state(self) -> State:
         """What :func:`train` needs to go on from here. All processes must call it."""
         best = self.best if CHOOSES[self.metrics["protocol"]] and self.metrics["epochs"] else None
         agreed = {name: self.metrics[name] for name in ("settings", "processes", "images", "classes")}
-        self.folder.write_state(self.trainer.state(best, {**agreed, "metrics": self.metrics}))
+        return self.trainer.state(best, {**agreed, "metrics": self.metrics})
 
     def describe(self) -> dict[str, str]:
         """The adapter's metadata."""
@@ -228,9 +233,6 @@ def _epochs(run: Run, quiet: bool) -> None:
         trainer.restore(run.best)
         run.save()
         trainer.restore(current)
-    else:
-        run.write_state()
-        folder.write_metrics(metrics)
     start = time.perf_counter() - metrics["train_seconds"]
     epochs, steps = settings.total_epochs, trainer.batches.steps
     # a terminal is redrawn often, a log file gets a line now and then
@@ -251,9 +253,9 @@ def _epochs(run: Run, quiet: bool) -> None:
                     metrics["best_epoch"] = figures["epoch"]
                     run.best = trainer.trained()
                     run.save()
-            run.write_state()
-            folder.write_metrics(metrics)
             folder.write_events(figures)
+            folder.write_state(run.state())
+            folder.write_metrics(metrics)
     if cuda:
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
 

@@ -37,10 +37,7 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError(f"model: {settings.model!r} has batch norm; expected one without, such as a ViT")
     if settings.checkpoint is not None:
-        if settings.checkpoint.suffix == ".npz":
-            load_npz_backbone(model, settings.checkpoint)
-        else:
-            load_backbone(model, settings.checkpoint)
+        load_backbone(model, settings.checkpoint)
     # timm keeps a pretrained head of the same size, which means nothing for other classes
     model.reset_classifier(classes)
     if settings.method == "rlrr":
@@ -87,12 +84,19 @@ def load_backbone(model: nn.Module, path: Path) -> None:
     """Copy a checkpoint into everything but the head; position embeddings are resized as timm does.
 
     Args:
-        model: a timm model.
-        path: safetensors, or a ``.pth`` that holds tensors only (code in it is not run).
+        model: a timm model; a ViT for a ``.npz``, whose head is loaded too where it has as many classes.
+        path: safetensors, a ``.pth`` that holds tensors only (code in it is not run), or a ``.npz`` as
+            :func:`~rlrr_kernels.load_npz_backbone` takes it.
 
     Raises:
         ValueError: no such file format, or names or shapes that differ outside the head.
     """
+    if path.suffix == ".npz":
+        try:
+            load_npz_backbone(model, path)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"checkpoint: {path}: {error}") from error
+        return
     try:
         state: dict[str, Tensor] = load_state_dict(str(path), device="cpu", weights_only=True)
         if isinstance(model, VisionTransformer):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import os
 import platform
+import secrets
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -40,14 +43,19 @@ def versions() -> dict[str, str]:
 
 def new_folder(path: Path) -> Path:
     """Create ``path``, or where that is taken ``path-2``, ``path-3``, and so on."""
-    candidate, number = path, 1
-    while True:
+    for candidate in _numbered(path):
         try:
             candidate.mkdir(parents=True)
-            return candidate
+            break
         except FileExistsError:
-            number += 1
-            candidate = path.with_name(f"{path.name}-{number}")
+            continue
+    return candidate
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}-{number}")
 
 
 class RunFolder:
@@ -55,38 +63,86 @@ class RunFolder:
 
     ``settings.out`` names a new one, and must not exist; without it the folder is
     ``runs/<data>-<model>-<method>-seed<seed>``, with a number where that is taken.
+    A new one is there from :meth:`begin` on.
 
     Raises:
         FileExistsError: ``settings.out`` exists.
     """
 
     def __init__(self, settings: Settings, world: World) -> None:
-        self.world = world
-        self.path: Path = on_main(world, lambda: settings.resume or self._create(settings))
-        self.adapter = self.path / "adapter"
+        self.world, self.settings = world, settings
+        if settings.resume is not None:
+            self.path = settings.resume
+        elif settings.out is not None:
+            self.path = settings.out
+            on_main(world, self._refuse_existing)
+        else:
+            data = settings.dataset.strip("/.").replace("/", "-")
+            self.path = Path("runs") / f"{data}-{settings.model}-{settings.method}-seed{settings.seed}"
         self._events: Any = None
         self._wants_events = settings.tensorboard and world.main
         if settings.resume and world.main:
             _sweep_up(self.path)
 
-    @staticmethod
-    def _create(settings: Settings) -> Path:
-        if settings.out is not None:
-            try:
-                settings.out.mkdir(parents=True)
-            except FileExistsError:
-                raise FileExistsError(f"out: {settings.out} exists; a run never overwrites another") from None
-            return settings.out
-        data = settings.dataset.strip("/.").replace("/", "-")
-        return new_folder(Path("runs") / f"{data}-{settings.model}-{settings.method}-seed{settings.seed}")
+    @property
+    def adapter(self) -> Path:
+        """Where what was trained goes."""
+        return self.path / "adapter"
 
-    def describe(self, settings: Settings) -> dict[str, Any]:
+    def begin(self, state: State, metrics: dict[str, Any]) -> None:
+        """Make the folder of a new run with the first state and metrics in it, all at once.
+
+        So the folder of a run can be resumed from whenever it is there. All processes must call it.
+
+        Args:
+            state: before the first epoch.
+            metrics: what :meth:`describe` gave and more; ``"run"`` is set to where the folder is.
+
+        Raises:
+            FileExistsError: ``settings.out`` exists by now.
+        """
+        self.path = on_main(self.world, lambda: self._begin(state, metrics))
+        metrics["run"] = str(self.path)
+
+    def _begin(self, state: State, metrics: dict[str, Any]) -> Path:
+        if self.settings.resume is not None:
+            # somebody's empty folder
+            _fill(self.path, state, metrics)
+            return self.path
+        filled = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.partial")
+        filled.mkdir(parents=True)
+        try:
+            for path in [self.path] if self.settings.out else _numbered(self.path):
+                if os.path.lexists(path):
+                    continue
+                _fill(filled, state, metrics | {"run": str(path)})
+                try:
+                    os.rename(filled, path)
+                except OSError:
+                    # another run was faster: its folder is not empty, so it cannot be replaced
+                    if not os.path.lexists(path):
+                        raise
+                else:
+                    return path
+            raise self._taken()
+        except BaseException:
+            shutil.rmtree(filled, ignore_errors=True)
+            raise
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.path):
+            raise self._taken()
+
+    def _taken(self) -> FileExistsError:
+        return FileExistsError(f"out: {self.path} exists; a run never overwrites another")
+
+    def describe(self) -> dict[str, Any]:
         """What ``metrics.json`` says before anything was trained."""
         return {
             "run": str(self.path),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(sys.argv),
-            "settings": settings.to_dict(),
+            "settings": self.settings.to_dict(),
             "versions": versions(),
         }
 
@@ -98,12 +154,15 @@ class RunFolder:
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write ``metrics.json``, whole."""
         if self.world.main:
-            write_atomically(self.path / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+            _write_metrics(self.path, metrics)
 
     def write_events(self, epoch: dict[str, Any]) -> None:
-        """Add an epoch's figures to TensorBoard's files, if they are wanted and it is installed."""
+        """Add an epoch's figures to TensorBoard's files, if they are wanted and it is installed.
+
+        To be called before :meth:`write_state`: what a continuation does not train again it does not write again.
+        """
         if self._events is None and self._wants_events:
-            # an epoch that a killed run wrote already is taken back
+            # an epoch that a killed run wrote without its state comes again: TensorBoard is told to drop the first
             self._events = _event_writer(self.path, epoch["epoch"])
             self._wants_events = self._events is not None
         if self._events is not None:
@@ -126,6 +185,15 @@ class RunFolder:
         """Remove what only an unfinished run needs."""
         if self.world.main:
             shutil.rmtree(self.path / FILE.parent, ignore_errors=True)
+
+
+def _fill(folder: Path, state: State, metrics: dict[str, Any]) -> None:
+    state.write(folder)
+    _write_metrics(folder, metrics)
+
+
+def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
 
 
 def _sweep_up(folder: Path) -> None:

@@ -88,7 +88,10 @@ class Settings:
     cooldown_epochs: int = field(default=0, metadata=about("epochs at the last learning rate after those"))
     warmup_epochs: int = field(default=2, metadata=about("epochs of linear warm-up"))
     restart_epochs: int = field(default=0, metadata=about("restart the cosine after so many epochs; 0: never"))
-    restart_factor: int = field(default=1, metadata=about("each restart's cosine is so many times as long as the last"))
+    restart_factor: int = field(
+        default=1,
+        metadata=about("each restart's cosine is so many times as long as the last; the end of the epochs may cut it"),
+    )
     batch_size: int = field(default=32, metadata=about("images a step in each process"))
     grad_accumulation: int = field(default=1, metadata=about("batches whose gradients make one step"))
     lr: float = field(default=1e-2, metadata=about("peak learning rate"))

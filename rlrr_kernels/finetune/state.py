@@ -20,8 +20,9 @@ FORMAT = "rlrr_kernels.state/1"
 #: Where in the run folder it lies.
 FILE = Path("state") / "last.safetensors"
 
-#: Settings in which a run and its continuation may differ, as no result depends on them.
-MAY_DIFFER = frozenset({"device", "workers", "out", "resume", "tensorboard"})
+#: Settings in which a run and its continuation may differ: they say where and how, and nothing of what is computed.
+#: Under another ``data_root`` there must be as many images of as many classes.
+MAY_DIFFER = frozenset({"device", "workers", "out", "resume", "tensorboard", "data_root"})
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class State:
 
 
 def read_state(folder: Path) -> State | None:
-    """The state in a run folder; None for an empty one, of a run that was killed before it wrote anything.
+    """The state in a run folder; None for an empty one. (A run's own folder is never empty.)
 
     Raises:
         FileNotFoundError: no such folder.
@@ -75,7 +76,7 @@ def read_state(folder: Path) -> State | None:
         if found.get("finished"):
             raise ValueError(f"resume: the run in {folder} is finished, after {len(found['epochs'])} epochs")
     if not path.is_file():
-        # a file being written has a dot before its name
+        # a file that was being written has a dot before its name
         if not any(each.is_file() and not each.name.startswith(".") for each in folder.rglob("*")):
             return None
         raise ValueError(f"resume: {folder} is no unfinished run: it has no {FILE}")
@@ -95,11 +96,12 @@ def resumed(folder: Path, given: Mapping[str, Any]) -> Settings:
     Whether ``given`` may differ is checked by :func:`check_settings`, which names the field.
 
     Raises:
-        ValueError, FileNotFoundError: see :func:`read_state` and :class:`Settings`.
+        ValueError, FileNotFoundError: no run to continue is there; see also :func:`read_state` and :class:`Settings`.
     """
     state = read_state(folder)
-    own = state.record["settings"] if state else {}
-    return Settings.from_dict({**own, "out": None, **given, "resume": folder})
+    if state is None:
+        raise ValueError(f"resume: expected the folder of an unfinished run, got {folder}, which is empty")
+    return Settings.from_dict({**state.record["settings"], "out": None, **given, "resume": folder})
 
 
 def check_settings(state: State, settings: Settings) -> None:

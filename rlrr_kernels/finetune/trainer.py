@@ -71,9 +71,9 @@ class Trainer:
         self.scheduler = CosineLRScheduler(
             self.optimizer,
             t_initial=cycle * steps,
-            # cycles that grow are cut off where the epochs end, and nothing comes after them
             cycle_mul=settings.restart_factor,
-            cycle_limit=settings.epochs // cycle,
+            # after equal cycles comes the cool-down; growing ones are fewer, and the end of the epochs cuts the last
+            cycle_limit=-(-settings.epochs // cycle),
             lr_min=settings.min_lr,
             warmup_t=settings.warmup_epochs * steps,
             warmup_lr_init=settings.warmup_lr,

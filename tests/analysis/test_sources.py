@@ -3,13 +3,11 @@
 import json
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 
 from rlrr_kernels import apply_rlrr, merge, merge_and_unload, save_adapter
 from rlrr_kernels.analysis import (
-    base_weights,
     full_checkpoint,
     linear_weights,
     lora_adapter,
@@ -250,51 +248,6 @@ def test_an_update_of_another_shape_is_refused(update):
 def test_scales_of_wrong_shapes_are_refused(u, v, words):
     with pytest.raises(ValueError, match=words):
         Rescaled(u, v)
-
-
-def test_base_weights_of_a_run_a_model_and_a_file_are_the_same(tmp_path):
-    name = "vit_embedded_patch7_28"
-    of_model = base_weights(name)
-    assert len(of_model) == 20
-    assert "head" not in of_model
-    model = timm.create_model(name, pretrained=True)
-    assert torch.equal(of_model["blocks.4.mlp.fc2"], model.blocks[4].mlp.fc2.weight)
-    settings = {"model": name, "pretrained": True, "checkpoint": None}
-    (tmp_path / "metrics.json").write_text(json.dumps({"settings": settings}))
-    file = tmp_path / "model.safetensors"
-    save_file(model.state_dict(), file)
-    for other in (base_weights(str(tmp_path)), base_weights(str(file)), base_weights(name, file)):
-        assert all(torch.equal(other[layer], weight) for layer, weight in of_model.items())
-
-
-def test_a_run_on_a_checkpoint_has_that_checkpoints_weights(tmp_path):
-    name = "vit_embedded_patch7_28"
-    other = timm.create_model(name)
-    save_file(other.state_dict(), tmp_path / "other.safetensors")
-    settings = {"model": name, "pretrained": True, "checkpoint": str(tmp_path / "other.safetensors")}
-    (tmp_path / "metrics.json").write_text(json.dumps({"settings": settings}))
-    assert torch.equal(base_weights(str(tmp_path))["blocks.0.mlp.fc1"], other.blocks[0].mlp.fc1.weight)
-
-
-def test_bases_that_cannot_be_had_say_why(tmp_path):
-    with pytest.raises(ValueError, match="'vit_nonsense' is no file or folder, and not to be had from timm"):
-        base_weights("vit_nonsense")
-    with pytest.raises(FileNotFoundError, match=r"none.pth does not exist"):
-        base_weights("vit_embedded_patch7_28", "none.pth")
-    with pytest.raises(FileNotFoundError, match=r"metrics.json does not exist"):
-        base_weights(str(tmp_path))
-    (tmp_path / "metrics.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        base_weights(str(tmp_path))
-    (tmp_path / "metrics.json").write_text("[]")
-    with pytest.raises(ValueError, match="expected a JSON object, got a list"):
-        base_weights(str(tmp_path))
-    (tmp_path / "metrics.json").write_text('{"settings": {"model": "vit_embedded_patch7_28", "pretrained": false}}')
-    with pytest.raises(ValueError, match="the run started from random weights"):
-        base_weights(str(tmp_path))
-    save_file({"x": torch.ones(3)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"no matrix named <layer>.weight"):
-        base_weights(str(tmp_path / "x.safetensors"))
 
 
 def test_damaged_files_are_named_and_code_in_them_is_not_run(tmp_path, base):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rlrr_kernels.finetune import train
 from rlrr_kernels.finetune.distributed import launched, on_main
 from rlrr_kernels.finetune.trainer import Trainer
-from tests.finetune.runs import prepared
+from tests.finetune.runs import first_is_best, prepared
 
 #: 33 images: the last step has one, so of two processes one has none. 9 and 7 do not divide evenly either.
 SIZES = (33, 9, 7)
@@ -27,6 +27,10 @@ RUNS = {
     "ddp accumulated": {"batch_size": 8, "grad_accumulation": 2, "ema": 0.5},
     "fsdp accumulated": {"batch_size": 8, "grad_accumulation": 2, "ema": 0.5, "parallel": "fsdp"},
 }
+
+#: The first epoch is the chosen one: shards are written after forward passes without a backward pass, for the
+#: average before the third epoch and for the chosen epoch before the test.
+EARLY = {"epochs": 3, "warmup_epochs": 0, "ema": 0.5}
 
 #: Those that are also interrupted and resumed.
 RESUMED = ("ddp accumulated", "fsdp accumulated")
@@ -72,6 +76,12 @@ def main(folder):
         dist.barrier()
         resumed = prepared(folder, SIZES, resume=folder / f"{name} resumed", **changes)
         found[name]["resumed"] = train(resumed, quiet=True)
+    with first_is_best():
+        ready = prepared(folder, SIZES, out=folder / "fsdp early", batch_size=16, parallel="fsdp", **EARLY)
+        found["fsdp early"] = {"whole": train(ready, quiet=True)}
+    with torch.no_grad():
+        logits = ready.model(torch.stack([image for image, _ in ready.splits.test]))
+    found["fsdp early"]["logits"] = logits.tolist()
     try:
         train(prepared(folder, SIZES, out=folder / "ddp"), quiet=True)
     except FileExistsError as error:

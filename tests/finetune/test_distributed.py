@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlrr_kernels.finetune import train
+from rlrr_kernels import load_adapter
+from rlrr_kernels.finetune import prepare, train
 from rlrr_kernels.finetune.distributed import World, choose_device, on_main, total
-from tests.finetune.in_processes import RESUMED, RUNS, SIZES
-from tests.finetune.runs import prepared, results
+from rlrr_kernels.finetune.trainer import Trainer
+from tests.finetune.in_processes import EARLY, RESUMED, RUNS, SIZES
+from tests.finetune.runs import first_is_best, prepared, results
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,6 +74,29 @@ def test_two_processes_compute_what_one_does_with_the_doubled_batch(two, one, na
         # a constant on all keys changes no attention: its gradient is rounding alone, which AdamW makes large
         if not key.endswith("qkv.shift"):
             torch.testing.assert_close(written[key], tensor, rtol=1e-3, atol=2e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_sharded_parameters_are_never_stale_after_an_evaluation(two, tmp_path):
+    """The average leaves the model before training goes on, and the chosen epoch is what is tested and left in it."""
+    folder, found, *_ = two
+    ready = prepared(tmp_path, SIZES, batch_size=32, **EARLY)
+    with first_is_best():
+        expected = train(ready, quiet=True)
+    for rank in range(2):
+        metrics = found[rank]["fsdp early"]["whole"]
+        assert metrics["best_epoch"] == 1
+        for epoch, other in zip(metrics["epochs"], expected["epochs"], strict=True):
+            for figure in ("train_loss", "val_loss"):
+                assert epoch[figure] == pytest.approx(other[figure], rel=1e-5), (figure, epoch["epoch"])
+        assert metrics["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-5)
+    fresh = prepare(ready.settings)
+    load_adapter(fresh.model, folder / "fsdp early" / "adapter")
+    loss, accuracy = Trainer(ready.settings, fresh.model, ready.splits, ready.device).evaluate(ready.splits.test)
+    assert (loss, accuracy) == pytest.approx((metrics["test_loss"], metrics["test_accuracy"]), rel=1e-5)
+    with torch.no_grad():
+        logits = fresh.model(torch.stack([image for image, _ in ready.splits.test]))
+    torch.testing.assert_close(torch.tensor(found[1]["fsdp early"]["logits"]), logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -1,12 +1,16 @@
 """The model of a run: weights from files, rates and sizes that reach it, and what is left trainable."""
 
+import numpy as np
 import pytest
+import timm
 import torch
 from timm.layers import DropPath
 
 from rlrr_kernels import count_parameters
 from rlrr_kernels.finetune import Settings, prepare
-from rlrr_kernels.finetune.models import build_model
+from rlrr_kernels.finetune.models import build_model, load_backbone
+from tests.checkpoint.test_npz import google_arrays
+from tests.models import small_swin, stir
 
 
 def test_an_unknown_model_is_named():
@@ -62,6 +66,17 @@ def test_an_npz_goes_to_the_reader_of_published_vit_files(tmp_path):
     (tmp_path / "vit.npz").write_bytes(b"no such archive")
     with pytest.raises(ValueError, match=r"vit.npz"):
         build_model(Settings(checkpoint=tmp_path / "vit.npz"), 10)
+
+
+def test_a_published_npz_replaces_the_pretrained_weights_but_not_the_head(tmp_path):
+    donor = stir(timm.create_model(Settings.model, num_classes=10))
+    np.savez(tmp_path / "vit.npz", **google_arrays(donor))
+    model = build_model(Settings(checkpoint=tmp_path / "vit.npz", method="full"), 10)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, donor.blocks[0].attn.qkv.weight)
+    assert torch.equal(model.patch_embed.proj.weight, donor.patch_embed.proj.weight)
+    assert not torch.equal(model.head.weight, donor.head.weight)
+    with pytest.raises(ValueError, match=r"checkpoint: .*vit.npz: model: expected a timm VisionTransformer, got Swin"):
+        load_backbone(small_swin(), tmp_path / "vit.npz")
 
 
 def test_a_checkpoint_file_replaces_the_pretrained_weights(tmp_path):

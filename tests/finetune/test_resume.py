@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlrr_kernels.finetune import Settings, prepare, report, train
+from rlrr_kernels.finetune.cli import main
+from rlrr_kernels.finetune.report import RunFolder
 from rlrr_kernels.finetune.state import FILE, read_state, resumed
 from rlrr_kernels.finetune.trainer import Trainer
 from tests.finetune.runs import prepared, results
@@ -120,21 +122,26 @@ def test_killed_at_any_write_a_run_can_be_resumed(tmp_path):
     """Killed before the first, the second, ... file gets its name; from then on nothing is written or removed."""
     options = {"sizes": (8, 8, 8), "batch_size": 8, "method": "linear"}
     expected = train(prepared(tmp_path, out=tmp_path / "whole", **options), quiet=True)
-    out, survived, number = tmp_path / "run", False, 0
+    out, survived, number, unborn = tmp_path / "run", False, 0, 0
     while not survived:
         shutil.rmtree(out, ignore_errors=True)
         survived = _killed_at(number, prepared(tmp_path, **options))
         number += 1
         if survived:
             break
-        if json.loads((out / "metrics.json").read_text() if (out / "metrics.json").exists() else "{}").get("finished"):
+        if not out.exists():
+            unborn += 1
             continue
+        if json.loads((out / "metrics.json").read_text()).get("finished"):
+            continue
+        assert resumed(out, {}).method == "linear"
         metrics = train(prepared(tmp_path, resume=out, **options), quiet=True)
         assert results(metrics) == results(expected), number
         assert same(adapter(out), adapter(tmp_path / "whole"))
         assert sorted(p.name for p in out.iterdir()) == ["adapter", "curves.png", "metrics.json"], number
-    # state and metrics at the start; adapter, state and metrics for each epoch; metrics, curves and metrics at the end
-    assert number >= 2 + 2 * 3 + 3
+    # state, metrics and the folder; adapter, state and metrics for each epoch; metrics, curves and metrics at the end
+    assert number >= 3 + 2 * 3 + 3
+    assert unborn == 3  # the folder is not there before it can be resumed from, and what was left is in nobody's way
 
 
 def _killed_at(number, ready):
@@ -165,6 +172,76 @@ def _killed_at(number, ready):
         for patch in patches:
             patch.stop()
     return True
+
+
+def test_a_folder_without_a_name_given_is_there_with_its_state_or_not_at_all(tmp_path, monkeypatch):
+    """Of two runs that begin at once each has its own number, also where one is between looking and taking it."""
+    monkeypatch.chdir(tmp_path)
+    options = {"out": None, "sizes": (8, 8, 8), "method": "linear", "epochs": 1, "warmup_epochs": 0}
+    name, rename, seen = f"runs/digits-{Settings.model}-linear-seed0", os.rename, []
+
+    def late(source, target):
+        seen.append(str(target))
+        if len(seen) == 1:
+            assert sorted(p.name for p in source.iterdir()) == ["metrics.json", "state"]
+            target.mkdir()
+            (target / "metrics.json").write_text("another run's")
+        rename(source, target)
+
+    with mock.patch.object(os, "rename", late):
+        metrics = train(prepared(tmp_path, **options), quiet=True)
+    assert seen[:2] == [name, f"{name}-2"]
+    assert metrics["run"] == json.loads((tmp_path / f"{name}-2" / "metrics.json").read_text())["run"] == f"{name}-2"
+    assert (tmp_path / name / "metrics.json").read_text() == "another run's"
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [name[5:], f"{name[5:]}-2"]
+
+
+def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path):
+    with mock.patch.object(os, "rename", side_effect=OSError("no space")), pytest.raises(OSError, match="no space"):
+        train(prepared(tmp_path, sizes=(8, 8, 8), method="linear"), quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_moved_says_where_it_is(tmp_path):
+    options = {"sizes": (24, 8, 8), "batch_size": 12, "method": "linear"}
+    with cut(3):
+        assert train(prepared(tmp_path, **options), quiet=True)["run"] == str(tmp_path / "run")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert train(prepared(tmp_path, resume=moved, **options), quiet=True)["run"] == str(moved)
+    assert json.loads((moved / "metrics.json").read_text())["run"] == str(moved)
+
+
+def test_images_that_were_moved_are_found_under_another_root(tmp_path):
+    options = {"sizes": (24, 8, 8), "batch_size": 12, "method": "linear"}
+    with cut(3):
+        train(prepared(tmp_path, data_root=tmp_path / "old", **options), quiet=True)
+    out, new = tmp_path / "run", tmp_path / "new"
+    with cut(3):
+        # stopped once more, after an epoch with the new root: it is the run's own from now on
+        again = train(prepared(tmp_path, resume=out, data_root=new, **options), quiet=True)
+    assert again["settings"]["data_root"] == json.loads((out / "metrics.json").read_text())["settings"]["data_root"]
+    assert again["settings"]["data_root"] == str(new)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_tensorboard_has_each_epoch_once_however_the_run_was_killed(tmp_path, when):
+    """Before and after the first epoch's state was written: it is trained again, or not."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = {"tensorboard": True, "sizes": (8, 8, 8), "batch_size": 8, "method": "linear"}
+    write_state = RunFolder.write_state
+
+    def killed(self, state):
+        if when == "after":
+            write_state(self, state)
+        raise Killed
+
+    with mock.patch.object(RunFolder, "write_state", killed), pytest.raises(Killed):
+        train(prepared(tmp_path, **options), quiet=True)
+    metrics = train(prepared(tmp_path, resume=tmp_path / "run", **options), quiet=True)
+    assert metrics["resumed_after"] == [0 if when == "before" else 1]
+    found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    expected = [(e["epoch"], pytest.approx(e["train_loss"])) for e in metrics["epochs"]]
+    assert [(e.step, e.value) for e in found.Scalars("train/loss")] == expected
 
 
 @pytest.fixture(scope="module")
@@ -225,12 +302,26 @@ def test_folders_and_files_that_are_no_state_are_refused(stopped, tmp_path):
         read_state(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"resume: .*none is no folder"):
         read_state(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"resume: expected the folder of an unfinished run, got .*empty, which is e"):
+        resumed(tmp_path / "empty", {"workers": 1})
     whole = (stopped / FILE).read_bytes()
     (tmp_path / FILE).parent.mkdir()
     for damaged in (b"", whole[: len(whole) // 2], whole.replace(b"rlrr_kernels.state/1", b"rlrr_kernels.state/9")):
         (tmp_path / FILE).write_bytes(damaged)
         with pytest.raises(ValueError, match=r"resume: .*last.safetensors cannot be read"):
             read_state(tmp_path)
+
+
+@pytest.mark.parametrize("more", [[], ["--workers", "1", "--device", "cpu"]])
+def test_the_command_begins_nothing_in_an_empty_folder_that_resume_alone_names(tmp_path, capsys, more):
+    """Not the default model on the default data: the name may be mistyped."""
+    with pytest.raises(SystemExit) as end:
+        main(["--resume", str(tmp_path), *more])
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert f"resume: expected the folder of an unfinished run, got {tmp_path}, which is empty; to begin a run" in told
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_state_of_other_parameters_is_refused_before_anything_is_copied(stopped, tmp_path):

@@ -24,6 +24,7 @@ from rlrr_kernels.finetune import Settings
         ({"cooldown_epochs": -1}, "cooldown_epochs: expected at least 0"),
         ({"warmup_epochs": 20}, "warmup_epochs: expected less than epochs = 20, got 20"),
         ({"restart_epochs": 7}, "restart_epochs: expected a divisor of epochs = 20, got 7"),
+        ({"restart_epochs": 30}, "restart_epochs: expected a divisor of epochs = 20, got 30"),
         ({"restart_factor": 2}, "restart_factor: expected 1 without restart_epochs or with cooldown_epochs, got 2"),
         ({"restart_factor": 2, "restart_epochs": 2, "cooldown_epochs": 1}, "restart_factor: expected 1 without"),
         ({"lora_rank": -1}, "lora_rank: expected at least 0, got -1"),

@@ -61,6 +61,18 @@ def test_restarts_that_grow_are_cut_off_at_the_end(tmp_path):
     assert found[17] == pytest.approx(0.5 * (1 + math.cos(math.pi * 8 / 12)))
 
 
+@pytest.mark.parametrize("epochs", [5, 15, 40])
+def test_growing_cycles_train_in_every_epoch_however_few_there_are(tmp_path, epochs):
+    """Of ``fgvc-aug/cub``: cycles of 10, 20 and 40 epochs down to 0, of which fewer epochs see a part."""
+    options = {"warmup_epochs": 0, "restart_epochs": 10, "restart_factor": 2, "lr": 1.0, "min_lr": 0.0}
+    found = rates(trainer(tmp_path, epochs=epochs, sizes=(64, 8, 8), **options), 2 * epochs)
+    assert found[0] == 1.0
+    assert min(found) > 0
+    cycles = [(0, 20), (20, 40), (60, 80)]  # of two steps an epoch: the first, and how many
+    expected = [0.5 * (1 + math.cos(math.pi * step / length)) for _, length in cycles for step in range(length)]
+    assert found == pytest.approx(expected[: 2 * epochs])
+
+
 def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path):
     """89 images: the last step has 25, in batches of 8, 8, 8 and 1."""
     whole, parts = (

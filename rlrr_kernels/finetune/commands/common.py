@@ -60,7 +60,7 @@ def say(*lines: str) -> None:
 
 def console() -> Console:
     """Where tables go. A log file has no width of its own: long rows are not folded there."""
-    return Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
+    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
 
 
 def new_file(path: Path, suffixes: tuple[str, ...], overwrite: bool) -> Path:

@@ -23,10 +23,11 @@ from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.trainer import AUTOCAST
 
 SPLITS = ("test", "val", "train")
-#: Settings that may differ from the run's: which images, where things are, and how to compute.
+#: Settings that may differ from the run's: which images, where things are, and how to compute. Not the seed:
+#: by it images are put aside for validation, and another one's were mostly trained on.
 OPTIONS = (
     "model", "checkpoint", "img_size", "task", "data", "data_root", "resize", "batch_size", "precision", "device",
-    "workers", "seed",
+    "workers",
 )  # fmt: skip
 
 DESCRIPTION = """\
@@ -129,22 +130,20 @@ def remarks(opened: Run, split: str, options: Mapping[str, Any], result: Evaluat
     """What a reader must know to make sense of the figure."""
     metrics = opened.metrics
     if not metrics:
+        return [] if split == "test" else ["whether it was trained on these images is not known without its run"]
+    if {"data", "task"} & options.keys():
         return []
-    lines = []
-    own = not set(options) - {"device", "workers", "data_root", "checkpoint"}
-    protocol = metrics.get("protocol", "choose-epoch")
-    if own and split == "test" and "test_accuracy" in metrics:
-        same = metrics["test_accuracy"] == result.accuracy
-        lines.append(
-            "the same accuracy as in metrics.json" if same else f"metrics.json: {metrics['test_accuracy']:.4f}"
-        )
-        if "protocol_note" in metrics:
-            lines.append(metrics["protocol_note"])
-    if not {"data", "task"} & options.keys() and (split == "train" or (split == "val" and protocol != "choose-epoch")):
-        lines.append(f"the {split} images were trained on")
-    elif split == "val" and not {"data", "task"} & options.keys():
-        lines.append("the epoch was chosen on these images")
-    return lines
+    if split == "test":
+        lines = []
+        if "test_accuracy" in metrics and not options.keys() - {"device", "workers", "data_root", "checkpoint"}:
+            same = metrics["test_accuracy"] == result.accuracy
+            lines.append(
+                "the same accuracy as in metrics.json" if same else f"metrics.json: {metrics['test_accuracy']:.4f}"
+            )
+        return lines + ([metrics["protocol_note"]] if "protocol_note" in metrics else [])
+    if split == "val" and metrics.get("protocol", "choose-epoch") == "choose-epoch":
+        return ["the epoch was chosen on these images"]
+    return [f"the {split} images were trained on"]
 
 
 COMMAND = Command("evaluate a run or an adapter", DESCRIPTION, add_arguments, run)

@@ -83,12 +83,12 @@ def describe_recipe(options: Mapping[str, Any], skip: Collection[str] = ()) -> l
         return []
     published = {name: value for name, value in recipe(task).items() if name not in skip}
     kept = [
-        f"{name} {_show(value)}"
+        f"{name} {shown(value)}"
         for name, value in published.items()
         if options.get(name, value) == value != FIELDS[name].default
     ]
     changed = [
-        f"{name} {_show(options[name])} (recipe: {_show(value)})"
+        f"{name} {shown(options[name])} (recipe: {shown(value)})"
         for name, value in published.items()
         if options.get(name, value) != value
     ]
@@ -98,7 +98,8 @@ def describe_recipe(options: Mapping[str, Any], skip: Collection[str] = ()) -> l
     return lines
 
 
-def _show(value: object) -> str:
+def shown(value: object) -> str:
+    """A setting's value for a reader."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)

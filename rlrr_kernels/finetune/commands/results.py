@@ -11,15 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlrr_kernels.finetune.recipes import TASKS, VTAB_GROUPS
+from rlrr_kernels.finetune.commands.options import FIELDS, shown
+from rlrr_kernels.finetune.recipes import TASKS, VTAB_GROUPS, recipe
+
+DEFAULTS: Mapping[str, Any] = {name: field.default for name, field in FIELDS.items()}
 
 #: Settings in which runs that are averaged may differ: the seed, and what changes no result by design.
 MAY_DIFFER = frozenset({"seed", "out", "resume", "data_root", "device", "workers", "tensorboard", "parallel"})
 
+#: Settings that make a method what it is, whatever it is trained on; and those that only one method reads.
+DEFINING = ("checkpoint", "pretrained", "img_size", "precision", "ema")
+DEFINING_OF = {"rlrr": ("init", "norm_affine", "patch_affine", "frozen_dtype"), "lora": ("lora_rank",)}
+
 
 @dataclass(frozen=True)
 class Result:
-    """One run that was tested."""
+    """One run that was tested. Its ``settings`` are complete; ``protocol`` in them is never empty."""
 
     folder: Path
     task: str
@@ -29,25 +36,45 @@ class Result:
 
     @property
     def column(self) -> Column:
-        """Runs in one column differ by task and seed."""
-        return Column(self.settings["model"], self.settings["method"], self.settings["protocol"])
+        """Runs in one column are of one method, and differ by task, by seed and in how they were trained."""
+        settings, method = self.settings, self.settings["method"]
+        names = [*DEFINING_OF.get(method, ()), *DEFINING]
+        if settings["checkpoint"] is not None:
+            names.remove("pretrained")  # it has no effect then
+        options = tuple((name, settings[name]) for name in names)
+        return Column(settings["model"], method, settings["protocol"], options)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Column:
-    """What accuracies must have in common to be averaged over tasks."""
+    """What accuracies must have in common to be averaged over tasks.
+
+    Attributes:
+        options: name and value of each setting that defines the method, see :data:`DEFINING`.
+    """
 
     model: str
     method: str
     protocol: str
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def changed(self) -> str:
+        """What of the method is not the default, for a reader; empty for nothing."""
+        return ", ".join(f"{name} {shown(value)}" for name, value in self.options if value != DEFAULTS[name])
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Test accuracies of one task, a seed each."""
+    """Test accuracies of one task, a seed each.
+
+    Attributes:
+        settings: of the runs; seeds, folders and machines are one run's.
+    """
 
     accuracies: tuple[float, ...]
     seeds: tuple[int, ...]
+    settings: Mapping[str, Any]
 
     @property
     def mean(self) -> float:
@@ -96,7 +123,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def find_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
-    """Tested runs in ``paths``, and a reason for each run that was left out.
+    """Tested runs in ``paths``, and a reason for each run or sweep that was left out.
 
     Args:
         paths: run folders, sweep folders (their final runs count, not those they chose
@@ -104,15 +131,23 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
 
     Raises:
         FileNotFoundError: a path that is not there, or under which there is no run.
-        ValueError: a broken ``metrics.json`` or ``sweep.json``.
+        ValueError: a path that is a sweep without a final run, or a broken ``metrics.json`` or ``sweep.json``.
     """
     folders: dict[Path, Path] = {}
+    unfinished: dict[Path, str] = {}
     for path in paths:
-        found = list(_run_folders(path))
-        if not found:
+        runs, sweeps = _look_below(path)
+        if not runs and not sweeps:
             raise FileNotFoundError(f"no run in {path}: expected a metrics.json or a sweep.json at some depth")
-        folders |= {folder.resolve(): folder for folder in found}
-    results, left_out = [], []
+        folders |= {folder.resolve(): folder for folder in runs}
+        unfinished |= {
+            folder.resolve(): f"{folder}: a sweep that has no final run yet; the same command again goes on with it"
+            for folder in sweeps
+        }
+        named = path.parent if path.name == "sweep.json" else path
+        if named in sweeps:
+            raise ValueError(unfinished[named.resolve()])
+    results, left_out = [], list(unfinished.values())
     for folder in folders.values():
         metrics = read_run(folder)
         accuracy = metrics.get("test_accuracy")
@@ -120,7 +155,7 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
             why = metrics.get("error") or ("interrupted" if metrics.get("interrupted") else "no test accuracy")
             left_out.append(f"{folder}: {why}")
             continue
-        settings = dict(metrics["settings"])
+        settings = {**DEFAULTS, **metrics["settings"]}
         # runs of before there were protocols chose the epoch on validation images
         settings["protocol"] = metrics.get("protocol") or settings.get("protocol") or "choose-epoch"
         task = metrics.get("task") or settings.get("task") or str(settings.get("data"))
@@ -128,30 +163,32 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
     return results, left_out
 
 
-def _run_folders(path: Path) -> Iterable[Path]:
+def _look_below(path: Path) -> tuple[list[Path], list[Path]]:
+    """(run folders, of sweeps the final ones; sweeps that have none)."""
     if path.name in ("metrics.json", "sweep.json"):
         path = path.parent
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist")
+    runs, unfinished = [], []
     for root, folders, files in os.walk(path):
         folders.sort()
         if "sweep.json" in files:
             folders.clear()
-            yield from _final_runs(Path(root))
+            final = _final_runs(Path(root))
+            runs += final
+            unfinished += [] if final else [Path(root)]
         elif "metrics.json" in files:
             folders.clear()
-            yield Path(root)
+            runs.append(Path(root))
+    return runs, unfinished
 
 
 def _final_runs(folder: Path) -> list[Path]:
     path = folder / "sweep.json"
     try:
-        final = [folder / run["folder"] for run in json.loads(path.read_bytes())["final"]]
+        return [folder / run["folder"] for run in json.loads(path.read_bytes())["final"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what a sweep writes: {type(error).__name__}: {error}") from error
-    if not final:
-        raise ValueError(f"{folder} is a sweep that has no final run yet; the same command again goes on with it")
-    return final
 
 
 def cells(results: Iterable[Result]) -> dict[Column, dict[str, Cell]]:
@@ -168,11 +205,17 @@ def cells(results: Iterable[Result]) -> dict[Column, dict[str, Cell]]:
             _check_seeds(runs)
     return {
         column: {
-            task: Cell(tuple(run.accuracy for run in runs), tuple(run.seed for run in runs))
+            task: Cell(tuple(run.accuracy for run in runs), tuple(run.seed for run in runs), runs[0].settings)
             for task, runs in tasks.items()
         }
-        for column, tasks in sorted(grouped.items())
+        for column, tasks in sorted(grouped.items(), key=lambda item: _place(item[0]))
     }
+
+
+def _place(column: Column) -> tuple[Any, ...]:
+    # by rank where only that differs, so as a number; values that have no order by what they look like
+    options = tuple((value, "") if isinstance(value, (int, float)) else (0, str(value)) for _, value in column.options)
+    return column.model, column.method, column.protocol, len(options), options
 
 
 def _check_seeds(runs: list[Result]) -> None:
@@ -223,6 +266,24 @@ def means(benchmark: str, accuracy: Mapping[str, float]) -> Means | None:
         of_tasks=sum(map(len, groups.values())),
         groups={} if "" in groups else by_group,
     )
+
+
+def differing(benchmark: str, cells: Mapping[str, Cell]) -> dict[str, str]:
+    """Settings in which the tasks of a mean differ: ``"recipe"`` if each task has its recipe's, else ``"given"``.
+
+    Args:
+        benchmark: ``vtab``, ``fgvc``, ...
+        cells: of one column, by task; those of other benchmarks are not looked at.
+    """
+    of_task = {task: cells[task].settings for names in tasks_of(benchmark).values() for task in names if task in cells}
+    recipes = {task: recipe(task) for task in of_task}
+    found = {}
+    for name in sorted(DEFAULTS.keys() - MAY_DIFFER - {"task", "data"}):
+        values = [settings[name] for settings in of_task.values()]
+        if any(value != values[0] for value in values):
+            follows = all(settings[name] == recipes[task].get(name) for task, settings in of_task.items())
+            found[name] = "recipe" if follows else "given"
+    return found
 
 
 def benchmarks(tasks: Sequence[str]) -> list[str]:

@@ -19,6 +19,8 @@ MISSING = "-"
 #: How the RLRR figures of the paper were made, and the mark of every figure made so.
 ON_TEST = "best-on-test"
 MARK = "*"
+#: The mark of a method of which something is not the default: a note, as there is no room for it in the row.
+CHANGED = "†"
 NOTES = {
     ON_TEST: f"{MARK} best-on-test: the epoch was chosen on the test images, as in the paper's code. "
     "Such a figure is higher than one of the other protocols for the same model.",
@@ -28,7 +30,10 @@ NOTES = {
 
 DESCRIPTION = """\
 Test accuracy by task, from the metrics.json of runs and sweeps. Runs of one model,
-method and protocol make a column; seeds of one task are averaged. For VTAB-1k there
+method and protocol make a column; what defines the method counts, such as its start,
+its affines, its rank, precision or checkpoint. Seeds of one task are averaged. Where
+tasks of a mean were trained with different other settings, these are named below it.
+Runs and sweeps without a test figure are left out, and named. For VTAB-1k there
 are two means, over tasks and of the three groups' means, and both say over how many
 tasks they are: a missing task is shown as missing and counts for nothing. The paper's
 means stand below them, with the protocol they were made by.
@@ -106,7 +111,8 @@ def _means(benchmark: str, used: Mapping[Column, Mapping[str, Cell]]) -> Grid:
     for number, (column, cells) in enumerate(used.items(), 1):
         mark = MARK if column.protocol == ON_TEST else ""
         marked |= bool(mark)
-        row = [str(number), column.method, column.model, column.protocol + mark, _seeds(benchmark, cells)]
+        method = f"{column.method} {CHANGED}" if column.changed else column.method
+        row = [str(number), method, column.model, column.protocol + mark, _seeds(benchmark, cells)]
         means = results.means(benchmark, {task: cell.mean for task, cell in cells.items()})
         if means is not None:
             row += [f"{means.tasks} of {means.of_tasks}", f"{100 * means.over_tasks:.1f}{mark}"]
@@ -116,6 +122,10 @@ def _means(benchmark: str, used: Mapping[Column, Mapping[str, Cell]]) -> Grid:
                 over = "" if all_groups else f" (of {len(means.groups)} groups)"
                 row += [f"{100 * means.of_groups:.1f}{mark}{over}"]
         grid.add(*row)
+        if column.changed:
+            grid.notes.append(f"{CHANGED} Column {number} is {column.method} with {column.changed}.")
+        if note := _differing(number, results.differing(benchmark, cells)):
+            grid.notes.append(note)
     grid.end_section()
     for published in PUBLISHED:
         if benchmark and published.benchmark == benchmark:
@@ -132,6 +142,12 @@ def _means(benchmark: str, used: Mapping[Column, Mapping[str, Cell]]) -> Grid:
     return grid
 
 
+def _differing(number: int, names: Mapping[str, str]) -> str:
+    recipe, given = (", ".join(name for name, kind in names.items() if kind == of) for of in ("recipe", "given"))
+    parts = "; ".join(part for part in (recipe and f"{recipe} (as in their recipes)", given) if part)
+    return f"Column {number} averages over tasks that differ in {parts}." if parts else ""
+
+
 def _seeds(benchmark: str, cells: Mapping[str, Cell]) -> str:
     counts = {len(cell.seeds) for task, cell in cells.items() if not benchmark or task.startswith(f"{benchmark}/")}
     low, high = min(counts), max(counts)
@@ -143,6 +159,7 @@ def summary(columns: Mapping[Column, Mapping[str, Cell]], left_out: list[str]) -
     listed = []
     for column, cells in columns.items():
         entry: dict[str, Any] = {"model": column.model, "method": column.method, "protocol": column.protocol}
+        entry["settings"] = dict(column.options)
         entry["tasks"] = {
             task: {"mean": cell.mean, "std": cell.std, "seeds": list(cell.seeds), "accuracies": list(cell.accuracies)}
             for task, cell in sorted(cells.items())
@@ -157,6 +174,7 @@ def summary(columns: Mapping[Column, Mapping[str, Cell]], left_out: list[str]) -
                     "groups": dict(means.groups),
                     "tasks": means.tasks,
                     "of_tasks": means.of_tasks,
+                    "differ": results.differing(benchmark, cells),
                     "missing": [t for ts in results.tasks_of(benchmark).values() for t in ts if t not in cells],
                 }
         listed.append(entry)

@@ -13,7 +13,7 @@ from rlrr_kernels.finetune.commands.common import INTERRUPTED, Command, CommandE
 from rlrr_kernels.finetune.commands.options import add_settings, describe_recipe, given, settings_from
 from rlrr_kernels.finetune.distributed import launched
 from rlrr_kernels.finetune.loop import prepare, train
-from rlrr_kernels.finetune.state import read_state, resumed
+from rlrr_kernels.finetune.state import MAY_DIFFER, read_state, resumed
 
 DESCRIPTION = """\
 Fine-tune a timm vision transformer by RLRR, or by a linear probe or fully to compare.
@@ -35,8 +35,7 @@ run. Several GPUs or machines: torchrun -m rlrr_kernels.finetune, with the same 
 def run(arguments: argparse.Namespace) -> int:
     options = given(arguments)
     with checking_input():
-        # a run that was killed before it wrote anything has no settings of its own
-        if "resume" in options and read_state(options["resume"]) is not None:
+        if _continues(options):
             settings = resumed(options.pop("resume"), options)
         else:
             settings = settings_from(options)
@@ -48,6 +47,24 @@ def run(arguments: argparse.Namespace) -> int:
     except FileExistsError as error:
         raise CommandError(str(error), 2) from error
     return report(metrics)
+
+
+def _continues(options: Mapping[str, Any]) -> bool:
+    """Whether a run goes on: not where ``resume`` names an empty folder and other options say what to begin there.
+
+    Raises:
+        ValueError: it is empty, and nothing says what to train: the name may well be mistyped.
+    """
+    if "resume" not in options:
+        return False
+    if read_state(options["resume"]) is not None:
+        return True
+    if options.keys() <= MAY_DIFFER:
+        raise ValueError(
+            f"resume: expected the folder of an unfinished run, got {options['resume']}, which is empty; "
+            "to begin a run there, give its options too (--task or --data, ...)"
+        )
+    return False
 
 
 def report(metrics: Mapping[str, Any]) -> int:

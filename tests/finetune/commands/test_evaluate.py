@@ -50,12 +50,19 @@ def test_the_validation_split_gives_the_chosen_epoch_s_figure(tuned, capsys):
     assert "the epoch was chosen on these images" in out
 
 
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_another_seed_s_split_is_not_to_be_had(tuned, capsys, split):
+    """Most of its validation images would be ones that the run was trained on."""
+    assert status("eval", tuned, "--split", split, "--seed", "3") == 2
+    assert "--seed" in capsys.readouterr().err
+
+
 def test_training_images_are_seen_without_augmentation(data, tmp_path, capsys):
     assert status("--data", data, "--out", tmp_path / "run", "--resize", "crop", "--flip", *QUICK) == 0
     seen = []
     for _ in range(2):
         capsys.readouterr()
-        assert status("eval", tmp_path / "run", "--split", "train", "--seed", "0") == 0
+        assert status("eval", tmp_path / "run", "--split", "train") == 0
         values, out = figures(capsys)
         seen.append(values)
         assert "the train images were trained on" in out
@@ -71,7 +78,21 @@ def test_an_adapter_from_elsewhere_needs_data_and_nothing_else(tuned, data, tmp_
     assert status("eval", tmp_path / "moved") == 2
     assert "data: expected --data or --task" in capsys.readouterr().err
     assert status("eval", tmp_path / "moved", "--data", data) == 0
-    assert figures(capsys)[0][0] == round(metrics_of(tuned)["test_accuracy"], 4)
+    (accuracy, _), out = figures(capsys)
+    assert accuracy == round(metrics_of(tuned)["test_accuracy"], 4)
+    assert "not known" not in out
+    assert status("eval", tmp_path / "moved", "--data", data, "--split", "val") == 0
+    assert "whether it was trained on these images is not known without its run" in capsys.readouterr().out
+
+
+def test_a_figure_that_was_chosen_on_the_test_images_says_so_however_it_is_computed(data, tmp_path, capsys):
+    assert status("--data", data, "--out", tmp_path / "run", "--protocol", "best-on-test", *QUICK) == 0
+    for options in ([], ["--batch-size", "7"]):
+        capsys.readouterr()
+        assert status("eval", tmp_path / "run", *options) == 0
+        assert "The epoch was chosen on the test images" in capsys.readouterr().out
+    assert status("eval", tmp_path / "run", "--data", data) == 0
+    assert "was chosen" not in capsys.readouterr().out
 
 
 def test_an_adapter_that_was_saved_by_hand_is_loaded_as_it_was_configured(data, tmp_path, capsys):

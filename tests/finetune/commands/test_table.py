@@ -6,7 +6,7 @@ import re
 import pytest
 
 from rlrr_kernels.finetune.commands import results
-from rlrr_kernels.finetune.recipes import BACKBONE, VTAB_GROUPS
+from rlrr_kernels.finetune.recipes import BACKBONE, VTAB_GROUPS, recipe
 from tests.finetune.commands.conftest import status
 
 
@@ -114,9 +114,26 @@ def test_of_a_sweep_only_the_final_runs_count(tmp_path, capsys):
     (sweep / "sweep.json").write_text(json.dumps({"final": [{"folder": "final/two"}]}))
     (column,) = summary(capsys, tmp_path)["columns"]
     assert column["tasks"]["vtab/cifar"]["accuracies"] == [0.7]
+
+
+def test_a_sweep_without_a_final_run_is_left_out_unless_it_is_all_that_was_asked_for(tmp_path, capsys):
+    sweep = tmp_path / "runs" / "deep" / "sweep"
+    write(sweep / "runs" / "one", accuracy=0.1)
     (sweep / "sweep.json").write_text(json.dumps({"final": []}))
-    assert status("table", sweep) == 2
-    assert "a sweep that has no final run yet" in capsys.readouterr().err
+    why = f"{sweep}: a sweep that has no final run yet"
+    assert status("table", tmp_path) == 2  # nothing else was found
+    assert why in capsys.readouterr().err
+    write(tmp_path / "runs" / "a", accuracy=0.7)
+    found = summary(capsys, tmp_path, tmp_path / "runs" / "deep")
+    assert [column["tasks"]["vtab/cifar"]["accuracies"] for column in found["columns"]] == [[0.7]]
+    (line,) = found["left_out"]
+    assert line.startswith(why)
+    for form in ("markdown", "console"):
+        assert status("table", tmp_path, "--format", form) == 0
+        assert f"left out: {why}" in capsys.readouterr().out
+    for named in (sweep, sweep / "sweep.json"):
+        assert status("table", tmp_path / "runs" / "a", named) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_one_run_given_twice_counts_once(tmp_path, capsys, monkeypatch):
@@ -142,6 +159,74 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_one_experiment(t
     write(tmp_path / "c", seed=0, out="elsewhere", device="cuda")
     assert status("table", tmp_path / "a", tmp_path / "c") == 2
     assert "with one seed, 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "shown"),
+    [
+        ("init", "identity", "init identity"),
+        ("norm_affine", False, "norm_affine off"),
+        ("patch_affine", False, "patch_affine off"),
+        ("frozen_dtype", "bf16", "frozen_dtype bf16"),
+        ("pretrained", False, "pretrained off"),
+        ("checkpoint", "some.npz", "checkpoint some.npz"),
+        ("img_size", 384, "img_size 384"),
+        ("precision", "bf16", "precision bf16"),
+        ("ema", 0.9998, "ema 0.9998"),
+    ],
+)
+def test_runs_of_different_methods_under_one_name_are_columns_of_their_own(tmp_path, capsys, option, value, shown):
+    write(tmp_path / "a", "vtab/cifar", 0.9)
+    write(tmp_path / "b", "vtab/svhn", 0.1, **{option: value})
+    write(tmp_path / "c", "vtab/cifar", 0.3, seed=1, **{option: value})
+    columns = {column["settings"][option]: column for column in summary(capsys, tmp_path)["columns"]}
+    assert len(columns) == 2
+    assert columns.pop(value)["benchmarks"]["vtab"]["mean_over_tasks"] == pytest.approx(0.2)
+    (plain,) = columns.values()
+    assert plain["benchmarks"]["vtab"]["mean_over_tasks"] == pytest.approx(0.9)
+    assert status("table", tmp_path, "--format", "markdown") == 0
+    out = capsys.readouterr().out
+    (number,) = re.findall(rf"\| (\d) \| rlrr † \| {BACKBONE} \| final \| 1 \| 2 of 19 \| 20\.0 \|", out)
+    assert f"† Column {number} is rlrr with {shown}." in out
+    assert out.count("†") == 2
+    assert f" | rlrr | {BACKBONE} | final | 1 | 1 of 19 | 90.0 |" in out
+
+
+def test_lora_s_rank_makes_a_column_and_options_of_other_methods_none(tmp_path, capsys):
+    write(tmp_path / "a", "vtab/cifar", 0.9, method="lora", lora_rank=4)
+    write(tmp_path / "b", "vtab/svhn", 0.1, method="lora", lora_rank=8)
+    write(tmp_path / "c", "vtab/cifar", 0.2, method="full")
+    write(tmp_path / "d", "vtab/svhn", 0.4, method="full", init="identity", norm_affine=False, lora_rank=8)
+    write(tmp_path / "e", "vtab/cifar", 0.5, checkpoint="w.pth")
+    write(tmp_path / "f", "vtab/svhn", 0.7, checkpoint="w.pth", pretrained=False)
+    columns = summary(capsys, tmp_path)["columns"]
+    means = [(column["method"], column["benchmarks"]["vtab"]["mean_over_tasks"]) for column in columns]
+    assert means == [("full", pytest.approx(0.3)), ("lora", 0.9), ("lora", 0.1), ("rlrr", pytest.approx(0.6))]
+    assert [column["settings"].get("lora_rank") for column in columns] == [None, 4, 8, None]
+
+
+def test_a_setting_that_is_not_recorded_has_its_default(tmp_path, capsys):
+    """As in runs of before there was such a setting."""
+    write(tmp_path / "a", seed=0)
+    write(tmp_path / "b", seed=1, init="paper", ema=0.0, epochs=20)
+    (column,) = summary(capsys, tmp_path)["columns"]
+    assert column["tasks"]["vtab/cifar"]["seeds"] == [0, 1]
+
+
+def test_other_settings_in_which_tasks_of_a_mean_differ_are_named(tmp_path, capsys):
+    write(tmp_path / "a", "vtab/cifar", **recipe("vtab/cifar"))
+    write(tmp_path / "b", "vtab/svhn", **recipe("vtab/svhn"))
+    vtab = summary(capsys, tmp_path)["columns"][0]["benchmarks"]["vtab"]
+    assert vtab["differ"] == {"drop_path": "recipe", "lr": "recipe"}
+    write(tmp_path / "c", "vtab/clevr_count", **recipe("vtab/clevr_count") | {"epochs": 7, "lr": 0.25})
+    vtab = summary(capsys, tmp_path)["columns"][0]["benchmarks"]["vtab"]
+    assert vtab["differ"] == {"drop_path": "recipe", "epochs": "given", "flip": "recipe", "lr": "given"}
+    for form in ("markdown", "console"):
+        assert status("table", tmp_path, "--format", form) == 0
+        out = capsys.readouterr().out
+        assert "Column 1 averages over tasks that differ in drop_path, flip (as in their recipes); epochs, lr." in out
+    # a benchmark of which there is one task mixes nothing
+    assert summary(capsys, tmp_path / "a")["columns"][0]["benchmarks"]["vtab"]["differ"] == {}
 
 
 @pytest.mark.parametrize(
