@@ -171,7 +171,8 @@ def _look_below(path: Path) -> tuple[list[Path], list[Path]]:
         raise FileNotFoundError(f"{path} does not exist")
     runs, unfinished = [], []
     for root, folders, files in os.walk(path):
-        folders.sort()
+        # a hidden folder is what a killed process was about to put in place
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         if "sweep.json" in files:
             folders.clear()
             final = _final_runs(Path(root))

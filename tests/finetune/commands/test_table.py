@@ -136,6 +136,13 @@ def test_a_sweep_without_a_final_run_is_left_out_unless_it_is_all_that_was_asked
         assert why in capsys.readouterr().err
 
 
+def test_what_a_killed_process_left_hidden_is_no_run(tmp_path, capsys):
+    write(tmp_path / "runs" / "a", accuracy=0.9)
+    write(tmp_path / "runs" / ".b.3f.partial", accuracy=0.1, lr=7.0)
+    (column,) = summary(capsys, tmp_path / "runs")["columns"]
+    assert column["benchmarks"]["vtab"]["mean_over_tasks"] == pytest.approx(0.9)
+
+
 def test_one_run_given_twice_counts_once(tmp_path, capsys, monkeypatch):
     write(tmp_path / "a")
     monkeypatch.chdir(tmp_path)

@@ -76,7 +76,7 @@ def test_resume_alone_goes_on_with_the_run_s_own_settings(data, tmp_path, capsys
 
 
 def test_resume_into_an_empty_folder_takes_the_given_options(data, tmp_path):
-    """A run that was killed before it wrote anything has no settings of its own."""
+    """It has no settings of its own, so that they must be given."""
     (tmp_path / "run").mkdir()
     assert status("--resume", tmp_path / "run", "--data", data, "--lr", "0.004", *QUICK) == 0
     assert metrics_of(tmp_path / "run")["settings"]["lr"] == 0.004
