@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from rlrr_kernels.analysis import sources
 from rlrr_kernels.analysis.base import base_weights
+from rlrr_kernels.analysis.files import read_json
 from rlrr_kernels.analysis.figure import draw
 from rlrr_kernels.analysis.report import analyze
 from rlrr_kernels.checkpoint import write_atomically
@@ -120,7 +121,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         base, tuned, layers=arguments.layers, top=arguments.top, device=arguments.device, progress=progress
     )
     analysis = {"base": {"name": arguments.base, "checkpoint": _text(arguments.checkpoint)}, **analysis}
-    picture = draw(analysis, f"{arguments.base}: leading {arguments.top} directions of each layer")
+    picture = draw(analysis, f"{_title(arguments.base)}: leading {arguments.top} directions of each layer")
     write_atomically(arguments.out / "analysis.json", (json.dumps(analysis, indent=1, allow_nan=False) + "\n").encode())
     write_atomically(arguments.out / "analysis.png", picture)
     return analysis
@@ -139,11 +140,18 @@ def show(analysis: Mapping[str, Any], console: Console | None = None) -> None:
             for key, form in COLUMNS.values()
         ]
         table.add_row(method["label"], str(len(method["layers"])), *cells)
-    console = console or Console()
+    # a log file has no width, and cut headings say nothing
+    console = console or (Console() if sys.stdout.isatty() else Console(width=140))
     console.print(table)
     for method in analysis["methods"]:
         if method["skipped"]:
             console.print(f"{method['label']}: {len(method['skipped'])} tuned tensors belong to no linear of the base")
+
+
+def _title(base: str) -> str:
+    """The model's name, where the base is a run."""
+    path = Path(base)
+    return str(read_json(path / "metrics.json")["settings"]["model"]) if path.is_dir() else path.name
 
 
 def _text(path: Path | None) -> str | None:

@@ -104,9 +104,14 @@ def resumed(folder: Path, given: Mapping[str, Any]) -> Settings:
     return Settings.from_dict({**state.record["settings"], "out": None, **given, "resume": folder})
 
 
+def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a run wrote them, and the defaults of those that came later: it has had those."""
+    return {**Settings().to_dict(), **values}
+
+
 def check_settings(state: State, settings: Settings) -> None:
     """``ValueError`` naming the first field in which ``settings`` differ from the run's and may not."""
-    own, given = state.record["settings"], settings.to_dict()
+    own, given = recorded(state.record["settings"]), settings.to_dict()
     for name, value in given.items():
         if name not in MAY_DIFFER and own.get(name) != value:
             raise ValueError(f"{name}: expected {own.get(name)!r}, as in the run to resume, got {value!r}")

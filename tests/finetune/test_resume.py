@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rlrr_kernels.finetune import Settings, prepare, report, train
 from rlrr_kernels.finetune.cli import main
 from rlrr_kernels.finetune.report import RunFolder
-from rlrr_kernels.finetune.state import FILE, read_state, resumed
+from rlrr_kernels.finetune.state import FILE, State, check_settings, read_state, resumed
 from rlrr_kernels.finetune.trainer import Trainer
 from tests.finetune.runs import prepared, results
 
@@ -333,3 +333,11 @@ def test_a_state_of_other_parameters_is_refused_before_anything_is_copied(stoppe
     with pytest.raises(ValueError, match="resume: the state is of a model whose trained parameters"):
         trainer.load(other)
     assert same(trainer.trained(), before)
+
+
+def test_a_setting_that_came_after_a_run_was_begun_has_had_its_default():
+    older = {name: value for name, value in Settings(lr=0.5).to_dict().items() if name != "restart_factor"}
+    begun = State({"settings": older}, {})
+    check_settings(begun, Settings(lr=0.5))
+    with pytest.raises(ValueError, match="restart_epochs: expected 0, as in the run to resume, got 5"):
+        check_settings(begun, Settings(lr=0.5, restart_epochs=5, restart_factor=2))

@@ -119,7 +119,7 @@ class Record:
                 known = json.loads(path.read_bytes())
                 if known["format"] != FORMAT:
                     raise ValueError(f"expected format {FORMAT!r}, got {known['format']!r}")
-                theirs = known["settings"]
+                theirs = {k: v for k, v in state.recorded(known["settings"]).items() if k not in VARIED}
                 for entries, kept in ((known["runs"], record.search), (known["final"], record.final)):
                     kept.update({(_point(entry), entry["seed"]): entry for entry in entries})
             except (ValueError, KeyError, TypeError) as error:
@@ -254,8 +254,8 @@ def left_behind(folder: Path, settings: Settings) -> dict[str, Any] | None:
         return None
     metrics = read_run(folder) if (folder / "metrics.json").is_file() else {}
     if metrics:
-        wanted, found = settings.to_dict(), metrics["settings"]
-        for name in wanted.keys() - state.MAY_DIFFER - {"data_root"}:
+        wanted, found = settings.to_dict(), state.recorded(metrics["settings"])
+        for name in wanted.keys() - state.MAY_DIFFER:
             if found.get(name) != wanted[name]:
                 raise ValueError(f"{name}: {folder} holds a run with {found.get(name)!r}, got {wanted[name]!r}")
     diverged = str(metrics.get("error", "")).startswith(FloatingPointError.__name__)
