@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from rlrr_kernels.analysis import sources
 from rlrr_kernels.analysis.base import base_weights
-from rlrr_kernels.analysis.files import read_json
 from rlrr_kernels.analysis.figure import draw
+from rlrr_kernels.analysis.files import read_json
 from rlrr_kernels.analysis.report import analyze
 from rlrr_kernels.checkpoint import write_atomically
 
