@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlrr_kernels.linear import INITS, Init
+from rlrr_kernels.linear import Init, check_init
 
 #: Dtypes in which frozen weights may be kept.
 FROZEN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -63,8 +63,7 @@ class RLRRConfig:
         ):
             if not any(getattr(self, name) is value for value in allowed):
                 raise TypeError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
-        if not callable(self.init) and self.init not in INITS:
-            raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {self.init!r}")
+        check_init(self.init)
         if self.frozen_dtype is not None:
             object.__setattr__(self, "frozen_dtype", _frozen_dtype(self.frozen_dtype))
 

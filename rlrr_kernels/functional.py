@@ -73,7 +73,7 @@ class _RescaledLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.shift_dtype = None if shift is None else shift.dtype
         u, v = _canonical(scale_out, scale_in)
-        y = ops.forward(_rows(x), weight, u, v, bias, shift)
+        y = ops.forward(ops.rows(x), weight, u, v, bias, shift)
         # a view made in here could not be changed in place, as callers of nn.Linear do
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
@@ -82,7 +82,7 @@ class _RescaledLinear(torch.autograd.Function):
         x, weight, scale_out, scale_in = ctx.saved_tensors
         x_needs, weight_needs, u_needs, v_needs, bias_needs, shift_needs = ctx.needs_input_grad
         u, v = _canonical(scale_out, scale_in)
-        dy = _rows(grad)
+        dy = ops.rows(grad)
         # under create_graph=True the gradients must be differentiable themselves, as plain PyTorch is
         passes = reference if torch.is_grad_enabled() else ops
         wide = accumulation_dtype(dy.dtype)
@@ -90,12 +90,12 @@ class _RescaledLinear(torch.autograd.Function):
         if x_needs:
             dx = passes.grad_input(dy, weight, u, v).view(ctx.x_shape)
         if u_needs or v_needs:
-            du, dv, df = passes.grad_scales(dy, _rows(x), weight, u, v, bias_needs or shift_needs)
+            du, dv, df = passes.grad_scales(dy, ops.rows(x), weight, u, v, bias_needs or shift_needs)
         elif bias_needs or shift_needs:
             df = dy.sum(0, dtype=wide)
         if weight_needs:
             # a trained W gets a gradient of its own size, and so does this
-            dw = ((dy.mT @ _rows(x)).to(wide) * scale_matrix(u, v, wide)).to(weight.dtype)
+            dw = ((dy.mT @ ops.rows(x)).to(wide) * scale_matrix(u, v, wide)).to(weight.dtype)
         return (
             dx,
             dw,
@@ -104,11 +104,6 @@ class _RescaledLinear(torch.autograd.Function):
             df.to(ctx.bias_dtype) if df is not None and bias_needs else None,
             df.to(ctx.shift_dtype) if df is not None and shift_needs else None,
         )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[..., K]`` as ``[M, K]``, without a copy wherever the strides allow."""
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def _canonical(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:

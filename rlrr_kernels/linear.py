@@ -20,6 +20,17 @@ INITS = ("paper", "identity")
 Init = str | Callable[[Tensor, Tensor], None]
 
 
+def check_init(init: object) -> None:
+    """``ValueError`` unless it is one of :data:`INITS` or can be called."""
+    if not callable(init) and init not in INITS:
+        raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {init!r}")
+
+
+def init_name(init: Init) -> str:
+    """What a layer's ``repr`` calls it."""
+    return init if isinstance(init, str) else getattr(init, "__name__", repr(init))
+
+
 class FusedRLRRLinear(nn.Linear):
     """y = x (W * (1 + u v))^T + b + f, with W and b frozen and u, v, f trained.
 
@@ -65,8 +76,7 @@ class FusedRLRRLinear(nn.Linear):
     ) -> None:
         if groups < 1 or out_features % groups:
             raise ValueError(f"groups: expected a divisor of out_features = {out_features}, got {groups}")
-        if isinstance(init, str) and init not in INITS:
-            raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {init!r}")
+        check_init(init)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.groups = groups
         self.init = init
@@ -248,10 +258,9 @@ class FusedRLRRLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        init = self.init if isinstance(self.init, str) else getattr(self.init, "__name__", repr(self.init))
         state = "" if self.enabled else ", disabled"
         state += ", merged" if self.merged else ""
-        return f"{super().extra_repr()}, groups={self.groups}, init={init}{state}"
+        return f"{super().extra_repr()}, groups={self.groups}, init={init_name(self.init)}{state}"
 
 
 def _moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:

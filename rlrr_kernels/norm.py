@@ -8,7 +8,7 @@ embedding, besides its rescaled linears.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlrr_kernels import ops
+from rlrr_kernels.linear import Init, check_init, init_name
 from rlrr_kernels.reference import accumulation_dtype
-
-#: ``"paper"``, ``"identity"``, or a function that fills (ssf_scale, ssf_shift) in place.
-Init = str | Callable[[Tensor, Tensor], None]
 
 
 class _Affine(nn.Module):
@@ -31,8 +29,7 @@ class _Affine(nn.Module):
     enabled: bool
 
     def _add_affine(self, dim: int, device: torch.device | str | None, dtype: torch.dtype | None, init: Init) -> None:
-        if isinstance(init, str) and init not in ("paper", "identity"):
-            raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {init!r}")
+        check_init(init)
         wide = accumulation_dtype(torch.get_default_dtype() if dtype is None else dtype)
         self.enabled = True
         self.init = init
@@ -53,9 +50,6 @@ class _Affine(nn.Module):
         else:
             self.ssf_scale.normal_(1.0, 0.02)
             self.ssf_shift.normal_(0.0, 0.02)
-
-    def _init_name(self) -> str:
-        return self.init if isinstance(self.init, str) else getattr(self.init, "__name__", repr(self.init))
 
 
 class SSFLayerNorm(nn.LayerNorm, _Affine):
@@ -218,7 +212,7 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
 
     def extra_repr(self) -> str:
         base = "" if self.base is nn.LayerNorm else f", base={self.base.__module__}.{self.base.__qualname__}"
-        return f"{super().extra_repr()}, init={self._init_name()}{base}"
+        return f"{super().extra_repr()}, init={init_name(self.init)}{base}"
 
 
 class SSFAffine(_Affine):
@@ -263,7 +257,7 @@ class SSFAffine(_Affine):
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.ssf_scale.shape[0]}, init={self._init_name()}"
+        return f"{self.ssf_scale.shape[0]}, init={init_name(self.init)}"
 
 
 class _SSFLayerNorm(torch.autograd.Function):
@@ -280,7 +274,7 @@ class _SSFLayerNorm(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        y, mean, rstd = ops.layer_norm(_rows(x), weight, bias, scale, shift, eps, dtype)
+        y, mean, rstd = ops.layer_norm(ops.rows(x), weight, bias, scale, shift, eps, dtype)
         ctx.save_for_backward(x, mean, rstd, weight, bias, scale)
         ctx.shift_dtype = shift.dtype
         # a view made in here could not be changed in place, as callers of nn.LayerNorm may
@@ -290,7 +284,7 @@ class _SSFLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias, scale = ctx.saved_tensors
         x_needs, weight_needs, bias_needs, scale_needs, shift_needs, *_ = ctx.needs_input_grad
-        dy, rows = _rows(grad), _rows(x)
+        dy, rows = ops.rows(grad), ops.rows(x)
         dx = dw = db = ds = dt = None
         if torch.is_grad_enabled() or weight_needs or bias_needs:
             wide = mean.dtype
@@ -315,11 +309,6 @@ class _SSFLayerNorm(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[..., D]`` as ``[M, D]``, without a copy wherever the strides allow."""
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def _is_plain(kind: type) -> bool:

@@ -39,6 +39,11 @@ def _backend(x: Tensor, weight: Tensor) -> ModuleType:
     return module
 
 
+def rows(x: Tensor) -> Tensor:
+    """``[..., K]`` as the ops take it, ``[M, K]``, without a copy wherever the strides allow."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
 _library = torch.library.Library("rlrr", "DEF")
 _library.define(
     "forward(Tensor x, Tensor weight, Tensor scale_out, Tensor scale_in, Tensor? bias, Tensor? shift) -> Tensor",

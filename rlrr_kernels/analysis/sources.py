@@ -19,7 +19,7 @@ from rlrr_kernels.analysis.base import linear_weights
 from rlrr_kernels.analysis.files import ADAPTER_CONFIG, ADAPTER_TENSORS, adapter_folder, read_json, read_tensors
 from rlrr_kernels.analysis.updates import LowRank, OutputScaled, Replaced, Rescaled, Update
 from rlrr_kernels.checkpoint import adapter_metadata
-from rlrr_kernels.checkpoint.manifest import TOLERANCES, Manifest, fingerprint
+from rlrr_kernels.checkpoint.manifest import Manifest, fingerprint, same_weights
 from rlrr_kernels.linear import FusedRLRRLinear
 
 #: Options of PEFT that make something else of A and B than W + scaling * B A.
@@ -289,11 +289,7 @@ def _check_fingerprint(path: Path, name: str, manifest: Manifest | None, base: M
     known = {} if manifest is None else manifest.fingerprint
     # PEFT keeps the layer that it wraps under this name
     expected = known.get(name, known.get(f"{name}.base_layer"))
-    if expected is None or name not in base:
-        return
-    mean, signed = fingerprint(base[name])
-    of_mean, of_signed = TOLERANCES
-    if abs(mean - expected[0]) > of_mean * abs(expected[0]) or abs(signed - expected[1]) > of_signed:
+    if expected is not None and name in base and not same_weights(fingerprint(base[name]), expected):
         raise ValueError(
             f"{path}: it was trained on other weights than the base's, by the fingerprint of {name}.weight"
         )

@@ -120,7 +120,7 @@ class Manifest:
             == (other.base_model, other.num_classes, other.parameters)
             and _comparable(self.rlrr) == _comparable(other.rlrr)
             and self.fingerprint.keys() == other.fingerprint.keys()
-            and all(_close(values, other.fingerprint[name]) for name, values in self.fingerprint.items())
+            and all(same_weights(values, other.fingerprint[name]) for name, values in self.fingerprint.items())
         )
 
     def check_architecture(self, model: nn.Module) -> None:
@@ -151,7 +151,7 @@ class Manifest:
             if weight.is_meta:
                 continue
             got = fingerprint(weight)
-            if not _close(got, expected):
+            if not same_weights(got, expected):
                 raise ValueError(
                     f"base model: {name}.weight differs from the one that the adapter was trained on "
                     f"(fingerprint {got[0]:.4g}, {got[1]:.4g}, expected {expected[0]:.4g}, {expected[1]:.4g}); "
@@ -218,7 +218,8 @@ def _frozen_weights(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(name): w for name, w in weights.items() if w is not None and not w.is_meta}
 
 
-def _close(got: tuple[float, float], expected: tuple[float, float]) -> bool:
+def same_weights(got: tuple[float, float], expected: tuple[float, float]) -> bool:
+    """Whether two fingerprints are of one weight, as far as :data:`TOLERANCES` go."""
     # written so that NaN is not close to anything
     return abs(got[0] - expected[0]) <= TOLERANCES[0] * abs(expected[0]) and abs(got[1] - expected[1]) <= TOLERANCES[1]
 

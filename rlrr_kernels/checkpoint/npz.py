@@ -13,8 +13,7 @@ import numpy as np
 from torch import nn
 
 from rlrr_kernels.adapt import adapters, head, remember_head, unwrapped
-from rlrr_kernels.checkpoint.trained import SHOWN
-from rlrr_kernels.linear import FusedRLRRLinear
+from rlrr_kernels.checkpoint.trained import check_unmerged, in_short
 
 Shape = tuple[int, ...]
 
@@ -54,8 +53,7 @@ def load_npz_backbone(model: nn.Module, path: str | Path) -> nn.Module:
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     if not isinstance(target, VisionTransformer):
         raise TypeError(f"model: expected a timm VisionTransformer, got {type(target).__name__}")
-    if any(isinstance(module, FusedRLRRLinear) and module.merged for _, module in adapters(target)):
-        raise ValueError("model: it is merged; unmerge before loading")
+    check_unmerged(target)
     expected = _expected_arrays(target)
     try:
         file = np.load(path, allow_pickle=False)
@@ -154,8 +152,7 @@ def _check(file: Mapping[str, Any], expected: Mapping[str, Shape], model: Any) -
         elif array.dtype.kind != "f":
             problems.append(f"{prefix + name} of {array.dtype}, expected floating point numbers")
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise ValueError("; ".join(problems[:SHOWN]) + more)
+        raise ValueError(in_short(problems))
 
 
 def _resizable(found: Shape, expected: Shape) -> Shape:

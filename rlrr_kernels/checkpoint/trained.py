@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,18 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def check_unmerged(model: nn.Module) -> None:
+    """``ValueError`` if a layer is merged: what is loaded would count on the frozen weight."""
+    if any(isinstance(module, FusedRLRRLinear) and module.merged for _, module in adapters(model)):
+        raise ValueError("model: it is merged; unmerge before loading")
+
+
+def in_short(problems: Sequence[str]) -> str:
+    """The first of them in one line, and how many more there are."""
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return "; ".join(problems[:SHOWN]) + more
+
+
 def check_fit(
     model: nn.Module,
     config: RLRRConfig | None,
@@ -65,9 +77,8 @@ def check_fit(
         ValueError: it does not fit.
     """
     check_enabled(model)
+    check_unmerged(model)
     layers = [module for _, module in adapters(model)]
-    if any(isinstance(layer, FusedRLRRLinear) and layer.merged for layer in layers):
-        raise ValueError("model: it is merged; unmerge before loading")
     plan, prepare = model, config is not None and not layers
     if prepare:
         try:
@@ -86,8 +97,7 @@ def check_fit(
         elif not tensor.is_floating_point():
             problems.append(f"{name} of {tensor.dtype}, expected floating point numbers")
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise ValueError(f"{source} does not fit the model: {'; '.join(problems[:SHOWN])}{more}")
+        raise ValueError(f"{source} does not fit the model: {in_short(problems)}")
     return prepare
 
 

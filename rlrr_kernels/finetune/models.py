@@ -19,8 +19,8 @@ from rlrr_kernels.checkpoint import load_npz_backbone
 from rlrr_kernels.finetune.peers import apply_lora, apply_ssf, matching_rank
 from rlrr_kernels.finetune.settings import Settings
 
-#: ``Settings.frozen_dtype`` -> dtype.
-FROZEN = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: What the command line calls dtypes.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(settings: Settings, classes: int) -> nn.Module:
@@ -47,7 +47,7 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
             # None is what was published for the model's family, which may be no affine at all
             norm_affine=None if settings.norm_affine else False,
             patch_affine=None if settings.patch_affine else False,
-            frozen_dtype=FROZEN[settings.frozen_dtype],
+            frozen_dtype=DTYPES[settings.frozen_dtype] if settings.frozen_dtype else None,
         )
     elif settings.method == "ssf":
         apply_ssf(model)

@@ -14,8 +14,7 @@ from rlrr_kernels.checkpoint import write_atomically
 from rlrr_kernels.finetune.commands.common import Command, CommandError, checking_input, new_file, say
 from rlrr_kernels.finetune.commands.options import add_settings, given
 from rlrr_kernels.finetune.commands.runs import Merged, add_run_argument, compare, merged, open_run
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from rlrr_kernels.finetune.models import DTYPES
 
 DESCRIPTION = """\
 Write a tuned model as plain weights, with no trace of the method left: rescaled
