@@ -10,6 +10,7 @@ from torch import Tensor
 from rlrr_kernels import ops, reference
 from rlrr_kernels.reference import accumulation_dtype, scale_matrix
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -45,7 +46,8 @@ def rescaled_linear(
         TypeError: an argument is no tensor, or of a dtype that does not fit.
         ValueError: an argument has a shape or a device that does not fit.
     """
-    _validate(x, weight, scale_out, scale_in, bias, shift)
+    if not _fits(x, weight, scale_out, scale_in, bias, shift):
+        _validate(x, weight, scale_out, scale_in, bias, shift)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -73,9 +75,11 @@ class _RescaledLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.shift_dtype = None if shift is None else shift.dtype
         u, v = _canonical(scale_out, scale_in)
-        y = ops.forward(ops.rows(x), weight, u, v, bias, shift)
+        rows = ops.rows(x)
+        passes = ops.backend(x, weight) if ops.unobserved(x, weight, scale_out, scale_in) else ops
+        y = passes.forward(rows, weight, u, v, bias, shift)
         # a view made in here could not be changed in place, as callers of nn.Linear do
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+        return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,11 +88,15 @@ class _RescaledLinear(torch.autograd.Function):
         u, v = _canonical(scale_out, scale_in)
         dy = ops.rows(grad)
         # under create_graph=True the gradients must be differentiable themselves, as plain PyTorch is
-        passes = reference if torch.is_grad_enabled() else ops
+        if torch.is_grad_enabled():
+            passes = reference
+        else:
+            passes = ops.backend(dy, weight) if ops.unobserved(dy, weight, scale_out, scale_in) else ops
         wide = accumulation_dtype(dy.dtype)
         dx = dw = du = dv = df = None
         if x_needs:
-            dx = passes.grad_input(dy, weight, u, v).view(ctx.x_shape)
+            dx = passes.grad_input(dy, weight, u, v)
+            dx = dx if len(ctx.x_shape) == 2 else dx.view(ctx.x_shape)
         if u_needs or v_needs:
             du, dv, df = passes.grad_scales(dy, ops.rows(x), weight, u, v, bias_needs or shift_needs)
         elif bias_needs or shift_needs:
@@ -99,17 +107,53 @@ class _RescaledLinear(torch.autograd.Function):
         return (
             dx,
             dw,
-            du.view(scale_out.shape).to(scale_out.dtype) if du is not None and u_needs else None,
-            dv.view(scale_in.shape).to(scale_in.dtype) if dv is not None and v_needs else None,
-            df.to(ctx.bias_dtype) if df is not None and bias_needs else None,
-            df.to(ctx.shift_dtype) if df is not None and shift_needs else None,
+            _like(du, scale_out.shape, scale_out.dtype) if u_needs else None,
+            _like(dv, scale_in.shape, scale_in.dtype) if v_needs else None,
+            _like(df, None, ctx.bias_dtype) if bias_needs else None,
+            _like(df, None, ctx.shift_dtype) if shift_needs else None,
         )
+
+
+def _like(grad: Tensor | None, shape: torch.Size | None, dtype: torch.dtype) -> Tensor | None:
+    """A gradient in the shape and dtype of its parameter; calls that change nothing cost a microsecond each."""
+    if grad is None:
+        return None
+    if shape is not None and grad.shape != shape:
+        grad = grad.view(shape)
+    return grad if grad.dtype is dtype else grad.to(dtype)
 
 
 def _canonical(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
     """u as ``[N, r]`` and v as ``[groups, r, K]``."""
-    u = scale_out.unsqueeze(1) if scale_out.dim() == 1 else scale_out
-    return u, scale_in.view(*(1,) * (3 - scale_in.dim()), *scale_in.shape)
+    u = scale_out if scale_out.dim() == 2 else scale_out.unsqueeze(1)
+    return u, scale_in if scale_in.dim() == 3 else scale_in.view(1, 1, scale_in.shape[-1])
+
+
+def _fits(
+    x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
+) -> bool:
+    """Whether these are the arguments that a layer passes, found fast; if not, :func:`_validate` looks closely."""
+    given = (x, weight, scale_out, scale_in)
+    if bias is not None:
+        given += (bias,)  # type: ignore[assignment]
+    if shift is not None:
+        given += (shift,)  # type: ignore[assignment]
+    device = x.device if isinstance(x, Tensor) else None
+    for t in given:
+        if not isinstance(t, Tensor) or t.dtype not in _FLOATS or t.device != device:
+            return False
+    if weight.dim() != 2 or x.dim() == 0 or (x.dtype is torch.float64) != (weight.dtype is torch.float64):
+        return False
+    n, k = weight.shape
+    v_shape = scale_in.shape
+    return (
+        x.shape[-1] == k
+        and scale_out.shape == (n, 1)
+        and v_shape[-1] == k
+        and (v_shape == (1, k) or (len(v_shape) == 3 and v_shape[1] == 1 and v_shape[0] > 0 and n % v_shape[0] == 0))
+        and (bias is None or bias.shape == (n,))
+        and (shift is None or shift.shape == (n,))
+    )
 
 
 def _validate(

@@ -28,6 +28,7 @@ def test_it_says_why_not(monkeypatch):
     monkeypatch.setitem(choice._loaded, "cuda", "it cannot be imported: no such file")
     monkeypatch.setitem(choice._loaded, "cpu", "it cannot be imported: not built")
     monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(choice, "_plans", {})
     with pytest.warns(UserWarning, match="'cpu' is not available, 'reference' serves"):
         report = "\n".join(info.lines())
     assert "cuda       not available: it cannot be imported: no such file" in report

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlrr_kernels import ops, use_backend
+from rlrr_kernels import ops, rescaled_linear, use_backend
 from tests.oracle import BACKENDS, make_problem, require
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -32,3 +33,76 @@ def test_fakes_follow_symbolic_sizes():
         du, dv, df = ops.grad_scales(torch.empty(5, 6).bfloat16(), x.bfloat16(), w, u, v, True)
         assert [t.shape for t in (du, dv, df)] == [(6, 1), (2, 1, 8), (6,)]
         assert {t.dtype for t in (du, dv, df)} == {torch.float32}
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the package's ops that pass the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rlrr":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def _step(p):
+    trained = [t.requires_grad_() for t in (p.x, p.scale_out, p.scale_in, p.shift)]
+    return torch.autograd.grad(rescaled_linear(*p.forward_args), trained, p.dy)
+
+
+ALL = ["forward", "grad_input", "grad_scales"]
+
+
+def test_a_mode_sees_the_ops():
+    with Recorder() as recorder:
+        _step(make_problem(3, 4, 5))
+    assert recorder.seen == ALL
+
+
+def test_a_profiler_sees_the_ops():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        _step(make_problem(3, 4, 5))
+    names = {event.name for event in record.events()}
+    assert {f"rlrr::{name}" for name in ALL} <= names
+
+
+def test_a_compiler_sees_the_ops_and_its_results_are_those_of_eager():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if "rlrr" in str(node.target)])
+        return graph
+
+    p = make_problem(3, 4, 5)
+    compiled = torch.compile(rescaled_linear, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(*p.forward_args), rescaled_linear(*p.forward_args))
+    assert graphs == [["rlrr.forward.default"]]
+
+
+def test_subclasses_and_transforms_go_through_the_dispatcher():
+    class Subclass(torch.Tensor):
+        pass
+
+    x = torch.zeros(2, 3)
+    assert ops.unobserved(x, torch.nn.Parameter(x))
+    assert not ops.unobserved(x, x.as_subclass(Subclass))
+    seen = []
+    torch.func.grad(lambda t: (seen.append(ops.unobserved(t)), t.sum())[1])(x)
+    assert seen == [False]
+
+
+def test_nobody_watching_the_backend_is_called_itself():
+    p = make_problem(3, 4, 5)
+    assert ops.unobserved(p.x, p.weight)
+    seen = []
+    library_call = torch.ops.rlrr.forward.default
+    assert ops.forward is library_call
+    backend = ops.backend(p.x, p.weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "forward", lambda *a: seen.append("op"))
+        patch.setattr(backend, "forward", lambda *a: (seen.append("backend"), torch.zeros(3, 4))[1])
+        rescaled_linear(*p.forward_args)
+    assert seen == ["backend"]

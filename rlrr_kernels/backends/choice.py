@@ -19,9 +19,11 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import resources
 from types import ModuleType
 from typing import Any
@@ -104,21 +106,81 @@ def _device_name(kind: str, index: int | None) -> str:
     return torch.cuda.get_device_name(index) if kind == "cuda" else kind
 
 
-def _measured(x: Tensor) -> str | None:
-    """The backend that a rule of ``measured.json`` names for x ``[M, ...]``, or None."""
-    for rule in _rules(_device_name(x.device.type, x.device.index), str(x.dtype).removeprefix("torch.")):
-        first, last = rule["tokens"]
-        if x.shape[0] >= (first or 0) and (last is None or x.shape[0] <= last):
-            return rule["backend"]
-    return None
-
-
 def _without(name: str, instead: str) -> None:
     """Say once that a preferred backend is not here."""
     reason = load(name)
     if isinstance(reason, str) and name not in _warned:
         _warned.add(name)
         warnings.warn(f"rlrr_kernels: backend {name!r} is not available, {instead!r} serves: {reason}", stacklevel=2)
+
+
+#: Every number of tokens, as a rule writes it.
+_ALL = (0, math.inf)
+
+#: (asked for, device, dtype of x, dtype of W) -> what serves which numbers of tokens. Only what is settled is kept.
+_plans: dict[tuple[str | None, torch.device, torch.dtype, torch.dtype], tuple[_Entry, ...]] = {}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A backend for a range of tokens, and why it was chosen. The first entry that fits counts."""
+
+    tokens: tuple[float, float]
+    name: str
+    why: str
+    module: ModuleType
+
+
+def _plan(x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
+    """Entries for tensors of these dtypes on this device; the last one takes every number of tokens."""
+    name = _requested()
+    if name is not None:
+        why = refusal(name, x, weight)
+        if why is not None:
+            raise RuntimeError(
+                f"backend {name!r} cannot serve {why}. Leave the choice open "
+                "(RLRR_BACKEND=auto, use_backend('auto')) or name another: " + ", ".join(BACKENDS)
+            )
+        return (_entry(_ALL, name, "asked for"),)
+    entries = []
+    refused: list[str] = []
+    for rule in _rules(_device_name(x.device.type, x.device.index), str(x.dtype).removeprefix("torch.")):
+        if refusal(rule["backend"], x, weight) is None:
+            first, last = rule["tokens"]
+            tokens = (first or 0, math.inf if last is None else last)
+            entries.append(_entry(tokens, rule["backend"], "measured fastest"))
+        else:
+            refused.append(rule["backend"])
+    for name, (_, devices) in BACKENDS.items():
+        if x.device.type not in devices or name in refused:
+            continue
+        if refusal(name, x, weight) is None:
+            for other in refused:
+                _without(other, name)
+            why = f"default for {x.device.type}" if not refused else f"{', '.join(refused)} cannot serve it"
+            return (*entries, _entry(_ALL, name, why))
+        refused.append(name)
+    return (*entries, _entry(_ALL, "reference", f"serves every device, {x.device.type} too"))
+
+
+def _entry(tokens: tuple[float, float], name: str, why: str) -> _Entry:
+    module = load(name)
+    assert not isinstance(module, str), module
+    return _Entry(tokens, name, why, module)
+
+
+def _chosen(x: Tensor, weight: Tensor, tokens: int) -> _Entry:
+    asked = _forced if _forced is not None else os.environ.get("RLRR_BACKEND")
+    key = (asked, x.device, x.dtype, weight.dtype)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = _plan(x, weight)
+    return next(entry for entry in plan if entry.tokens[0] <= tokens <= entry.tokens[1])
+
+
+def module_for(x: Tensor, weight: Tensor, tokens: int) -> ModuleType:
+    """The backend that serves a product of this many rows of x, as :func:`backend_for` names it."""
+    return _chosen(x, weight, tokens).module
 
 
 def backend_for(x: Tensor, weight: Tensor) -> str:
@@ -131,26 +193,5 @@ def backend_for(x: Tensor, weight: Tensor) -> str:
 
 def explain(x: Tensor, weight: Tensor) -> tuple[str, str]:
     """As :func:`backend_for`, with the reason for the choice."""
-    name = _requested()
-    if name is not None:
-        why = refusal(name, x, weight)
-        if why is not None:
-            raise RuntimeError(
-                f"backend {name!r} cannot serve {why}. Leave the choice open "
-                "(RLRR_BACKEND=auto, use_backend('auto')) or name another: " + ", ".join(BACKENDS)
-            )
-        return name, "asked for"
-    name = _measured(x)
-    if name is not None and refusal(name, x, weight) is None:
-        return name, "measured fastest"
-    refused: list[str] = [] if name is None else [name]
-    for name, (_, devices) in BACKENDS.items():
-        if x.device.type not in devices or name in refused:
-            continue
-        why = refusal(name, x, weight)
-        if why is None:
-            for other in refused:
-                _without(other, name)
-            return name, f"default for {x.device.type}" if not refused else f"{', '.join(refused)} cannot serve it"
-        refused.append(name)
-    return "reference", f"serves every device, {x.device.type} too"
+    entry = _chosen(x, weight, math.prod(x.shape[:-1]))
+    return entry.name, entry.why

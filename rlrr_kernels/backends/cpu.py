@@ -24,7 +24,10 @@ library.load("cpu", "a C++ compiler")
 _PAIRS = {(torch.float64, torch.float64)} | {
     (x, weight) for x in (torch.float32, torch.bfloat16) for weight in (torch.float32, torch.bfloat16)
 }
-_ops = torch.ops.rlrr_cpu
+# overloads, not packets: resolving one costs a microsecond a call
+_forward = torch.ops.rlrr_cpu.forward.default
+_grad_input = torch.ops.rlrr_cpu.grad_input.default
+_grad_scales = torch.ops.rlrr_cpu.grad_scales.default
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -41,23 +44,23 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 def build() -> str:
     """What the library was built with, and which instructions it uses on this CPU."""
-    return _ops.build()
+    return torch.ops.rlrr_cpu.build()
 
 
 def forward(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
-    return _ops.forward(x, weight, scale_out, scale_in, bias, shift)
+    return _forward(x, weight, scale_out, scale_in, bias, shift)
 
 
 def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
     """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
-    return _ops.grad_input(dy, weight, scale_out, scale_in)
+    return _grad_input(dy, weight, scale_out, scale_in)
 
 
 def grad_scales(
     dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32 or float64."""
-    return _ops.grad_scales(dy, x, weight, scale_out, scale_in, need_shift)
+    return _grad_scales(dy, x, weight, scale_out, scale_in, need_shift)

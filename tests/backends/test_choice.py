@@ -102,6 +102,7 @@ def fresh(monkeypatch):
     """Nothing loaded, nothing warned of, no rule read."""
     monkeypatch.setattr(choice, "_loaded", {})
     monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(choice, "_plans", {})
     monkeypatch.setattr(choice, "_rules", choice._rules.__wrapped__)
     return monkeypatch
 
