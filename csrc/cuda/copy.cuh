@@ -29,7 +29,7 @@ RLRR_DEVICE void copy_vectors(Shared to, const Source& from, int64_t row, int64_
   const int64_t stride = kRowsAtOnce * from.row_stride * kBytes;
   char* const shared = to.at(r, c);
   if (rows == Shared::kRows && cols == Shared::kCols) {
-    // nearly every tile of a large matrix: a copy is two instructions here, and a dozen below
+    // most tiles even of a block that meets an edge: a copy is two instructions here, and a dozen below
 #pragma unroll
     for (int i = 0; i < Shared::kRows / kRowsAtOnce; ++i, source += stride)
       ptx::copy_async<16>(shared + i * kRowsAtOnce * Shared::kRowBytes, source);
@@ -39,6 +39,36 @@ RLRR_DEVICE void copy_vectors(Shared to, const Source& from, int64_t row, int64_
   for (int i = 0; i < Shared::kRows / kRowsAtOnce; ++i, source += stride)
     ptx::copy_async<16>(shared + i * kRowsAtOnce * Shared::kRowBytes, source, r + i * kRowsAtOnce < rows ? bytes : 0);
 }
+
+// Tiles of one matrix a fixed way apart, all of them whole and of vectors: nothing is left to be worked
+// out in a loop but the next address.
+template <class Shared>
+class Stream {
+ public:
+  // From the tile at (row, col) on; `step`: elements from one to the next.
+  RLRR_DEVICE Stream(const Source& matrix, int64_t row, int64_t col, int64_t step)
+      : row_step_(kRowsAtOnce * matrix.row_stride * kBytes), step_(step * kBytes) {
+    const int r = ptx::thread() / kVectors, c = ptx::thread() % kVectors * kVector;
+    from_ = matrix.data + ((row + r) * matrix.row_stride + col + c) * kBytes;
+    to_ = r * Shared::kRowBytes + c * kBytes;
+  }
+  RLRR_DEVICE void copy_next(const Shared& shared) {
+    const char* from = from_;
+#pragma unroll
+    for (int i = 0; i < Shared::kRows / kRowsAtOnce; ++i, from += row_step_)
+      ptx::copy_async<16>(shared.data + to_ + i * kRowsAtOnce * Shared::kRowBytes, from);
+    from_ += step_;
+  }
+
+ private:
+  static constexpr int kBytes = sizeof(typename Shared::Element), kVector = 16 / kBytes;
+  static constexpr int kVectors = Shared::kCols / kVector, kRowsAtOnce = kThreads / kVectors;
+  static_assert(kThreads % kVectors == 0 && Shared::kRows % kRowsAtOnce == 0);
+
+  const char* from_;
+  int64_t row_step_, step_;
+  int to_;
+};
 
 // Any strides, any dtype; synchronous. Neighbouring threads follow the smaller stride.
 template <class Shared>

@@ -3,6 +3,7 @@
 #include "launch.h"
 #include "plan.cuh"
 #include "product.cuh"
+#include "split.cuh"
 
 namespace rlrr {
 namespace {
@@ -13,15 +14,17 @@ struct Parameters {
   Vector bias, shift;
   void* y;
   int64_t y_stride;
-  int m, n, k, group_rows, group_tiles, groups;
+  float* partials;  // null where the depth is not split
+  int m, n, k, group_rows, group_tiles, groups, m_tiles, steps, split_steps;
 };
 
 template <class Math, class Staged, class Tile>
 RLRR_KERNEL forward_kernel(RLRR_PARAMETER Parameters p) {
   // n runs fastest: the blocks in flight share a few row bands of x and all of W, which fits in L2
   const int n_tiles = p.groups * p.group_tiles;
-  const int m_start = ptx::block() / n_tiles * Tile::kRows;
+  const int m_start = ptx::block() / n_tiles % p.m_tiles * Tile::kRows;
   const int n_tile = ptx::block() % n_tiles;
+  const int split = ptx::block() / n_tiles / p.m_tiles;
   // tiles are laid out group by group, so that a tile meets one v
   const int group = n_tile / p.group_tiles;
   const int in_group = n_tile % p.group_tiles * Tile::kCols;
@@ -35,6 +38,8 @@ RLRR_KERNEL forward_kernel(RLRR_PARAMETER Parameters p) {
   product.feature_scale_stride = 0;
   product.segment = p.k;
   product.segments = 1;
+  product.first_step = split * p.split_steps;
+  product.steps = p.steps - product.first_step < p.split_steps ? p.steps - product.first_step : p.split_steps;
   product.token = m_start;
   product.tokens = p.m - m_start;
   product.feature = n_start;
@@ -44,20 +49,24 @@ RLRR_KERNEL forward_kernel(RLRR_PARAMETER Parameters p) {
   Tile::clear(acc);
   accumulate<Math, Staged, Inner::depth, Tile>(acc, product);
 
+  if (p.partials) {
+    float* to = p.partials + (static_cast<int64_t>(split) * p.m + m_start) * p.n + n_start;
+    return store_tile<Tile>(acc, to, p.n, product.tokens, product.features, [](int) { return 0.0f; });
+  }
   using Element = typename Math::Element;
   Element* y = static_cast<Element*>(p.y) + m_start * p.y_stride + n_start;
-  store_tile<Tile>(acc, y, p.y_stride, product.tokens, product.features, [&](int col) {
-    const float bias = p.bias.data ? load_float(p.bias.data, n_start + col, p.bias.dtype) : 0.0f;
-    return bias + (p.shift.data ? load_float(p.shift.data, n_start + col, p.shift.dtype) : 0.0f);
-  });
+  store_tile<Tile>(acc, y, p.y_stride, product.tokens, product.features,
+                   [&](int col) { return column_term(p.bias, p.shift, n_start + col); });
 }
 
 template <class Math, class Staged, class Tile>
-cudaError_t launch(const Forward& f, cudaStream_t stream) {
+cudaError_t launch(const Forward& f, const ProductPlan& plan, cudaStream_t stream) {
   const Layer& l = f.layer;
   const int64_t group_rows = l.n / l.groups, group_tiles = ceil_div(group_rows, Tile::kCols);
+  const int64_t m_tiles = ceil_div(l.m, Tile::kRows);
+  using Element = typename Math::Element;
   const Parameters p{
-      source(f.x, Tile::kDepth, kDtype<typename Math::Element>),
+      source(f.x, Tile::kDepth, kDtype<Element>),
       source(l.weight, Tile::kDepth, kDtype<Staged>),
       l.u,
       l.v,
@@ -65,28 +74,36 @@ cudaError_t launch(const Forward& f, cudaStream_t stream) {
       f.shift,
       f.y.data,
       f.y.row_stride,
+      plan.splits > 1 ? f.workspace : nullptr,
       static_cast<int>(l.m),
       static_cast<int>(l.n),
       static_cast<int>(l.k),
       static_cast<int>(group_rows),
       static_cast<int>(group_tiles),
       static_cast<int>(l.groups),
+      static_cast<int>(m_tiles),
+      static_cast<int>(ceil_div(l.k, Tile::kDepth)),
+      static_cast<int>(plan.split_steps),
   };
   using Stage = ProductStage<Math, Staged, Inner::depth, Tile>;
   static_assert(Stage::kTotalBytes <= kMostSharedBytes);
-  return ptx::launch<forward_kernel<Math, Staged, Tile>>(ceil_div(l.m, Tile::kRows) * l.groups * group_tiles,
-                                                         Stage::kTotalBytes, stream, p);
+  const cudaError_t error = ptx::launch<forward_kernel<Math, Staged, Tile>>(
+      plan.splits * m_tiles * l.groups * group_tiles, Stage::kTotalBytes, stream, p);
+  if (error != cudaSuccess || plan.splits == 1) return error;
+  const SplitSums sums{f.workspace,           static_cast<int>(plan.splits), f.bias, f.shift, f.y.data, f.y.row_stride,
+                       static_cast<int>(l.m), static_cast<int>(l.n)};
+  return add_splits<Element>(sums, stream);
 }
+
+Extent extent(const Layer& l) { return {l.m, l.groups, l.groups > 0 ? l.n / l.groups : 0, 1, l.k}; }
 
 }  // namespace
 
+int64_t workspace_floats(const Forward& f) { return split_floats(f.layer, f.x.dtype, extent(f.layer)); }
+
 cudaError_t forward(const Forward& f, cudaStream_t stream) {
-  const Layer& l = f.layer;
-  const auto tiles = [&](int64_t rows, int64_t cols) {
-    return ceil_div(l.m, rows) * l.groups * ceil_div(l.n / l.groups, cols);
-  };
-  return with_product_plan(l, f.x.dtype, tiles, [&](auto math, auto staged, auto tile) {
-    return launch<decltype(math), decltype(staged), decltype(tile)>(f, stream);
+  return with_product_plan(f.layer, f.x.dtype, extent(f.layer), [&](auto math, auto staged, auto tile, auto plan) {
+    return launch<decltype(math), decltype(staged), decltype(tile)>(f, plan, stream);
   });
 }
 

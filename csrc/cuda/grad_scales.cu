@@ -16,8 +16,10 @@ namespace {
 struct Parameters {
   Source dy, x, weight;
   const float *u, *v;
-  float *du, *dv, *df;  // partial sums
-  int m, n, k, group_rows, group_tiles, groups, k_tiles, columns, splits, split_tokens;
+  float *du, *dv, *df;                               // partial sums of the slice
+  int first_group, groups, first_tile, group_tiles;  // the slice's
+  int first_col, cols, col_tiles, columns, rows;     // the slice's; columns of blocks, with those for df
+  int m, k, group_rows, splits, split_tokens;
 };
 
 template <class Math, class Tile>
@@ -98,34 +100,46 @@ RLRR_KERNEL grad_scales_kernel(RLRR_PARAMETER Parameters p) {
   const int n_tiles = p.groups * p.group_tiles;
   const int n_tile = ptx::block() / p.columns % n_tiles;
   const int split = ptx::block() / p.columns / n_tiles;
-  const int group = n_tile / p.group_tiles;
-  const int in_group = n_tile % p.group_tiles * Tile::kRows;
+  const int group = p.first_group + n_tile / p.group_tiles;
+  const int in_group = (p.first_tile + n_tile % p.group_tiles) * Tile::kRows;
   const int n_start = group * p.group_rows + in_group;
   const int left_in_group = p.group_rows - in_group;
+  const int in_slice = n_start - p.first_group * p.group_rows - p.first_tile * Tile::kRows;
   const int first = split * p.split_tokens;
   const int last = p.m - first < p.split_tokens ? p.m : first + p.split_tokens;
 
-  if (column >= p.k_tiles) {
-    const int share = column - p.k_tiles, tokens = (last - first + kTokenShares - 1) / kTokenShares;
+  if (column >= p.col_tiles) {
+    const int share = column - p.col_tiles, tokens = (last - first + kTokenShares - 1) / kTokenShares;
     const int from = first + share * tokens;
     const int to = last - from < tokens ? last : from + tokens;
-    float* const df = p.df + (static_cast<int64_t>(split) * kTokenShares + share) * p.n + n_start;
+    float* const df = p.df + (static_cast<int64_t>(split) * kTokenShares + share) * p.rows + in_slice;
     return sum_tokens<typename Math::Element, Tile::kRows>(p.dy, from, to, n_start, left_in_group, df);
   }
 
-  const int k_start = column * Tile::kCols;
+  const int k_start = p.first_col + column * Tile::kCols;
   const Lane l = lane();
   typename Tile::Accumulator acc;
   Tile::clear(acc);
-  int token = first;
-  pipeline<Tile::kStages>((last - first + Tile::kDepth - 1) / Tile::kDepth,
-                          [&](int stage) {
-                            const Stage<Math, Tile> to(stage);
-                            copy_tile(to.left, p.dy, token, n_start, last - token, left_in_group);
-                            copy_tile(to.right, p.x, token, k_start, last - token, p.k - k_start);
-                            token += Tile::kDepth;
-                          },
-                          [&](int stage) { multiply_stage<Math, Tile>(acc, Stage<Math, Tile>(stage), l); });
+  using Shared = Stage<Math, Tile>;
+  const int steps = (last - first + Tile::kDepth - 1) / Tile::kDepth;
+  const auto multiply = [&](int stage) { multiply_stage<Math, Tile>(acc, Shared(stage), l); };
+  if (p.dy.vectors && p.x.vectors && left_in_group >= Tile::kRows && p.k - k_start >= Tile::kCols &&
+      (last - first) % Tile::kDepth == 0) {
+    Stream<typename Shared::Left> dy(p.dy, first, n_start, Tile::kDepth * p.dy.row_stride);
+    Stream<typename Shared::Right> x(p.x, first, k_start, Tile::kDepth * p.x.row_stride);
+    pipeline<Tile::kStages>(
+        steps, [&](int stage) { dy.copy_next(Shared(stage).left), x.copy_next(Shared(stage).right); }, multiply);
+  } else {
+    int token = first;
+    pipeline<Tile::kStages>(
+        steps,
+        [&](int stage) {
+          copy_tile(Shared(stage).left, p.dy, token, n_start, last - token, left_in_group);
+          copy_tile(Shared(stage).right, p.x, token, k_start, last - token, p.k - k_start);
+          token += Tile::kDepth;
+        },
+        multiply);
+  }
 
   Patch patch;
   patch.weight = p.weight;
@@ -135,10 +149,11 @@ RLRR_KERNEL grad_scales_kernel(RLRR_PARAMETER Parameters p) {
   patch.k = k_start;
   patch.rows = left_in_group < Tile::kRows ? left_in_group : Tile::kRows;
   patch.cols = p.k - k_start < Tile::kCols ? p.k - k_start : Tile::kCols;
-  const int64_t du_row = static_cast<int64_t>(split) * p.k_tiles + column;
-  const int64_t dv_row = (static_cast<int64_t>(group) * p.splits + split) * p.group_tiles + n_tile % p.group_tiles;
-  float* const du = p.du + du_row * p.n + n_start;
-  float* const dv = p.dv + dv_row * p.k + k_start;
+  const int64_t du_row = static_cast<int64_t>(split) * p.col_tiles + column;
+  const int64_t dv_row =
+      (static_cast<int64_t>(n_tile / p.group_tiles) * p.splits + split) * p.group_tiles + n_tile % p.group_tiles;
+  float* const du = p.du + du_row * p.rows + in_slice;
+  float* const dv = p.dv + dv_row * p.cols + column * Tile::kCols;
   using Element = typename Math::Element;
   if (sizeof(Element) == 2 && p.weight.dtype == kDtype<Element>) {
     reduce_tile<Element, Tile>(acc, patch, du, dv);
@@ -150,30 +165,32 @@ RLRR_KERNEL grad_scales_kernel(RLRR_PARAMETER Parameters p) {
 // Tile and splits. More splits fill idle multiprocessors; each costs an epilogue and partial sums.
 struct Plan {
   bool large;
-  int64_t k_tiles, group_tiles, splits, split_tokens;
+  int64_t splits, split_tokens;
 };
 
-// Of partial sums, beyond which the tokens are split no further. One split of a very large layer can
-// take more.
-constexpr int64_t kWorkspaceBytes = 2 << 20;
 // What reducing a finished tile costs, in tokens of the loop.
 constexpr int64_t kEpilogueTokens = 256;
 
 template <class Tile>
+Slices slices_of(const Layer& l) {
+  return Slices(l, Tile::kRows, Tile::kCols, kTokenShares);
+}
+
+template <class Tile>
 void consider(const Layer& l, bool large, double efficiency, double& least, Plan& best) {
-  const int64_t k_tiles = ceil_div(l.k, Tile::kCols), group_tiles = ceil_div(l.n / l.groups, Tile::kRows);
-  const int64_t n_tiles = l.groups * group_tiles, steps = ceil_div(l.m, Tile::kDepth);
-  const int64_t bytes = 4 * ((k_tiles + kTokenShares) * l.n + n_tiles * l.k);
-  int64_t most = kWorkspaceBytes / bytes;
+  const int64_t tiles = l.groups * ceil_div(l.n / l.groups, Tile::kRows) * ceil_div(l.k, Tile::kCols);
+  const int64_t steps = ceil_div(l.m, Tile::kDepth);
+  const Slices slices = slices_of<Tile>(l);
+  int64_t most = slices.one() ? kWorkspaceBytes / 4 / slices.floats() : 1;
   if (most > steps) most = steps;
   if (most > l.device.multiprocessors) most = l.device.multiprocessors;
   for (int64_t splits = 1; splits == 1 || splits <= most; ++splits) {
     const int64_t tokens = ceil_div(steps, splits) * Tile::kDepth;
-    const int64_t waves = ceil_div(n_tiles * k_tiles * splits, l.device.multiprocessors);
+    const int64_t waves = ceil_div(tiles * splits, l.device.multiprocessors);
     const double cost = waves * (tokens + kEpilogueTokens) * Tile::kRows * Tile::kCols / efficiency;
     if (cost >= least) continue;
     least = cost;
-    best = {large, k_tiles, group_tiles, ceil_div(l.m, tokens), tokens};
+    best = {large, ceil_div(l.m, tokens), tokens};
   }
 }
 
@@ -191,15 +208,23 @@ Plan plan(const Layer& l) {
   return best;
 }
 
+// Calls run(math, tile, plan).
+template <class Run>
+cudaError_t with_plan(const GradScales& g, const Run& run) {
+  if (!fits(g.layer)) return cudaErrorInvalidValue;
+  return with_math(g.x.dtype, g.layer.tf32, [&](auto math) {
+    using Math = decltype(math);
+    const Plan chosen = plan<Math>(g.layer);
+    return chosen.large ? run(math, LargeTile<Math>{}, chosen) : run(math, SmallTile<Math>{}, chosen);
+  });
+}
+
 template <class Math, class Tile>
-cudaError_t launch(const GradScales& g, const Plan& plan, cudaStream_t stream) {
+cudaError_t launch(const GradScales& g, const Plan& plan, const Slice& slice, cudaStream_t stream) {
   const Layer& l = g.layer;
-  const int64_t group_rows = l.n / l.groups, first_col = l.groups == 1 ? Tile::kRows : group_rows;
-  const int64_t du_rows = plan.splits * plan.k_tiles, dv_rows = plan.splits * plan.group_tiles;
-  const int64_t columns = plan.k_tiles + (g.df ? kTokenShares : 0);
-  float* const du = g.workspace;
-  float* const dv = du + du_rows * l.n;
-  float* const df = dv + l.groups * dv_rows * l.k;
+  const Partials partials = partials_of(g, slice, plan.splits, kTokenShares);
+  const int64_t first_col = l.groups == 1 ? Tile::kRows : slice.group_rows;
+  const int64_t columns = slice.col_tiles + (partials.df ? kTokenShares : 0);
   const Dtype dtype = kDtype<typename Math::Element>;
   const Parameters p{
       source(g.dy, first_col, dtype),
@@ -207,63 +232,45 @@ cudaError_t launch(const GradScales& g, const Plan& plan, cudaStream_t stream) {
       source(l.weight, Tile::kCols, l.weight.dtype == dtype ? dtype : Dtype::float32),
       l.u,
       l.v,
-      du,
-      dv,
-      df,
-      static_cast<int>(l.m),
-      static_cast<int>(l.n),
-      static_cast<int>(l.k),
-      static_cast<int>(group_rows),
-      static_cast<int>(plan.group_tiles),
-      static_cast<int>(l.groups),
-      static_cast<int>(plan.k_tiles),
+      partials.du_rows_data,
+      partials.dv_rows_data,
+      partials.df_rows_data,
+      static_cast<int>(slice.group),
+      static_cast<int>(slice.groups),
+      static_cast<int>(slice.tile),
+      static_cast<int>(slice.tiles),
+      static_cast<int>(slice.first_col()),
+      static_cast<int>(slice.cols()),
+      static_cast<int>(slice.col_tiles),
       static_cast<int>(columns),
+      static_cast<int>(slice.rows()),
+      static_cast<int>(l.m),
+      static_cast<int>(l.k),
+      static_cast<int>(slice.group_rows),
       static_cast<int>(plan.splits),
       static_cast<int>(plan.split_tokens),
   };
   static_assert(Stage<Math, Tile>::kTotalBytes <= kMostSharedBytes);
   const cudaError_t error = ptx::launch<grad_scales_kernel<Math, Tile>>(
-      plan.splits * l.groups * plan.group_tiles * columns, Stage<Math, Tile>::kTotalBytes, stream, p);
-  if (error != cudaSuccess) return error;
-  const Partials partials{
-      du,
-      dv,
-      df,
-      g.du,
-      g.dv,
-      g.df,
-      l.n,
-      l.k,
-      static_cast<int>(l.groups),
-      static_cast<int>(du_rows),
-      static_cast<int>(dv_rows),
-      static_cast<int>(plan.splits * kTokenShares),
-  };
-  const int64_t results = l.n * (g.df ? 2 : 1) + l.groups * l.k;
-  return ptx::launch<sum_partials_kernel>(ceil_div(results, kThreads), 0, stream, partials);
+      plan.splits * slice.groups * slice.tiles * columns, Stage<Math, Tile>::kTotalBytes, stream, p);
+  return error == cudaSuccess ? sum_partials(partials, stream) : error;
 }
 
 }  // namespace
 
 int64_t workspace_floats(const GradScales& g) {
-  const Layer& l = g.layer;
-  if (!fits(l)) return 0;
-  Plan chosen;
-  with_math(g.x.dtype, l.tf32, [&](auto math) {
-    chosen = plan<decltype(math)>(l);
+  int64_t floats = 0;
+  with_plan(g, [&](auto, auto tile, const Plan& plan) {
+    floats = plan.splits * slices_of<decltype(tile)>(g.layer).floats();
     return cudaSuccess;
   });
-  return chosen.splits * ((chosen.k_tiles + kTokenShares) * l.n + l.groups * chosen.group_tiles * l.k);
+  return floats;
 }
 
 cudaError_t grad_scales(const GradScales& g, cudaStream_t stream) {
-  const Layer& l = g.layer;
-  if (!fits(l)) return cudaErrorInvalidValue;
-  return with_math(g.x.dtype, l.tf32, [&](auto math) {
-    using Math = decltype(math);
-    const Plan chosen = plan<Math>(l);
-    return chosen.large ? launch<Math, LargeTile<Math>>(g, chosen, stream)
-                        : launch<Math, SmallTile<Math>>(g, chosen, stream);
+  return with_plan(g, [&](auto math, auto tile, const Plan& plan) {
+    return slices_of<decltype(tile)>(g.layer).each(
+        [&](const Slice& slice) { return launch<decltype(math), decltype(tile)>(g, plan, slice, stream); });
   });
 }
 

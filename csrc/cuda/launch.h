@@ -17,7 +17,9 @@ cudaError_t grad_scales(const GradScales& problem, cudaStream_t stream);
 // Whether the current device has code of this library to run.
 cudaError_t probe();
 
-// Floats of scratch that grad_scales wants for these sizes (du, dv, df and workspace are not read).
+// Floats of scratch that a pass wants for these sizes and dtypes, often none; no pointer of the problem is read.
+int64_t workspace_floats(const Forward& problem);
+int64_t workspace_floats(const GradInput& problem);
 int64_t workspace_floats(const GradScales& problem);
 
 }  // namespace rlrr

@@ -59,28 +59,83 @@ using LargeProductTile = Tile<128, Math::kTensorCores ? 128 : 64, kProductDepth<
 template <class Math>
 using SmallProductTile = Tile<64, 64, kProductDepth<Math>, 1, 4, 3>;
 
-// The large tile unless it leaves multiprocessors idle for longer than its better use of them gains.
-// A small one works at an estimated 0.6 of its rate: it loads more a product, and rescales each value
-// of W for half as many tokens. `tiles(rows, cols)` counts the tiles of a size.
-template <class Large, class Small, class Tiles>
-bool prefer_large(const Tiles& tiles, const Device& device) {
-  const auto cost = [&](int64_t rows, int64_t cols) {
-    return static_cast<double>(ceil_div(tiles(rows, cols), device.multiprocessors) * rows * cols);
-  };
-  return cost(Large::kRows, Large::kCols) <= cost(Small::kRows, Small::kCols) / 0.6;
+// What a product covers: a rows x (col_groups * cols) result, whose tiles cross no group, and a depth of
+// `segments` segments, whose steps cross none.
+struct Extent {
+  int64_t rows, col_groups, cols, segments, segment;
+};
+
+// How it is cut up: which tile, and how many blocks share the steps of one.
+struct ProductPlan {
+  bool large;
+  int64_t splits, split_steps;
+};
+
+// Of partial sums, beyond which the depth is split no further.
+constexpr int64_t kSplitBytes = 2 << 20;
+
+// Estimates in cycles, good enough to choose by; nothing here has been measured. A block's start, the way
+// of its first copies and its epilogue; a second kernel behind the first; what L2 moves a cycle.
+constexpr double kBlockCycles = 1000, kSecondKernelCycles = 2500, kL2BytesPerCycle = 2048;
+
+// Products a cycle of a multiprocessor of sm_80 or so.
+template <class Math>
+constexpr double kRate = Math::kTensorCores ? 2048 / sizeof(typename Math::Element) : 128;
+
+// A small tile works at an estimated 0.6 of the large one's rate: it loads more a product, and rescales
+// each value of W for half as many tokens.
+template <class Math, class Tile>
+void consider(const Extent& e, const Device& device, bool large, double& least, ProductPlan& best) {
+  const double step_cycles = Tile::kRows * Tile::kCols * Tile::kDepth / kRate<Math> / (large ? 1.0 : 0.6);
+  const int64_t tiles = ceil_div(e.rows, Tile::kRows) * e.col_groups * ceil_div(e.cols, Tile::kCols);
+  const int64_t steps = ceil_div(e.segment, Tile::kDepth) * e.segments;
+  const int64_t bytes = 4 * e.rows * e.col_groups * e.cols;
+  // blocks beyond one for each multiprocessor would only wait
+  int64_t most = device.multiprocessors / tiles;
+  if (most > kSplitBytes / bytes) most = kSplitBytes / bytes;
+  if (most > steps) most = steps;
+  for (int64_t wanted = 1; wanted == 1 || wanted <= most; ++wanted) {
+    const int64_t split_steps = ceil_div(steps, wanted), splits = ceil_div(steps, split_steps);
+    double cycles = ceil_div(tiles * splits, device.multiprocessors) * (kBlockCycles + split_steps * step_cycles);
+    if (splits > 1) cycles += kSecondKernelCycles + 2 * splits * bytes / kL2BytesPerCycle;
+    if (cycles >= least) continue;
+    least = cycles;
+    best = {large, splits, split_steps};
+  }
 }
 
-// Calls run(math, staged, tile) with what suits a product of x's dtype over `tiles`.
-template <class Tiles, class Run>
-cudaError_t with_product_plan(const Layer& layer, Dtype dtype, const Tiles& tiles, const Run& run) {
+template <class Math>
+ProductPlan product_plan(const Extent& extent, const Device& device) {
+  ProductPlan best;
+  double least = 1e300;
+  consider<Math, LargeProductTile<Math>>(extent, device, true, least, best);
+  consider<Math, SmallProductTile<Math>>(extent, device, false, least, best);
+  return best;
+}
+
+// Calls run(math, staged, tile, plan) with what suits a product of x's dtype.
+template <class Run>
+cudaError_t with_product_plan(const Layer& layer, Dtype dtype, const Extent& extent, const Run& run) {
   if (!fits(layer)) return cudaErrorInvalidValue;
   return with_math(dtype, layer.tf32, [&](auto math) {
+    using Math = decltype(math);
+    const ProductPlan plan = product_plan<Math>(extent, layer.device);
     return with_staged(math, layer.weight.dtype, [&](auto math, auto staged) {
-      using Large = LargeProductTile<decltype(math)>;
-      using Small = SmallProductTile<decltype(math)>;
-      return prefer_large<Large, Small>(tiles, layer.device) ? run(math, staged, Large{}) : run(math, staged, Small{});
+      return plan.large ? run(math, staged, LargeProductTile<Math>{}, plan)
+                        : run(math, staged, SmallProductTile<Math>{}, plan);
     });
   });
+}
+
+// Floats of partial sums that the plan for a product asks for: none where its depth is not split.
+inline int64_t split_floats(const Layer& layer, Dtype dtype, const Extent& extent) {
+  if (!fits(layer)) return 0;
+  int64_t splits = 1;
+  with_math(dtype, layer.tf32, [&](auto math) {
+    splits = product_plan<decltype(math)>(extent, layer.device).splits;
+    return cudaSuccess;
+  });
+  return splits > 1 ? splits * extent.rows * extent.col_groups * extent.cols : 0;
 }
 
 }  // namespace rlrr

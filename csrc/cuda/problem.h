@@ -46,12 +46,14 @@ struct Forward {
   Matrix x;            // [M, K]; its dtype is the dtype of the product
   Vector bias, shift;  // [N] each
   Matrix y;            // [M, N], row-major, x's dtype
+  float* workspace;    // as many floats as workspace_floats() says
 };
 
 struct GradInput {
   Layer layer;
-  Matrix dy;  // [M, N]
-  Matrix dx;  // [M, K], row-major, dy's dtype
+  Matrix dy;         // [M, N]
+  Matrix dx;         // [M, K], row-major, dy's dtype
+  float* workspace;  // as many floats as workspace_floats() says
 };
 
 struct GradScales {

@@ -22,6 +22,7 @@ struct Product {
   const float* feature_scale;
   int feature_scale_stride;  // from a segment to the next
   int segment, segments;     // depth of one, and how many
+  int first_step, steps;     // of the walk over all segments, this block's
   int token, tokens;         // first of the tile, and how many there are from it on
   int feature, features;
 };
@@ -73,28 +74,71 @@ RLRR_DEVICE void load_feature_scales(float (&to)[Tile::kColTiles][Math::kColumns
     }
 }
 
-// Walks the depth in steps of kDepth, segment after segment.
+// Where a block's walk over the depth begins: steps of kDepth, segment after segment.
 template <int kDepth>
-struct Walk {
-  int segment = 0, offset = 0;
-  RLRR_DEVICE void next(const Product& p) {
-    offset += kDepth;
-    if (offset >= p.segment) offset = 0, ++segment;
-  }
+struct Start {
+  int of_segment, segment, step;  // steps in a segment; the first one's segment, and place in it
+  RLRR_DEVICE explicit Start(const Product& p)
+      : of_segment((p.segment + kDepth - 1) / kDepth),
+        segment(p.first_step / of_segment),
+        step(p.first_step % of_segment) {}
 };
 
-template <Inner kInner, class Stage, class Step>
-RLRR_DEVICE void copy_stage(const Stage& to, const Product& p, const Step& at) {
-  const int64_t depth = static_cast<int64_t>(at.segment) * p.segment + at.offset;
-  const int left = p.segment - at.offset;
-  copy_tile(to.left, p.left, p.token, depth, p.tokens, left);
-  if constexpr (kInner == Inner::depth) {
-    copy_tile(to.weight, p.weight, p.feature, depth, p.features, left);
-  } else {
-    copy_tile(to.weight, p.weight, depth, p.feature, left, p.features);
+// Copies for step after step, whatever the strides and wherever the edges.
+template <Inner kInner, class Stage, class Tile>
+class EdgeCopies {
+ public:
+  RLRR_DEVICE explicit EdgeCopies(const Product& p) : p_(p) {
+    const Start<Tile::kDepth> start(p);
+    segment_ = start.segment, offset_ = start.step * Tile::kDepth;
   }
-  copy_floats<Stage::Left::kCols>(to.depth_scale, p.depth_scale + depth, left);
-}
+  RLRR_DEVICE void copy_next(const Stage& to) {
+    const int64_t depth = static_cast<int64_t>(segment_) * p_.segment + offset_;
+    const int left = p_.segment - offset_;
+    copy_tile(to.left, p_.left, p_.token, depth, p_.tokens, left);
+    if constexpr (kInner == Inner::depth) {
+      copy_tile(to.weight, p_.weight, p_.feature, depth, p_.features, left);
+    } else {
+      copy_tile(to.weight, p_.weight, depth, p_.feature, left, p_.features);
+    }
+    copy_floats<Tile::kDepth>(to.depth_scale, p_.depth_scale + depth, left);
+    offset_ += Tile::kDepth;
+    if (offset_ >= p_.segment) offset_ = 0, ++segment_;
+  }
+
+ private:
+  const Product& p_;
+  int segment_, offset_;
+};
+
+// The same where no tile of the block meets an edge: nearly all blocks of a large layer.
+template <Inner kInner, class Stage, class Tile>
+class WholeCopies {
+ public:
+  RLRR_DEVICE static bool suit(const Product& p) {
+    return p.left.vectors && p.weight.vectors && p.tokens >= Tile::kRows && p.features >= Tile::kCols &&
+           p.segment % Tile::kDepth == 0;
+  }
+  RLRR_DEVICE explicit WholeCopies(const Product& p)
+      : left_(p.left, p.token, first(p), Tile::kDepth),
+        weight_(p.weight, kInner == Inner::depth ? p.feature : first(p), kInner == Inner::depth ? first(p) : p.feature,
+                kInner == Inner::depth ? Tile::kDepth : Tile::kDepth * p.weight.row_stride),
+        depth_scale_(p.depth_scale + first(p) + ptx::thread()) {}
+  RLRR_DEVICE void copy_next(const Stage& to) {
+    left_.copy_next(to.left);
+    weight_.copy_next(to.weight);
+    if (ptx::thread() < Tile::kDepth) ptx::copy_async<4>(to.depth_scale + 4 * ptx::thread(), depth_scale_, 4);
+    depth_scale_ += Tile::kDepth;
+  }
+
+ private:
+  // segments are whole steps, and follow one another
+  RLRR_DEVICE static int64_t first(const Product& p) { return static_cast<int64_t>(p.first_step) * Tile::kDepth; }
+
+  Stream<typename Stage::Left> left_;
+  Stream<typename Stage::Weight> weight_;
+  const float* depth_scale_;
+};
 
 template <class Math, Inner kInner, class Tile, class Stage>
 RLRR_DEVICE void multiply_stage(typename Tile::Accumulator& acc, const Stage& stage,
@@ -121,28 +165,34 @@ RLRR_DEVICE void multiply_stage(typename Tile::Accumulator& acc, const Stage& st
   }
 }
 
+template <class Math, Inner kInner, class Tile, class Stage, class Copies>
+RLRR_DEVICE void accumulate_steps(typename Tile::Accumulator& acc, const Product& p) {
+  const Lane l = lane();
+  const Start<Tile::kDepth> start(p);
+  int segment = start.segment, left_in_segment = start.of_segment - start.step;
+  float feature_scale[Tile::kColTiles][Math::kColumns];
+  load_feature_scales<Math, Tile>(feature_scale, p, segment, l);
+  Copies copies(p);
+  pipeline<Tile::kStages>(
+      p.steps, [&](int stage) { copies.copy_next(Stage(stage)); },
+      [&](int stage) {
+        multiply_stage<Math, kInner, Tile>(acc, Stage(stage), feature_scale, l);
+        // forward has one segment
+        if (kInner == Inner::depth || --left_in_segment > 0) return;
+        if (++segment == p.segments) return;
+        left_in_segment = start.of_segment;
+        load_feature_scales<Math, Tile>(feature_scale, p, segment, l);
+      });
+}
+
 template <class Math, class Staged, Inner kInner, class Tile>
 RLRR_DEVICE void accumulate(typename Tile::Accumulator& acc, const Product& p) {
   using Stage = ProductStage<Math, Staged, kInner, Tile>;
-  const Lane l = lane();
-  const int steps = (p.segment + Tile::kDepth - 1) / Tile::kDepth * p.segments;
-  Walk<Tile::kDepth> copying, multiplying;
-  float feature_scale[Tile::kColTiles][Math::kColumns];
-  load_feature_scales<Math, Tile>(feature_scale, p, 0, l);
-  pipeline<Tile::kStages>(
-      steps,
-      [&](int stage) {
-        copy_stage<kInner>(Stage(stage), p, copying);
-        copying.next(p);
-      },
-      [&](int stage) {
-        multiply_stage<Math, kInner, Tile>(acc, Stage(stage), feature_scale, l);
-        const int segment = multiplying.segment;
-        multiplying.next(p);
-        if (multiplying.segment != segment && multiplying.segment < p.segments) {
-          load_feature_scales<Math, Tile>(feature_scale, p, multiplying.segment, l);
-        }
-      });
+  if (WholeCopies<kInner, Stage, Tile>::suit(p)) {
+    accumulate_steps<Math, kInner, Tile, Stage, WholeCopies<kInner, Stage, Tile>>(acc, p);
+  } else {
+    accumulate_steps<Math, kInner, Tile, Stage, EdgeCopies<kInner, Stage, Tile>>(acc, p);
+  }
 }
 
 }  // namespace rlrr

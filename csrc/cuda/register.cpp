@@ -136,6 +136,15 @@ struct Place {
   }
 };
 
+// The owner of a pass's workspace; freed behind the launch, it is not handed out before the stream has done with it.
+template <class Problem>
+std::optional<Tensor> scratch(Problem& problem, int64_t floats, const Tensor& like) {
+  if (floats == 0) return std::nullopt;
+  Tensor owner = empty({floats}, ScalarType::Float, like);
+  problem.workspace = static_cast<float*>(owner.data_ptr());
+  return owner;
+}
+
 Tensor forward_op(const Tensor& x, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& shift, bool tf32, bool hopper) {
   const Matrix input = matrix(x, "x");
@@ -145,13 +154,14 @@ Tensor forward_op(const Tensor& x, const Tensor& weight, const Tensor& scale_out
   STD_TORCH_CHECK(x.size(1) == layer.k, "x: expected ", layer.k, " columns, got ", x.size(1));
   const auto b = addend(bias, x, layer.n), f = addend(shift, x, layer.n);
   Tensor y = empty({layer.m, layer.n}, x.scalar_type(), x);
-  const Forward problem{layer, input, vector(b), vector(f), matrix(y, "y")};
+  Forward problem{layer, input, vector(b), vector(f), matrix(y, "y"), nullptr};
 #if RLRR_HOPPER
   if (hopper && hopper::supports(problem)) {
     check(hopper::forward(problem, place.stream), "forward (hopper)");
     return y;
   }
 #endif
+  const auto workspace = scratch(problem, workspace_floats(problem), x);
   check(forward(problem, place.stream), "forward");
   return y;
 }
@@ -164,13 +174,14 @@ Tensor grad_input_op(const Tensor& dy, const Tensor& weight, const Tensor& scale
   const Layer& layer = owner.layer;
   STD_TORCH_CHECK(dy.size(1) == layer.n, "dy: expected ", layer.n, " columns, got ", dy.size(1));
   Tensor dx = empty({layer.m, layer.k}, dy.scalar_type(), dy);
-  const GradInput problem{layer, grad, matrix(dx, "dx")};
+  GradInput problem{layer, grad, matrix(dx, "dx"), nullptr};
 #if RLRR_HOPPER
   if (hopper && hopper::supports(problem)) {
     check(hopper::grad_input(problem, place.stream), "grad_input (hopper)");
     return dx;
   }
 #endif
+  const auto workspace = scratch(problem, workspace_floats(problem), dy);
   check(grad_input(problem, place.stream), "grad_input");
   return dx;
 }
@@ -199,8 +210,7 @@ std::tuple<Tensor, Tensor, Tensor> grad_scales_op(const Tensor& dy, const Tensor
                      need_shift ? static_cast<float*>(df.data_ptr()) : nullptr,
                      nullptr};
   const auto run = [&](auto size, auto launch, const char* name) {
-    const Tensor workspace = floats({size(problem)});
-    problem.workspace = static_cast<float*>(workspace.data_ptr());
+    const auto workspace = scratch(problem, size(problem), x);
     check(launch(problem, place.stream), name);
   };
 #if RLRR_HOPPER
@@ -209,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> grad_scales_op(const Tensor& dy, const Tensor
     return {du, dv, df};
   }
 #endif
-  run(workspace_floats, grad_scales, "grad_scales");
+  run([](const GradScales& g) { return workspace_floats(g); }, grad_scales, "grad_scales");
   return {du, dv, df};
 }
 

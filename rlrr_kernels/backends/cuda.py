@@ -1,7 +1,7 @@
 """The CUDA C++ kernels of ``csrc/cuda``, for compute capability 8.0 and later.
 
 ``RLRR_CUDA_HOPPER=1`` lets them use the experimental path for Hopper GPUs (bulk
-tensor copies and wgmma) where it takes the tensors; it is off by default.
+tensor copies and wgmma) where it takes the tensors; it is off by default, and read once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ if torch.version.cuda is None:
     raise ImportError(f"torch {torch.__version__} is built without CUDA")
 library.load("cuda", "nvcc, on the PATH or in CUDA_HOME, and a torch built for CUDA")
 
+#: Whether the Hopper path may be used.
+HOPPER = os.environ.get("RLRR_CUDA_HOPPER") == "1"
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ops = torch.ops.rlrr_cuda
+_forward, _grad_input, _grad_scales = (getattr(_ops, name).default for name in ("forward", "grad_input", "grad_scales"))
+_matmul = torch.backends.cuda.matmul
 
 
 @functools.cache
@@ -36,9 +41,9 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
     """Why this backend cannot serve these tensors, or None if it can."""
     if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
         return f"x {x.dtype} with weight {weight.dtype}: it computes in float32, float16 and bfloat16"
-    if x.device.type != "cuda":
+    if not x.is_cuda:
         return f"device {x.device}: it runs on NVIDIA GPUs"
-    return _unusable(x.device.index) or None
+    return _unusable(x.get_device()) or None
 
 
 def build() -> str:
@@ -46,26 +51,26 @@ def build() -> str:
     return _ops.build()
 
 
-def _modes() -> tuple[bool, bool]:
-    """Whether TF32 may be used, and the Hopper path."""
+def _tf32(x: Tensor) -> bool:
+    """Whether products of x may be TF32: only float32's, whose setting takes microseconds to read."""
     # not allow_tf32: reading it raises once the user has set fp32_precision
-    return torch.backends.cuda.matmul.fp32_precision == "tf32", os.environ.get("RLRR_CUDA_HOPPER") == "1"
+    return x.dtype is torch.float32 and _matmul.fp32_precision == "tf32"
 
 
 def forward(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
-    return _ops.forward(x, weight, scale_out, scale_in, bias, shift, *_modes())
+    return _forward(x, weight, scale_out, scale_in, bias, shift, _tf32(x), HOPPER)
 
 
 def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
     """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
-    return _ops.grad_input(dy, weight, scale_out, scale_in, *_modes())
+    return _grad_input(dy, weight, scale_out, scale_in, _tf32(dy), HOPPER)
 
 
 def grad_scales(
     dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32."""
-    return _ops.grad_scales(dy, x, weight, scale_out, scale_in, need_shift, *_modes())
+    return _grad_scales(dy, x, weight, scale_out, scale_in, need_shift, _tf32(x), HOPPER)

@@ -1,8 +1,10 @@
 """The CUDA C++ library as built: no spill, no stack; and, on a GPU, real shapes and the Hopper path."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def resources() -> dict[str, list[tuple[str, dict[str, int]]]]:
 
 
 def test_every_pass_dtype_and_tile_is_there(resources):
-    """Ten kinds of arithmetic and staging for two products, less for G, in two tiles each; and the sums."""
+    """Six kinds of arithmetic and staging for two products, four for G, in two tiles each; and the sums."""
     for arch in ("sm_80", "sm_90"):
         if arch not in resources:
             pytest.skip(f"built without {arch}")
@@ -56,6 +58,8 @@ def test_every_pass_dtype_and_tile_is_there(resources):
             count = sum(kernel in name for name in names)
             # bf16 and fp16, each with W staged as it is and as float32, TF32 and plain float32; G never has W staged
             assert count >= (8 if kernel == "grad_scales_kernel" else 12), (kernel, count)
+        # vectors and elements of three dtypes, in two files
+        assert sum("add_splits_kernel" in name for name in names) >= 12
 
 
 def test_no_kernel_spills_or_has_a_stack(resources):
@@ -81,6 +85,49 @@ def test_it_refuses_what_it_cannot_serve_and_says_what_it_can():
     assert module.unsupported(x.double(), x.double()).endswith("it computes in float32, float16 and bfloat16")
 
 
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[object, ...]]:
+    """What the library's ops are called with, in their place."""
+    module, made = choice.load("cuda"), []
+    if isinstance(module, str):
+        pytest.skip(module)
+    for name in ("_forward", "_grad_input", "_grad_scales"):
+        monkeypatch.setattr(module, name, lambda *arguments: made.append(arguments))
+    return made
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+def test_modes_are_passed_on(calls, monkeypatch, dtype, precision, hopper):
+    """TF32 by PyTorch's setting and for float32 alone; the Hopper path by the module's switch."""
+    module = choice.load("cuda")
+    monkeypatch.setattr(module, "HOPPER", hopper)
+    before = torch.backends.cuda.matmul.fp32_precision
+    x = torch.zeros(2, 2, dtype=dtype)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        module.forward(x, x, x, x, None, None)
+        module.grad_input(x, x, x, x)
+        module.grad_scales(x, x, x, x, x, True)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert [arguments[-2:] for arguments in calls] == [(dtype is SINGLE and precision == "tf32", hopper)] * 3
+    assert [len(arguments) for arguments in calls] == [8, 6, 8]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("1", True)])
+def test_the_hopper_switch_is_read_at_import(value, expected):
+    if isinstance(choice.load("cuda"), str):
+        pytest.skip("the CUDA library is not built")
+    environment = {k: v for k, v in os.environ.items() if k != "RLRR_CUDA_HOPPER"}
+    if value is not None:
+        environment["RLRR_CUDA_HOPPER"] = value
+    code = "from rlrr_kernels.backends import cuda; print(cuda.HOPPER)"
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(expected)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the driver is right")
 def test_it_says_what_is_wrong_with_the_driver():
     module = choice.load("cuda")
@@ -90,7 +137,16 @@ def test_it_says_what_is_wrong_with_the_driver():
     assert re.search(r"CUDA driver .*\(built with CUDA \d+\.\d for [\d a]+, the driver serves CUDA \d+\.\d\)", reason)
 
 
-SHAPES = [(197, 768, 768, 1), (6304, 2304, 768, 3), (6304, 768, 3072, 1), (12608, 5120, 1280, 1), (12611, 771, 770, 1)]
+# the second and third are deep and of few tiles, so that blocks share their depth in one pass or the other
+SHAPES = [
+    (197, 768, 768, 1),
+    (197, 768, 3072, 1),
+    (197, 3072, 768, 1),
+    (6304, 2304, 768, 3),
+    (6304, 768, 3072, 1),
+    (12608, 5120, 1280, 1),
+    (12611, 771, 770, 1),
+]
 
 
 @pytest.mark.gpu
@@ -107,14 +163,14 @@ def hopper(gpu, monkeypatch):
     require("cuda")
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    monkeypatch.setenv("RLRR_CUDA_HOPPER", "1")
+    monkeypatch.setattr(choice.load("cuda"), "HOPPER", True)
     return gpu
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 @pytest.mark.parametrize(
-    ("m", "n", "k", "groups"), [*SHAPES[:4], (1, 8, 8, 1), (300, 192, 136, 3), (257, 520, 264, 1), (70, 64, 72, 1)]
+    ("m", "n", "k", "groups"), [*SHAPES[:-1], (1, 8, 8, 1), (300, 192, 136, 3), (257, 520, 264, 1), (70, 64, 72, 1)]
 )
 def test_hopper_path(hopper, m, n, k, groups, dtype):
     p = make_problem(m, n, k, groups, dtype, device=hopper)

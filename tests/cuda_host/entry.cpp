@@ -10,6 +10,8 @@ namespace rlrr {
 [[gnu::weak]] cudaError_t forward(const Forward&, cudaStream_t);
 [[gnu::weak]] cudaError_t grad_input(const GradInput&, cudaStream_t);
 [[gnu::weak]] cudaError_t grad_scales(const GradScales&, cudaStream_t);
+[[gnu::weak]] int64_t workspace_floats(const Forward&);
+[[gnu::weak]] int64_t workspace_floats(const GradInput&);
 [[gnu::weak]] int64_t workspace_floats(const GradScales&);
 
 namespace {
@@ -24,6 +26,10 @@ void start(const Layer& l, const model::Options* options) {
 
 extern "C" {
 
+int64_t model_forward_workspace_floats(const rlrr::Forward* f) { return rlrr::workspace_floats(*f); }
+int64_t model_grad_input_workspace_floats(const rlrr::GradInput* g) { return rlrr::workspace_floats(*g); }
+int64_t model_grad_scales_workspace_floats(const rlrr::GradScales* g) { return rlrr::workspace_floats(*g); }
+
 int model_forward(const rlrr::Forward* f, const rlrr::model::Options* options) {
   const auto& l = f->layer;
   rlrr::start(l, options);
@@ -31,6 +37,7 @@ int model_forward(const rlrr::Forward* f, const rlrr::model::Options* options) {
   rlrr::allow(f->bias, l.n);
   rlrr::allow(f->shift, l.n);
   rlrr::allow(f->y, l.m, l.n, true);
+  rlrr::allow(f->workspace, rlrr::workspace_floats(*f), true);
   return rlrr::forward(*f, nullptr);
 }
 
@@ -39,10 +46,9 @@ int model_grad_input(const rlrr::GradInput* g, const rlrr::model::Options* optio
   rlrr::start(l, options);
   rlrr::allow(g->dy, l.m, l.n, false);
   rlrr::allow(g->dx, l.m, l.k, true);
+  rlrr::allow(g->workspace, rlrr::workspace_floats(*g), true);
   return rlrr::grad_input(*g, nullptr);
 }
-
-int64_t model_workspace_floats(const rlrr::GradScales* g) { return rlrr::workspace_floats(*g); }
 
 int model_grad_scales(const rlrr::GradScales* g, const rlrr::model::Options* options) {
   const auto& l = g->layer;

@@ -95,11 +95,18 @@ class _Layer(ctypes.Structure):
 
 
 class _Forward(ctypes.Structure):
-    _fields_ = (("layer", _Layer), ("x", _Matrix), ("bias", _Vector), ("shift", _Vector), ("y", _Matrix))
+    _fields_ = (
+        ("layer", _Layer),
+        ("x", _Matrix),
+        ("bias", _Vector),
+        ("shift", _Vector),
+        ("y", _Matrix),
+        ("workspace", ctypes.c_void_p),
+    )
 
 
 class _GradInput(ctypes.Structure):
-    _fields_ = (("layer", _Layer), ("dy", _Matrix), ("dx", _Matrix))
+    _fields_ = (("layer", _Layer), ("dy", _Matrix), ("dx", _Matrix), ("workspace", ctypes.c_void_p))
 
 
 class _GradScales(ctypes.Structure):
@@ -141,7 +148,7 @@ class Machine:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        for name in ("workspace_floats", "blocks_launched", "bank_conflicts"):
+        for name in (*(f"{name}_workspace_floats" for name in PASSES), "blocks_launched", "bank_conflicts"):
             if hasattr(self.library, f"model_{name}"):
                 getattr(self.library, f"model_{name}").restype = ctypes.c_int64
         self.library.model_message.restype = ctypes.c_char_p
@@ -154,7 +161,34 @@ class Machine:
         """Rows that ldmatrix had to wait for in the last pass."""
         return int(self.library.model_bank_conflicts())
 
+    def _workspace_floats(self, name: str, problem: ctypes.Structure) -> int:
+        function = getattr(self.library, f"model_{name}_workspace_floats", None)
+        return int(function(ctypes.byref(problem))) if function else 0
+
+    def workspace_floats(
+        self,
+        name: str,
+        m: int,
+        n: int,
+        k: int,
+        groups: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        multiprocessors: int = 132,
+    ) -> int:
+        """What a pass asks for at these sizes, x and W of one dtype. Nothing is computed, and sizes may be any."""
+        matrix = _Matrix(None, k, 1, _DTYPES[dtype])
+        layer = _Layer(m, n, k, groups, matrix, None, None, False, _Device(80, multiprocessors, 99 * 1024))
+        problems = {
+            "forward": lambda: _Forward(layer, matrix, _vector(None), _vector(None), matrix, None),
+            "grad_input": lambda: _GradInput(layer, matrix, matrix, None),
+            "grad_scales": lambda: _GradScales(layer, matrix, matrix, None, None, None, None),
+        }
+        return self._workspace_floats(name, problems[name]())
+
     def _call(self, name: str, problem: ctypes.Structure, options: _Options) -> None:
+        # one element more than asked for, so that a workspace of none has an address too
+        workspace = torch.full((self._workspace_floats(name, problem) + 1,), float("nan"))
+        problem.workspace = workspace.data_ptr()
         code = getattr(self.library, f"model_{name}")(ctypes.byref(problem), ctypes.byref(options))
         if code:
             raise MachineError(f"{name}: error {code}, {self.library.model_message().decode()}")
@@ -186,14 +220,12 @@ class Machine:
         du, dv = torch.full((n, 1), nan), torch.full((groups, 1, k), nan)
         df = torch.full((n if need_shift else 0,), nan)
         if "forward" in passes:
-            problem = _Forward(layer, _matrix(p.x), _vector(p.bias), _vector(p.shift), _matrix(y))
+            problem = _Forward(layer, _matrix(p.x), _vector(p.bias), _vector(p.shift), _matrix(y), None)
             self._call("forward", problem, options)
         if "grad_input" in passes:
-            self._call("grad_input", _GradInput(layer, _matrix(p.dy), _matrix(dx)), options)
+            self._call("grad_input", _GradInput(layer, _matrix(p.dy), _matrix(dx), None), options)
         if "grad_scales" in passes:
             df_pointer = df.data_ptr() if need_shift else None
             scales = _GradScales(layer, _matrix(p.dy), _matrix(p.x), du.data_ptr(), dv.data_ptr(), df_pointer, None)
-            workspace = torch.full((self.library.model_workspace_floats(ctypes.byref(scales)),), nan)
-            scales.workspace = workspace.data_ptr()
             self._call("grad_scales", scales, options)
         return Answer(y, dx, du, dv, df)

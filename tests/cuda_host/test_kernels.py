@@ -120,10 +120,12 @@ def test_strides(machine, how, dtype):
     check(p, machine.solve(p))
 
 
+@pytest.mark.parametrize("how", ["transposed", "off by one element"])
+@pytest.mark.parametrize("shape", [(72, 64, 80), (64, 64, 64)], ids=["edges", "whole tiles"])
 @pytest.mark.parametrize("name", ["x", "dy", "weight"])
-def test_each_operand_is_read_by_its_own_strides(machine, name):
-    p = make_problem(72, 64, 80, dtype=HALF)
-    setattr(p, name, strided(getattr(p, name), "transposed"))
+def test_each_operand_is_read_by_its_own_strides(machine, name, shape, how):
+    p = make_problem(*shape, dtype=HALF)
+    setattr(p, name, strided(getattr(p, name), how))
     check(p, machine.solve(p))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.cuda_host.faults import RESULTS, Fault
 from tests.cuda_host.machine import BACKWARDS, FORWARDS, LARGE, SMALL, Machine, MachineError, build
 from tests.cuda_host.test_kernels import BF16, HALF, SINGLE, far_apart, one_product, tf32_products
+from tests.cuda_host.test_splits import FEW, cancelling
 from tests.oracle import Problem, assert_close, differentiate, make_problem, strided
 
 FAULTS = [
@@ -68,6 +69,16 @@ FAULTS = [
         ("a column too many", "grad_input", "epilogue.cuh", "col >= cols", "col > cols"),
         ("a depth too many", "forward", "copy.cuh", "r < rows && c < cols", "r < rows && c <= cols"),
         ("whole rows at the edge", "forward", "copy.cuh", "rows == Shared::kRows && cols == Shared::kCols", "true"),
+        ("edges taken for whole tiles", "forward", "product.cuh", "p.tokens >= Tile::kRows && ", ""),
+        ("edges taken for whole tiles", "grad_input", "product.cuh", " && p.features >= Tile::kCols", ""),
+        ("a last step taken for a whole one", "grad_input", "product.cuh", "p.segment % Tile::kDepth == 0", "true"),
+        ("elements taken for vectors", "forward", "product.cuh", "p.left.vectors && p.weight.vectors && ", ""),
+        ("elements taken for vectors", "grad_scales", "grad_scales.cu", "p.dy.vectors && p.x.vectors && ", ""),
+        ("the first step over and over", "forward", "copy.cuh", "    from_ += step_;\n", ""),
+        ("another step of u", "grad_input", "product.cuh", "    depth_scale_ += Tile::kDepth;\n", ""),
+        ("a row too low", "grad_scales", "copy.cuh", "kRowsAtOnce * matrix.row", "(kRowsAtOnce - 1) * matrix.row"),
+        ("edges taken for whole tiles", "grad_scales", "grad_scales.cu", "left_in_group >= Tile::kRows && ", ""),
+        ("a last step taken for a whole one", "grad_scales", "grad_scales.cu", "(last - first) % Tile::kDepth", "0"),
         ("whole vectors at the edge", "forward", "copy.cuh", "left > 16 ? 16 : left", "16"),
         ("a token too few", "grad_scales", "copy.cuh", "kRowsAtOnce < rows ?", "kRowsAtOnce + 1 < rows ?"),
         ("v beyond the end", "forward", "copy.cuh", "i < count ? from + i : from, i < count ? 4 : 0", "from + i, 4"),
@@ -75,7 +86,7 @@ FAULTS = [
         # groups and sums
         ("the first group's v", "forward", "forward.cu", "p.v + static_cast<int64_t>(group) * p.k", "p.v"),
         ("the first group's v", "grad_input", "grad_input.cu", "scale_stride = p.k", "scale_stride = 0"),
-        ("the first group's u", "grad_input", "product.cuh", "depth_scale + depth", "depth_scale + at.offset"),
+        ("the first group's u", "grad_input", "product.cuh", "p_.depth_scale + depth", "p_.depth_scale + offset_"),
         (
             "the first group's v",
             "grad_scales",
@@ -83,9 +94,65 @@ FAULTS = [
             "static_cast<int64_t>(group) * p.k + k_start",
             "k_start",
         ),
-        ("splits share a row", "grad_scales", "grad_scales.cu", "split) * p.k_tiles", "0) * p.k_tiles"),
+        ("splits share a row", "grad_scales", "grad_scales.cu", "split) * p.col_tiles", "0) * p.col_tiles"),
         ("a partial sum left out", "grad_scales", "partials.cuh", "if (row + i < rows)", "if (row + i + 1 < rows)"),
-        ("no shift", "forward", "forward.cu", "p.shift.data ?", "false ?"),
+        ("no shift", "forward", "split.cuh", "shift.data ?", "false ?"),
+        # splits of the depth
+        ("every split from the start", "forward", "forward.cu", "first_step = split *", "first_step = 0 * split *"),
+        (
+            "every split from the start",
+            "grad_input",
+            "grad_input.cu",
+            "first_step = split *",
+            "first_step = 0 * split *",
+        ),
+        ("a split to the end", "forward", "forward.cu", "p.steps - product.first_step < p.split_steps ?", "true ?"),
+        ("steps beyond the end", "grad_input", "grad_input.cu", "first_step < p.split_steps ?", "first_step < 0 ?"),
+        ("splits start with a segment", "grad_input", "product.cuh", "step(p.first_step % of_segment)", "step(0)"),
+        (
+            "splits start with the first v",
+            "grad_input",
+            "product.cuh",
+            "segment(p.first_step / of_segment)",
+            "segment(0)",
+        ),
+        (
+            "v of the next group too late",
+            "grad_input",
+            "product.cuh",
+            "start.of_segment - start.step",
+            "start.of_segment",
+        ),
+        (
+            "whole steps from the start",
+            "forward",
+            "product.cuh",
+            "int64_t>(p.first_step) * Tile::kDepth",
+            "int64_t>(0)",
+        ),
+        (
+            "splits share a place",
+            "forward",
+            "forward.cu",
+            "(static_cast<int64_t>(split) * p.m",
+            "(static_cast<int64_t>(0) * p.m",
+        ),
+        (
+            "the last split left out",
+            "forward",
+            "split.cuh",
+            "split < s.splits; ++split) {",
+            "split + 1 < s.splits; ++split) {",
+        ),
+        (
+            "the last split left out",
+            "grad_input",
+            "split.cuh",
+            "split < s.splits; ++split) sum",
+            "split + 1 < s.splits; ++split) sum",
+        ),
+        ("another column's bias", "forward", "split.cuh", "s.shift, column + 2), sum.w", "s.shift, column + 1), sum.w"),
+        ("a split rounded", "forward", "split.cuh", "sum.x += more.x", "sum.x += widen(narrow<T>(more.x))"),
         # rounding
         (
             "S rounded too",
@@ -111,6 +178,12 @@ def padded(p: Problem) -> Problem:
     return Problem(x, less(weight), less(p.scale_out), p.scale_in[..., :-1], less(p.bias), less(p.shift), dy)
 
 
+def transposed(p: Problem) -> Problem:
+    """The same with x and dy, and W beside them, laid out column by column."""
+    p.x, p.dy, p.weight = (strided(t, "transposed") for t in (p.x, p.dy, p.weight))
+    return p
+
+
 def disagreement(machine: Machine, seen_in: str, p: Problem, **how: object) -> str | None:
     """Hold a pass's results to the yardstick."""
     if how.get("tf32"):
@@ -131,11 +204,14 @@ def disagreement(machine: Machine, seen_in: str, p: Problem, **how: object) -> s
 def complaint(machine: Machine, seen_in: str) -> str | None:
     """The first thing amiss, over arithmetics, tiles, load paths, groups and orders of execution."""
     p, y = one_product(BF16)
+    deep, exact = cancelling(BF16)
     try:
         if seen_in == "forward" and not torch.equal(machine.solve(p, passes=("forward",)).y, y):
             return "one product is not rounded once each way"
+        if seen_in == "forward" and not torch.equal(machine.solve(deep, passes=("forward",)).y.double(), exact):
+            return "a deep sum is not rounded once"
     except MachineError as reason:
-        return f"K = 1: {reason}"
+        return f"K = 1 or 1600: {reason}"
     if reason := disagreement(machine, seen_in, far_apart(make_problem(2, 2, 40), 2**31 + 1)):
         return reason
     kinds = [(SINGLE, True), (BF16, False), (HALF, False), (SINGLE, False)]
@@ -144,9 +220,18 @@ def complaint(machine: Machine, seen_in: str) -> str | None:
             make_problem(70, 30, 67, 3, dtype),
             padded(make_problem(140, 152, 168, 1, dtype)),
             make_problem(100, 160, 232, 2, dtype),
+            make_problem(128, 256, 128, 2, dtype),  # whole tiles and steps throughout
+            transposed(make_problem(64, 128, 64, 2, dtype)),
         ]
         for p in problems:
             if reason := disagreement(machine, seen_in, p, multiprocessors=size, tf32=tf32, warps=warps):
+                return reason
+    # depths that are split where multiprocessors are idle: whole vectors, and elements
+    for (dtype, tf32), groups, warps in itertools.product(kinds, (1, 3), (FORWARDS, BACKWARDS)):
+        for rows, width in ((9, 20), (9, 33), (64, 64)):
+            sizes = (rows, 3 * width, 1184) if seen_in == "forward" else (rows, 1176 if width < 64 else 1248, width)
+            p = make_problem(*sizes, groups, dtype)
+            if reason := disagreement(machine, seen_in, p, multiprocessors=FEW, tf32=tf32, warps=warps):
                 return reason
     return None
 

@@ -2,7 +2,6 @@
 #include "launch.h"
 
 #include "product_kernel.cuh"
-#include "tensor_map.h"
 
 namespace rlrr::hopper {
 
@@ -16,7 +15,6 @@ cudaError_t forward(const Forward& f, cudaStream_t stream) {
   const Layer& layer = f.layer;
   Product p = {};
   cudaError_t error = describe(p.weight, layer.weight, layer.n, layer.k, kBox);
-  if (error == cudaSuccess) error = describe(p.tokens, f.x, layer.m, layer.k, kTileCols);
   if (error == cudaSuccess) error = describe(p.depth_scales, layer.v, layer.groups, layer.k);
   if (error != cudaSuccess) return error;
   p.row_scales = layer.u;
@@ -29,7 +27,7 @@ cudaError_t forward(const Forward& f, cudaStream_t stream) {
   p.shift = f.shift;
   p.out = static_cast<char*>(f.y.data);
   p.out_stride = f.y.row_stride;
-  return launch_product<Weight::rows>(p, f.x.dtype, layer.device, stream);
+  return launch_product<Weight::rows>(p, f.x, layer.device, stream);
 }
 
 }  // namespace rlrr::hopper

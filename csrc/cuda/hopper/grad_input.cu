@@ -2,7 +2,6 @@
 #include "launch.h"
 
 #include "product_kernel.cuh"
-#include "tensor_map.h"
 
 namespace rlrr::hopper {
 
@@ -18,7 +17,6 @@ cudaError_t grad_input(const GradInput& g, cudaStream_t stream) {
   const Layer& layer = g.layer;
   Product p = {};
   cudaError_t error = describe(p.weight, layer.weight, layer.n, layer.k, kBox);
-  if (error == cudaSuccess) error = describe(p.tokens, g.dy, layer.m, layer.n, kTileCols);
   if (error == cudaSuccess) error = describe(p.depth_scales, layer.u, 1, layer.n);
   if (error != cudaSuccess) return error;
   p.row_scales = layer.v;
@@ -30,7 +28,7 @@ cudaError_t grad_input(const GradInput& g, cudaStream_t stream) {
   p.token_count = layer.m;
   p.out = static_cast<char*>(g.dx.data);
   p.out_stride = g.dx.row_stride;
-  return launch_product<Weight::columns>(p, g.dy.dtype, layer.device, stream);
+  return launch_product<Weight::columns>(p, g.dy, layer.device, stream);
 }
 
 }  // namespace rlrr::hopper

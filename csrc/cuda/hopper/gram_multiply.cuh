@@ -15,7 +15,7 @@ struct GramMultiplication {
   GramMemory& s;
   const Lane l = lane();
   Place<kGramStages> place = {}, multiplied = {};
-  ptx::Products sums;
+  ptx::Products<kTileCols> sums;
 
   RLRR_DEVICE void multiply(int steps) {
 #pragma unroll
@@ -59,13 +59,13 @@ struct GramMultiplication {
                      p.k - item.col - half * kCols, dv + half * kCols, l);
       release_stage();
     }
-    float* du = p.du_partial + (static_cast<int64_t>(item.split) * p.col_tiles + item.col_tile) * p.n;
+    float* du = p.du_partial + (static_cast<int64_t>(item.split) * p.col_tiles + item.col_tile) * p.rows;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float sum = rows.du[i];
       sum += ptx::shuffle_xor(sum, 1);
       sum += ptx::shuffle_xor(sum, 2);
-      if (l.t == 0 && rows.inside[i]) ptx::store(du + row + 8 * i, sum);
+      if (l.t == 0 && rows.inside[i]) ptx::store(du + item.row_in_slice + row - item.row + 8 * i, sum);
     }
     add_warps(item);
   }
@@ -78,9 +78,9 @@ struct GramMultiplication {
 #pragma unroll
     for (int warp = 0; warp < kMultiplyingWarps; ++warp)
       sum += ptx::load_shared<float>(reinterpret_cast<const char*>(&s.dv[warp][col]));
-    const int64_t of_group = static_cast<int64_t>(item.group) * p.splits + item.split;
+    const int64_t of_group = static_cast<int64_t>(item.row_tile / p.group_tiles) * p.splits + item.split;
     const int64_t row = of_group * p.group_tiles + item.row_tile % p.group_tiles;
-    if (item.col + col < p.k) ptx::store(p.dv_partial + row * p.k + item.col + col, sum);
+    if (item.col + col < p.k) ptx::store(p.dv_partial + row * p.cols + item.col_in_slice + col, sum);
     // read by all before the next item's overwrite it
     ptx::named_barrier(1, kConsumers * kWarpgroup);
   }

@@ -16,29 +16,30 @@ RLRR_DEVICE void load_row_scales(float (&to)[2], const Product& p, int segment, 
 
 // What a multiplying warp carries from step to step of a tile.
 //
-// A step is about 220 instructions a warp, so 440 issue slots of a scheduler's two, beside the 1024 cycles
-// that the tensor cores take for both warpgroups' products: the rescaling hides behind them as long as
-// products overlap. In SASS (nvcc -cubin, nvdisasm -c) the step is the loop around four HGMMA; each is
+// A step is about 185 instructions a warp (175 in narrow tiles), so 370 issue slots of a scheduler's two, beside
+// the 1024 (512) cycles that the tensor cores take for both warpgroups' products: the rescaling hides behind them
+// as long as products overlap. In SASS (nvcc -cubin, nvdisasm -c) the step is the loop around four HGMMA; each is
 // followed by WARPGROUP.DEPBAR.LE gsb0, 0x3, where 0x0 would say that none runs on.
 // tests/cuda_host/hopper/test_sass.py reads it.
-template <class T, Weight kWeight>
+template <class T, Weight kWeight, int kTokens>
 struct Multiplication {
   static constexpr int kParts = kBox / 16;  // products a step
   // One product is made ready while the others run: its registers are those of the oldest.
   static constexpr int kInFlight = kParts - 1;
 
   const Product& p;
-  ProductMemory& s;
+  ProductMemory<kTokens>& s;
   const Lane l = lane();
   Place<kProductStages> place = {}, multiplied = {};  // the second trails by a step
   int row, row_end;
   int segment, segment_left;
   float row_scales[2];
   uint32_t a[kParts][4];
-  ptx::Products sums;
+  const int weight_at = weight_offset<kWeight>(l);
+  ptx::Products<kTokens> sums;
 
   RLRR_DEVICE void make_operand(int part) {
-    rescaled_weight<T, kWeight>(a[part], s.weight[place.stage][l.consumer], 16 * part, row_scales,
+    rescaled_weight<T, kWeight>(a[part], s.weight[place.stage][l.consumer], weight_at, part, row_scales,
                                 s.depth_scales[place.stage], l);
   }
   RLRR_DEVICE void enter_stage() {

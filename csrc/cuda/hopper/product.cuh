@@ -6,6 +6,7 @@
 #pragma once
 
 #include "pipeline.cuh"
+#include "plan.h"
 #include "tile.cuh"
 
 namespace rlrr::hopper {
@@ -14,7 +15,7 @@ constexpr int kProductStages = 4;
 
 struct Product {
   CUtensorMap weight;        // boxes of 64 x 64
-  CUtensorMap tokens;        // boxes of 256 tokens x 64 of depth
+  CUtensorMap tokens;        // boxes of a tile's tokens x 64 of depth
   CUtensorMap depth_scales;  // a group's in a row
   const float* row_scales;
   int64_t row_scale_stride;  // from a segment to the next
@@ -27,14 +28,15 @@ struct Product {
   int64_t tiles;
 };
 
+template <int kTokens>
 struct ProductMemory {
   char weight[kProductStages][kConsumers][kBoxBytes];
-  char tokens[kProductStages][kTileCols * kRowBytes];
+  char tokens[kProductStages][kTokens * kRowBytes];
   char staging[kConsumers][kBoxBytes];
   char depth_scales[kProductStages][kBox * 4];
   Ring<kProductStages> ring;
 
-  static constexpr int kStageBytes = kConsumers * kBoxBytes + kTileCols * kRowBytes + kBox * 4;
+  static constexpr int kStageBytes = kConsumers * kBoxBytes + kTokens * kRowBytes + kBox * 4;
 };
 
 struct ProductTile {
@@ -43,10 +45,11 @@ struct ProductTile {
 };
 
 // Rows run fastest: the tiles in flight share a few bands of tokens and all of W, which fits in L2.
+template <int kTokens>
 RLRR_DEVICE ProductTile tile_at(const Product& p, int64_t index) {
   const int of_group = (p.group_rows + kTileRows - 1) / kTileRows, of_rows = p.row_groups * of_group;
   const int tile = static_cast<int>(index % of_rows), group = tile / of_group;
-  return {index / of_rows * kTileCols, group, group * p.group_rows + tile % of_group * kTileRows,
+  return {index / of_rows * kTokens, group, group * p.group_rows + tile % of_group * kTileRows,
           (group + 1) * p.group_rows};
 }
 RLRR_DEVICE int segment_steps(const Product& p) { return (p.segment + kBox - 1) / kBox; }

@@ -3,20 +3,21 @@
 
 #include "multiply.cuh"
 #include "store.cuh"
+#include "tensor_map.h"
 
 namespace rlrr::hopper {
 
-template <Weight kWeight>
-RLRR_DEVICE void fetch(const Product& p, ProductMemory& s) {
+template <Weight kWeight, int kTokens>
+RLRR_DEVICE void fetch(const Product& p, ProductMemory<kTokens>& s) {
   ptx::prefetch(p.weight), ptx::prefetch(p.tokens), ptx::prefetch(p.depth_scales);
   Place<kProductStages> place;
   const int steps = p.segments * segment_steps(p);
   for (int64_t index = ptx::block(); index < p.tiles; index += ptx::blocks()) {
-    const ProductTile tile = tile_at(p, index);
+    const ProductTile tile = tile_at<kTokens>(p, index);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, place.next()) {
       const int stage = place.stage, depth = step * kBox;
-      Barrier* full = place.claim(s.ring, ProductMemory::kStageBytes);
+      Barrier* full = place.claim(s.ring, ProductMemory<kTokens>::kStageBytes);
       for (int half = 0; half < kConsumers; ++half) {
         const int row = tile.row + half * kBox;
         if constexpr (kWeight == Weight::rows) {
@@ -31,9 +32,9 @@ RLRR_DEVICE void fetch(const Product& p, ProductMemory& s) {
   }
 }
 
-template <class T, Weight kWeight>
+template <class T, Weight kWeight, int kTokens>
 RLRR_HOPPER_KERNEL product_kernel(RLRR_PARAMETER Product p) {
-  ProductMemory& s = *reinterpret_cast<ProductMemory*>(ptx::swizzled_shared_memory());
+  auto& s = *reinterpret_cast<ProductMemory<kTokens>*>(ptx::swizzled_shared_memory());
   if (ptx::thread() == 0) s.ring.init(kConsumers * kWarpgroup / 32);
   ptx::barrier();
   if (ptx::thread() < kWarpgroup) {
@@ -41,23 +42,36 @@ RLRR_HOPPER_KERNEL product_kernel(RLRR_PARAMETER Product p) {
     if (ptx::thread() == 0) fetch<kWeight>(p, s);
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    Multiplication<T, kWeight> multiplication{p, s};
+    Multiplication<T, kWeight, kTokens> multiplication{p, s};
     for (int64_t index = ptx::block(); index < p.tiles; index += ptx::blocks()) {
-      const ProductTile tile = tile_at(p, index);
+      const ProductTile tile = tile_at<kTokens>(p, index);
       multiplication.multiply_tile(tile);
-      store_tile<T>(multiplication.sums, p, tile, s.staging[multiplication.l.consumer], multiplication.l);
+      store_tile<T, kTokens>(multiplication.sums, p, tile, s.staging[multiplication.l.consumer], multiplication.l);
     }
   }
 }
 
-// One block a multiprocessor, or fewer where there are fewer tiles.
+template <class T, Weight kWeight, int kTokens>
+cudaError_t launch_tiles(const Product& p, int blocks, cudaStream_t stream) {
+  return ptx::launch_warpgroups<product_kernel<T, kWeight, kTokens>>(blocks, sizeof(ProductMemory<kTokens>), stream, p);
+}
+
+// One block a multiprocessor, or fewer where there are fewer tiles. `tokens`: x or dy, [tokens, depth].
 template <Weight kWeight>
-cudaError_t launch_product(Product& p, Dtype dtype, const Device& device, cudaStream_t stream) {
-  p.tiles = (p.token_count + kTileCols - 1) / kTileCols * p.row_groups * ((p.group_rows + kTileRows - 1) / kTileRows);
+cudaError_t launch_product(Product& p, const Matrix& tokens, const Device& device, cudaStream_t stream) {
+  const int64_t row_tiles = int64_t{p.row_groups} * ((p.group_rows + kTileRows - 1) / kTileRows);
+  const int64_t depth = int64_t{p.segments} * p.segment, steps = int64_t{p.segments} * ((p.segment + kBox - 1) / kBox);
+  const int width = tile_tokens(p.token_count, row_tiles, steps, device);
+  const cudaError_t error = describe(p.tokens, tokens, p.token_count, depth, width);
+  if (error != cudaSuccess) return error;
+  p.tiles = (p.token_count + width - 1) / width * row_tiles;
   const int blocks = static_cast<int>(p.tiles < device.multiprocessors ? p.tiles : device.multiprocessors);
-  constexpr int kBytes = sizeof(ProductMemory);
-  return dtype == Dtype::float16 ? ptx::launch_warpgroups<product_kernel<fp16, kWeight>>(blocks, kBytes, stream, p)
-                                 : ptx::launch_warpgroups<product_kernel<bf16, kWeight>>(blocks, kBytes, stream, p);
+  const bool wide = width == kWideTile;
+  if (tokens.dtype == Dtype::float16)
+    return wide ? launch_tiles<fp16, kWeight, kWideTile>(p, blocks, stream)
+                : launch_tiles<fp16, kWeight, kNarrowTile>(p, blocks, stream);
+  return wide ? launch_tiles<bf16, kWeight, kWideTile>(p, blocks, stream)
+              : launch_tiles<bf16, kWeight, kNarrowTile>(p, blocks, stream);
 }
 
 }  // namespace rlrr::hopper

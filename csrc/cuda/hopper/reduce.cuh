@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../numeric.cuh"
-#include "tile.cuh"
+#include "gram.cuh"
 
 namespace rlrr::hopper {
 

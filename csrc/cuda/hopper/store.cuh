@@ -10,9 +10,9 @@
 namespace rlrr::hopper {
 
 // Rounds the sums and stores them, 64 tokens at a time: 16 bytes a lane, 128 a token.
-template <class T>
-RLRR_DEVICE void store_tile(const ptx::Products& sums, const Product& p, const ProductTile& tile, char* staging,
-                            const Lane& l) {
+template <class T, int kTokens>
+RLRR_DEVICE void store_tile(const ptx::Products<kTokens>& sums, const Product& p, const ProductTile& tile,
+                            char* staging, const Lane& l) {
   const int row = tile.row + kBox * l.consumer, thread = 32 * l.warp + l.index;
   float term[2] = {};
 #pragma unroll
@@ -23,7 +23,7 @@ RLRR_DEVICE void store_tile(const ptx::Products& sums, const Product& p, const P
     if (p.shift.data) term[i] += load_float(p.shift.data, at, p.shift.dtype);
   }
 #pragma unroll
-  for (int part = 0; part < kTileCols / kBox; ++part) {
+  for (int part = 0; part < kTokens / kBox; ++part) {
 #pragma unroll
     for (int tokens = 0; tokens < kBox; tokens += 16) {
       const float* from = sums + (part * kBox + tokens) / 2;

@@ -40,10 +40,10 @@ RLRR_DEVICE void add_tokens(const Gram& p, GramMemory& s) {
       place.release(s.ring);
     }
     if (item.col_tile != 0) continue;
-    float* df = p.df_partial + static_cast<int64_t>(item.split) * p.n;
-    const int row = item.row + 2 * pair;
-    if (row < item.row_end) ptx::store(df + row, total.x);
-    if (row + 1 < item.row_end) ptx::store(df + row + 1, total.y);
+    float* df = p.df_partial + static_cast<int64_t>(item.split) * p.rows + item.row_in_slice + 2 * pair;
+    const int rows = item.row_end - item.row - 2 * pair;
+    if (rows > 0) ptx::store(df, total.x);
+    if (rows > 1) ptx::store(df + 1, total.y);
   }
 }
 

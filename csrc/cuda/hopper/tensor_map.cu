@@ -1,5 +1,6 @@
 #include "tensor_map.h"
 
+#include <array>
 #include <limits>
 
 namespace rlrr::hopper {
@@ -23,16 +24,56 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return encode;
 }
 
-cudaError_t encode(CUtensorMap& map, CUtensorMapDataType type, CUtensorMapSwizzle swizzle, void* data, int64_t rows,
-                   int64_t cols, int64_t row_bytes, int box_rows, int box_cols) {
+// All that a description is made from.
+struct Key {
+  CUtensorMapDataType type;
+  CUtensorMapSwizzle swizzle;
+  void* data;
+  int64_t rows, cols, row_bytes;
+  int box_rows, box_cols;
+
+  bool operator==(const Key& k) const {
+    return data == k.data && rows == k.rows && cols == k.cols && row_bytes == k.row_bytes && box_rows == k.box_rows &&
+           box_cols == k.box_cols && type == k.type && swizzle == k.swizzle;
+  }
+  size_t hash() const {
+    uint64_t sum = reinterpret_cast<uintptr_t>(data) >> 4;
+    for (const int64_t part : {rows, cols, row_bytes, int64_t{box_rows}}) sum = sum * 0x9e3779b97f4a7c15u + part;
+    return static_cast<size_t>(sum * 0x9e3779b97f4a7c15u >> 32);
+  }
+};
+
+// The last descriptions that a thread made. Training meets the same weights, and through torch's allocator
+// mostly the same addresses, at each step; and as a description is a function of its key alone, one of memory
+// that has since been freed and handed out again is no less right.
+struct Recent {
+  struct Entry {
+    Key key;
+    CUtensorMap map;
+  };
+  std::array<Entry, 128> entries = {};  // each where its hash says; no data: none yet
+
+  Entry& at(const Key& key) { return entries[key.hash() % entries.size()]; }
+};
+thread_local Recent recent;
+
+cudaError_t encode(CUtensorMap& map, const Key& key) {
   if (!encoder()) return cudaErrorNotSupported;
+  Recent::Entry& entry = recent.at(key);
+  if (entry.key == key) {
+    map = entry.map;
+    return cudaSuccess;
+  }
+  const auto& [type, swizzle, data, rows, cols, row_bytes, box_rows, box_cols] = key;
   const cuuint64_t size[] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride[] = {static_cast<cuuint64_t>(row_bytes)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t every[] = {1, 1};
   const CUresult result = encoder()(&map, type, 2, data, size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                     swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  entry = {key, map};
+  return cudaSuccess;
 }
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -55,12 +96,12 @@ bool fits_layer(const Layer& layer, Dtype dtype) {
 
 cudaError_t describe(CUtensorMap& map, const Matrix& matrix, int64_t rows, int64_t cols, int box_rows) {
   const auto type = matrix.dtype == Dtype::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode(map, type, CU_TENSOR_MAP_SWIZZLE_128B, matrix.data, rows, cols, matrix.row_stride * 2, box_rows, 64);
+  return encode(map, {type, CU_TENSOR_MAP_SWIZZLE_128B, matrix.data, rows, cols, matrix.row_stride * 2, box_rows, 64});
 }
 
 cudaError_t describe(CUtensorMap& map, const float* rows_of_scales, int64_t rows, int64_t cols) {
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE, const_cast<float*>(rows_of_scales),
-                rows, cols, cols * 4, 1, 64);
+  return encode(map, {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE, const_cast<float*>(rows_of_scales),
+                      rows, cols, cols * 4, 1, 64});
 }
 
 }  // namespace rlrr::hopper

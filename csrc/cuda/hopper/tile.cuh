@@ -13,9 +13,8 @@ constexpr int kBox = 64;
 constexpr int kRowBytes = 128;
 constexpr int kBoxBytes = kBox * kRowBytes;
 
-// Of accumulators: a warpgroup's rows side by side with the other's, and the columns of both.
+// Of accumulators: a warpgroup's rows side by side with the other's. How many columns both have, each pass says.
 constexpr int kTileRows = kConsumers * kBox;
-constexpr int kTileCols = 256;
 
 // Where chunk `chunk` of row `row` lies.
 RLRR_DEVICE int swizzled(int row, int chunk) { return row * kRowBytes + ((chunk ^ (row % 8)) << 4); }

@@ -4,6 +4,10 @@
 
 #include "machine_state.h"
 
+namespace rlrr::model {
+int64_t maps_encoded = 0;
+}
+
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* element_strides, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
@@ -18,6 +22,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                      box[0] * element % 16 == 0 && (!swizzled || box[0] * element <= 128) && element_strides[0] == 1 &&
                      element_strides[1] == 1;
   if (!valid) return CUDA_ERROR_INVALID_VALUE;
+  ++rlrr::model::maps_encoded;
   *map = {static_cast<const char*>(data),
           static_cast<int64_t>(sizes[1]),
           static_cast<int64_t>(sizes[0]),

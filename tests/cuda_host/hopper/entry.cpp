@@ -3,8 +3,16 @@
 
 #include "../ranges.h"
 #include "hopper/launch.h"
+#include "hopper/plan.h"
+
+namespace rlrr::model {
+extern int64_t maps_encoded;
+}
 
 extern "C" {
+
+// Since the start.
+int64_t model_maps_encoded() { return rlrr::model::maps_encoded; }
 
 bool model_forward_supported(const rlrr::Forward* f) { return rlrr::hopper::supports(*f); }
 bool model_grad_input_supported(const rlrr::GradInput* g) { return rlrr::hopper::supports(*g); }
@@ -28,7 +36,11 @@ int model_grad_input(const rlrr::GradInput* g, const rlrr::model::Options* optio
   return rlrr::hopper::grad_input(*g, nullptr);
 }
 
-int64_t model_workspace_floats(const rlrr::GradScales* g) { return rlrr::hopper::workspace_floats(*g); }
+int model_tile_tokens(int64_t tokens, int64_t row_tiles, int64_t steps, int multiprocessors) {
+  return rlrr::hopper::tile_tokens(tokens, row_tiles, steps, {90, multiprocessors, 227 * 1024});
+}
+
+int64_t model_grad_scales_workspace_floats(const rlrr::GradScales* g) { return rlrr::hopper::workspace_floats(*g); }
 
 int model_grad_scales(const rlrr::GradScales* g, const rlrr::model::Options* options) {
   const auto& l = g->layer;

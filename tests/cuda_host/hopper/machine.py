@@ -48,6 +48,17 @@ class HopperMachine(base.Machine):
 
     capability = 90
 
+    def maps_encoded(self) -> int:
+        """Descriptions of matrices that the driver was asked for, since the start."""
+        function = self.library.model_maps_encoded
+        function.restype = ctypes.c_int64
+        return int(function())
+
+    def tile_tokens(self, tokens: int, row_tiles: int, steps: int, multiprocessors: int = 132) -> int:
+        """Tokens of the tile that forward or grad_input takes."""
+        sizes = map(ctypes.c_int64, (tokens, row_tiles, steps))
+        return int(self.library.model_tile_tokens(*sizes, multiprocessors))
+
     def _call(self, name: str, problem: ctypes.Structure, options: ctypes.Structure) -> None:
         problem.layer.device.capability = self.capability
         supported = getattr(self.library, f"model_{name}_supported")

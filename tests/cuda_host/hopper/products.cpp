@@ -29,10 +29,10 @@ struct Matrix {
     return machine.shared;
   }
 
-  // The first kCount of the outer index, 16 deep.
-  template <int kCount>
-  void read(float (&to)[16][kCount], int first, bool transposed, bool is_bf16) const {
-    for (int i = 0; i < kCount; i += transposed ? 8 : 1)
+  // `count` of the outer index, 16 deep.
+  template <int kMost>
+  void read(float (&to)[16][kMost], int first, int count, bool transposed, bool is_bf16) const {
+    for (int i = 0; i < count; i += transposed ? 8 : 1)
       for (int k = 0; k < 16; k += transposed ? 1 : 8) {
         uint16_t raw[8];
         std::memcpy(raw, at(first + i, k, transposed), 16);
@@ -51,11 +51,11 @@ struct Matrix {
   }
 };
 
-// A warp's 16 of the 64 rows, by 256 columns, 16 deep.
+// A warp's 16 of the 64 rows, by up to 256 columns, 16 deep.
 void compute(const IssuedProduct& product, int warp) {
   static float a[16][16], b[16][256], d[16][256];  // a and b by depth, then row or column
   const Product& first = product.lanes[0];
-  Matrix(first.b_matrix).read(b, 0, first.transposed, first.is_bf16);
+  Matrix(first.b_matrix).read(b, 0, first.columns, first.transposed, first.is_bf16);
   if (first.a) {
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < 8; ++i) {
@@ -64,17 +64,17 @@ void compute(const IssuedProduct& product, int warp) {
         a[depth][row] = Matrix::value(raw, first.is_bf16);
       }
   } else {
-    Matrix(first.a_matrix).read(a, 16 * warp, true, first.is_bf16);
+    Matrix(first.a_matrix).read(a, 16 * warp, 16, true, first.is_bf16);
   }
   const auto each = [&](auto&& visit) {
     for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 128; ++i)
+      for (int i = 0; i < first.columns / 2; ++i)
         visit(product.lanes[lane].sums[i], d[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2]);
   };
   each([](float& of_lane, float& of_tile) { of_tile = of_lane; });
   for (int row = 0; row < 16; ++row)
     for (int k = 0; k < 16; ++k)
-      for (int n = 0; n < 256; ++n) d[row][n] += a[k][row] * b[k][n];
+      for (int n = 0; n < first.columns; ++n) d[row][n] += a[k][row] * b[k][n];
   each([](float& of_lane, float& of_tile) { of_lane = of_tile; });
 }
 
@@ -85,7 +85,8 @@ void Product::run(Product* const* lanes) {
   IssuedProduct issued;
   for (int lane = 0; lane < 32; ++lane) {
     issued.lanes[lane] = *lanes[lane];
-    if (lanes[lane]->a_matrix != lanes[0]->a_matrix || lanes[lane]->b_matrix != lanes[0]->b_matrix)
+    if (lanes[lane]->a_matrix != lanes[0]->a_matrix || lanes[lane]->b_matrix != lanes[0]->b_matrix ||
+        lanes[lane]->columns != lanes[0]->columns)
       fail("lanes that multiply different matrices");
   }
   auto& matrices = machine.warpgroups[warp / 4].matrices;

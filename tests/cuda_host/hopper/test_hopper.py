@@ -11,7 +11,7 @@ from tests.oracle import Answer, check, make_problem
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
-# tiles are 128 rows of W by 256 tokens by 64 of depth, the ring has four stages
+# tiles are 128 rows of W by 256 or 128 tokens by 64 of depth, the ring has four stages
 SHAPES = [
     (1, 8, 8, 1),  # one of everything, nearly all of it padding
     (257, 136, 72, 1),  # every index a little beyond a tile, one step's depth
@@ -19,16 +19,47 @@ SHAPES = [
     (520, 264, 328, 1),  # several tiles a block
     (300, 384, 192, 3),  # groups of one tile each, of two steps in grad_input
     (130, 576, 264, 3),  # groups of a tile and a half
+    (100, 520, 520, 1),  # several tiles a block of few tokens
 ]
 # groups that grad_input cannot walk in whole steps
 RAGGED_GROUPS = [(200, 120, 136, 3), (100, 432, 72, 3)]
 FEW = 3  # multiprocessors, so that blocks live through several tiles
+MANY = 132  # so that narrow tiles fill more of them
 
 
+@pytest.mark.parametrize("multiprocessors", [FEW, MANY])
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 @pytest.mark.parametrize(("m", "n", "k", "groups"), SHAPES)
-def test_shapes(hopper, m, n, k, groups, dtype):
-    check(p := make_problem(m, n, k, groups, dtype), hopper.solve(p, FEW))
+def test_shapes(hopper, m, n, k, groups, dtype, multiprocessors):
+    check(p := make_problem(m, n, k, groups, dtype), hopper.solve(p, multiprocessors))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "row_tiles", "steps", "multiprocessors", "expected"),
+    [
+        (12608, 6, 12, 132, 256),  # waves enough either way
+        (6304, 24, 12, 132, 256),
+        (1576, 6, 12, 132, 128),  # 42 wide tiles leave most multiprocessors idle
+        (197, 6, 48, 132, 128),
+        (128, 1000, 12, 132, 128),  # nothing but padding in a wide tile's second half
+        (520, 3, 6, 3, 256),
+        (1000, 1, 12, 1, 256),
+    ],
+)
+def test_tiles_are_narrow_where_wide_ones_leave_multiprocessors_idle(
+    hopper, tokens, row_tiles, steps, multiprocessors, expected
+):
+    assert hopper.tile_tokens(tokens, row_tiles, steps, multiprocessors) == expected
+
+
+def test_wide_and_narrow_tiles_agree_bit_for_bit(hopper):
+    """Each element is one chain of the same products, whatever the tile."""
+    p = make_problem(520, 264, 328, dtype=BF16)
+    assert hopper.tile_tokens(520, 3, 6, FEW) != hopper.tile_tokens(520, 3, 6, MANY)
+    passes = ("forward", "grad_input")
+    wide, narrow = hopper.solve(p, FEW, passes=passes), hopper.solve(p, MANY, passes=passes)
+    assert torch.equal(wide.y, narrow.y)
+    assert torch.equal(wide.dx, narrow.dx)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
@@ -86,9 +117,10 @@ def _equal(a: Answer, b: Answer) -> bool:
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 def test_no_order_of_blocks_warps_and_copies_changes_a_bit(hopper, dtype):
     p = make_problem(300, 192, 200, 3, dtype)
-    first = hopper.solve(p, FEW)
-    for blocks, warps, seed in [(BACKWARDS, BACKWARDS, 0), (FORWARDS, SHUFFLED, 1)]:
-        assert _equal(first, hopper.solve(p, FEW, blocks=blocks, warps=warps, seed=seed))
+    for multiprocessors in (FEW, MANY):
+        first = hopper.solve(p, multiprocessors)
+        for blocks, warps, seed in [(BACKWARDS, BACKWARDS, 0), (FORWARDS, SHUFFLED, 1)]:
+            assert _equal(first, hopper.solve(p, multiprocessors, blocks=blocks, warps=warps, seed=seed))
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
@@ -132,6 +164,22 @@ def test_infinity_reaches_only_what_it_should(hopper):
     got = hopper.solve(p, FEW, passes=("grad_scales",))
     assert torch.isfinite(got.dv[:, 0]).all(1).tolist() == [True, False, True]
     assert torch.isfinite(got.du[:, 0]).sum() == torch.isfinite(got.df).sum() == 239
+
+
+def test_descriptions_are_made_once_for_each_matrix(hopper):
+    p = make_problem(40, 136, 72, dtype=BF16)
+    start = hopper.maps_encoded()
+    first = hopper.solve(p, FEW, passes=("grad_scales",))
+    made = hopper.maps_encoded() - start
+    assert 0 < made <= 3  # dy, x and W
+    assert torch.equal(first.du, hopper.solve(p, FEW, passes=("grad_scales",)).du)
+    assert hopper.maps_encoded() == start + made
+    # the same memory under another shape, and with other strides, is another matrix
+    q = make_problem(20, 136, 72, dtype=BF16)
+    q.x = p.x[:20].copy_(q.x)
+    check(q, hopper.solve(q, FEW))
+    q.x = p.x[::2].copy_(q.x)
+    check(q, hopper.solve(q, FEW))
 
 
 def _offset(t: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from tests.cuda_host.faults import RESULTS, Fault
 from tests.cuda_host.hopper.machine import HopperMachine, build
 from tests.cuda_host.machine import BACKWARDS, FORWARDS, SHUFFLED, MachineError, compiler
-from tests.oracle import assert_close, differentiate, make_problem
+from tests.oracle import Problem, assert_close, differentiate, make_problem
 
 FAULTS = [
     Fault(
@@ -56,6 +56,18 @@ FAULTS = [
     Fault("stride between boxes", "grad_scales", "hopper/tile.cuh", "(next_box >> 4) << 16", "(next_box >> 5) << 16"),
     Fault("depth's step in a row", "forward", "hopper/tile.cuh", "kAlongRow = 16 * 2 >> 4", "kAlongRow = 16 * 4 >> 4"),
     Fault("no swizzle in loads", "grad_input", "hopper/tile.cuh", "((chunk ^ (row % 8)) << 4)", "(chunk << 4)"),
+    Fault("W's chunks in order", "forward", "hopper/weight.cuh", "offset ^ 16 * 2 * part", "offset + 16 * 2 * part"),
+    Fault("the first rows over and over", "grad_input", "hopper/weight.cuh", "+ 16 * kRowBytes * part", ""),
+    Fault(
+        "tokens of wide tiles", "forward", "hopper/product.cuh", "index / of_rows * kTokens", "index / of_rows * 256"
+    ),
+    Fault(
+        "boxes of wide tiles",
+        "grad_input",
+        "hopper/product_kernel.cuh",
+        "p.token_count, depth, width)",
+        "p.token_count, depth, kWideTile)",
+    ),
     Fault("u and v of the wrong rows", "forward", "hopper/weight.cuh", "row_scales[i % 2]", "row_scales[i / 2]"),
     Fault(
         "the first group's v throughout", "grad_input", "hopper/multiply.cuh", "segment++, row", "0 * segment++, row"
@@ -64,8 +76,8 @@ FAULTS = [
         "one split's tokens in another's",
         "grad_scales",
         "hopper/gram.cuh",
-        "const int first = split * p.split_steps",
-        "const int first = 0 * split",
+        "item.first_step = item.split * p.split_steps",
+        "item.first_step = 0",
     ),
 ]
 
@@ -82,8 +94,13 @@ def test_fault_is_noticed(tmp_path: Path, fault: Fault):
 def _differs(machine: HopperMachine, name: str, warps: int) -> bool:
     # groups of a tile and a half, the ring turned more than twice, several tiles a block, two splits
     p = make_problem(600, 384, 392, 2, torch.bfloat16)
+    # 6 multiprocessors make wide tiles worth their while, 132 narrow ones
+    return any(_differs_on(machine, name, warps, p, count) for count in (6, 132))
+
+
+def _differs_on(machine: HopperMachine, name: str, warps: int, p: Problem, multiprocessors: int) -> bool:
     try:
-        got = machine.solve(p, 6, passes=(name,), warps=warps)
+        got = machine.solve(p, multiprocessors, passes=(name,), warps=warps)
     except MachineError:
         return True
     exact, plain = (

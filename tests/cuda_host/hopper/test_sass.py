@@ -20,8 +20,8 @@ COMMAND = (
     "-cubin",
 )
 
-#: Cycles that the tensor cores take for a step of both warpgroups: 2 x 4 products of 128 each.
-STEP_CYCLES = 1024
+#: Columns of a product -> cycles that the tensor cores take for a step of both warpgroups: 2 x 4 products.
+STEP_CYCLES = {256: 1024, 128: 512}
 
 
 def _disassembler() -> str | None:
@@ -65,6 +65,13 @@ def _step(lines: list[str]) -> list[str]:
     return min(loops, key=len)
 
 
+def _columns(lines: list[str]) -> int:
+    """Of a kernel's products."""
+    found = {int(columns) for columns in re.findall(r"HGMMA\.64x(\d+)x16", "\n".join(lines))}
+    assert len(found) == 1
+    return found.pop()
+
+
 def _written(instruction: str) -> set[int]:
     """General registers that an instruction writes; none for those that only read them."""
     match = re.match(r"(?:@!?U?P\w+ )?([A-Z][\w.]*) R(\d+)\b", instruction)
@@ -77,11 +84,12 @@ def _written(instruction: str) -> set[int]:
 
 @pytest.mark.slow
 def test_nothing_is_spilled_or_serialised(compiled):
-    _, log, kernels = compiled
+    name, log, kernels = compiled
     assert "serialized" not in log
     assert not re.search(r"C75\d\d", log)
     assert set(re.findall(r"(\d+) bytes (?:stack frame|spill)", log)) == {"0"}
-    assert len(kernels) == 2  # float16 and bfloat16
+    widths = [_columns(lines) for lines in kernels.values()]
+    assert sorted(widths) == ([256, 256] if name == "grad_scales" else [128, 128, 256, 256])  # float16 and bfloat16
     for lines in kernels.values():
         assert any("UTMALDG.2D" in x for x in lines)
         assert any("USETMAXREG" in x for x in lines)
@@ -92,7 +100,7 @@ def test_a_step_fits_under_its_products(compiled):
     name, _, kernels = compiled
     for lines in kernels.values():
         step = _step(lines)
-        products = [x for x in step if "HGMMA.64x256x16" in x]
+        products = [x for x in step if "HGMMA" in x]
         assert len(products) == 4
         from_registers = [x for x in products if re.search(r"R\d+, R\d+, gdesc", x)]
         assert len(from_registers) == (0 if name == "grad_scales" else 4)
@@ -100,7 +108,9 @@ def test_a_step_fits_under_its_products(compiled):
         waits = [int(x, 16) for x in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", "\n".join(step))]
         assert waits
         assert min(waits) >= 3
-        assert 2 * len(step) < STEP_CYCLES / 2  # two warps a scheduler
+        # two warps a scheduler; a third of the step is only there for a new segment
+        cycles = STEP_CYCLES[_columns(step)]
+        assert 2 * len(step) < (cycles / 2 if cycles == 1024 else 0.8 * cycles)
 
 
 @pytest.mark.slow
@@ -112,7 +122,12 @@ def test_no_register_of_a_running_product_is_written(compiled):
         for instruction in _step(lines) * 2:
             if product := re.search(r"HGMMA\S* R(\d+), (?:R(\d+), )?gdesc", instruction):
                 sums, operand = int(product[1]), product[2]
-                running.append({*range(sums, sums + 128), *(range(int(operand), int(operand) + 4) if operand else ())})
+                running.append(
+                    {
+                        *range(sums, sums + _columns(lines) // 2),
+                        *(range(int(operand), int(operand) + 4) if operand else ()),
+                    }
+                )
                 seen += 1
             elif wait := re.search(r"DEPBAR\.LE gsb0, (0x\w+)", instruction):
                 running = running[max(0, len(running) - int(wait[1], 16)) :]

@@ -27,6 +27,7 @@ struct Product {
   const uint32_t* a;  // registers, or null
   uint64_t a_matrix, b_matrix;
   bool transposed, is_bf16;
+  int columns;
 
   static void run(Product* const* lanes);
 };
@@ -80,21 +81,27 @@ void take_registers() {
 
 inline void stmatrix_trans(char* shared, const uint32_t (&r)[4]) { model::together(model::Stmatrix{shared, r}); }
 
-using Products = float[128];
+template <int kColumns>
+using Products = float[kColumns / 2];
 
-template <class T>
-void multiply(Products& d, const uint32_t (&a)[4], uint64_t b) {
-  model::together(model::Product{d, a, 0, b, false, std::is_same_v<T, bf16>});
+template <class T, int kSums>
+void multiply(float (&d)[kSums], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(kSums % 4 == 0 && kSums <= 128);
+  model::together(model::Product{d, a, 0, b, false, std::is_same_v<T, bf16>, 2 * kSums});
 }
-template <class T>
-void multiply_transposed(Products& d, uint64_t a, uint64_t b) {
-  model::together(model::Product{d, nullptr, a, b, true, std::is_same_v<T, bf16>});
+template <class T, int kSums>
+void multiply_transposed(float (&d)[kSums], uint64_t a, uint64_t b) {
+  static_assert(kSums % 4 == 0 && kSums <= 128);
+  model::together(model::Product{d, nullptr, a, b, true, std::is_same_v<T, bf16>, 2 * kSums});
 }
 template <int kPending>
 void wait_products() {
   model::together(model::Wait{kPending});
 }
-inline void finish(Products&) { wait_products<0>(); }
+template <int kSums>
+void finish(float (&)[kSums]) {
+  wait_products<0>();
+}
 
 template <auto kKernel, class Parameters>
 cudaError_t launch_warpgroups(int blocks, int shared_bytes, cudaStream_t, const Parameters& parameters) {

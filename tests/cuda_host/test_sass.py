@@ -1,0 +1,72 @@
+"""What ptxas made of the loops for sm_80: no element copies in the loop of whole tiles, and slots to spare."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_host.hopper.test_sass import _disassembler
+from tests.cuda_host.machine import PASSES, SOURCES
+
+#: Cycles that the tensor cores of a scheduler of compute capability 8.0 take for a 16 x 8 x 16 product.
+PRODUCT_CYCLES = 8
+
+#: Pass -> most instructions of a warp's step, as a share of its products' cycles, in the large tile and the small one.
+MOST = {"forward": (0.55, 1.1), "grad_input": (0.55, 1.1), "grad_scales": (0.3, 0.5)}
+
+
+def _loops(lines: list[str]) -> list[list[str]]:
+    """Of a kernel, those around products, without their labels."""
+    places = {line: place for place, line in enumerate(lines) if line.startswith(".L")}
+    found = []
+    for end, line in enumerate(lines):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if target and places.get(target[1], end) < end:
+            body = [x for x in lines[places[target[1]] : end + 1] if not x.startswith(".L")]
+            if any("HMMA" in x for x in body):
+                found.append(body)
+    return found
+
+
+@pytest.fixture(scope="module", params=PASSES)
+def compiled(request, tmp_path_factory) -> tuple[str, dict[str, list[str]]]:
+    """A pass, and the instructions and labels of each of its kernels for bfloat16 x and W."""
+    disassembler = _disassembler()
+    if shutil.which("nvcc") is None or disassembler is None:
+        pytest.skip("needs nvcc and nvdisasm")
+    cubin = tmp_path_factory.mktemp("sass") / f"{request.param}.cubin"
+    command = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_80", "-cubin"]
+    subprocess.run([*command, str(Path(SOURCES) / f"{request.param}.cu"), "-o", str(cubin)], check=True)
+    sass = subprocess.run([disassembler, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+    kernels: dict[str, list[str]] = {}
+    for line in sass.splitlines():
+        if start := re.match(r"\.text\.(\S+):", line):
+            lines = kernels.setdefault(start[1], [])
+        elif label := re.match(r"(\.L_x_\d+):", line):
+            lines.append(label[1])
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            lines.append(instruction[1])
+    # in mangled names S3_ is bf16 once more, and grad_scales has no dtype of W
+    pattern = r"4bf16EEES\d_NS" if request.param != "grad_scales" else r"4bf16EEENS"
+    return request.param, {name: lines for name, lines in kernels.items() if re.search(pattern, name)}
+
+
+@pytest.mark.slow
+def test_the_loop_of_whole_tiles_is_lean(compiled):
+    name, kernels = compiled
+    assert len(kernels) == 2
+    for kernel, lines in kernels.items():
+        whole = min(_loops(lines), key=len)
+        products = sum("HMMA.16816" in x for x in whole)
+        large = "Li128ELi128E" in kernel
+        assert products == (64 if large else 16)
+        copies = sum("LDGSTS" in x for x in whole)
+        # two operands of a tile and, where W is rescaled, its depth's scales
+        assert copies == (8 if large else 4) + (name != "grad_scales")
+        # besides those, global memory is read for the v of another group alone, and nothing is stored
+        loads = sum(bool(re.search(r"\bLDG\b|\bLDG\.", x)) for x in whole)
+        assert loads == 0 or name == "grad_input"
+        assert not any(re.search(r"\bSTS\b|\bSTG\b|\bSTL\b|\bLDL\b", x) for x in whole)
+        assert len(whole) - loads < MOST[name][not large] * PRODUCT_CYCLES * products + 60 * (name == "grad_input")
