@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 CXX_FILES := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench compare floor sanitize clean
+.PHONY: demo test lint format bench bench-gpu report floor sanitize clean
 
 demo: $(VENV)/.built  ## fine-tune the embedded ViT by RLRR and by a linear probe, and compare
 	$(BIN)/python examples/demo.py
@@ -23,11 +23,15 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: $(VENV)/.built  ## kernel benchmarks, a slice that suits the device
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+bench: $(VENV)/.built  ## a slice of the benchmarks that suits a CPU, in under ten minutes on two cores
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-columns=min,median,iqr,rounds \
+	  --results --results-command 'make bench'
 
-compare: $(VENV)/.built  ## forward and backward against the formula and its best rewriting, as a table
-	$(BIN)/python -m benchmarks.compare
+bench-gpu: $(VENV)/.built  ## all benchmarks on a GPU, or those chunks whose names start with CHUNK
+	$(BIN)/python -m benchmarks.chunks $(CHUNK)
+
+report: $(VENV)/.built  ## docs/benchmarks.md and its plots, from the raw results of every device
+	$(BIN)/python -m benchmarks.report
 
 floor: $(VENV)/.built  ## the suite with the oldest torch and Triton, on the libraries built against the newest
 	$(PYTHON) -m venv $(VENV)-floor

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.compare import results_folder, seconds
 from benchmarks.implementations import LAYERS, fused, make_inputs, step
+from benchmarks.results import device_name, results_folder
+from benchmarks.timing import seconds
 from rlrr_kernels import use_backend
 from rlrr_kernels.backends import choice
 
@@ -45,7 +46,7 @@ def measure(dtype: torch.dtype, tokens: int, device: str, rounds: int) -> dict[s
     for turn in range(rounds + 1 if len(names) > 1 else 0):  # the first warms up
         for name in names:
             with use_backend(name):
-                spent = seconds(run, device)
+                spent = seconds(run)
             if turn:
                 best[name] = min(best[name], spent)
     return best
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="change measured.json for this device")
     args = parser.parse_args()
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.cuda.get_device_name() if kind == "cuda" else "cpu"
+    device = device_name()
     results = []
     for dtype in tqdm(DTYPES, leave=False):
         for first, last, tokens in CLASSES:

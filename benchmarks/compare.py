@@ -1,126 +1,216 @@
-"""The layer, forward and backward, against the formula and its best rewriting: ``python -m benchmarks.compare``.
+"""Whether a run is slower than an earlier one: ``python -m benchmarks.compare OLD NEW``.
 
-"Bare products" are the three matrix products of the layer by the vendor's BLAS, with
-W as it is, nothing rescaled, reduced or recorded: formula / bare products is where
-formula / ours would stand if all of that cost nothing. "Our ops" are the package's
-three ops without the module, validation and autograd around them.
+Times of two runs do not compare, clocks and neighbours being what they are; ratios within a run do. A
+case's ratio is its median over that of a yardstick which takes turns with it and holds none of this
+package's code: the plain linear of the same shape, M, dtype and direction; F.linear's call for calls;
+LayerNorm alone for norms; and for training steps full fine-tuning, the plain timm model that every
+method starts from and every machine can run. A case is slower where the ratio grew by more than the
+threshold and the ratios' quartile ranges, those of the yardstick included, do not meet.
 
-The implementations take turns within each round, and the fastest round of each
-counts: what else a shared machine does then hits all of them alike. Prints a
-Markdown table of ratios and writes every time, with versions and the command, to
-``benchmarks/results/<device>/layers.json``.
+Exits 1 if a case is slower or fails now, 2 if the runs cannot be compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import sys
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
+from benchmarks import results
+from benchmarks.groups import DIRECTIONS, Group, groups, on_gpu, read
 
-from benchmarks.implementations import IMPLEMENTATIONS, LAYERS, TOKENS, make_inputs, products, step, three_ops
-from benchmarks.memory import peak_extra_bytes
-from rlrr_kernels import backend_for, info
-
-PEERS = ("formula", "recompute")
-OURS = "rlrr_kernels"
-OPS, LIMIT = "our three ops", "bare products"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def seconds(call: Callable[[], Any], device: str) -> float:
-    """Of one call, the GPU's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+THRESHOLD = 0.05
+SLOWER, FAILS, NOISE, SAME, FASTER = "slower", "fails now", "within noise", "same", "faster"
+FLAGGED = (SLOWER, FAILS)
+YARDSTICKS = {
+    "layer": results.PLAIN,
+    "norm": results.LAYER_NORM,
+    "launch": results.PLAIN,
+    "step": results.FULL,
+}
 
 
-def measure(layer: str, tokens: int, dtype: str, device: str, rounds: int) -> dict[str, Any]:
-    """Seconds of each round and peak extra bytes of each implementation at one layer."""
-    n, k, groups = LAYERS[layer]
-    inputs = make_inputs(tokens, n, k, groups, DTYPES[dtype], device)
-    calls = {name: functools.partial(step, inputs, IMPLEMENTATIONS[name]) for name in (OURS, *PEERS)}
-    calls[OPS] = functools.partial(three_ops, inputs)
-    calls[LIMIT] = functools.partial(products, inputs)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):  # the first warms up
-        for name, call in calls.items():
-            spent = seconds(call, device)
-            if turn:
-                times[name].append(round(spent, 6))
-    extra = {name: peak_extra_bytes(call) for name, call in calls.items()}
-    served = backend_for(inputs.x, inputs.weight)
-    return {
-        "layer": layer,
-        "tokens": tokens,
-        "dtype": dtype,
-        "backend": served,
-        "seconds": times,
-        "extra_bytes": extra,
-    }
+@dataclass(frozen=True)
+class Ratio:
+    """Time over the yardstick's: of the medians, and the least and most that the quartiles allow."""
+
+    middle: float
+    low: float
+    high: float
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Ratios of the fastest rounds, and of peak extra memory, as Markdown."""
-    heads = ["layer", "M", "dtype", *(f"{name} / ours" for name in PEERS), "formula / products", "our ops / ours"]
-    heads.append("extra memory, ours / formula")
-    lines = [f"| {' | '.join(heads)} |", "| --- | ---: | --- |" + " ---: |" * (len(heads) - 3)]
-    for r in results:
-        best = {name: min(times) for name, times in r["seconds"].items()}
-        ratios = " | ".join(f"{best[name] / best[OURS]:.2f}" for name in PEERS)
-        limit, ops = best["formula"] / best[LIMIT], best[OPS] / best[OURS]
-        memory = r["extra_bytes"][OURS] / r["extra_bytes"]["formula"]
-        lines.append(
-            f"| {r['layer']} | {r['tokens']} | {r['dtype']} | {ratios} | {limit:.2f} | {ops:.2f} | {memory:.1%} |"
+@dataclass(frozen=True)
+class Change:
+    """One case in both runs. ``new`` is None where it fails now."""
+
+    case: str
+    old: Ratio
+    new: Ratio | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of two runs; cases that have no counterpart, or no ratio, by name."""
+
+    changes: list[Change]
+    only_old: list[str]
+    only_new: list[str]
+    without_ratio: list[str]
+
+    @property
+    def flagged(self) -> list[Change]:
+        return [change for change in self.changes if change.verdict in FLAGGED]
+
+
+def compare(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], threshold: float = THRESHOLD
+) -> Comparison:
+    """Every case of two runs, each given as its chunks.
+
+    Args:
+        threshold: how much a ratio may grow, as a share of the old one.
+
+    Raises:
+        ValueError: the runs are of different devices, have no dtype or no case with a ratio in common,
+            or are not valid (:func:`benchmarks.groups.groups`).
+    """
+    devices = [_device(chunks) for chunks in (old, new)]
+    if devices[0] != devices[1]:
+        raise ValueError(f"different devices do not compare: {devices[0]} and {devices[1]}")
+    before, after = _cases(groups(old)), _cases(groups(new))
+    dtypes = [sorted({group.case["dtype"] for group, _ in cases.values()}) for cases in (before, after)]
+    if not set(dtypes[0]) & set(dtypes[1]):
+        raise ValueError(f"different dtypes do not compare: {', '.join(dtypes[0])} and {', '.join(dtypes[1])}")
+    common = [case for case in before if case in after]
+    changes, without = [], []
+    for case in common:
+        first, second = _ratio(*before[case]), _ratio(*after[case])
+        group, name = after[case]
+        if first is None or (second is None and "error" not in group.rows[name]):
+            without.append(case)
+        else:
+            changes.append(Change(case, first, second, _verdict(first, second, threshold)))
+    if not changes:
+        raise ValueError(f"the runs have no case with a ratio in common: {len(before)} cases and {len(after)}")
+    return Comparison(
+        changes,
+        only_old=[case for case in before if case not in after],
+        only_new=[case for case in after if case not in before],
+        without_ratio=without,
+    )
+
+
+def _device(chunks: Iterable[Mapping[str, Any]]) -> str:
+    names = sorted({c["device"] if on_gpu(c) else f"cpu ({c['processor']})" for c in chunks})
+    if len(names) != 1:
+        raise ValueError(f"expected one device in a run, got {', '.join(names)}")
+    return names[0]
+
+
+def _yardstick(group: Group) -> str:
+    return results.BARE_GRAD if group.case.get("direction") == "grad_scales" else YARDSTICKS[group.suite]
+
+
+def _cases(found: Iterable[Group]) -> dict[str, tuple[Group, str]]:
+    """Name of a case -> where it is; yardsticks left out."""
+    cases = {}
+    for group in found:
+        direction = DIRECTIONS.get(group.case.get("direction", ""), "")
+        size = ", ".join(
+            f"{name} {group.case[name]}" for name in ("n", "k", "groups", "image_size") if name in group.case
         )
+        where = ", ".join(
+            part for part in (f"{group.suite}: {group.name}", size, group.case["dtype"], direction) if part
+        )
+        for name in group.rows:
+            if name != _yardstick(group):
+                cases[f"{where}, {name}"] = group, name
+    return cases
+
+
+def _ratio(group: Group, name: str) -> Ratio | None:
+    row, base = group.rows[name], group.rows.get(_yardstick(group), {})
+    if "median" not in row or "median" not in base:
+        return None
+    return Ratio(row["median"] / base["median"], row["q1"] / base["q3"], row["q3"] / base["q1"])
+
+
+def _verdict(old: Ratio, new: Ratio | None, threshold: float) -> str:
+    if new is None:
+        return FAILS
+    growth = new.middle / old.middle - 1
+    if abs(growth) <= threshold:
+        return SAME
+    if new.low <= old.high and old.low <= new.high:
+        return NOISE
+    return SLOWER if growth > 0 else FASTER
+
+
+def table(changes: Sequence[Change]) -> str:
+    """As Markdown, the worst first; ratios are times over the yardstick's."""
+    rows = sorted(changes, key=lambda c: -_growth(c))
+    lines = ["| case | old | new | change | verdict |", "| --- | ---: | ---: | ---: | --- |"]
+    for c in rows:
+        new, growth = ("", "") if c.new is None else (f"{c.new.middle:.3f}", f"{_growth(c):+.1%}")
+        lines.append(f"| {c.case} | {c.old.middle:.3f} | {new} | {growth} | {c.verdict} |")
     return "\n".join(lines)
 
 
-def results_folder() -> Path:
-    """Where the results of this device are kept."""
-    name = torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "cpu"
-    return Path(__file__).parent / "results" / name
+def _growth(change: Change) -> float:
+    return float("inf") if change.new is None else change.new.middle / change.old.middle - 1
 
 
-def as_json(command: str, report: list[str], results: list[dict[str, Any]]) -> str:
-    """A line for each result, so that two runs can be told apart by eye."""
-    lines = ",\n  ".join(json.dumps(r) for r in results)
-    head = f'"command": {json.dumps(command)},\n "info": {json.dumps(report, indent=2)}'
-    return f'{{{head},\n "results": [\n  {lines}\n ]}}\n'
+def _runs(chunks: Iterable[Mapping[str, Any]]) -> str:
+    """Dates and versions, so that a change of torch is not read as one of this package."""
+    dates = ", ".join(sorted({c["date"] for c in chunks}))
+    versions = sorted({(name, str(version)) for c in chunks for name, version in c["versions"].items() if version})
+    return f"{dates}; " + ", ".join(f"{name} {version}" for name, version in versions)
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.partition("\n")[0])
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 32], help="batch sizes, of 197 tokens each")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=25, help="at one image; a fifth of it from eight images on")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>/layers.json")
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = [(layer, i, dtype) for i in args.images for dtype in args.dtype for layer in LAYERS]
-    results = [
-        measure(layer, TOKENS * i, dtype, device, args.rounds if i < 8 else max(args.rounds // 5, 3))
-        for layer, i, dtype in tqdm(cases, leave=False)
-    ]
-    print(table(results))
-    out = args.out or results_folder() / "layers.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m benchmarks.compare", *sys.argv[1:]])
-    out.write_text(as_json(command, list(info.lines()), results))
-    print(f"\nwritten to {out}")
+def report(comparison: Comparison, everything: bool) -> str:
+    """Table and counts. ``everything``: also the cases that stayed the same or got faster."""
+    counts = Counter(change.verdict for change in comparison.changes)
+    shown = [c for c in comparison.changes if everything or c.verdict in (*FLAGGED, NOISE)]
+    lines = [table(shown), ""] if shown else []
+    lines.append(", ".join(f"{counts[v]} {v}" for v in (SLOWER, FAILS, NOISE, SAME, FASTER)))
+    for title, cases in (
+        ("only in OLD", comparison.only_old),
+        ("only in NEW", comparison.only_new),
+        ("without a ratio (the case or its yardstick is missing or failed)", comparison.without_ratio),
+    ):
+        if cases:
+            lines += [f"{len(cases)} {title}:", *(f"  {case}" for case in cases)]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, print, and say by the exit status whether something is slower."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("old", type=Path, help="a raw result, or a folder of them")
+    parser.add_argument("new", type=Path, help="the same, of the later run")
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help="growth that is allowed (default: %(default)s)"
+    )
+    parser.add_argument("--all", action="store_true", help="list also the cases that did not get slower")
+    args = parser.parse_args(arguments)
+    if not 0 <= args.threshold < float("inf"):
+        parser.error(f"argument --threshold: expected a share of 0 or more, got {args.threshold}")
+    try:
+        old, new = read(args.old), read(args.new)
+        comparison = compare(old, new, args.threshold)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.compare: {error}", file=sys.stderr)
+        return 2
+    print(f"old: {_runs(old)}\nnew: {_runs(new)}\n\n{report(comparison, args.all)}")
+    return 1 if comparison.flagged else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

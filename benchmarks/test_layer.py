@@ -1,38 +1,116 @@
-"""Forward, and forward with backward, of ViT-B/16's four linears.
+"""Forward, backward, both, and the gradients of u, v and f alone, of the linears of four vision transformers.
 
-``make bench`` runs these on the GPU if there is one, else a CPU-sized slice. Read
-them as ratios within a run: absolute times on a shared CPU mean little.
+Every way to compute the layer takes its turn within each round. Read the times as ratios within a group:
+absolute times on a shared CPU mean little.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.implementations import IMPLEMENTATIONS, LAYERS, TOKENS, make_inputs, step
+from benchmarks import cases, implementations, results, timing
+from benchmarks.cases import Shape
+from benchmarks.implementations import Inputs, make_inputs
+from benchmarks.memory import peak_extra_bytes, saved_for_backward
+from benchmarks.results import LayerCase
+from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, play, selected
+from benchmarks.timing import Variant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMAGES = (1, 8, 32, 64, 256) if DEVICE == "cuda" else (1, 32)
-DTYPES = (torch.bfloat16, torch.float32)
+SLICE_DIRECTIONS = ("forward", "both")
+
+#: What ``torch.compile`` has in its caches.
+_compiled_for: list[tuple[Shape, int, str]] = []
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("images", IMAGES)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_layer(benchmark: Any, layer: str, images: int, dtype: torch.dtype, backward: bool, name: str) -> None:
-    n, k, groups = LAYERS[layer]
-    inputs = make_inputs(TOKENS * images, n, k, groups, dtype, DEVICE)
-    implementation = IMPLEMENTATIONS[name]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Groups in the order in which compiled code can be shared: directions last."""
+    option = metafunc.config.getoption
+    chunk, images, dtypes = option("--chunk"), option("--images"), option("--dtype")
+    whole = chunk is not None
+    shapes = [shape for key in cases.MODELS if whole or key == "vit_b" for shape in cases.MODELS[key]]
+    parameters = []
+    for shape in shapes:
+        for dtype in dtypes:
+            name = cases.layer_chunk(shape, dtype) if whole else f"layer-{shape.key}"
+            if not name.startswith(chunk or ""):
+                continue
+            for count in images or (cases.IMAGES if whole else cases.SLICE_IMAGES):
+                searched = count in cases.SEARCHED_IMAGES and dtype == "bfloat16" and shape.key != "swin_b"
+                for direction in results.DIRECTIONS if whole else SLICE_DIRECTIONS:
+                    label = f"{shape.key}-{shape.layer}-{count}-{dtype}-{direction}"
+                    group = Rivals("layer", name, (shape, count, dtype, direction), label)
+                    for implementation in implementations.names(direction, DEVICE, searched):
+                        parameters.append(pytest.param(group, implementation, id=f"{label}-{implementation}"))
+    metafunc.parametrize(("group", "implementation"), parameters)
 
-    def run() -> None:
-        step(inputs, implementation) if backward else implementation(inputs)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
-    benchmark.group = f"{layer} M={TOKENS * images} {dtype} {'forward+backward' if backward else 'forward'}"
-    benchmark.extra_info |= {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"}
-    benchmark.pedantic(run, rounds=5 if DEVICE == "cpu" else 30, warmup_rounds=2)
+@pytest.mark.benchmark(timer=REPLAY)
+def test_layer(
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    recorder: Recorder,
+    rounds: tuple[int, int] | None,
+    group: Rivals,
+    implementation: str,
+) -> None:
+    """One implementation of a group; the group's first test measures all of them."""
+    measure = functools.partial(_measure, group, rounds)
+    play(benchmark, group, recorder.outcomes(group, selected(request, group), measure)[implementation])
+
+
+def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) -> dict[str, Outcome]:
+    shape, images, dtype, direction = group.key
+    if _compiled_for != [(shape, images, dtype)]:
+        _compiled_for[:] = [(shape, images, dtype)]
+        # a limit on recompilations would otherwise be met after a few shapes
+        torch._dynamo.reset()
+    m = shape.tokens * images
+    make = functools.partial(make_inputs, m, shape.n, shape.k, shape.groups, getattr(torch, dtype), DEVICE)
+    first = make()
+    count = timing.copies(first.nbytes, timing.l2_bytes())
+    inputs = [first, *(make(seed=seed) for seed in range(1, count))]
+    memory: dict[str, dict[str, Any]] = {}
+
+    def variant(name: str) -> Variant:
+        implementations.served_by(name, first.x, first.weight)
+        memory[name] = _memory(name, direction, first)
+        context = implementations.context(name)
+        return Variant([implementations.call(name, direction, i) for i in inputs], context)
+
+    found = timing.interleaved(
+        {name: functools.partial(variant, name) for name in names},
+        timing.device_clock(),
+        timing.BUDGET[DEVICE],
+        rounds or timing.ROUNDS,
+        warm_seconds=0.3 if DEVICE == "cuda" and rounds is None else 0.0,
+    )
+    outcomes = {}
+    for name in names:
+        backend = None if found[name].unavailable else implementations.served_by(name, first.x, first.weight)
+        case = LayerCase(
+            *(shape.model, shape.layer, shape.n, shape.k, shape.groups, m, images, dtype, direction),
+            implementation=name,
+            backend=backend,
+            same_function=name not in results.OTHER_FUNCTIONS,
+        )
+        outcomes[name] = outcome(case, found[name], memory.get(name, {}))
+    return outcomes
+
+
+def _memory(name: str, direction: str, i: Inputs) -> dict[str, Any]:
+    """Of one call; products and ops without autograd keep nothing for backward."""
+    with implementations.context(name)():
+        call = implementations.call(name, direction, i)
+        extra = peak_extra_bytes(call.run, call.before)
+        saved, saved_x = 0, False
+        if name in implementations.THROUGH_AUTOGRAD and direction != "forward_no_grad":
+            layer = implementations.bind(name, i)
+            others: tuple[Tensor, ...] = (*layer.trained, *layer.frozen)
+            saved, saved_x = saved_for_backward(layer.forward, i.x, others)
+    return {"extra_bytes": extra, "saved_bytes": saved, "saved_x": saved_x}

@@ -1,51 +1,135 @@
-"""SSF's affine behind a LayerNorm: fused, as two operations, and the LayerNorm without it, for ViT-B/16's tokens.
+"""SSF's affine behind a LayerNorm, for ViT-B/16's tokens: fused, as two operations, by composed weights, compiled.
 
-Read the times as ratios within a run, and LayerNorm alone as the floor: the fused layer
+Read the times as ratios within a group, and LayerNorm alone as the floor: the fused layer
 moves the same bytes.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from benchmarks import results, timing
+from benchmarks.memory import peak_extra_bytes, saved_for_backward
+from benchmarks.results import COMPOSED, FORMULA, FORMULA_COMPILED, LAYER_NORM, NORM_IMPLEMENTATIONS, OURS, LayerCase
+from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, play, selected
+from benchmarks.timing import Call, Variant
 from rlrr_kernels.norm import SSFLayerNorm
+from rlrr_kernels.ops import compose_affine, layer_norm_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGES = (1, 32, 256) if DEVICE == "cuda" else (8,)
 TOKENS, D = 197, 768
 
 
-def _layers(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    parameters = []
+    for images in (option("--images") or IMAGES) if "norm".startswith(option("--chunk") or "") else ():
+        for dtype in option("--dtype"):
+            for direction in ("forward", "both"):
+                label = f"norm-{images}-{dtype}-{direction}"
+                group = Rivals("norm", "norm", (images, dtype, direction), label)
+                for name in NORM_IMPLEMENTATIONS:
+                    parameters.append(pytest.param(group, name, id=f"{label}-{name}"))
+    metafunc.parametrize(("group", "implementation"), parameters)
+
+
+def two_operations(norm: nn.Module, scale: Tensor, shift: Tensor, x: Tensor) -> Tensor:
+    """The published code's: LayerNorm, then y * s + t, in x's dtype."""
+    return (norm(x) * scale + shift).to(x.dtype)
+
+
+def layers(dtype: torch.dtype) -> dict[str, tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]]:
+    """Implementation -> (layer ``[..., D]`` to ``[..., D]``, what it trains); all share their values."""
+    torch.manual_seed(0)
     norm = nn.LayerNorm(D, device=DEVICE, dtype=dtype).requires_grad_(False)
-    fused = SSFLayerNorm.from_layer_norm(norm)
+    with torch.no_grad():
+        norm.weight.normal_(1, 0.1)
+        norm.bias.normal_(0, 0.1)
+    fused = SSFLayerNorm.from_layer_norm(copy.deepcopy(norm))
+    s, t = fused.ssf_scale, fused.ssf_shift
 
-    def two_operations(x: Tensor) -> Tensor:
-        return (norm(x) * fused.ssf_scale + fused.ssf_shift).to(dtype)
+    def composed(x: Tensor) -> Tensor:
+        weight, bias = compose_affine(norm.weight, norm.bias, s, t, s.dtype)
+        # on a GPU PyTorch's LayerNorm wants weights of x's dtype
+        return F.layer_norm(x, (D,), weight.to(x.dtype), bias.to(x.dtype), norm.eps)
 
-    return {"fused": fused, "two operations": two_operations, "LayerNorm alone": norm}
+    separate = functools.partial(two_operations, norm, s, t)
+    compiled = torch.compile(separate, dynamic=False, fullgraph=True)
+    return {
+        OURS: (fused, (s, t)),
+        FORMULA: (separate, (s, t)),
+        FORMULA_COMPILED: (compiled, (s, t)),
+        COMPOSED: (composed, (s, t)),
+        LAYER_NORM: (norm, ()),
+    }
 
 
-@pytest.mark.parametrize("name", ["fused", "two operations", "LayerNorm alone"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("images", IMAGES)
-def test_norm(benchmark: Any, images: int, dtype: torch.dtype, backward: bool, name: str) -> None:
-    x, dy = (torch.randn(images, TOKENS, D, device=DEVICE, dtype=dtype) for _ in range(2))
-    x.requires_grad_()
-    layer = _layers(dtype)[name]
-
-    def run() -> None:
+def _call(layer: Callable[[Tensor], Tensor], trained: tuple[Tensor, ...], x: Tensor, dy: Tensor, both: bool) -> Call:
+    def run() -> tuple[Tensor, ...]:
         y = layer(x)
-        if backward:
-            y.backward(dy)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        return (y.detach(), *torch.autograd.grad(y, (x, *trained), dy)) if both else (y,)
 
-    benchmark.group = f"LayerNorm M={TOKENS * images} {dtype} {'forward+backward' if backward else 'forward'}"
-    benchmark.extra_info |= {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"}
-    benchmark.pedantic(run, rounds=5 if DEVICE == "cpu" else 30, warmup_rounds=2)
+    return Call(run)
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_norm(
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    recorder: Recorder,
+    rounds: tuple[int, int] | None,
+    group: Rivals,
+    implementation: str,
+) -> None:
+    """One implementation of a group; the group's first test measures all of them."""
+    measure = functools.partial(_measure, group, rounds)
+    play(benchmark, group, recorder.outcomes(group, selected(request, group), measure)[implementation])
+
+
+def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) -> dict[str, Outcome]:
+    images, dtype, direction = group.key
+    torch._dynamo.reset()
+    rows: dict[str, Any] = {"device": DEVICE, "dtype": getattr(torch, dtype)}
+    one = images * TOKENS * D * rows["dtype"].itemsize
+    pairs = [
+        (torch.randn(images, TOKENS, D, **rows).requires_grad_(), torch.randn(images, TOKENS, D, **rows))
+        for _ in range(timing.copies(2 * one, timing.l2_bytes()))
+    ]
+    rivals, memory = layers(rows["dtype"]), {}
+
+    def variant(name: str) -> Variant:
+        layer, trained = rivals[name]
+        calls = [_call(layer, trained, x, dy, direction == "both") for x, dy in pairs]
+        x = pairs[0][0]
+        owned = [*trained, *(layer.parameters() if isinstance(layer, nn.Module) else ())]
+        saved, saved_x = saved_for_backward(lambda: layer(x), x, owned)
+        memory[name] = {"extra_bytes": peak_extra_bytes(calls[0].run), "saved_bytes": saved, "saved_x": saved_x}
+        return Variant(calls)
+
+    found = timing.interleaved(
+        {name: functools.partial(variant, name) for name in names},
+        timing.device_clock(),
+        timing.BUDGET[DEVICE],
+        rounds or timing.ROUNDS,
+        warm_seconds=0.3 if DEVICE == "cuda" and rounds is None else 0.0,
+    )
+    served = "torch" if layer_norm_kernels(pairs[0][0]) is None else "triton"
+    outcomes = {}
+    for name in names:
+        case = LayerCase(
+            *("ViT-B/16", "norm", D, D, 1, images * TOKENS, images, dtype, direction),
+            implementation=name,
+            backend=served if name == OURS else None,
+            same_function=name not in results.OTHER_FUNCTIONS,
+        )
+        outcomes[name] = outcome(case, found[name], memory.get(name, {}))
+    return outcomes

@@ -1,0 +1,71 @@
+"""The whole suite on a GPU, a process and a results file for each chunk: ``python -m benchmarks.chunks [PREFIX]``.
+
+A chunk takes under ten minutes on an H200, by estimate. A prefix, as ``layer-vit_b``, ``norm`` or
+``step``, selects the chunks whose names start so; ``--list`` prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import cases
+
+FOLDER = Path(__file__).parent
+SUITES = {"layer": "test_layer.py", "norm": "test_norm.py", "launch": "test_launch.py", "step": "test_vit_step.py"}
+
+
+def command(chunk: str) -> list[str]:
+    """What measures a chunk and writes its results."""
+    suite = FOLDER / SUITES[chunk.partition("-")[0]]
+    options = ["--benchmark-enable", "--benchmark-only", "--benchmark-columns=min,median,iqr,rounds", "-q"]
+    regenerates = f"make bench-gpu CHUNK={chunk}"
+    return [
+        *(sys.executable, "-m", "pytest", str(suite), *options),
+        *("--chunk", chunk, "--results", "--results-command", regenerates),
+    ]
+
+
+def run(chunks: Sequence[str], start: Callable[[list[str]], int]) -> list[str]:
+    """Run each chunk, whatever became of those before it, and return those that failed.
+
+    ``start`` runs a command and returns its exit status.
+    """
+    failed = []
+    for number, chunk in enumerate(chunks, 1):
+        print(f"chunk {number} of {len(chunks)}: {chunk}", flush=True)
+        if start(command(chunk)) != 0:
+            failed.append(chunk)
+    return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 1 where a case failed, 2 for a bad argument or without a GPU."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.chunks", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("prefix", nargs="?", default="", help="of the names of the chunks to run; default: all")
+    parser.add_argument("--list", action="store_true", help="print the names and run nothing")
+    args = parser.parse_args(arguments)
+    chunks = [name for name in cases.chunks() if name.startswith(args.prefix)]
+    if not chunks:
+        parser.error(f"prefix: expected the start of a chunk's name (see --list), got {args.prefix!r}")
+    if args.list:
+        print("\n".join(chunks))
+        return 0
+    if not torch.cuda.is_available():
+        print("bench-gpu: no CUDA device is visible to torch; `make bench` measures a slice on a CPU", file=sys.stderr)
+        return 2
+    failed = run(chunks, subprocess.call)
+    if failed:
+        print(f"chunks with a failed case: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""Raw results: one JSON file a chunk under ``benchmarks/results/<device>/``, and the names used in it.
+
+A chunk is what one command measures in one go::
+
+    {"suite", "chunk", "date", "device", "processor", "versions", "command", "results": [one object a line]}
+
+Each object of ``results`` holds a case's fields (:class:`LayerCase`, :class:`LaunchCase`,
+:class:`StepCase`), then ``seconds`` (one value a round), ``median``, ``q1``, ``q3`` and what else the
+suite measured; or, where the case failed, ``error`` in one line in place of all that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlrr_kernels import __version__
+
+FOLDER = Path(__file__).parent / "results"
+
+OURS = "rlrr_kernels"
+TRITON, CUDA = "rlrr_kernels/triton", "rlrr_kernels/cuda"
+CUDA_HOPPER, CPU = "rlrr_kernels/cuda-hopper", "rlrr_kernels/cpu"
+FORMULA, FORMULA_COMPILED, FORMULA_MAX = "formula", "formula compiled", "formula max-autotune"
+RECOMPUTE, RECOMPUTE_COMPILED = "recompute", "recompute compiled"
+FACTORED = "factored"
+PLAIN = "plain linear"
+LORA, HIRA = "LoRA r=8 (PEFT)", "HiRA r=1 (PEFT)"
+PRODUCTS, THREE_OPS = "bare products", "our three ops"
+#: Of direction "grad_scales": the third product alone, with and without its reductions.
+GRAD_SCALES, BARE_GRAD = "our grad_scales", "bare dy^T x"
+
+#: LayerNorm and SSF's affine: ours and "formula" (two operations), both compared with
+COMPOSED, LAYER_NORM = "composed weights", "LayerNorm alone"
+
+OURS_COMPILED = "rlrr_kernels compiled"
+OFFICIAL, OFFICIAL_COMPILED = "official formula", "official formula compiled"
+SSF, FULL, PROBE = "SSF", "full fine-tuning", "linear probe"
+
+LAYER_IMPLEMENTATIONS = (
+    *(OURS, TRITON, CUDA, CUDA_HOPPER, CPU, FORMULA, FORMULA_COMPILED, FORMULA_MAX),
+    *(RECOMPUTE, RECOMPUTE_COMPILED, FACTORED, PLAIN, LORA, HIRA, PRODUCTS, THREE_OPS),
+)
+NORM_IMPLEMENTATIONS = (OURS, FORMULA, FORMULA_COMPILED, COMPOSED, LAYER_NORM)
+STEP_IMPLEMENTATIONS = (OURS, OURS_COMPILED, OFFICIAL, OFFICIAL_COMPILED, LORA, HIRA, SSF, FULL, PROBE)
+DIRECTIONS = ("forward", "forward_no_grad", "backward", "both", "grad_scales")
+
+#: These compute or train something else, or only a part: limits and other methods, not rivals.
+OTHER_FUNCTIONS = frozenset(
+    (PLAIN, LORA, HIRA, PRODUCTS, THREE_OPS, GRAD_SCALES, BARE_GRAD, LAYER_NORM, SSF, FULL, PROBE)
+)
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One row of the suites "layer" and "norm".
+
+    Attributes:
+        model: as "ViT-B/16". layer: "qkv", "proj", "fc1", "fc2", with the stage before it for Swin
+            ("1.qkv"); "norm" in the suite "norm", where n and k are both the width D.
+        n, k, groups: output features, input features, row blocks with a v each.
+        m: tokens of all images together. images: how many.
+        dtype: of x and W, as "bfloat16".
+        direction: "forward" (graph recorded), "forward_no_grad", "backward" (alone), "both"; or
+            "grad_scales", du, dv and df alone.
+        implementation: one of the constants above.
+        backend: what served ours, else None.
+        same_function: whether it computes y = x (W * (1 + u v))^T + b + f and all its gradients.
+    """
+
+    model: str
+    layer: str
+    n: int
+    k: int
+    groups: int
+    m: int
+    images: int
+    dtype: str
+    direction: str
+    implementation: str
+    backend: str | None
+    same_function: bool
+
+
+@dataclass(frozen=True)
+class LaunchCase:
+    """One row of the suite "launch": CPU time of one call. ``call``: "no_grad", "forward" or "both"."""
+
+    call: str
+    dtype: str
+    implementation: str
+    backend: str | None
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One row of the suite "step": a whole training step. ``dtype``: autocast's, or "float32"."""
+
+    model: str
+    batch: int
+    image_size: int
+    dtype: str
+    implementation: str
+    same_function: bool
+
+
+Case = LayerCase | LaunchCase | StepCase
+
+
+@dataclass
+class Result:
+    """A case and its rounds (seconds each), or why there are none.
+
+    Attributes:
+        more: what else was measured: ``extra_bytes``, ``saved_bytes``, ``saved_x`` of a layer;
+            ``images_per_second``, ``peak_bytes`` of a step.
+    """
+
+    case: Case
+    seconds: list[float] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that goes into the file."""
+        case = dataclasses.asdict(self.case)
+        if self.error is not None:
+            return case | {"error": self.error}
+        rounds = [round(s, 9) for s in self.seconds]
+        q1, median, q3 = (round(s, 10) for s in quartiles(rounds))
+        return case | {"seconds": rounds, "median": median, "q1": q1, "q3": q3} | self.more
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile, of one value or more."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return q1, median, q3
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, as ``Type: first line of the message``."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def device_name() -> str:
+    """``cpu``, or the name of the first GPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def results_folder() -> Path:
+    """Where the results of this device are kept."""
+    return FOLDER / device_name().replace(" ", "_")
+
+
+def write(folder: Path, suite: str, chunk: str, command: str, results: Iterable[Result]) -> Path:
+    """Write ``<folder>/<chunk>.json``, whole or not at all, and return its path.
+
+    Args:
+        folder: made if missing. suite: "layer", "norm", "launch" or "step".
+        chunk: as "layer-vit_b". command: what regenerates the file.
+    """
+    head = {
+        "suite": suite,
+        "chunk": chunk,
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(),
+        "processor": f"{_processor()}, {torch.get_num_threads()} cores used",
+        "versions": versions(),
+        "command": command,
+    }
+    # a line for each result, so that two runs can be told apart by eye
+    lines = ",\n  ".join(json.dumps(result.to_dict()) for result in results)
+    text = f'{json.dumps(head, indent=1)[:-2]},\n "results": [\n  {lines}\n ]\n}}\n'
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{chunk}.json"
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """Chunks in a folder, by file name; a JSON file without "suite" is another kind of result and left out.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a file is not JSON, or lacks a field of the schema.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder: expected a folder of results, got {folder}")
+    chunks = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            chunk = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: expected JSON: {error}") from error
+        if not isinstance(chunk, dict) or "suite" not in chunk:
+            continue
+        for name in ("chunk", "date", "device", "processor", "versions", "command", "results"):
+            if name not in chunk:
+                raise ValueError(f"{path}: expected the field {name!r}, got {', '.join(chunk)}")
+        chunks.append(chunk)
+    return chunks
+
+
+def versions() -> dict[str, str | None]:
+    """Of everything that decides a time; None for what is not here."""
+    found: dict[str, str | None] = {"rlrr_kernels": __version__, "torch": torch.__version__}
+    for name in ("triton", "peft", "timm"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found | {"python": platform.python_version(), "cuda": torch.version.cuda, "driver": _driver()}
+
+
+def _driver() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

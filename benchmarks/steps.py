@@ -1,0 +1,129 @@
+"""Whole training steps of a timm vision transformer by this package and by its rivals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import results
+from benchmarks.implementations import require_peft
+from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, reference
+from rlrr_kernels.adapt import adapters, head, replace
+from rlrr_kernels.bypass import skeleton_of
+from rlrr_kernels.finetune.peers import apply_lora, apply_ssf
+
+CLASSES = 100
+#: Without weight decay on anything that the method would spare; the same for all, as only its cost matters here.
+LEARNING_RATE = 1e-5
+
+
+class FormulaLinear(nn.Module):
+    """The layer by plain autograd, as the published code computes it: W' is formed and kept at every forward.
+
+    It keeps timm's fused qkv, in three groups, where the published model has three layers to call.
+
+    Args:
+        layer: whose frozen and trained parameters are shared.
+    """
+
+    def __init__(self, layer: FusedRLRRLinear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.scale_out, self.shift = layer.scale_out, layer.shift
+        self.scale_in = layer.scale_in
+        self.groups = layer.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., N]`` in x's dtype, or autocast's."""
+        v = self.scale_in.view(self.groups, 1, -1)
+        # in the parameters' dtype: under autocast the product rounds W' itself
+        weight = reference.rescaled_weight(self.weight, self.scale_out, v, self.scale_out.dtype)
+        return F.linear(x, weight, self.shift if self.bias is None else self.bias + self.shift)
+
+
+def apply_formula(model: nn.Module) -> nn.Module:
+    """RLRR as published, in place: what ``apply_rlrr`` adapts, by plain operations; returns the model."""
+    before = dict(model.named_modules())
+    apply_rlrr(model)
+    for name, module in list(adapters(model)):
+        if isinstance(module, FusedRLRRLinear):
+            replace(model, name, FormulaLinear(module))
+        elif isinstance(module, SSFLayerNorm):
+            affine = SSFAffine(module.normalized_shape[0], module.ssf_scale.device)
+            affine.ssf_scale, affine.ssf_shift = module.ssf_scale, module.ssf_shift
+            replace(model, name, nn.Sequential(before[name], affine))
+    # the record of what apply_rlrr did is not true any more
+    del model.rlrr_config, model._rlrr_base
+    return model
+
+
+def _apply_hira(model: nn.Module) -> nn.Module:
+    """HiRA of rank 1 by PEFT on the linears that RLRR adapts; the head trains too."""
+    peft = require_peft()
+    adapted = apply_rlrr(skeleton_of(model), train_head=False)
+    targets = [name for name, layer in adapted.named_modules() if isinstance(layer, FusedRLRRLinear)]
+    peft.inject_adapter_in_model(peft.HiraConfig(r=1, target_modules=targets), model)
+    head(model).requires_grad_(True)
+    return model
+
+
+def build(implementation: str, name: str, device: str, **options: Any) -> nn.Module:
+    """A timm model, made to train by an implementation; equal seeds give equal frozen weights.
+
+    Args:
+        implementation: one of ``STEP_IMPLEMENTATIONS``. name, options: of ``timm.create_model``.
+
+    Raises:
+        Unavailable: PEFT, which it needs, is not installed or has no HiRA.
+    """
+    torch.manual_seed(0)
+    model = timm.create_model(name, **({"num_classes": CLASSES} | options)).to(device)
+    method = implementation.removesuffix(" compiled")
+    if method == results.OURS:
+        apply_rlrr(model)
+    elif method == results.OFFICIAL:
+        apply_formula(model)
+    elif method in (results.LORA, results.HIRA):
+        require_peft()
+        apply_lora(model, 8) if method == results.LORA else _apply_hira(model)
+    elif method == results.SSF:
+        apply_ssf(model)
+    elif method == results.PROBE:
+        model.requires_grad_(False)
+        head(model).requires_grad_(True)
+    model.train()
+    # fullgraph: a break, or too many recompilations, is an error then, not eager PyTorch in silence
+    compiled: Any = torch.compile(model, dynamic=False, fullgraph=True)
+    return model if implementation == method else compiled
+
+
+class Step:
+    """Forward, cross-entropy, backward and AdamW on one batch of random images.
+
+    Args:
+        model: what trains. images ``[B, 3, H, W]``, labels ``[B]``. dtype: autocast's, or float32 for none.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+        self.model, self.images, self.labels, self.dtype = model, images, labels, dtype
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0, fused=images.is_cuda)
+
+    def __call__(self) -> Tensor:
+        """The loss before the step ``[]``."""
+        with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            loss = F.cross_entropy(self.model(self.images), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def resident_bytes(self) -> int:
+        """Of parameters, buffers and the optimizer's state."""
+        state = (t for values in self.optimizer.state.values() for t in values.values() if isinstance(t, Tensor))
+        held = {t.untyped_storage().data_ptr(): t for t in (*self.model.parameters(), *self.model.buffers(), *state)}
+        return sum(t.untyped_storage().nbytes() for t in held.values())

@@ -1,0 +1,130 @@
+"""What the suites share: groups of rivals measured in turns, handed to pytest-benchmark and written to files."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import results
+from benchmarks.results import Result
+from benchmarks.timing import Rounds
+
+
+class ReplayTimer:
+    """A timer for pytest-benchmark that tells durations measured before, each between two calls.
+
+    Rivals are timed in turns, all of a group together, while pytest-benchmark times one test
+    after another: its table and JSON get the interleaved times by this.
+    """
+
+    __name__ = "replay"
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._steps: list[float] = []
+
+    def load(self, seconds: Iterable[float]) -> None:
+        """The durations to tell next, in order."""
+        self._now = 0.0
+        self._steps = [step for duration in seconds for step in (0.0, duration)][::-1]
+
+    def __call__(self) -> float:
+        if not self._steps:
+            raise RuntimeError("replay: asked for more durations than were measured")
+        self._now += self._steps.pop()
+        return self._now
+
+
+REPLAY = ReplayTimer()
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """A group: everything of a test's parameters but the implementation.
+
+    Attributes:
+        suite, chunk: where its results go.
+        key: what tells it from other groups of the suite. label: heads pytest-benchmark's table.
+    """
+
+    suite: str
+    chunk: str
+    key: tuple[Any, ...]
+    label: str
+
+
+@dataclass
+class Outcome:
+    """A result, and what is not part of its file."""
+
+    result: Result
+    clock: str | None = None
+    unavailable: bool = False
+
+
+def outcome(case: results.Case, rounds: Rounds, more: dict[str, Any]) -> Outcome:
+    """One rival's rounds as the result of its case."""
+    result = Result(case, rounds.seconds, more, rounds.error)
+    return Outcome(result, rounds.clock, rounds.unavailable)
+
+
+@dataclass
+class Recorder:
+    """Everything measured in a pytest session, each group once.
+
+    Attributes:
+        folder: where the chunks are written after each group, or None. command: what regenerates them.
+    """
+
+    folder: Path | None
+    command: str
+    _groups: dict[Rivals, dict[str, Outcome]] = field(default_factory=dict)
+
+    def outcomes(
+        self, group: Rivals, names: list[str], measure: Callable[[list[str]], dict[str, Outcome]]
+    ) -> dict[str, Outcome]:
+        """Implementation -> outcome; ``measure(names)`` is called for a group's first test only."""
+        if group not in self._groups:
+            self._groups[group] = measure(names)
+            self._write(group.suite, group.chunk)
+        return self._groups[group]
+
+    def _write(self, suite: str, chunk: str) -> None:
+        if self.folder is None:
+            return
+        of_chunk = (found for group, found in self._groups.items() if (group.suite, group.chunk) == (suite, chunk))
+        # what is not here has no result, not a failed one
+        kept = [o.result for found in of_chunk for o in found.values() if not o.unavailable]
+        results.write(self.folder, suite, chunk, self.command, kept)
+
+
+def recorder_of(config: pytest.Config) -> Recorder:
+    """A recorder as the command line asks for."""
+    folder = config.getoption("--results")
+    if folder is not None and folder.is_file():
+        raise pytest.UsageError(f"--results: expected a folder, got the file {folder}")
+    command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
+    return Recorder(folder, config.getoption("--results-command") or command)
+
+
+def selected(request: pytest.FixtureRequest, group: Rivals) -> list[str]:
+    """Implementations of a group whose tests run in this session."""
+    calls = (getattr(item, "callspec", None) for item in request.session.items)
+    found = (spec.params for spec in calls if spec is not None and spec.params.get("group") == group)
+    return [params["implementation"] for params in found]
+
+
+def play(benchmark: Any, group: Rivals, found: Outcome) -> None:
+    """Hand a rival's rounds to pytest-benchmark; skips or fails the test where there are none."""
+    if found.result.error is not None:
+        benchmark.skipped = True  # or it would complain that nothing was timed
+        (pytest.skip if found.unavailable else pytest.fail)(found.result.error)
+    benchmark.group = group.label
+    benchmark.extra_info |= {"device": results.device_name(), "clock": found.clock, **found.result.more}
+    REPLAY.load(found.result.seconds)
+    benchmark.pedantic(lambda: None, rounds=len(found.result.seconds))

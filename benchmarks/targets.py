@@ -1,0 +1,193 @@
+"""What the package promises on a GPU, held against measured results.
+
+All are stated for bfloat16 on an NVIDIA GPU; results of a CPU never fill them. Where a target speaks
+of many cases, the worst one decides. A case in which ours failed is missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks import results
+from benchmarks.groups import Group, geometric_mean, groups, on_gpu
+
+MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
+DTYPE = "bfloat16"
+EXTRA_BYTES = 2_000_000
+#: A value of one group, or None where what it takes was not measured.
+Measure = Callable[[Group], float | None]
+#: (value, name of the case) of each -> the value that decides, and how it is shown.
+Summary = Callable[[list[tuple[float, str]]], tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One target. ``cases``: how many measured cases stand behind the verdict."""
+
+    target: str
+    wanted: str
+    got: str
+    verdict: str
+    cases: int
+
+
+def rows(chunks: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Every target, in a fixed order, from the chunks of one device.
+
+    Raises:
+        ValueError: as :func:`benchmarks.groups.groups`; or GPUs of several names.
+    """
+    chunks = [chunk for chunk in chunks if on_gpu(chunk)]
+    names = sorted({chunk["device"] for chunk in chunks})
+    if len(names) > 1:
+        raise ValueError(f"chunks: expected results of one GPU, got {', '.join(names)}")
+    found = [group for group in groups(chunks) if group.case["dtype"] == DTYPE]
+    layers = {
+        direction: [g for g in found if g.suite == "layer" and g.case["direction"] == direction]
+        for direction in results.DIRECTIONS
+    }
+    forward, both = layers["forward"], layers["both"]
+    large = [g for g in forward if g.case["m"] >= 12_608]
+    small = [g for g in forward if g.case["m"] <= 6_304]
+    batch_32 = [g for g in both if g.case["m"] == 6_304]
+    vit_l = [g for g in both if g.case["m"] == 50_432 and (g.case["n"], g.case["k"]) == (4096, 1024)]
+    vits = [g for g in both if g.case["model"].startswith("ViT")]
+    steps = [g for g in found if g.suite == "step" and (g.case["model"], g.case["batch"]) == ("ViT-B/16", 64)]
+    calls = [g for g in found if g.suite == "launch" and g.case["call"] in ("forward", "no_grad")]
+    best = "forward + backward: best other way to the same function, its time / ours"
+    step = "ViT-B/16 step, batch 64"
+    return [
+        _least("forward: plain linear's time / ours, M >= 12,608", 0.95, large, _against(results.PLAIN)),
+        _least(
+            "forward: W' written by one kernel + BLAS, its time / ours, M <= 6,304",
+            1.0,
+            small,
+            _against(results.RECOMPUTE),
+        ),
+        _least(
+            "u, v, f gradients: BLAS's dy^T x alone, its time / ours",
+            1.0,
+            layers["grad_scales"],
+            _against(results.BARE_GRAD),
+        ),
+        _least(f"{best}, every shape", 1.0, both, _best_rival),
+        _mean(f"{best}, geometric mean over ViTs", 1.15, vits, _best_rival),
+        _least(
+            "forward + backward: formula in eager, its time / ours, M = 6,304", 2.0, batch_32, _against(results.FORMULA)
+        ),
+        _least(
+            "forward + backward: share of the most that BLAS's three products reach, ViT-L/16 fc1, M = 50,432",
+            0.85,
+            vit_l,
+            _peak_share(both),
+        ),
+        _below("memory above a frozen nn.Linear, MB, every layer", EXTRA_BYTES / 1e6, both, _extra_megabytes),
+        _least(f"{step}: images/s / official formula's", 1.8, steps, _against(results.OFFICIAL)),
+        _most(f"{step}: peak memory / official formula's", 0.6, steps, _memory),
+        _least(f"{step}: images/s / official formula's, compiled", 1.0, steps, _against(results.OFFICIAL_COMPILED)),
+        _most("CPU time of a call in eager, C++ path, µs", 30.0, calls, _microseconds(results.CUDA), results.CUDA),
+        _most("CPU time of a call in eager, Triton, µs", 60.0, calls, _microseconds(results.TRITON), results.TRITON),
+    ]
+
+
+def _against(other: str) -> Measure:
+    return lambda group: group.speed_up(other)
+
+
+def _best_rival(group: Group) -> float | None:
+    best = group.best_rival
+    return None if best is None else group.speed_up(best)
+
+
+def _products_per_second(group: Group, implementation: str) -> float | None:
+    """Flops of the three products a second."""
+    seconds, case = group.median(implementation), group.case
+    return None if seconds is None else 6 * case["m"] * case["n"] * case["k"] / seconds
+
+
+def _peak_share(both: Sequence[Group]) -> Measure:
+    """Of the most that bare products reach at any shape in the same run."""
+
+    def share(group: Group) -> float | None:
+        run = (g for g in both if g.chunk is group.chunk)
+        rates = [rate for g in run if (rate := _products_per_second(g, results.PRODUCTS)) is not None]
+        ours = _products_per_second(group, results.OURS)
+        return None if ours is None or not rates else ours / max(rates)
+
+    return share
+
+
+def _extra_megabytes(group: Group) -> float | None:
+    """Peak and what is kept, added although the peak may hold what is kept: more than is taken, never less."""
+    held = []
+    for name in (results.OURS, results.PLAIN):
+        row = group.rows.get(name, {})
+        if row.get("extra_bytes") is None or row.get("saved_bytes") is None:
+            return None
+        held.append(row["extra_bytes"] + row["saved_bytes"])
+    return (held[0] - held[1]) / 1e6
+
+
+def _memory(group: Group) -> float | None:
+    ours, theirs = (group.rows.get(name, {}).get("peak_bytes") for name in (results.OURS, results.OFFICIAL))
+    return None if ours is None or not theirs else ours / theirs
+
+
+def _microseconds(implementation: str) -> Measure:
+    def microseconds(group: Group) -> float | None:
+        seconds = group.median(implementation)
+        return None if seconds is None else seconds * 1e6
+
+    return microseconds
+
+
+def _least(target: str, wanted: float, cases: Sequence[Group], measure: Measure) -> Row:
+    return _row(target, f">= {wanted:g}", cases, measure, lambda got: got >= wanted, _worst(min))
+
+
+def _mean(target: str, wanted: float, cases: Sequence[Group], measure: Measure) -> Row:
+    return _row(target, f">= {wanted:g}", cases, measure, lambda got: got >= wanted, _averaged)
+
+
+def _most(
+    target: str, wanted: float, cases: Sequence[Group], measure: Measure, implementation: str = results.OURS
+) -> Row:
+    return _row(target, f"<= {wanted:g}", cases, measure, lambda got: got <= wanted, _worst(max), implementation)
+
+
+def _below(target: str, wanted: float, cases: Sequence[Group], measure: Measure) -> Row:
+    return _row(target, f"< {wanted:g}", cases, measure, lambda got: got < wanted, _worst(max))
+
+
+def _worst(of: Callable[[list[tuple[float, str]]], tuple[float, str]]) -> Summary:
+    def summary(measured: list[tuple[float, str]]) -> tuple[float, str]:
+        got, name = of(measured)
+        return got, f"{got:.3f} ({name})"
+
+    return summary
+
+
+def _averaged(measured: list[tuple[float, str]]) -> tuple[float, str]:
+    mean = geometric_mean([value for value, _ in measured])
+    return mean, f"{mean:.3f}"
+
+
+def _row(
+    target: str,
+    wanted: str,
+    cases: Sequence[Group],
+    measure: Measure,
+    fits: Callable[[float], bool],
+    summary: Summary,
+    implementation: str | None = None,
+) -> Row:
+    failed = [group for group in cases if "error" in group.rows.get(implementation or group.ours, {})]
+    measured = [(value, group.name) for group in cases if (value := measure(group)) is not None]
+    if failed:
+        return Row(target, wanted, f"failed at {failed[0].name}", MISSED, len(measured) + len(failed))
+    if not measured:
+        return Row(target, wanted, "", NOT_MEASURED, 0)
+    got, text = summary(measured)
+    return Row(target, wanted, text, MET if fits(got) else MISSED, len(measured))

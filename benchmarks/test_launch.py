@@ -1,0 +1,84 @@
+"""What a call costs the CPU in eager mode: a tiny layer, its GPU work enqueued and not waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import implementations, results, timing
+from benchmarks.implementations import make_inputs
+from benchmarks.results import LaunchCase
+from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, play, selected
+from benchmarks.timing import Variant
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: M, N and K: so small that on a CPU too the call is mostly what surrounds the arithmetic.
+M, N, K = 8, 64, 64
+#: Calls between two looks at the clock; a GPU's queue takes over a thousand kernels before the CPU has to wait.
+BATCH = 20
+#: Seconds that the rounds of a group may take.
+BUDGET = 2.0
+#: What a call is named in the results -> the direction of an implementation.
+CALLS = {"no_grad": "forward_no_grad", "forward": "forward", "both": "both"}
+NAMES = (results.OURS, *implementations.BACKENDS, results.PLAIN, results.FORMULA, results.LORA)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    parameters = []
+    for dtype in option("--dtype") if "launch".startswith(option("--chunk") or "") else ():
+        for call in CALLS:
+            group = Rivals("launch", "launch", (call, dtype), f"launch-{call}-{dtype}")
+            for name in NAMES:
+                if name in implementations.names(CALLS[call], DEVICE):
+                    parameters.append(pytest.param(group, name, id=f"{call}-{dtype}-{name}"))
+    metafunc.parametrize(("group", "implementation"), parameters)
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_launch(
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    recorder: Recorder,
+    rounds: tuple[int, int] | None,
+    group: Rivals,
+    implementation: str,
+) -> None:
+    """One implementation of a group; the group's first test measures all of them."""
+    measure = functools.partial(_measure, group, rounds)
+    play(benchmark, group, recorder.outcomes(group, selected(request, group), measure)[implementation])
+
+
+def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) -> dict[str, Outcome]:
+    call, dtype = group.key
+    inputs = make_inputs(M, N, K, 1, getattr(torch, dtype), DEVICE)
+
+    def variant(name: str) -> Variant:
+        implementations.served_by(name, inputs.x, inputs.weight)
+        made = implementations.call(name, CALLS[call], inputs)
+        return Variant([made], functools.partial(_around, name, call))
+
+    found = timing.interleaved(
+        {name: functools.partial(variant, name) for name in names},
+        timing.batches(BATCH, wait=False),
+        BUDGET,
+        rounds or (50, 200),
+        warm_seconds=0.3 if rounds is None else 0.0,
+    )
+    outcomes = {}
+    for name in names:
+        backend = None if found[name].unavailable else implementations.served_by(name, inputs.x, inputs.weight)
+        outcomes[name] = outcome(LaunchCase(call, dtype, name, backend), found[name], {})
+    return outcomes
+
+
+@contextlib.contextmanager
+def _around(name: str, call: str) -> Iterator[None]:
+    """The backend, and ``no_grad`` around the whole batch: a user enters it once, not at each call."""
+    with implementations.context(name)(), torch.set_grad_enabled(call != "no_grad"):
+        yield

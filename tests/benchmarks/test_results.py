@@ -1,0 +1,98 @@
+"""The raw results' file: whole or not there, with every field that its readers rely on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import results
+from benchmarks.results import LaunchCase, LayerCase, Result, StepCase
+
+LAYER = LayerCase("ViT-B/16", "qkv", 2304, 768, 3, 197, 1, "float32", "both", results.OURS, "cpu", True)
+
+
+def test_what_is_written_is_what_is_loaded(tmp_path):
+    memory = {"extra_bytes": 5, "saved_bytes": 0, "saved_x": True}
+    measured = Result(LAYER, [4.0, 1.0, 3.0, 2.0], memory)
+    failed = Result(LaunchCase("no_grad", "bfloat16", results.TRITON, None), [], {}, "RuntimeError: no")
+    folder = tmp_path / "new" / "device"
+    path = results.write(folder, "layer", "layer-vit_b", "make bench", [measured, failed])
+    assert path == folder / "layer-vit_b.json"
+    (folder / "other.json").write_text('{"results": []}')  # of another kind
+    (chunk,) = results.load(folder)
+    assert (chunk["suite"], chunk["chunk"], chunk["command"]) == ("layer", "layer-vit_b", "make bench")
+    assert chunk["device"] == results.device_name()
+    assert chunk["versions"].keys() == {"rlrr_kernels", "torch", "triton", "python", "cuda", "driver", "peft", "timm"}
+    assert chunk["versions"]["torch"] == torch.__version__
+    assert str(torch.get_num_threads()) in chunk["processor"]
+    first, second = chunk["results"]
+    assert first == {
+        **{"model": "ViT-B/16", "layer": "qkv", "n": 2304, "k": 768, "groups": 3, "m": 197, "images": 1},
+        **{"dtype": "float32", "direction": "both", "implementation": "rlrr_kernels", "backend": "cpu"},
+        **{"same_function": True, "seconds": [4.0, 1.0, 3.0, 2.0], "median": 2.5, "q1": 1.75, "q3": 3.25},
+        **memory,
+    }
+    assert second == {
+        **{"call": "no_grad", "dtype": "bfloat16", "implementation": "rlrr_kernels/triton", "backend": None},
+        "error": "RuntimeError: no",
+    }
+    lines = path.read_text().splitlines()
+    assert sum(line.startswith('  {"') for line in lines) == 2  # a line for each result
+
+
+def test_a_step_has_its_rate_and_memory():
+    case = StepCase("ViT-B/16", 64, 224, "bfloat16", results.FULL, False)
+    got = Result(case, [0.5], {"images_per_second": 128.0, "peak_bytes": 7}).to_dict()
+    assert got == {
+        **{"model": "ViT-B/16", "batch": 64, "image_size": 224, "dtype": "bfloat16"},
+        **{"implementation": "full fine-tuning", "same_function": False, "seconds": [0.5]},
+        **{"median": 0.5, "q1": 0.5, "q3": 0.5, "images_per_second": 128.0, "peak_bytes": 7},
+    }
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = results.write(tmp_path, "layer", "a", "c", [Result(LAYER, [1.0])])
+    before = path.read_text()
+
+    def full_disk(self, text):
+        self.touch()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        results.write(tmp_path, "layer", "a", "c", [Result(LAYER, [2.0])])
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_empty_chunk_is_json_too(tmp_path):
+    assert json.loads(results.write(tmp_path, "norm", "norm", "c", []).read_text())["results"] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "a.json: expected JSON"), ('{"suite": "layer"}', "a.json: expected the field 'chunk', got suite")],
+)
+def test_a_damaged_file_is_named(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        results.load(tmp_path)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder of results, got .*nowhere"):
+        results.load(tmp_path / "nowhere")
+
+
+def test_an_errors_first_line_says_it():
+    assert results.one_line(ValueError("\n  what\nand where")) == "ValueError: what"
+    assert results.one_line(KeyError()) == "KeyError: "
+
+
+def test_names_are_told_apart():
+    everything = (*results.LAYER_IMPLEMENTATIONS, *results.NORM_IMPLEMENTATIONS, *results.STEP_IMPLEMENTATIONS)
+    assert len(set(results.LAYER_IMPLEMENTATIONS)) == 16
+    assert len(set(results.STEP_IMPLEMENTATIONS)) == 9
+    assert results.OTHER_FUNCTIONS - {results.GRAD_SCALES, results.BARE_GRAD} <= set(everything)

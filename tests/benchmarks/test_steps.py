@@ -1,0 +1,132 @@
+"""The training steps: the published formula's model is ours by other means, and each method trains what it should."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import results, steps
+from benchmarks.steps import FormulaLinear, Step, build
+from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm
+from rlrr_kernels.adapt import head
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+
+
+def small(implementation: str) -> nn.Module:
+    return build(implementation, "vit_tiny_patch16_224", "cpu", **SMALL)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4)
+
+
+def kinds(model: nn.Module) -> set[type]:
+    return {type(module) for module in model.modules()}
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    images, labels = batch()
+    nn.functional.cross_entropy(model(images), labels).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_official_formula_is_the_same_model_by_plain_operations():
+    ours, official = small(results.OURS), small(results.OFFICIAL)
+    assert FusedRLRRLinear in kinds(ours)
+    assert SSFLayerNorm in kinds(ours)
+    assert not {FusedRLRRLinear, SSFLayerNorm} & kinds(official)
+    assert {FormulaLinear, SSFAffine} <= kinds(official)
+    images, _ = batch()
+    torch.testing.assert_close(official(images), ours(images), rtol=1e-4, atol=1e-4)
+    mine, theirs = gradients(ours), gradients(official)
+    # norms are two modules there, and the affine is the second
+    renamed = {name.replace(".1.ssf_", ".ssf_"): g for name, g in theirs.items()}
+    assert renamed.keys() == mine.keys()
+    assert len(mine) == 2 * (4 * 3 + 2 * 2) + 2 + 2 + 2  # blocks, last norm, patch affine, head
+    for name, gradient in mine.items():
+        torch.testing.assert_close(
+            renamed[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_under_autocast_the_formulas_product_is_in_its_dtype():
+    official = small(results.OFFICIAL)
+    layer = next(m for m in official.modules() if isinstance(m, FormulaLinear))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 48)).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("implementation", "trains"),
+    [
+        (results.LORA, {"lora_A", "lora_B"}),
+        (results.HIRA, {"hira_A", "hira_B"}),
+        (results.SSF, {"ssf_scale", "ssf_shift"}),
+        (results.PROBE, set()),
+    ],
+)
+def test_each_method_trains_its_own_and_the_head(implementation, trains):
+    if implementation in (results.LORA, results.HIRA):
+        pytest.importorskip("peft")
+    model = small(implementation)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    heads = {f"head.{name}" for name, _ in head(model).named_parameters()}
+    assert heads <= trained
+    found = {part for name in trained - heads for part in name.split(".") if part in trains}
+    assert found == trains
+    assert all(any(part in name for part in trains) for name in trained - heads)
+    if implementation in (results.LORA, results.HIRA):
+        factors = [p for name, p in model.named_parameters() if p.requires_grad and name not in heads]
+        assert len(factors) == 2 * 2 * 4
+        assert {min(p.shape) for p in factors} == {8 if implementation == results.LORA else 1}
+
+
+def test_full_fine_tuning_trains_everything():
+    assert all(p.requires_grad for p in small(results.FULL).parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_learns_and_leaves_no_gradient(dtype):
+    model = small(results.OURS)
+    frozen = model.blocks[0].attn.qkv.weight.clone()
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    step = Step(model, *batch(), dtype)
+    parameters = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert step.resident_bytes() == parameters
+    losses = [float(step()) for _ in range(3)]
+    assert losses[2] < losses[0]
+    assert torch.equal(model.blocks[0].attn.qkv.weight, frozen)
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    assert all(p.grad is None for p in model.parameters())
+    # AdamW: two moments of each trained parameter, and a count of 4 bytes
+    state = sum(2 * p.nbytes + 4 for p in before.values())
+    assert step.resident_bytes() == parameters + state
+
+
+@pytest.mark.parametrize("implementation", [results.OURS_COMPILED, results.OFFICIAL_COMPILED])
+def test_compiled_steps_compute_what_eager_ones_do(implementation, monkeypatch):
+    """Captured whole, with gradients; what inductor makes of the graph would take a minute here."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    compiled = small(implementation)
+    assert isinstance(compiled, torch._dynamo.eval_frame.OptimizedModule)
+    eager = small(implementation.removesuffix(" compiled"))
+    losses = [
+        [float(step()) for _ in range(2)] for step in (Step(m, *batch(), torch.float32) for m in (compiled, eager))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_models_start_equal():
+    """Every method measures the same frozen weights."""
+    weights = [
+        small(name).state_dict()["blocks.1.mlp.fc1.weight"] for name in (results.OURS, results.OFFICIAL, results.FULL)
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+    assert steps.CLASSES > 1

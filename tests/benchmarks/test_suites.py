@@ -1,0 +1,235 @@
+"""The suites: their shapes are the models', their groups are measured once, and what fails is said and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from benchmarks import cases, chunks, implementations, results, test_layer, test_norm
+from benchmarks.cases import MODELS, Shape
+from benchmarks.memory import peak_extra_bytes, saved_for_backward
+from benchmarks.results import LaunchCase, Result
+from benchmarks.suite import Outcome, Recorder, Rivals
+from rlrr_kernels import FusedRLRRLinear, apply_rlrr
+
+ROOT = Path(__file__).parents[2]
+TINY = Shape("vit_b", "tiny", "qkv", 5, 24, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "blocks"),
+    [
+        ("vit_b", "vit_base_patch16_224", ["blocks.0"]),
+        ("vit_l", "vit_large_patch16_224", ["blocks.0"]),
+        ("vit_h", "vit_huge_patch14_224", ["blocks.0"]),
+        ("swin_b", "swin_base_patch4_window7_224", [f"layers.{i}.blocks.0" for i in range(4)]),
+    ],
+)
+def test_shapes_are_those_that_the_model_trains(key, name, blocks):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    seen: dict[str, int] = {}
+
+    def count(block: str, x: torch.Tensor) -> None:
+        seen[block] = x.numel() // x.shape[-1]
+
+    for block in blocks:
+        model.get_submodule(block).register_forward_pre_hook(lambda _, args, block=block: count(block, args[0]))
+    model(torch.empty(1, 3, 224, 224, device="meta"))
+    apply_rlrr(model)
+    expected = [
+        (layer.split(".")[-1], seen[block], linear.out_features, linear.in_features, linear.groups)
+        for block in blocks
+        for layer, linear in model.get_submodule(block).named_modules()
+        if isinstance(linear, FusedRLRRLinear)
+    ]
+    got = [(s.layer.split(".")[-1], s.tokens, s.n, s.k, s.groups) for s in MODELS[key]]
+    assert got == expected
+
+
+def test_every_layer_and_dtype_is_in_one_chunk_and_every_chunk_has_a_suite():
+    names = list(cases.chunks())
+    assert len(names) == len(set(names))
+    layers = {cases.layer_chunk(s, d) for shapes in MODELS.values() for s in shapes for d in cases.DTYPES}
+    assert layers == {name for name in names if name.startswith("layer-")}
+    for name in names:
+        assert not any(other != name and other.startswith(name) for other in names)  # --chunk takes a prefix
+        command = chunks.command(name)
+        assert Path(command[3]).is_file()
+        assert command[command.index("--chunk") + 1] == name
+        assert command[-1] == f"make bench-gpu CHUNK={name}"
+
+
+def test_chunks_run_one_after_another_whatever_fails(capsys):
+    started = []
+
+    def start(command: list[str]) -> int:
+        started.append(command[command.index("--chunk") + 1])
+        return int(started[-1] == "norm")
+
+    assert chunks.run(["launch", "norm", "step-vit_b-64"], start) == ["norm"]
+    assert started == ["launch", "norm", "step-vit_b-64"]
+    assert "chunk 2 of 3: norm" in capsys.readouterr().out
+
+
+def test_chunks_are_listed_and_a_wrong_one_is_named(capsys):
+    assert chunks.main(["step-vit_b", "--list"]) == 0
+    assert capsys.readouterr().out.split() == ["step-vit_b-64", "step-vit_b-256"]
+    with pytest.raises(SystemExit, match="2"):
+        chunks.main(["vit"])
+    assert "prefix: expected the start of a chunk's name (see --list), got 'vit'" in capsys.readouterr().err
+
+
+def test_without_a_gpu_one_line_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert chunks.main([]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "bench-gpu: no CUDA device is visible to torch; `make bench` measures a slice on a CPU"
+    ]
+
+
+def _group(direction: str, dtype: str = "float32") -> Rivals:
+    return Rivals("layer", "layer-tiny", (TINY, 2, dtype, direction), "label")
+
+
+def _fail(*_: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("tried to allocate too much\nmore")
+
+
+def test_a_group_survives_a_rival_and_its_file_says_why(tmp_path, monkeypatch):
+    monkeypatch.setitem(implementations._FUNCTIONS, results.FACTORED, _fail)
+    monkeypatch.setattr(implementations.choice, "refusal", lambda name, x, w: "them" if name == "cuda" else None)
+    names = [results.OURS, results.FACTORED, results.CUDA, results.FORMULA, results.THREE_OPS]
+    recorder = Recorder(tmp_path, "command")
+    calls = []
+
+    def measure(asked: list[str]) -> dict[str, Outcome]:
+        calls.append(asked)
+        return test_layer._measure(_group("both"), (3, 3), asked)
+
+    for _ in names:
+        outcomes = recorder.outcomes(_group("both"), names, measure)
+    assert calls == [names]
+    assert outcomes[results.CUDA].unavailable
+    assert outcomes[results.CUDA].result.error == "Unavailable: backend 'cuda' cannot serve them"
+    (chunk,) = results.load(tmp_path)
+    rows = {row["implementation"]: row for row in chunk["results"]}
+    assert rows.keys() == {results.OURS, results.FACTORED, results.FORMULA, results.THREE_OPS}
+    assert rows[results.FACTORED]["error"] == "OutOfMemoryError: tried to allocate too much"
+    assert "seconds" not in rows[results.FACTORED]
+    ours, formula = rows[results.OURS], rows[results.FORMULA]
+    assert (ours["model"], ours["layer"], ours["n"], ours["k"], ours["groups"]) == ("tiny", "qkv", 24, 16, 3)
+    assert (ours["m"], ours["images"], ours["direction"]) == (10, 2, "both")
+    assert (ours["backend"], formula["backend"]) == (
+        implementations.backend_for(torch.empty(10, 16), torch.empty(24, 16)),
+        None,
+    )
+    assert all(len(row["seconds"]) == 3 for row in (ours, formula))
+    assert (ours["same_function"], rows[results.THREE_OPS]["same_function"]) == (True, False)
+    assert (ours["saved_bytes"], ours["saved_x"]) == (0, True)
+    assert formula["saved_bytes"] >= 4 * 24 * 16
+
+
+def test_a_chunk_holds_all_its_groups_and_no_others(tmp_path):
+    recorder = Recorder(tmp_path, "command")
+    for chunk, call in (("a", "forward"), ("a", "both"), ("b", "no_grad")):
+        result = Result(LaunchCase(call, "float32", results.OURS, "cpu"), [1.0])
+        recorder.outcomes(
+            Rivals("launch", chunk, (call,), call), [results.OURS], lambda _, r=result: {results.OURS: Outcome(r)}
+        )
+    assert {c["chunk"]: [r["call"] for r in c["results"]] for c in results.load(tmp_path)} == {
+        "a": ["forward", "both"],
+        "b": ["no_grad"],
+    }
+
+
+def test_saved_for_backward_counts_each_storage_once_and_not_what_is_there_anyway():
+    x, w = torch.randn(10, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        square = (w * 2).exp()  # exp keeps its own result, and so does the product of it
+        return x.view(10, 4) @ square.T
+
+    assert saved_for_backward(forward, x, (w,)) == (4 * 6 * 4, True)
+    assert saved_for_backward(lambda: x @ w.detach().T, x, ()) == (4 * 6 * 4, False)
+    assert saved_for_backward(lambda: x @ w.detach().T, x, (w,)) == (0, False)
+
+
+def test_peak_memory_leaves_out_what_stays_and_what_came_before():
+    log = []
+
+    def call():
+        a = torch.empty(1000, dtype=torch.uint8)
+        b = torch.empty(3000, dtype=torch.uint8)
+        del a
+        log.append("call")
+        return (torch.empty(500, dtype=torch.uint8), b)
+
+    def before():
+        log.append("before")
+        torch.empty(1 << 20)
+
+    assert peak_extra_bytes(call) == 1000 - 500
+    log.clear()
+    assert peak_extra_bytes(call, before) == 1000 - 500
+    assert log == ["before", "call"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [n for n in results.NORM_IMPLEMENTATIONS if n != results.FORMULA_COMPILED])
+def test_layer_norms_rivals_compute_the_same(name, dtype):
+    x = torch.randn(3, test_norm.D).to(test_norm.DEVICE, dtype).requires_grad_()
+    dy = torch.randn_like(x)
+    rivals = test_norm.layers(dtype)
+    (layer, trained), (norm, _) = rivals[name], rivals[results.LAYER_NORM]
+    assert isinstance(norm, nn.LayerNorm)
+    if name == results.LAYER_NORM:
+        assert not any(p.requires_grad for p in norm.parameters())
+        return
+    s, t = trained
+    wide = [p.detach().double().requires_grad_() for p in (x, s, t)]
+    weight, bias = norm.weight.double(), norm.bias.double()
+    want = nn.functional.layer_norm(wide[0], (test_norm.D,), weight, bias, norm.eps) * wide[1] + wide[2]
+    y = layer(x)
+    assert y.dtype is dtype
+    tolerance = 1e-5 if dtype is torch.float32 else 0.02
+    pairs = zip(
+        (y, *torch.autograd.grad(y, (x, s, t), dy)), (want, *torch.autograd.grad(want, wide, dy.double())), strict=True
+    )
+    for got, exact in pairs:
+        assert (got.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.slow
+def test_pytest_benchmark_tells_the_interleaved_times(tmp_path):
+    """A real session, on two of a group's rivals and one that is not here."""
+    options = [
+        "-k",
+        "no_grad-float32 and (plain or formula)",
+        "--benchmark-enable",
+        "--benchmark-only",
+        "--rounds",
+        "4",
+    ]
+    written = ["--results", str(tmp_path), f"--benchmark-json={tmp_path / 'table'}"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks/test_launch.py"]
+    done = subprocess.run([*command, *options, *written], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    (chunk,) = results.load(tmp_path)
+    rows = {row["implementation"]: row for row in chunk["results"]}
+    assert rows.keys() == {results.PLAIN, results.FORMULA}
+    assert chunk["command"].startswith("python -m pytest -p no:cacheprovider benchmarks/test_launch.py -k 'no_grad")
+    table = json.loads((tmp_path / "table").read_text())["benchmarks"]
+    assert {bench["group"] for bench in table} == {"launch-no_grad-float32"}
+    for bench in table:
+        row = rows[bench["params"]["implementation"]]
+        assert bench["stats"]["data"] == pytest.approx(row["seconds"], abs=1e-9)
+        assert bench["extra_info"]["clock"] == "wall clock"

@@ -1,0 +1,229 @@
+"""What decides a time: turns, rounds, copies that leave the cache cold, graphs, and what a failure costs the others."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+
+from benchmarks import timing
+from benchmarks.suite import ReplayTimer
+from benchmarks.timing import Call, GraphClock, Unavailable, Variant
+
+
+def test_copies_outgrow_the_cache_twice_and_are_one_without_it():
+    assert timing.copies(1 << 20, 50 << 20) == timing.MOST_COPIES
+    assert timing.copies(10 << 20, 50 << 20) == 10
+    assert timing.copies((10 << 20) + 1, 50 << 20) == 10
+    assert timing.copies((10 << 20) - 1, 50 << 20) == 11
+    assert timing.copies(200 << 20, 50 << 20) == 1
+    assert timing.copies(0, 50 << 20) == timing.MOST_COPIES
+    assert timing.copies(1 << 20, 0) == 1
+
+
+def test_rounds_fill_the_budget_between_least_and_most():
+    assert timing.rounds_within(6.0, 0.5, (5, 30)) == 12
+    assert timing.rounds_within(6.0, 100.0, (5, 30)) == 5
+    assert timing.rounds_within(6.0, 1e-12, (5, 30)) == 30
+
+
+class Rival:
+    """Counts seconds of its own, and writes its turns into a common log."""
+
+    def __init__(self, name: str, log: list[str], fails_at: int | None = None) -> None:
+        self.name, self.log, self.fails_at, self.turns = name, log, fails_at, 0
+
+    def turn(self) -> float:
+        self.log.append(self.name)
+        self.turns += 1
+        if self.turns == self.fails_at:
+            raise MemoryError(f"\n out of memory in {self.name}\nand more")
+        return 10.0 * self.turns
+
+
+def interleave(rivals: list[Rival], rounds: int, **broken: Exception) -> dict[str, timing.Rounds]:
+    by_name = {rival.name: rival for rival in rivals}
+
+    def make(name: str) -> Variant:
+        if name in broken:
+            raise broken[name]
+        return Variant([Call(by_name[name].turn)])
+
+    return timing.interleaved(
+        {name: (lambda name=name: make(name)) for name in [*by_name, *broken]},
+        lambda variant: (variant.calls[0].run, "counted"),
+        budget=1.0,
+        rounds=(rounds, rounds),
+    )
+
+
+def test_rivals_take_turns_and_nobody_always_follows_the_same():
+    log: list[str] = []
+    found = interleave([Rival(name, log) for name in "abc"], 3)
+    assert "".join(log) == "abc" + "abc" + "bca" + "cab"  # the first turns warm up
+    assert all(rounds.seconds == [20.0, 30.0, 40.0] for rounds in found.values())
+    assert {rounds.clock for rounds in found.values()} == {"counted"}
+
+
+def test_a_failure_leaves_the_others_their_rounds():
+    log: list[str] = []
+    rivals = [Rival("a", log), Rival("late", log, fails_at=3), Rival("first", log, fails_at=1)]
+    found = interleave(rivals, 4, absent=Unavailable("not here"), broken=ValueError("cannot compile"))
+    assert found["a"].seconds == [20.0, 30.0, 40.0, 50.0]
+    for name in ("late", "first"):
+        assert found[name].seconds == []
+        assert found[name].error == f"MemoryError: out of memory in {name}"
+        assert not found[name].unavailable
+    assert found["broken"].error == "ValueError: cannot compile"
+    assert found["absent"].unavailable
+    assert log.count("late") == 3  # not asked again
+
+
+def test_an_interrupt_is_no_result():
+    with pytest.raises(KeyboardInterrupt):
+        interleave([], 1, stopped=KeyboardInterrupt())  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A wall clock that only moves when told to."""
+    now = [100.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    return spend
+
+
+def test_the_wall_clock_leaves_out_what_comes_before_and_the_context(clock):
+    @contextlib.contextmanager
+    def context():
+        clock(7.0)
+        yield
+        clock(7.0)
+
+    calls = [Call(lambda: clock(1.0), lambda: clock(50.0)), Call(lambda: clock(3.0))]
+    turn, _ = timing.wall_clock(Variant(calls, context))
+    assert [turn(), turn(), turn()] == [1.0, 3.0, 1.0]
+
+
+def test_batches_give_the_time_of_one_call(clock, monkeypatch):
+    monkeypatch.setattr(timing, "synchronize", lambda: clock(1000.0))
+    calls = [Call(lambda: clock(1.0)), Call(lambda: clock(2.0))]
+    turn, _ = timing.batches(5, wait=False)(Variant(calls))
+    assert turn() == pytest.approx(1.5)
+    turn, _ = timing.batches(5, wait=True)(Variant(calls))
+    assert turn() == pytest.approx(1.5 + 1000 / 10)
+
+
+class FakeCuda:
+    """As much of ``torch.cuda`` as the stopwatch touches; the GPU's clock moves by a call's own seconds."""
+
+    def __init__(self, monkeypatch, refuse: Exception | None = None) -> None:
+        self.now, self.capturing, self.refuse = 0.0, None, refuse
+        self.log: list[str] = []
+        fake = self
+
+        class Graph:
+            def __init__(self) -> None:
+                self.work: list[tuple[str, float]] = []
+
+            def replay(self) -> None:
+                for name, spent in self.work:
+                    fake.execute(name, spent)
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = fake.now
+                fake.log.append("record")
+
+            def synchronize(self) -> None:
+                fake.log.append("wait")
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at - self.at) * 1e3
+
+        @contextlib.contextmanager
+        def graph(graph, pool, stream):
+            assert (pool, stream) == ("pool", "stream")
+            self.capturing = graph
+            try:
+                yield
+                if self.refuse is not None:
+                    raise self.refuse
+            finally:
+                self.capturing = None
+
+        replaced = {
+            "Stream": lambda: "stream",
+            "graph_pool_handle": lambda: "pool",
+            "stream": contextlib.nullcontext,
+            "synchronize": lambda: None,
+            "CUDAGraph": Graph,
+            "graph": graph,
+            "Event": Event,
+            "_sleep": lambda cycles: self.log.append("sleep"),
+        }
+        for name, value in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def execute(self, name: str, spent: float) -> None:
+        if self.capturing is not None:
+            self.capturing.work.append((name, spent))
+            return
+        self.log.append(name)
+        self.now += spent
+
+    def variant(self, copies: int) -> Variant:
+        numbers = itertools.count()
+
+        def one() -> Call:
+            i = next(numbers)
+            return Call(lambda: self.execute(f"run{i}", 2.0), lambda: self.execute(f"before{i}", 30.0))
+
+        return Variant([one() for _ in range(copies)])
+
+
+def test_a_graph_holds_every_copy_and_what_comes_before_is_not_timed(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    turn, name = GraphClock()(cuda.variant(3))
+    assert name == "CUDA graph"
+    assert cuda.log == 3 * ["before0", "before1", "before2", "run0", "run1", "run2"]  # warmed up before the capture
+    cuda.log.clear()
+    assert turn() == pytest.approx(2.0)
+    replayed = ["before0", "before1", "before2", "sleep", "record", "run0", "run1", "run2", "record", "wait"]
+    assert cuda.log == replayed
+
+
+def test_what_cannot_be_captured_is_enqueued_and_said(monkeypatch):
+    cuda = FakeCuda(monkeypatch, refuse=RuntimeError("operation not permitted\nwhen stream is capturing"))
+    with pytest.warns(UserWarning, match="not captured, timed call by call: RuntimeError: operation not permitted$"):
+        turn, name = GraphClock()(cuda.variant(2))
+    cuda.log.clear()
+    assert (turn(), name) == (pytest.approx(2.0), "CUDA events")
+    assert cuda.log == ["before0", "before1", "sleep", "record", "run0", "run1", "record", "wait"]
+
+
+def test_out_of_memory_in_a_capture_is_the_rivals_error(monkeypatch):
+    cuda = FakeCuda(monkeypatch, refuse=torch.OutOfMemoryError("out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        GraphClock()(cuda.variant(2))
+
+
+def test_the_replay_timer_tells_each_duration_between_two_calls():
+    replay = ReplayTimer()
+    for durations in ([0.5, 0.25, 3.0], [1.0]):
+        replay.load(durations)
+        told = []
+        for _ in durations:
+            start = replay()
+            told.append(replay() - start)
+        assert told == durations
+    with pytest.raises(RuntimeError, match="more durations than were measured"):
+        replay()
