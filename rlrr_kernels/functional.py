@@ -76,7 +76,7 @@ class _RescaledLinear(torch.autograd.Function):
         ctx.shift_dtype = None if shift is None else shift.dtype
         u, v = _canonical(scale_out, scale_in)
         rows = ops.rows(x)
-        passes = ops.backend(x, weight) if ops.unobserved(x, weight, scale_out, scale_in) else ops
+        passes = ops.backend(x, weight) if ops.unobserved(x, weight, scale_out, scale_in, bias, shift) else ops
         y = passes.forward(rows, weight, u, v, bias, shift)
         # a view made in here could not be changed in place, as callers of nn.Linear do
         return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
@@ -91,7 +91,7 @@ class _RescaledLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             passes = reference
         else:
-            passes = ops.backend(dy, weight) if ops.unobserved(dy, weight, scale_out, scale_in) else ops
+            passes = ops.backend(dy, weight) if ops.unobserved(dy, x, weight, scale_out, scale_in) else ops
         wide = accumulation_dtype(dy.dtype)
         dx = dw = du = dv = df = None
         if x_needs:

@@ -38,17 +38,26 @@ def backend(x: Tensor, weight: Tensor) -> ModuleType:
     return choice.module_for(x, weight, x.numel() // x.shape[-1])
 
 
-def unobserved(*tensors: Tensor) -> bool:
-    """Whether nobody would notice that an op is not called: no compiler, mode, transform, profiler or subclass.
+def unobserved(*tensors: Tensor | None) -> bool:
+    """Whether it makes no difference that an op is not called: the dispatcher and its Python cost as much as a product.
 
-    The dispatcher and a Python kernel behind it cost some 10 us a call in eager.
+    It does under a compiler or tracer, a mode, a transform or this thread's profiler, and
+    where a tensor is a subclass, has no data, or is only marked as negated or zero, which the dispatcher resolves.
     """
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
-    ) and all(type(t) in _PLAIN for t in tensors)
+        or torch._C._is_tracing()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+    ):
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg() or t._is_zerotensor()):
+            return False
+    return True
 
 
 def rows(x: Tensor) -> Tensor:
@@ -156,7 +165,7 @@ def layer_norm_kernels(x: Tensor) -> Any:
 
     Raises ``RuntimeError`` if ``triton`` is asked for and cannot, saying why.
     """
-    name = choice._requested()
+    name = choice.requested()
     asked = name == "triton"
     if (not asked and (name is not None or x.device.type != "cuda")) or x.numel() == 0:
         return None

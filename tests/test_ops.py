@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlrr_kernels import ops, rescaled_linear, use_backend
@@ -106,3 +107,25 @@ def test_nobody_watching_the_backend_is_called_itself():
         patch.setattr(backend, "forward", lambda *a: (seen.append("backend"), torch.zeros(3, 4))[1])
         rescaled_linear(*p.forward_args)
     assert seen == ["backend"]
+
+
+def test_marked_traced_and_watched_calls_go_through_the_dispatcher():
+    x = torch.zeros(2, 3)
+    assert ops.unobserved(x, None)
+    assert not ops.unobserved(torch.complex(x, x).conj().imag)
+    assert not ops.unobserved(torch._efficientzerotensor(2, 3))
+    assert not ops.unobserved(x.to("meta"))
+    seen = []
+    with torch.overrides.BaseTorchFunctionMode():
+        seen.append(ops.unobserved(x))
+    torch.jit.trace(lambda t: (seen.append(ops.unobserved(t)), t + 1)[1], (x,), check_trace=False)
+    make_fx(lambda t: (seen.append(ops.unobserved(t)), t + 1)[1], pre_dispatch=True)(x)
+    assert seen == [False, False, False]
+
+
+def test_tracing_before_dispatch_records_the_ops():
+    p = make_problem(3, 4, 5)
+    graph = make_fx(lambda x: rescaled_linear(x, *p.forward_args[1:]), pre_dispatch=True)(p.x)
+    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert "rlrr.forward.default" in targets
+    assert not [name for name in targets if name.startswith("rlrr_cpu")]

@@ -51,12 +51,16 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-def _requested() -> str | None:
+def _asked() -> str | None:
+    """What ``use_backend`` or else ``RLRR_BACKEND`` says, unchecked."""
+    forced = _forced
+    return forced if forced is not None else os.environ.get("RLRR_BACKEND")
+
+
+def requested() -> str | None:
     """The backend asked for by ``use_backend`` or ``RLRR_BACKEND``, or None for a free choice."""
-    if _forced is not None:
-        return None if _forced == "auto" else _forced
-    name = os.environ.get("RLRR_BACKEND", "auto")
-    return None if name in ("auto", "") else _checked(name, "RLRR_BACKEND")
+    asked = _asked()
+    return None if asked in (None, "auto", "") else _checked(asked, "RLRR_BACKEND")
 
 
 @contextlib.contextmanager
@@ -131,10 +135,10 @@ class _Entry:
     module: ModuleType
 
 
-def _plan(x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
+def _plan(asked: str | None, x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
     """Entries for tensors of these dtypes on this device; the last one takes every number of tokens."""
-    name = _requested()
-    if name is not None:
+    if asked not in (None, "auto", ""):
+        name = _checked(asked, "RLRR_BACKEND")
         why = refusal(name, x, weight)
         if why is not None:
             raise RuntimeError(
@@ -170,11 +174,11 @@ def _entry(tokens: tuple[float, float], name: str, why: str) -> _Entry:
 
 
 def _chosen(x: Tensor, weight: Tensor, tokens: int) -> _Entry:
-    asked = _forced if _forced is not None else os.environ.get("RLRR_BACKEND")
+    asked = _asked()  # once: another thread may enter use_backend meanwhile
     key = (asked, x.device, x.dtype, weight.dtype)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _plan(x, weight)
+        plan = _plans[key] = _plan(asked, x, weight)
     return next(entry for entry in plan if entry.tokens[0] <= tokens <= entry.tokens[1])
 
 

@@ -200,3 +200,26 @@ def test_the_shipped_rules_name_backends_dtypes_and_results_that_exist():
         assert rule["backend"] in choice.BACKENDS
         assert isinstance(getattr(torch, rule["dtype"]), torch.dtype)
         assert (root / rule["source"]).exists(), rule["source"]
+
+
+def test_a_choice_forced_by_another_thread_meanwhile_is_not_kept_for_the_free_one(fresh):
+    """The request is read once: what is stored belongs to the key that it is stored under."""
+    plan = choice._plan
+
+    def interrupted(asked, x, weight):
+        fresh.setattr(choice, "_forced", "reference")  # as another thread's use_backend
+        return plan(asked, x, weight)
+
+    x = torch.zeros(2, 4)
+    fresh.setattr(choice, "_plan", interrupted)
+    first = backend_for(x, x)
+    fresh.setattr(choice, "_forced", None)
+    fresh.setattr(choice, "_plan", plan)
+    assert backend_for(x, x) == first == "cpu"
+
+
+def test_each_dtype_of_w_has_a_choice_of_its_own(fresh):
+    x = torch.zeros(2, 4)
+    assert backend_for(x, x) == "cpu"
+    assert backend_for(x, x.half()) == "reference"
+    assert backend_for(x, x) == "cpu"

@@ -14,11 +14,12 @@ def forward_kernel(
     u,  # [N]
     bias,  # [N], read if HAS_BIAS
     shift,  # [N], read if HAS_SHIFT
-    y,  # [M, N]
+    y,  # [M, N]; if SPLIT float32 [splits, M, N], to be added up
     M,
     N,
     K,
     group_rows,
+    split_depth,  # columns of K that one split sums over, a multiple of BLOCK_K; read if SPLIT
     stride_xm,
     stride_xk,
     stride_wn,
@@ -27,8 +28,11 @@ def forward_kernel(
     stride_ym,
     HAS_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PAIRED_BF16: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND_TF32: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -36,6 +40,16 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    if SPLIT:
+        k_first = tl.program_id(1) * split_depth
+        k_last = tl.minimum(k_first + split_depth, K)
+        y += int64(tl.program_id(1)) * M * N
+    else:
+        k_first = 0
+        k_last = K
+    # without this the accumulator could leave the loop unwritten, and ptxas then serialises every wgmma
+    tl.assume(k_first < k_last)
+
     # n runs fastest: the programs in flight share a few row bands of x and all of W, which fits in L2
     n_tiles = (N // group_rows) * tl.cdiv(group_rows, BLOCK_N)
     m_start = (tl.program_id(0) // n_tiles) * BLOCK_M
@@ -44,7 +58,7 @@ def forward_kernel(
     offs_m = m_start + tl.arange(0, BLOCK_M)
     offs_n = n_start + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    u_col = tl.load(u + offs_n, mask=offs_n < n_end, other=0.0).to(tl.float32)[:, None]
+    u_n = tl.load(u + offs_n, mask=offs_n < n_end, other=0.0).to(tl.float32)
     if not DESCRIPTORS:
         # rows past the edge repeat the last one: what they compute is never stored
         rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
@@ -53,13 +67,17 @@ def forward_kernel(
         w_ptrs = w + rows_n[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
         v_ptrs = v + group * stride_vg + offs_k[None, :]
 
-    # W' is the left operand so that it goes from registers to the tensor cores; on the right
-    # it would be written back to shared memory at every step
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for k in tl.range(0, K, BLOCK_K):
+    # wgmma takes only its left operand from registers: W' on the right would be written back to shared
+    # memory at every step. mma.sync takes both from registers, and on the right fewer warps form the same W'
+    if WEIGHT_LEFT:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(k_first, k_last, BLOCK_K):
         if DESCRIPTORS:
-            w_tile = w.load([n_start, k])
+            # v before W: with nothing between the two that uses either, they share a barrier
             v_row = v.load([group, k])
+            w_tile = w.load([n_start, k])
             x_tile = x.load([m_start, k])
         elif EVEN_K:
             w_tile = tl.load(w_ptrs + int64(k) * stride_wk)
@@ -70,14 +88,23 @@ def forward_kernel(
             w_tile = tl.load(w_ptrs + int64(k) * stride_wk, mask=in_k, other=0.0)
             v_row = tl.load(v_ptrs + k, mask=in_k, other=0.0)
             x_tile = tl.load(x_ptrs + int64(k) * stride_xk, mask=in_k, other=0.0)
-        rescaled = rescale(w_tile, u_col, v_row.to(tl.float32), x_tile.dtype, ROUND_TF32, EMULATE_BF16)
-        acc = tl.dot(rescaled, operand(x_tile, EMULATE_BF16).T, acc, input_precision=PRECISION)
+        v_row = v_row.to(tl.float32)
+        rescaled = rescale(w_tile, u_n[:, None], v_row, x_tile.dtype, PAIRED_BF16, ROUND_TF32, EMULATE_BF16)
+        x_tile = operand(x_tile, EMULATE_BF16)
+        if WEIGHT_LEFT:
+            acc = tl.dot(rescaled, x_tile.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x_tile, rescaled.T, acc, input_precision=PRECISION)
 
+    # transposed only here: touching acc inside the loop would make every step wait for the last
+    if WEIGHT_LEFT:
+        acc = acc.T
     in_n = offs_n < n_end
     if HAS_BIAS:
-        acc += tl.load(bias + offs_n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     if HAS_SHIFT:
-        acc += tl.load(shift + offs_n, mask=in_n, other=0.0).to(tl.float32)[:, None]
-    # transposed only here: touching acc inside the loop would make every step wait for the last
+        acc += tl.load(shift + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    if not SPLIT:
+        acc = narrow(acc, y.dtype.element_ty, EMULATE_BF16)
     y_ptrs = y + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
-    tl.store(y_ptrs, narrow(acc.T, y.dtype.element_ty, EMULATE_BF16), mask=(offs_m[:, None] < M) & in_n[None, :])
+    tl.store(y_ptrs, acc, mask=(offs_m[:, None] < M) & in_n[None, :])

@@ -12,11 +12,12 @@ def grad_input_kernel(
     w,  # [N, K]: pointer, or descriptor of [BLOCK_N, BLOCK_K] boxes
     u,  # [N]
     v,  # [groups, K]
-    dx,  # [M, K]
+    dx,  # [M, K]; if SPLIT float32 [splits, M, K], to be added up
     M,
     N,
     K,
     group_rows,
+    split_steps,  # steps of BLOCK_N that one split sums over; read if SPLIT
     stride_dym,
     stride_dyn,
     stride_wn,
@@ -24,9 +25,11 @@ def grad_input_kernel(
     stride_vg,
     stride_dxm,
     ONE_GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     EVEN_N: tl.constexpr,
+    PAIRED_BF16: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND_TF32: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -50,14 +53,21 @@ def grad_input_kernel(
 
     # the sum over n walks the groups one after another; no step crosses into the next
     steps = tl.cdiv(group_rows, BLOCK_N)
-    groups = N // group_rows
+    first = 0
+    last = (N // group_rows) * steps
+    if SPLIT:
+        first = tl.program_id(1) * split_steps
+        last = tl.minimum(first + split_steps, last)
+        dx += int64(tl.program_id(1)) * M * K
+    # without this the accumulator could leave the loop unwritten, and ptxas then serialises every wgmma
+    tl.assume(first < last)
     # wgmma takes only its left operand from registers, so W'^T stands there; mma.sync takes both
     # from registers, and there the untransposed W' can be loaded straight into its fragments
     if WEIGHT_LEFT:
         acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for step in tl.range(0, groups * steps):
+    for step in tl.range(first, last):
         if ONE_GROUP:
             n = step * BLOCK_N
             n_end = N
@@ -81,13 +91,17 @@ def grad_input_kernel(
             dy_tile = tl.load(dy_ptrs + int64(n) * stride_dyn, mask=in_n[None, :], other=0.0)
         u_n = u_n.to(tl.float32)
         if WEIGHT_LEFT:
-            rescaled = rescale(w_tile.T, u_n[None, :], v_k[:, None], dy_tile.dtype, ROUND_TF32, EMULATE_BF16)
+            rescaled = rescale(
+                w_tile.T, u_n[None, :], v_k[:, None], dy_tile.dtype, PAIRED_BF16, ROUND_TF32, EMULATE_BF16
+            )
             acc = tl.dot(rescaled, operand(dy_tile, EMULATE_BF16).T, acc, input_precision=PRECISION)
         else:
-            rescaled = rescale(w_tile, u_n[:, None], v_k[None, :], dy_tile.dtype, ROUND_TF32, EMULATE_BF16)
+            rescaled = rescale(w_tile, u_n[:, None], v_k[None, :], dy_tile.dtype, PAIRED_BF16, ROUND_TF32, EMULATE_BF16)
             acc = tl.dot(operand(dy_tile, EMULATE_BF16), rescaled, acc, input_precision=PRECISION)
 
-    dx_ptrs = dx + offs_m[:, None].to(tl.int64) * stride_dxm + offs_k[None, :]
     if WEIGHT_LEFT:
         acc = acc.T
-    tl.store(dx_ptrs, narrow(acc, dx.dtype.element_ty, EMULATE_BF16), mask=(offs_m[:, None] < M) & in_k[None, :])
+    if not SPLIT:
+        acc = narrow(acc, dx.dtype.element_ty, EMULATE_BF16)
+    dx_ptrs = dx + offs_m[:, None].to(tl.int64) * stride_dxm + offs_k[None, :]
+    tl.store(dx_ptrs, acc, mask=(offs_m[:, None] < M) & in_k[None, :])

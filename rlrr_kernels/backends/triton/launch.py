@@ -17,10 +17,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlrr_kernels.backends.triton import config as configs
+from rlrr_kernels.backends.triton import tuned
 from rlrr_kernels.backends.triton.config import Arithmetic, Config, Device, Path
 from rlrr_kernels.backends.triton.forward import forward_kernel
 from rlrr_kernels.backends.triton.grad_input import grad_input_kernel
 from rlrr_kernels.backends.triton.grad_scales import grad_scales_kernel, sum_partials_kernel
+from rlrr_kernels.backends.triton.slices import Slice, row_slices
+from rlrr_kernels.backends.triton.start import ceil_div, start
+from rlrr_kernels.backends.triton.sum_splits import sum_splits_kernel
 
 #: Under ``TRITON_INTERPRET=1`` kernels run on CPU tensors, and choices are made as for this GPU.
 INTERPRETED_DEVICE = Device(capability=(9, 0), multiprocessors=132, shared_memory=232448)
@@ -57,12 +61,14 @@ def _guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def _arithmetic(dtype: torch.dtype) -> Arithmetic:
+    if dtype is not torch.float32:
+        return "half"
     # not allow_tf32: reading it raises once the user has set fp32_precision
     return configs.arithmetic(dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def _options(config: Config, x: Tensor, kind: Arithmetic, boxes: bool) -> dict[str, Any]:
-    """What all three kernels take at compile time. Fused multiply-adds are asked for: Triton's default will change."""
+def _constants(config: Config, x: Tensor, kind: Arithmetic, boxes: bool) -> dict[str, Any]:
+    """The last compile-time arguments of all three kernels."""
     return {
         "DESCRIPTORS": boxes,
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
@@ -71,20 +77,22 @@ def _options(config: Config, x: Tensor, kind: Arithmetic, boxes: bool) -> dict[s
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
     }
+
+
+def _paired(weight: Tensor) -> bool:
+    return weight.dtype is torch.bfloat16 and not interpreting()
+
+
+def _options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    # fused multiply-adds are asked for: Triton's default will change
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 def _fits_boxes(t: Tensor) -> bool:
     """Whether the copy engine can load tiles of a 2-D tensor: row-major, 16-byte base and rows."""
-    return (
-        t.stride(1) == 1
-        and t.stride(0) >= t.shape[1]
-        and t.stride(0) * t.element_size() % 16 == 0
-        and t.data_ptr() % 16 == 0
-    )
+    rows, cols = t.stride()
+    return cols == 1 and rows >= t.shape[1] and rows * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def _fits_vectors(t: Tensor) -> bool:
@@ -94,8 +102,13 @@ def _fits_vectors(t: Tensor) -> bool:
 
 def _path(device: Device, kind: Arithmetic, *tensors: Tensor, boxes: bool = True) -> Path:
     """The best way to load tiles of all these tensors."""
-    boxes = boxes and device.has_wgmma and kind != "ieee" and os.environ.get("RLRR_TRITON_DESCRIPTORS") != "0"
-    if boxes and all(map(_fits_boxes, tensors)):
+    if (
+        boxes
+        and device.has_wgmma
+        and kind != "ieee"
+        and all(map(_fits_boxes, tensors))
+        and os.environ.get("RLRR_TRITON_DESCRIPTORS") != "0"
+    ):
         return "boxes"
     return "vectors" if all(map(_fits_vectors, tensors)) else "elements"
 
@@ -106,10 +119,37 @@ def _boxes(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 def _vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
     """u ``[N, 1]`` and v ``[groups, 1, K]`` as contiguous ``[N]`` and ``[groups, K]``, 32 bits at most."""
-    u, v = scale_out[:, 0], scale_in[:, 0]
+    u, v = scale_out.squeeze(1), scale_in.squeeze(1)
     if u.dtype is torch.float64 or v.dtype is torch.float64:
         u, v = u.float(), v.float()
     return u.contiguous(), v.contiguous()
+
+
+def _splits(config: Config, steps: int) -> tuple[int, int]:
+    """Splits of a sum of so many steps, none of them empty, and the steps of each (of the last: at most)."""
+    split_steps = ceil_div(steps, config.splits)
+    return ceil_div(steps, split_steps), split_steps
+
+
+def _sum_splits(partial: Tensor, bias: Tensor | None, shift: Tensor | None, out: Tensor) -> None:
+    """out ``[M, N]`` from partial ``[splits, M, N]`` and what is to be added to each row."""
+    splits, m, n = partial.shape
+    rows, cols = 4, 256
+    start(
+        sum_splits_kernel,
+        (ceil_div(m, rows) * ceil_div(n, cols),),
+        (partial, partial if bias is None else bias, partial if shift is None else shift, out),
+        (m, n, splits),
+        {
+            "HAS_BIAS": bias is not None,
+            "HAS_SHIFT": shift is not None,
+            "EMULATE_BF16": interpreting() and out.dtype is torch.bfloat16,
+            "ROWS": rows,
+            "COLS": cols,
+        },
+        _options(num_warps=4, num_stages=2),
+        out.device.index,
+    )
 
 
 def forward(
@@ -132,31 +172,37 @@ def forward(
     if path is None:
         path = _path(device, kind, x, weight, v)
     if config is None:
-        config = configs.forward_config(m, n, k, groups, kind, path, x.element_size(), weight.element_size(), device)
+        problem = (m, n, k, groups, kind, path, x.element_size(), weight.element_size())
+        config = tuned.find("forward", *problem, x.device.index) or configs.forward_config(*problem, device)
     bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"
-    grid = (triton.cdiv(m, bm) * groups * triton.cdiv(n // groups, bn),)
+    splits, split_steps = _splits(config, ceil_div(k, bk))
+    out = y if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
+    bias, shift = (None if t is None else t.contiguous() for t in (bias, shift))
+    has_bias, has_shift = bias is not None, shift is not None
+    bias, shift = u if bias is None else bias, u if shift is None else shift
+    operands: tuple[Any, ...] = (x, weight, v)
+    if boxes:
+        operands = (_boxes(x, bm, bk), _boxes(weight, bn, bk), _boxes(v, 1, bk))
     with _guard(x):
-        forward_kernel[grid](
-            _boxes(x, bm, bk) if boxes else x,
-            _boxes(weight, bn, bk) if boxes else weight,
-            _boxes(v, 1, bk) if boxes else v,
-            u,
-            u if bias is None else bias.contiguous(),
-            u if shift is None else shift.contiguous(),
-            y,
-            m,
-            n,
-            k,
-            n // groups,
-            *x.stride(),
-            *weight.stride(),
-            v.stride(0),
-            y.stride(0),
-            HAS_BIAS=bias is not None,
-            HAS_SHIFT=shift is not None,
-            EVEN_K=k % bk == 0,
-            **_options(config, x, kind, boxes),
+        start(
+            forward_kernel,
+            (ceil_div(m, bm) * groups * ceil_div(n // groups, bn), splits),
+            (*operands, u, bias, shift, out),
+            (m, n, k, n // groups, split_steps * bk, *x.stride(), *weight.stride(), v.stride(0), n),
+            {
+                "HAS_BIAS": has_bias and splits == 1,
+                "HAS_SHIFT": has_shift and splits == 1,
+                "SPLIT": splits > 1,
+                "WEIGHT_LEFT": device.has_wgmma,
+                "EVEN_K": k % bk == 0,
+                "PAIRED_BF16": _paired(weight),
+                **_constants(config, x, kind, boxes),
+            },
+            _options(config.num_warps, config.num_stages),
+            x.device.index,
         )
+        if splits > 1:
+            _sum_splits(out, bias if has_bias else None, shift if has_shift else None, y)
     return y
 
 
@@ -180,31 +226,57 @@ def grad_input(
         whole = groups == 1 or (n // groups) % configs.GROUP_STEP == 0
         path = _path(device, kind, dy, weight, boxes=whole)
     if config is None:
-        config = configs.grad_input_config(
-            m, n, k, groups, kind, path, dy.element_size(), weight.element_size(), device
-        )
+        problem = (m, n, k, groups, kind, path, dy.element_size(), weight.element_size())
+        config = tuned.find("grad_input", *problem, dy.device.index) or configs.grad_input_config(*problem, device)
     bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"
+    splits, split_steps = _splits(config, groups * ceil_div(n // groups, bn))
+    out = dx if splits == 1 else torch.empty((splits, m, k), dtype=torch.float32, device=dy.device)
+    operands: tuple[Any, ...] = (dy, weight)
+    if boxes:
+        operands = (_boxes(dy, bm, bn), _boxes(weight, bn, bk))
     with _guard(dy):
-        grad_input_kernel[(triton.cdiv(m, bm) * triton.cdiv(k, bk),)](
-            _boxes(dy, bm, bn) if boxes else dy,
-            _boxes(weight, bn, bk) if boxes else weight,
-            u,
-            v,
-            dx,
-            m,
-            n,
-            k,
-            n // groups,
-            *dy.stride(),
-            *weight.stride(),
-            v.stride(0),
-            dx.stride(0),
-            ONE_GROUP=groups == 1,
-            WEIGHT_LEFT=device.has_wgmma,
-            EVEN_N=(n // groups) % bn == 0,
-            **_options(config, dy, kind, boxes),
+        start(
+            grad_input_kernel,
+            (ceil_div(m, bm) * ceil_div(k, bk), splits),
+            (*operands, u, v, out),
+            (m, n, k, n // groups, split_steps, *dy.stride(), *weight.stride(), v.stride(0), k),
+            {
+                "ONE_GROUP": groups == 1,
+                "SPLIT": splits > 1,
+                "WEIGHT_LEFT": device.has_wgmma,
+                "EVEN_N": (n // groups) % bn == 0,
+                "PAIRED_BF16": _paired(weight),
+                **_constants(config, dy, kind, boxes),
+            },
+            _options(config.num_warps, config.num_stages),
+            dy.device.index,
         )
+        if splits > 1:
+            _sum_splits(out, None, None, dx)
     return dx
+
+
+def _in_slices(
+    slices: tuple[Slice, ...],
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+    need_shift: bool,
+    given: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`grad_scales` over one slice (group, first row, end) after another: dv adds up in that order."""
+    dv = torch.zeros(scale_in.shape, dtype=torch.float32, device=x.device)
+    du_parts, df_parts = [], []
+    for group, first, end in slices:
+        rows = slice(first, end)
+        v = scale_in[group : group + 1]
+        du, dv_part, df = grad_scales(dy[:, rows], x, weight[rows], scale_out[rows], v, need_shift, **given)
+        dv[group] += dv_part[0]
+        du_parts.append(du)
+        df_parts.append(df)
+    return torch.cat(du_parts), dv, torch.cat(df_parts)
 
 
 def grad_scales(
@@ -219,19 +291,30 @@ def grad_scales(
     split_tokens: int | None = None,
     path: Path | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32."""
+    """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32.
+
+    Where the partial sums of all rows of W would not fit in ``configs.WORKSPACE_BYTES``, slices of rows take turns.
+    """
     (m, n), k = dy.shape, x.shape[1]
     groups = scale_in.shape[0]
     u, v = _vectors(scale_out, scale_in)
     device, kind = _device(x), _arithmetic(x.dtype)
+    given: dict[str, Any] = {"config": config, "split_tokens": split_tokens, "path": path}
     if path is None:
         # W is read once, after the loop, but into the same registers: boxes do not help it
         path = _path(device, kind, dy, x, weight, boxes=_fits_vectors(weight))
     if config is None or split_tokens is None:
-        config, split_tokens = configs.grad_scales_config(m, n, k, groups, kind, path, x.element_size(), device)
+        problem = (m, n, k, groups, kind, path, x.element_size())
+        found = tuned.find("grad_scales", *problem, weight.element_size(), x.device.index)
+        config, split_tokens = found or configs.grad_scales_config(*problem, device, weight.element_size())
     bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"
-    splits, k_tiles = triton.cdiv(m, split_tokens), triton.cdiv(k, bk)
-    group_tiles = triton.cdiv(n // groups, bn)
+    splits, k_tiles = ceil_div(m, split_tokens), ceil_div(k, bk)
+    slices = row_slices(n, k, groups, config, splits, configs.WORKSPACE_BYTES)
+    if len(slices) > 1:
+        if all(first * dy.element_size() % 16 == 0 for _, first, _ in slices):  # else a slice loads in another way
+            given = {"config": config, "split_tokens": split_tokens, "path": path}
+        return _in_slices(slices, dy, x, weight, scale_out, scale_in, need_shift, given)
+    group_tiles = ceil_div(n // groups, bn)
     new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     du, dv = torch.empty((n, 1), **new), torch.empty((groups, 1, k), **new)
     df = torch.empty(n if need_shift else 0, **new)
@@ -239,49 +322,27 @@ def grad_scales(
     sizes = (splits * k_tiles * n, groups * splits * group_tiles * k, splits * n if need_shift else 0)
     du_partial, dv_partial, df_partial = torch.empty(sum(sizes), **new).split(sizes)
     block = 128
+    operands: tuple[Any, ...] = (dy, dy, x)
+    if boxes:
+        operands = (dy, _boxes(dy, bm, bn), _boxes(x, bm, bk))
+    strides = (*dy.stride(), *x.stride(), *weight.stride(), v.stride(0))
     with _guard(x):
-        grad_scales_kernel[(splits * groups * group_tiles * (k_tiles + need_shift),)](
-            dy,
-            _boxes(dy, bm, bn) if boxes else dy,
-            _boxes(x, bm, bk) if boxes else x,
-            weight,
-            u,
-            v,
-            du_partial,
-            dv_partial,
-            df_partial,
-            m,
-            n,
-            k,
-            n // groups,
-            split_tokens,
-            splits,
-            *dy.stride(),
-            *x.stride(),
-            *weight.stride(),
-            v.stride(0),
-            HAS_SHIFT=need_shift,
-            **_options(config, x, kind, boxes),
+        start(
+            grad_scales_kernel,
+            (splits * groups * group_tiles * (k_tiles + need_shift),),
+            (*operands, weight, u, v, du_partial, dv_partial, df_partial),
+            (m, n, k, n // groups, split_tokens, splits, *strides),
+            {"HAS_SHIFT": need_shift, **_constants(config, x, kind, boxes)},
+            _options(config.num_warps, config.num_stages),
+            x.device.index,
         )
-        n_blocks, k_blocks = triton.cdiv(n, block), triton.cdiv(k, block)
-        sum_partials_kernel[(n_blocks * (1 + need_shift) + groups * k_blocks,)](
-            du_partial,
-            dv_partial,
-            df_partial,
-            du,
-            dv,
-            df,
-            n,
-            k,
-            groups,
-            splits * k_tiles,
-            splits * group_tiles,
-            splits,
-            HAS_SHIFT=need_shift,
-            ROWS=16,
-            COLS=block,
-            num_warps=4,
-            num_stages=2,
-            enable_fp_fusion=True,
+        start(
+            sum_partials_kernel,
+            (ceil_div(n, block) * (1 + need_shift) + groups * ceil_div(k, block),),
+            (du_partial, dv_partial, df_partial, du, dv, df),
+            (n, k, groups, splits * k_tiles, splits * group_tiles, splits),
+            {"HAS_SHIFT": need_shift, "ROWS": 16, "COLS": block},
+            _options(num_warps=4, num_stages=2),
+            x.device.index,
         )
     return du, dv, df

@@ -13,7 +13,8 @@ agree bit for bit. ds and dt follow from those two sums.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlrr_kernels.backends.triton import launch
+from rlrr_kernels.backends.triton.start import ceil_div, start
 from rlrr_kernels.backends.triton.tiles import int64, narrow
 
 #: Longest row that the backward kernel holds in registers: of any width, and of multiples of 16, which it loads
@@ -158,8 +160,8 @@ def sum_partials_kernel(
     in_d = cols < D
     dy_xhat = tl.zeros((ROWS, COLS), tl.float32)
     dy_sum = tl.zeros((ROWS, COLS), tl.float32)
-    for start in tl.range(0, programs, ROWS):
-        rows = start + tl.arange(0, ROWS)[:, None]
+    for first in tl.range(0, programs, ROWS):
+        rows = first + tl.arange(0, ROWS)[:, None]
         inside = (rows < programs) & in_d[None, :]
         ptrs = partial + rows.to(tl.int64) * D + cols[None, :]
         dy_xhat += tl.load(ptrs, mask=inside, other=0.0)
@@ -182,16 +184,25 @@ def unsupported(x: Tensor) -> str | None:
     return launch.unsupported(x, x)
 
 
-def _tile(d: int) -> dict[str, int]:
+class Tile(NamedTuple):
+    """Rows of a program, columns rounded up to a power of two, warps."""
+
+    rows: int
+    block_d: int
+    warps: int
+
+
+@functools.cache
+def _tile(d: int) -> Tile:
     block = triton.next_power_of_2(d)
     rows = max(1, TILE // block)
-    return {"ROWS": rows, "BLOCK_D": block, "num_warps": min(MAX_WARPS, rows * block // ELEMENTS_PER_WARP)}
+    return Tile(rows, block, min(MAX_WARPS, rows * block // ELEMENTS_PER_WARP))
 
 
-def _programs(x: Tensor, tile: dict[str, int]) -> int:
+def _programs(x: Tensor, tile: Tile) -> int:
     """As many as the GPU holds at once, since each leaves a row of partial sums; fewer where there are fewer rows."""
-    resident = launch._device(x).multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // tile["num_warps"])
-    return min(resident, triton.cdiv(x.shape[0], tile["ROWS"]))
+    resident = launch._device(x).multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // tile.warps)
+    return min(resident, ceil_div(x.shape[0], tile.rows))
 
 
 def _vector(t: Tensor | None, absent: Tensor) -> Tensor:
@@ -227,24 +238,20 @@ def forward(
     scale = _vector(scale, scale)
     tile = _tile(d)
     with launch._guard(x):
-        forward_kernel[(triton.cdiv(m, tile["ROWS"]),)](
-            x,
-            _vector(weight, scale),
-            _vector(bias, scale),
-            scale,
-            _vector(shift, scale),
-            y,
-            mean,
-            rstd,
-            m,
-            d,
-            eps,
-            x.stride(0),
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            EMULATE_BF16=_emulate(y),
-            enable_fp_fusion=True,
-            **tile,
+        start(
+            forward_kernel,
+            (ceil_div(m, tile.rows),),
+            (x, _vector(weight, scale), _vector(bias, scale), scale, _vector(shift, scale), y, mean, rstd),
+            (m, d, eps, x.stride(0)),
+            {
+                "HAS_WEIGHT": weight is not None,
+                "HAS_BIAS": bias is not None,
+                "EMULATE_BF16": _emulate(y),
+                "ROWS": tile.rows,
+                "BLOCK_D": tile.block_d,
+            },
+            {"num_warps": tile.warps, "enable_fp_fusion": True},
+            x.device.index,
         )
     return y, mean, rstd
 
@@ -278,38 +285,28 @@ def backward(
     weight_or_any = _vector(weight, scale)
     cols = 32
     with launch._guard(x):
-        backward_kernel[(programs,)](
-            dy,
-            x,
-            mean,
-            rstd,
-            weight_or_any,
-            scale,
-            dx,
-            partial,
-            m,
-            d,
-            dy.stride(0),
-            x.stride(0),
-            HAS_WEIGHT=weight is not None,
-            NEED_X=need_x,
-            EMULATE_BF16=_emulate(dx),
-            enable_fp_fusion=True,
-            **tile,
+        start(
+            backward_kernel,
+            (programs,),
+            (dy, x, mean, rstd, weight_or_any, scale, dx, partial),
+            (m, d, dy.stride(0), x.stride(0)),
+            {
+                "HAS_WEIGHT": weight is not None,
+                "NEED_X": need_x,
+                "EMULATE_BF16": _emulate(dx),
+                "ROWS": tile.rows,
+                "BLOCK_D": tile.block_d,
+            },
+            {"num_warps": tile.warps, "enable_fp_fusion": True},
+            x.device.index,
         )
-        sum_partials_kernel[(triton.cdiv(d, cols),)](
-            partial,
-            weight_or_any,
-            _vector(bias, scale),
-            ds,
-            dt,
-            programs,
-            d,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            ROWS=32,
-            COLS=cols,
-            num_warps=4,
-            enable_fp_fusion=True,
+        start(
+            sum_partials_kernel,
+            (ceil_div(d, cols),),
+            (partial, weight_or_any, _vector(bias, scale), ds, dt),
+            (programs, d),
+            {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "ROWS": 32, "COLS": cols},
+            {"num_warps": 4, "enable_fp_fusion": True},
+            x.device.index,
         )
     return dx, ds, dt

@@ -168,17 +168,17 @@ def test_rows_shared_among_programs_give_the_same_sums_bit_for_bit_each_time(tri
 @pytest.mark.parametrize("d", [1, 7, 192, 768, 1280, 4096, layer_norm.MAX_VECTOR_D])
 def test_a_tile_holds_the_row_in_the_registers_of_its_warps(d):
     tile = layer_norm._tile(d)
-    assert tile["BLOCK_D"] >= d > tile["BLOCK_D"] // 2
-    elements = tile["ROWS"] * tile["BLOCK_D"]
+    assert tile.block_d >= d > tile.block_d // 2
+    elements = tile.rows * tile.block_d
     assert elements >= layer_norm.TILE
-    assert elements <= 32 * (8 if d <= layer_norm.MAX_D else 16) * tile["num_warps"]
-    assert tile["num_warps"] <= 16
+    assert elements <= 32 * (8 if d <= layer_norm.MAX_D else 16) * tile.warps
+    assert tile.warps <= 16
 
 
 def test_programs_fill_the_gpu_and_no_more(monkeypatch):
     monkeypatch.setattr(launch, "_device", lambda x: DEVICES["sm_90"])
     tile = layer_norm._tile(768)
-    rows = tile["ROWS"]
+    rows = tile.rows
     assert layer_norm._programs(torch.empty(1, 768), tile) == 1
     assert layer_norm._programs(torch.empty(10 * rows + 1, 768), tile) == 11
     assert layer_norm._programs(torch.empty(100_000, 768, device="meta"), tile) == 132 * 3
@@ -234,6 +234,6 @@ def test_no_width_spills_and_backward_is_resident_as_often_as_the_grid_counts_on
     spilled = [r for r in reports if r["stack"] > 0]
     assert not spilled, "\n".join(str(r) for r in spilled)
     for r in reports:
-        warps = layer_norm._tile(r["case"]["k"])["num_warps"]
+        warps = layer_norm._tile(r["case"]["k"]).warps
         resident = 65_536 // (32 * warps * r["registers"])
         assert resident >= max(1, layer_norm.WARPS_PER_MULTIPROCESSOR // warps), r

@@ -1,0 +1,64 @@
+"""Start a Triton kernel: the first time by Triton's own binder, then by the compiled kernel it gave.
+
+The binder looks at every argument of every call to find out which compiled kernel is
+meant, and takes longer than a small product does on the GPU. What the code
+depends on is the key here; a call with the key of an earlier one goes to the same kernel.
+Hooks at a launch are called as ever; a kernel with hooks before the binder, and knobs of
+Triton changed after a kernel's first launch, are the binder's: the latter reach new keys only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+#: More than any training run meets; a run with ever new sizes starts afresh here.
+MOST_HANDLES = 4096
+
+_handles: dict[tuple[Any, ...], CompiledKernel] = {}
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. Not ``triton.cdiv``, which takes microseconds on the host."""
+    return -(-a // b)
+
+
+def start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    operands: tuple[Any, ...],
+    numbers: tuple[float, ...],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    device: int | None,
+) -> None:
+    """Run ``kernel`` on the current stream of GPU ``device``, which is the current one (None: no GPU).
+
+    ``operands`` (tensors, or descriptors of boxes), ``numbers`` and ``constants`` are its
+    arguments in its own order; ``options`` go to the compiler.
+    """
+    aligned = 0
+    dtypes = []
+    for operand in operands:
+        if isinstance(operand, TensorDescriptor):
+            operand = operand.base  # whose alignment the copy engine asks for anyway
+        else:
+            aligned |= operand.data_ptr()
+        dtypes.append(operand.dtype)
+    key = None
+    # which operand is not aligned matters, and hooks want to be called: both left to the binder
+    if aligned % 16 == 0 and not getattr(kernel, "pre_run_hooks", None):
+        key = (kernel, device, numbers, *dtypes, *constants.values(), *options.values())
+        handle = _handles.get(key)
+        if handle is not None:
+            handle[(*grid, 1, 1)](*operands, *numbers, *constants.values())
+            return
+    handle = kernel[grid](*operands, *numbers, **constants, **options)
+    if key is not None and isinstance(handle, CompiledKernel):
+        # the handle takes its arguments by position alone
+        assert kernel.arg_names[len(operands) + len(numbers) :] == list(constants), kernel.arg_names
+        if len(_handles) >= MOST_HANDLES:
+            _handles.clear()
+        _handles[key] = handle

@@ -1,0 +1,159 @@
+"""Writing: processes at the same time lose nothing, and a killed one leaves the file whole."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from rlrr_kernels.backends.triton import tuned_file
+from rlrr_kernels.backends.triton.tuned_file import parse, read
+from rlrr_kernels.tune import store
+from tests.tune.entries import CONFIG, FORWARD, NARROW, WHERE, entry
+
+#: Children only read and write files: none uses what a fork may not carry over.
+FORK = multiprocessing.get_context("fork")
+
+
+def entries(path: Path) -> dict[int, object]:
+    return {found.m: found.config for found in map(parse, read(path))}
+
+
+def write_many(path: Path, start, first: int, count: int) -> None:
+    start.wait()
+    for m in range(first, first + count):
+        store.add(path, [entry(m)])
+
+
+def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path):
+    path = tmp_path / "new" / "tuned.json"
+    start = FORK.Barrier(4)
+    writers = [FORK.Process(target=write_many, args=(path, start, 1 + 50 * i, 50)) for i in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert sorted(entries(path)) == list(range(1, 201))
+    assert sorted(p.name for p in path.parent.iterdir()) == [".tuned.json.lock", "tuned.json"]
+
+
+def write_and_tell(path: Path, written) -> None:
+    m = 0
+    while True:
+        m += 1
+        # large, so that a kill often falls into the writing
+        store.add(path, [entry(m, measured={"note": "x" * 200_000})])
+        written.value = m
+
+
+def test_a_killed_writer_leaves_the_file_whole_and_the_lock_free(tmp_path):
+    path = tmp_path / "tuned.json"
+    store.add(path, [entry(10**6)])
+    written = FORK.RawValue("q", 0)  # without a lock, which the kill would leave taken
+    for delay in (0.0, 0.001, 0.003, 0.005, 0.01, 0.015, 0.02, 0.03):
+        written.value = 0
+        writer = FORK.Process(target=write_and_tell, args=(path, written))
+        writer.start()
+        while written.value < 2:
+            time.sleep(0.001)
+        time.sleep(delay)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        found = entries(path)
+        assert found.keys() >= {10**6, *range(1, written.value + 1)}
+        path.unlink()  # start small again
+        store.add(path, [entry(10**6)])
+    # what the dead left beside it is gone
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tuned.json.lock", "tuned.json"]
+
+
+def test_a_new_entry_replaces_the_same_key_only(tmp_path):
+    path = tmp_path / "tuned.json"
+    store.add(path, [entry(1), entry(2)])
+    others = [
+        entry(1, FORWARD._replace(path="vectors")),
+        entry(1, where=WHERE._replace(triton="0.1")),
+        entry(1, where=WHERE._replace(gpu="Other")),
+    ]
+    store.add(path, others)
+    store.add(path, [entry(1, config=NARROW)])
+    found = [parse(raw) for raw in read(path)]
+    assert len(found) == 5
+    assert entry(1, config=NARROW) in found
+    assert entry(1) not in found
+    assert all(one in found for one in [*others, entry(2)])
+
+
+def test_entries_of_another_version_stay(tmp_path):
+    path = tmp_path / "tuned.json"
+    strange = {**entry(1).to_json(), "kernel": "future", "more": [1, 2]}
+    path.write_text(json.dumps({"format": tuned_file.FORMAT, "entries": [strange, 5]}))
+    assert store.add(path, [entry(1)]) is None
+    assert read(path)[:2] == [json.loads(json.dumps(strange)), 5]
+    assert parse(read(path)[2]) == entry(1)
+
+
+def test_a_file_that_is_no_table_is_set_aside(tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text("precious")
+    assert store.add(path, [entry(3)]) == tmp_path / "tuned.json.damaged-1"
+    assert (tmp_path / "tuned.json.damaged-1").read_text() == "precious"
+    assert entries(path) == {3: CONFIG}
+
+
+def test_a_writer_waits_for_another(tmp_path):
+    path = tmp_path / "tuned.json"
+    with store._alone(path):
+        start = FORK.Barrier(2)
+        writer = FORK.Process(target=write_many, args=(path, start, 1, 1))
+        writer.start()
+        start.wait()
+        writer.join(0.5)
+        assert writer.is_alive()
+        assert not path.exists()
+    writer.join(60)
+    assert writer.exitcode == 0
+    assert entries(path) == {1: CONFIG}
+
+
+def test_clear(tmp_path):
+    path = tmp_path / "tuned.json"
+    assert not store.clear(path)
+    store.add(path, [entry()])
+    assert store.clear(path)
+    assert not path.exists()
+    assert read(path) == []
+
+
+def test_what_cannot_be_written_is_said_beforehand(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        store.check_writable(tmp_path / "file" / "tuned.json")
+    with pytest.raises(IsADirectoryError, match="expected a file"):
+        store.check_writable(tmp_path)
+    store.check_writable(tmp_path / "tuned.json")
+    assert not (tmp_path / "tuned.json").exists()
+
+
+def test_damaged_files_are_set_aside_one_beside_the_other(tmp_path):
+    path = tmp_path / "tuned.json"
+    for number, content in enumerate(("{", '{"format": 1, "entries": [{"gpu": NaN}]}'), 1):
+        path.write_text(content)
+        aside = store.add(path, [entry(3)])
+        assert aside == tmp_path / f"tuned.json.damaged-{number}"
+        assert aside.read_text() == content
+
+
+def test_a_table_of_another_version_is_refused_before_anything_is_measured(tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text('{"format": 99, "entries": []}')
+    for attempt in (lambda: store.check_writable(path), lambda: store.add(path, [entry(3)])):
+        with pytest.raises(OSError, match=r"another version of rlrr_kernels wrote it \(format: expected 1, got 99\)"):
+            attempt()
+    assert path.read_text() == '{"format": 99, "entries": []}'
