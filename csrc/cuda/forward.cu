@@ -19,7 +19,8 @@ struct Parameters {
 };
 
 template <class Math, class Staged, class Tile>
-RLRR_KERNEL forward_kernel(RLRR_PARAMETER Parameters p) {
+RLRR_KERNEL(kBlocks<Math, Tile>)
+forward_kernel(RLRR_PARAMETER Parameters p) {
   // n runs fastest: the blocks in flight share a few row bands of x and all of W, which fits in L2
   const int n_tiles = p.groups * p.group_tiles;
   const int m_start = ptx::block() / n_tiles % p.m_tiles * Tile::kRows;

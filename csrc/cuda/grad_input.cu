@@ -18,7 +18,8 @@ struct Parameters {
 };
 
 template <class Math, class Staged, class Tile>
-RLRR_KERNEL grad_input_kernel(RLRR_PARAMETER Parameters p) {
+RLRR_KERNEL(kBlocks<Math, Tile>)
+grad_input_kernel(RLRR_PARAMETER Parameters p) {
   const int m_start = ptx::block() / p.k_tiles % p.m_tiles * Tile::kRows;
   const int k_start = ptx::block() % p.k_tiles * Tile::kCols;
   const int split = ptx::block() / p.k_tiles / p.m_tiles;

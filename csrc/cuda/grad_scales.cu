@@ -92,7 +92,8 @@ RLRR_DEVICE void sum_tokens(const Source& dy, int first, int last, int64_t col, 
 }
 
 template <class Math, class Tile>
-RLRR_KERNEL grad_scales_kernel(RLRR_PARAMETER Parameters p) {
+RLRR_KERNEL(kBlocks<Math, Tile>)
+grad_scales_kernel(RLRR_PARAMETER Parameters p) {
   // The blocks of one split run together: they share its rows of dy and x in L2. Where f trains, each
   // row of tiles has a few blocks more, which only add up dy: doing that inside the product's loop
   // would pull dy through registers that the product does not need.

@@ -6,6 +6,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+
 #include "problem.h"
 
 namespace rlrr {
@@ -16,6 +18,10 @@ cudaError_t grad_scales(const GradScales& problem, cudaStream_t stream);
 
 // Whether the current device has code of this library to run.
 cudaError_t probe();
+
+// Why no kernel of this library can run on a device, or nothing: another driver, or no code for its capability.
+// The current device stays what it was.
+std::string unusable(int device);
 
 // Floats of scratch that a pass wants for these sizes and dtypes, often none; no pointer of the problem is read.
 int64_t workspace_floats(const Forward& problem);

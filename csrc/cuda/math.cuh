@@ -107,4 +107,9 @@ struct PlainMath {
   }
 };
 
+// How many blocks the registers of a multiprocessor must hold at once. A large tile takes nearly all that a
+// thread can have; small ones fit four times where tensor cores multiply, and need more in plain float32.
+template <class Math, class Tile>
+constexpr int kBlocks = Math::kTensorCores && Tile::kRows == 64 ? 4 : 2;
+
 }  // namespace rlrr

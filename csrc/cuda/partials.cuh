@@ -54,7 +54,7 @@ RLRR_DEVICE float sum_column(const float* from, int rows, int64_t stride) {
 RLRR_DEVICE void finish_column(float* to, float sum, bool more) { ptx::store(to, more ? ptx::load(to) + sum : sum); }
 
 // A column a thread: first du's, then dv's of each group, then df's. Static, as two files include it.
-static RLRR_KERNEL sum_partials_kernel(RLRR_PARAMETER Partials p) {
+static RLRR_KERNEL(2) sum_partials_kernel(RLRR_PARAMETER Partials p) {
   int64_t column = static_cast<int64_t>(ptx::block()) * kThreads + ptx::thread();
   if (column < p.n)
     return finish_column(p.du + column, sum_column(p.du_rows_data + column, p.du_rows, p.n), p.more_of_du);

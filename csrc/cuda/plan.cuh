@@ -72,7 +72,7 @@ struct ProductPlan {
 };
 
 // Of partial sums, beyond which the depth is split no further.
-constexpr int64_t kSplitBytes = 2 << 20;
+constexpr int64_t kSplitBytes = 1'900'000;
 
 // Estimates in cycles, good enough to choose by; nothing here has been measured. A block's start, the way
 // of its first copies and its epilogue; a second kernel behind the first; what L2 moves a cycle.

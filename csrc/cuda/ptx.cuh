@@ -6,9 +6,8 @@
 #include <cstdint>
 
 #define RLRR_DEVICE __device__ __forceinline__
-// Two blocks a multiprocessor are what the large tiles' registers allow; asking for no more keeps the
-// compiler from squeezing the small ones into fewer registers than they need.
-#define RLRR_KERNEL __global__ void __launch_bounds__(::rlrr::kThreads, 2)
+// In as few registers as let that many blocks share a multiprocessor.
+#define RLRR_KERNEL(...) __global__ void __launch_bounds__(::rlrr::kThreads, __VA_ARGS__)
 #define RLRR_PARAMETER const __grid_constant__
 
 namespace rlrr::ptx {

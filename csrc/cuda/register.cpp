@@ -223,18 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> grad_scales_op(const Tensor& dy, const Tensor
   return {du, dv, df};
 }
 
-// Why no kernel of this library can run on a device, or nothing: another driver, or no code for its capability.
-std::string unusable(int64_t device) {
-  int driver = 0;
-  static_cast<void>(cudaDriverGetVersion(&driver));
-  const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
-  cudaError_t error = cudaSetDevice(static_cast<int>(device));
-  if (error == cudaSuccess) error = probe();
-  if (error == cudaSuccess) return "";
-  static_cast<void>(cudaGetLastError());
-  return std::string(cudaGetErrorString(error)) + " (built with CUDA " + version(CUDART_VERSION) + " for " +
-         RLRR_ARCHITECTURES + ", the driver serves CUDA " + version(driver) + ")";
-}
+std::string unusable_op(int64_t device) { return unusable(static_cast<int>(device)); }
 
 std::string build() {
   return std::string(RLRR_BUILD) + ", CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
@@ -261,7 +250,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlrr_cuda, CUDA, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlrr_cuda, CompositeExplicitAutograd, library) {
-  library.impl("unusable", TORCH_BOX(&unusable));
+  library.impl("unusable", TORCH_BOX(&unusable_op));
   library.impl("build", TORCH_BOX(&build));
 }
 

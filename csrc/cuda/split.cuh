@@ -61,7 +61,7 @@ RLRR_DEVICE void add_elements(const SplitSums& s) {
 
 // Static, as two files include it.
 template <class T, bool kVectors>
-static RLRR_KERNEL add_splits_kernel(RLRR_PARAMETER SplitSums s) {
+static RLRR_KERNEL(2) add_splits_kernel(RLRR_PARAMETER SplitSums s) {
   if constexpr (kVectors) {
     add_vectors<T>(s);
   } else {

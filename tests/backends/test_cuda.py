@@ -1,5 +1,6 @@
 """The CUDA C++ library as built: no spill, no stack; and, on a GPU, real shapes and the Hopper path."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import torch
 
 from rlrr_kernels.backends import choice, library
 from tests.backends.test_numerics import RESULTS, solve
-from tests.oracle import Problem, check, make_problem, require
+from tests.oracle import Answer, Problem, check, make_problem, require
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 BUILT = library.FOLDER / "librlrr_cuda.so"
@@ -66,6 +67,18 @@ def test_no_kernel_spills_or_has_a_stack(resources):
     uses = [(arch, name, use) for arch, kernels in resources.items() for name, use in kernels]
     assert len(uses) > 30
     assert [(arch, name) for arch, name, use in uses if use["STACK"] or use["LOCAL"]] == []
+
+
+def test_four_small_tiles_fit_a_multiprocessor_where_tensor_cores_multiply(resources):
+    """Registers: 65536 for four blocks of 128 threads."""
+    for arch in ("sm_80", "sm_90"):
+        if arch not in resources:
+            pytest.skip(f"built without {arch}")
+        small = {
+            name: use["REG"] for name, use in resources[arch] if "TileILi64ELi64E" in name and "PlainMath" not in name
+        }
+        assert len(small) == 5 + 5 + 3  # x and W of forward and grad_input, x of grad_scales
+        assert {name: registers for name, registers in small.items() if registers > 128} == {}
 
 
 def test_the_library_loads_where_there_is_no_gpu():
@@ -157,6 +170,52 @@ def test_vision_transformer_shapes(gpu, m, n, k, groups, dtype):
     check(p := make_problem(m, n, k, groups, dtype, device=gpu), solve(p, "cuda"))
 
 
+# forward's depth split on any GPU of 40 multiprocessors or more, in vectors and in elements; then grad_input's
+DEEP = [(16, 64, 4096, 1), (33, 66, 4111, 3), (16, 4096, 64, 1), (33, 4110, 70, 3)]
+# 4 MB and more of grad_scales' partial sums: several slices, of rows or of whole groups
+SLICED = [(64, 8192, 8192, 1), (64, 9216, 8192, 3), (40, 98304, 512, 12)]
+
+
+def same(a: Answer, b: Answer) -> None:
+    """Bit for bit."""
+    for name in RESULTS:
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "groups"), [*DEEP, *SLICED, SHAPES[1], SHAPES[-1]])
+def test_depths_and_slices_that_several_launches_share(gpu, monkeypatch, m, n, k, groups, dtype):
+    """Held to the yardstick, and two runs to each other."""
+    require("cuda", dtype)
+    monkeypatch.setattr(choice.load("cuda"), "HOPPER", False)
+    check(p := make_problem(m, n, k, groups, dtype, device=gpu), got := solve(p, "cuda"))
+    same(got, solve(p, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "groups"), [*DEEP, SLICED[0]])
+def test_a_captured_graph_computes_from_what_its_inputs_hold_by_then(gpu, m, n, k, groups, dtype):
+    """Workspaces are the graph's own, and stay so while other work takes memory between its runs."""
+    require("cuda", dtype)
+    p = make_problem(m, n, k, groups, dtype, device=gpu)
+    others = [make_problem(m, n, k, groups, dtype, device=gpu, seed=seed) for seed in (1, 2)]
+    expected = [solve(other, "cuda") for other in others]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = solve(p, "cuda")
+    for other, answer in zip(others, expected, strict=True):
+        for field in dataclasses.fields(Problem):
+            getattr(p, field.name).copy_(getattr(other, field.name))
+        for name in RESULTS:
+            getattr(got, name).fill_(float("nan"))
+        graph.replay()
+        same(got, answer)
+        torch.full((2**22,), float("nan"), device=gpu)
+
+
 @pytest.fixture
 def hopper(gpu, monkeypatch):
     """The experimental path, switched on; skips on other GPUs."""
@@ -176,9 +235,7 @@ def test_hopper_path(hopper, m, n, k, groups, dtype):
     p = make_problem(m, n, k, groups, dtype, device=hopper)
     got = solve(p, "cuda")
     check(p, got)
-    again = solve(p, "cuda")
-    for name in RESULTS:
-        assert torch.equal(getattr(got, name), getattr(again, name)), name
+    same(got, solve(p, "cuda"))
 
 
 @pytest.mark.gpu
@@ -227,26 +284,50 @@ def test_hopper_path_on_a_thread_that_has_not_used_the_gpu(hopper):
 
 @pytest.mark.gpu
 def test_an_error_is_not_reported_twice(gpu):
+    """The runtime keeps a failed call's error, and a launch that went well would report it."""
     require("cuda")
     p = make_problem(20, 16, 16, device=gpu)
-    with pytest.raises(RuntimeError, match="weight: expected the device of the other tensors"):
-        torch.ops.rlrr_cuda.forward(p.x, p.weight.cpu(), p.scale_out, p.scale_in, None, None, False, False)
+    assert "invalid device ordinal" in torch.ops.rlrr_cuda.unusable(torch.cuda.device_count())
     check(p, solve(p, "cuda"))
 
 
 @pytest.mark.gpu
-def test_it_follows_the_current_stream_and_device(gpu):
-    """Enqueued on a side stream behind a long copy, it must wait for it."""
+def test_asking_about_a_device_leaves_the_current_one_alone(gpu):
     require("cuda")
-    p = make_problem(256, 128, 128, device=gpu)
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for current, other in ((0, 1), (1, 0)):
+        with torch.cuda.device(current):
+            for device in (current, other):
+                torch.zeros(1, device=f"cuda:{device}")  # a context on both
+            assert torch.ops.rlrr_cuda.unusable(other) == ""
+            assert torch.cuda.current_device() == current
+            assert torch.zeros(1, device="cuda").get_device() == current
+
+
+@pytest.mark.gpu
+def test_a_tensor_of_another_device_is_refused(gpu):
+    require("cuda")
+    p = make_problem(20, 16, 16, device=gpu)
+    with pytest.raises(RuntimeError, match="weight: expected the device of the other tensors"):
+        torch.ops.rlrr_cuda.forward(p.x, p.weight.cpu(), p.scale_out, p.scale_in, None, None, False, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "k", "groups"), [(256, 128, 128, 1), *DEEP, SLICED[0]])
+def test_it_follows_the_current_stream(gpu, m, n, k, groups):
+    """Enqueued on a side stream behind a long wait, each of its launches must wait too."""
+    require("cuda")
+    p = make_problem(m, n, k, groups, BF16, device=gpu)
     expected = solve(p, "cuda")
-    source, p.x = p.x, torch.zeros_like(p.x)
+    x, dy = p.x, p.dy
+    p.x, p.dy = torch.zeros_like(x), torch.zeros_like(dy)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        p.x.copy_(source)
+        p.x.copy_(x)
+        p.dy.copy_(dy)
         got = solve(p, "cuda")
     stream.synchronize()
-    assert torch.equal(got.y, expected.y)
-    assert torch.equal(got.du, expected.du)
+    same(got, expected)

@@ -1,4 +1,4 @@
-"""What ptxas made of the loops for sm_80: no element copies in the loop of whole tiles, and slots to spare."""
+"""What ptxas made of the loops for sm_80: no element copies in the loop of whole tiles, and no more than it needs."""
 
 import re
 import shutil
@@ -10,11 +10,9 @@ import pytest
 from tests.cuda_host.hopper.test_sass import _disassembler
 from tests.cuda_host.machine import PASSES, SOURCES
 
-#: Cycles that the tensor cores of a scheduler of compute capability 8.0 take for a 16 x 8 x 16 product.
-PRODUCT_CYCLES = 8
-
-#: Pass -> most instructions of a warp's step, as a share of its products' cycles, in the large tile and the small one.
-MOST = {"forward": (0.55, 1.1), "grad_input": (0.55, 1.1), "grad_scales": (0.3, 0.5)}
+#: Pass -> most instructions in the loop of whole tiles, the large one and the small one: what nvcc 13.0 made of it and
+#: 20 more. grad_input's hold the change to another group too, which most steps jump over, without its loads of v.
+MOST = {"forward": (261 + 20, 133 + 20), "grad_input": (287 + 20, 157 + 20), "grad_scales": (132 + 20, 61 + 20)}
 
 
 def _loops(lines: list[str]) -> list[list[str]]:
@@ -69,4 +67,4 @@ def test_the_loop_of_whole_tiles_is_lean(compiled):
         loads = sum(bool(re.search(r"\bLDG\b|\bLDG\.", x)) for x in whole)
         assert loads == 0 or name == "grad_input"
         assert not any(re.search(r"\bSTS\b|\bSTG\b|\bSTL\b|\bLDL\b", x) for x in whole)
-        assert len(whole) - loads < MOST[name][not large] * PRODUCT_CYCLES * products + 60 * (name == "grad_input")
+        assert len(whole) - loads <= MOST[name][not large]

@@ -11,7 +11,6 @@ from tests.cuda_host.test_kernels import check_tf32
 from tests.oracle import Problem, check, make_problem
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
-MEBIBYTE = 2**20
 FEW = 11  # multiprocessors: several steps a split, and fewer for the last
 WIDTHS = {"forward": "y", "grad_input": "dx"}
 
@@ -69,13 +68,13 @@ def test_more_idle_multiprocessors_never_mean_fewer_splits(machine, name, dtype)
 
 
 @pytest.mark.parametrize("name", WIDTHS)
-def test_scratch_stays_below_two_mebibytes(machine, name):
+def test_scratch_stays_below_two_megabytes(machine, name):
     """Over all that could be split, and more."""
     sizes = (1, 7, 64, 197, 500, 1024)
     for m, n, k in itertools.product(sizes, (1, 40, 768, 16384), (1, 40, 768, 16384)):
         for dtype, multiprocessors in itertools.product((SINGLE, BF16), (132, 4096)):
             floats = machine.workspace_floats(name, m, n, k, dtype=dtype, multiprocessors=multiprocessors)
-            assert 4 * floats <= 2 * MEBIBYTE, (m, n, k)
+            assert 4 * floats <= 1_900_000, (m, n, k)
 
 
 # depths and widths that vectors fit and do not; numbers of steps that splits do not divide

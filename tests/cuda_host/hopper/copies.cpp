@@ -30,6 +30,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
           static_cast<int>(box[1]),
           static_cast<int>(box[0]),
           element,
+          type,
           swizzled};
   return CUDA_SUCCESS;
 }

@@ -1,9 +1,12 @@
 // What the tests call through ctypes: the library's own entry points, with the machine's options.
 #include <hopper_model.h>
 
+#include <cstring>
+
 #include "../ranges.h"
 #include "hopper/launch.h"
 #include "hopper/plan.h"
+#include "hopper/tensor_map.h"
 
 namespace rlrr::model {
 extern int64_t maps_encoded;
@@ -13,6 +16,16 @@ extern "C" {
 
 // Since the start.
 int64_t model_maps_encoded() { return rlrr::model::maps_encoded; }
+
+// Into `to`, which need not be aligned. Of float32: as scales are described.
+int model_describe(const rlrr::Matrix* matrix, int64_t rows, int64_t cols, int box_rows, void* to) {
+  CUtensorMap map = {};
+  const cudaError_t error = matrix->dtype == rlrr::Dtype::float32
+                                ? rlrr::hopper::describe(map, static_cast<const float*>(matrix->data), rows, cols)
+                                : rlrr::hopper::describe(map, *matrix, rows, cols, box_rows);
+  std::memcpy(to, &map, sizeof map);
+  return error;
+}
 
 bool model_forward_supported(const rlrr::Forward* f) { return rlrr::hopper::supports(*f); }
 bool model_grad_input_supported(const rlrr::GradInput* g) { return rlrr::hopper::supports(*g); }

@@ -43,6 +43,18 @@ class Unsupported(RuntimeError):
     """A problem that this path leaves to the other kernels."""
 
 
+class Description(ctypes.Structure):
+    """A matrix as the copy engine has it, in the model's own layout."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "row_bytes")),
+        *((name, ctypes.c_int) for name in ("box_rows", "box_cols", "element_bytes", "type")),
+        ("swizzled", ctypes.c_bool),
+        ("_", ctypes.c_char * 79),
+    )
+
+
 class HopperMachine(base.Machine):
     """The Hopper kernels of one build. A launch that they do not support is not tried."""
 
@@ -53,6 +65,14 @@ class HopperMachine(base.Machine):
         function = self.library.model_maps_encoded
         function.restype = ctypes.c_int64
         return int(function())
+
+    def describe(self, data: int, dtype: int, rows: int, cols: int, row_stride: int, box_rows: int) -> Description:
+        """What the kernels hand to the copy engine, made or found again; ``dtype`` as in ``problem.h``."""
+        made = Description()
+        matrix = base._Matrix(data, row_stride, 1, dtype)
+        sizes = ctypes.c_int64(rows), ctypes.c_int64(cols)
+        assert self.library.model_describe(ctypes.byref(matrix), *sizes, box_rows, ctypes.byref(made)) == 0
+        return made
 
     def tile_tokens(self, tokens: int, row_tiles: int, steps: int, multiprocessors: int = 132) -> int:
         """Tokens of the tile that forward or grad_input takes."""

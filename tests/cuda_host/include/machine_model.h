@@ -13,7 +13,7 @@
 #include "model.h"
 
 #define RLRR_DEVICE inline
-#define RLRR_KERNEL inline void
+#define RLRR_KERNEL(...) inline void
 #define RLRR_PARAMETER const
 
 namespace rlrr::model {

@@ -24,6 +24,7 @@ struct alignas(128) CUtensorMap {
   const char* data;
   int64_t rows, cols, row_bytes;
   int box_rows, box_cols, element_bytes;
+  CUtensorMapDataType type;
   bool swizzled;
 };
 
@@ -33,7 +34,6 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                 CUtensorMapFloatOOBfill fill);
 
-#define CUDART_VERSION 13000
 constexpr cudaError_t cudaErrorNotSupported = static_cast<cudaError_t>(801);
 constexpr unsigned long long cudaEnableDefault = 0;
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
