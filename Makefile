@@ -24,7 +24,7 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.built  ## a slice of the benchmarks that suits a CPU, in under ten minutes on two cores
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-columns=min,median,iqr,rounds \
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-columns=min,median,iqr,rounds \
 	  --results --results-command 'make bench'
 
 bench-gpu: $(VENV)/.built  ## all benchmarks on a GPU, or those chunks whose names start with CHUNK

@@ -1,6 +1,6 @@
-"""The strongest ways without this package's kernels to compute the layer and its gradients.
+"""The layer as published, and the strongest ways to compute it and its gradients without this package's kernels.
 
-Elementwise work of theirs becomes one kernel on a GPU, by ``torch.compile``: eager PyTorch would
+Elementwise work of the latter becomes one kernel on a GPU, by ``torch.compile``: eager PyTorch would
 write out every step of it, and beating that would show nothing.
 """
 
@@ -15,6 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 T = TypeVar("T")
+
+
+def weight_by_autograd(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """W' = W * (1 + u v) ``[N, K]`` by plain operations, in the dtype that they promote to."""
+    scale = 1 + u.view(len(v), -1, 1) * v
+    return weight * scale.view(weight.shape)
+
+
+def formula(x: Tensor, weight: Tensor, u: Tensor, v: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
+    """The layer as the published code computes it: one linear with both biases; autograd keeps W' in x's dtype."""
+    return F.linear(x, weight_by_autograd(weight, u, v).to(x.dtype), (bias + shift).to(x.dtype))
 
 
 @functools.cache

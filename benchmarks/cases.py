@@ -44,6 +44,11 @@ MODELS: dict[str, list[Shape]] = {
 }
 
 
+def searched(shape: Shape, images: int, dtype: str) -> bool:
+    """Whether ``max-autotune`` is measured there."""
+    return images in SEARCHED_IMAGES and dtype == "bfloat16" and shape.key != "swin_b"
+
+
 def layer_chunk(shape: Shape, dtype: str) -> str:
     """The chunk of the whole suite that measures a layer in a dtype.
 

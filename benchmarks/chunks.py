@@ -1,37 +1,63 @@
 """The whole suite on a GPU, a process and a results file for each chunk: ``python -m benchmarks.chunks [PREFIX]``.
 
-A chunk takes under ten minutes on an H200, by estimate. A prefix, as ``layer-vit_b``, ``norm`` or
+A chunk takes under ten minutes on an H200, by estimate, and is ended after fifteen. Each of this package's backends
+shows first that it is right at small shapes (:mod:`benchmarks.preflight`); one that is not is not run.
+A prefix, as ``layer-vit_b``, ``norm`` or
 ``step``, selects the chunks whose names start so; ``--list`` prints them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import cases
+from benchmarks import cases, preflight
 
 FOLDER = Path(__file__).parent
 SUITES = {"layer": "test_layer.py", "norm": "test_norm.py", "launch": "test_launch.py", "step": "test_vit_step.py"}
 
 
-def command(chunk: str) -> list[str]:
+#: A chunk that takes longer hangs, or is no chunk for this GPU.
+SECONDS = 900.0
+
+
+def command(chunk: str, failed_preflight: Mapping[str, str] | None = None) -> list[str]:
     """What measures a chunk and writes its results."""
     suite = FOLDER / SUITES[chunk.partition("-")[0]]
     options = ["--benchmark-enable", "--benchmark-only", "--benchmark-columns=min,median,iqr,rounds", "-q"]
     regenerates = f"make bench-gpu CHUNK={chunk}"
     return [
         *(sys.executable, "-m", "pytest", str(suite), *options),
+        *("--failed-preflight", json.dumps(dict(failed_preflight or {}))),
         *("--chunk", chunk, "--results", "--results-command", regenerates),
     ]
 
 
-def run(chunks: Sequence[str], start: Callable[[list[str]], int]) -> list[str]:
+def start(command: list[str], seconds: float = SECONDS) -> int:
+    """Run a command, end it and all that it started after ``seconds``, and return its exit status, 124 then."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        print(f"ended after {seconds:g} s", file=sys.stderr)
+        return 124
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def run(
+    chunks: Sequence[str], start: Callable[[list[str]], int], failed_preflight: Mapping[str, str] | None = None
+) -> list[str]:
     """Run each chunk, whatever became of those before it, and return those that failed.
 
     ``start`` runs a command and returns its exit status.
@@ -39,7 +65,7 @@ def run(chunks: Sequence[str], start: Callable[[list[str]], int]) -> list[str]:
     failed = []
     for number, chunk in enumerate(chunks, 1):
         print(f"chunk {number} of {len(chunks)}: {chunk}", flush=True)
-        if start(command(chunk)) != 0:
+        if start(command(chunk, failed_preflight)) != 0:
             failed.append(chunk)
     return failed
 
@@ -61,10 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench-gpu: no CUDA device is visible to torch; `make bench` measures a slice on a CPU", file=sys.stderr)
         return 2
-    failed = run(chunks, subprocess.call)
+    wrong = preflight.failures()
+    for name, reason in wrong.items():
+        print(f"{name} is not measured, its preflight failed: {reason}", file=sys.stderr)
+    failed = run(chunks, start, wrong)
     if failed:
-        print(f"chunks with a failed case: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+        print(f"chunks with a failed case, or not at their end: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed or wrong else 0
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import results
+from benchmarks import implementations, results
 from benchmarks.cases import DTYPES
-from benchmarks.suite import Recorder, recorder_of
+from benchmarks.suite import Recorder, recorder_of, rounds_of
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,19 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--chunk", help="of the whole suite those chunks whose names start so; else a slice for a CPU")
     group.addoption("--images", type=int, nargs="+", help="batch sizes of the suites layer, norm and step")
     group.addoption("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="of the suites layer and norm")
+    group.addoption(
+        "--failed-preflight", type=json.loads, default={}, help="JSON: implementation -> why it must not be run"
+    )
     group.addoption("--rounds", type=int, help="rounds of every group, in place of as many as fit the time")
 
 
 @pytest.fixture(scope="session")
 def recorder(pytestconfig: pytest.Config) -> Recorder:
     """Where groups of this session are measured once and written."""
+    implementations.FAILED_PREFLIGHT.update(pytestconfig.getoption("--failed-preflight"))
     return recorder_of(pytestconfig)
 
 
 @pytest.fixture(scope="session")
 def rounds(pytestconfig: pytest.Config) -> tuple[int, int] | None:
     """(least, most) rounds that the command line asks for."""
-    asked = pytestconfig.getoption("--rounds")
-    if pytestconfig.getoption("--benchmark-disable") and not pytestconfig.getoption("--benchmark-enable"):
-        asked = asked or 1  # a run that only shows that everything works
-    return None if asked is None else (asked, asked)
+    return rounds_of(pytestconfig)

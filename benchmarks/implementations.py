@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks import baselines, results
 from benchmarks.cases import MODELS
-from benchmarks.timing import Call, Unavailable
+from benchmarks.timing import Call, Rejected, Unavailable
 from rlrr_kernels import backend_for, ops, reference, rescaled_linear, use_backend
 from rlrr_kernels.backends import choice
 
@@ -25,6 +26,8 @@ LAYERS = {shape.layer: (shape.n, shape.k, shape.groups) for shape in MODELS["vit
 
 #: Implementation -> the backend that it asks for.
 BACKENDS = {results.TRITON: "triton", results.CUDA: "cuda", results.CUDA_HOPPER: "cuda", results.CPU: "cpu"}
+#: Of these -> why :mod:`benchmarks.preflight` found that it must not run here.
+FAILED_PREFLIGHT: dict[str, str] = {}
 
 
 @dataclass
@@ -78,8 +81,8 @@ def fused(i: Inputs) -> Tensor:
 
 
 def formula(i: Inputs) -> Tensor:
-    """The formula in eager PyTorch by autograd, as the published code and PEFT compute it."""
-    return reference.formula(*i.arguments)
+    """In eager PyTorch by autograd, as the published code computes it."""
+    return baselines.formula(*i.arguments)
 
 
 def recompute(i: Inputs) -> Tensor:
@@ -102,12 +105,12 @@ def _compiled(function: Callable[..., Any], mode: str | None = None) -> Callable
 
 
 def formula_compiled(i: Inputs) -> Tensor:
-    return _compiled(reference.formula)(*i.arguments)  # type: ignore[no-any-return]
+    return _compiled(baselines.formula)(*i.arguments)  # type: ignore[no-any-return]
 
 
 def formula_max(i: Inputs) -> Tensor:
     # without its own CUDA graphs: the stopwatch captures one itself
-    return _compiled(reference.formula, "max-autotune-no-cudagraphs")(*i.arguments)  # type: ignore[no-any-return]
+    return _compiled(baselines.formula, "max-autotune-no-cudagraphs")(*i.arguments)  # type: ignore[no-any-return]
 
 
 def _recompute(*arguments: Tensor) -> Tensor:
@@ -309,6 +312,7 @@ def served_by(name: str, x: Tensor, weight: Tensor) -> str | None:
 
     Raises:
         Unavailable: the backend that it asks for cannot serve these tensors.
+        Rejected: the preflight of that backend has failed.
     """
     if name == results.CUDA_HOPPER and torch.cuda.get_device_capability(x.device)[0] != 9:
         raise Unavailable(f"{torch.cuda.get_device_name(x.device)}: the path is for compute capability 9.x")
@@ -316,8 +320,25 @@ def served_by(name: str, x: Tensor, weight: Tensor) -> str | None:
         why = choice.refusal(BACKENDS[name], x, weight)
         if why is not None:
             raise Unavailable(f"backend {BACKENDS[name]!r} cannot serve {why}")
+        require_preflight(name)
         return BACKENDS[name]
-    return backend_for(x, weight) if name in (results.OURS, results.THREE_OPS, results.GRAD_SCALES) else None
+    if name not in (results.OURS, results.OURS_COMPILED, results.THREE_OPS, results.GRAD_SCALES):
+        return None
+    chosen = backend_for(x, weight)
+    for asking, backend in BACKENDS.items():
+        if backend == chosen and (asking != results.CUDA_HOPPER or os.environ.get("RLRR_CUDA_HOPPER") == "1"):
+            require_preflight(asking)
+    return chosen
+
+
+def require_preflight(name: str) -> None:
+    """Refuse an implementation of ours whose preflight has failed.
+
+    Raises:
+        Rejected: it has.
+    """
+    if name in FAILED_PREFLIGHT:
+        raise Rejected(f"preflight: {FAILED_PREFLIGHT[name]}")
 
 
 def step(i: Inputs, implementation: Callable[[Inputs], Tensor]) -> tuple[Tensor, ...]:

@@ -11,7 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_extra_bytes(call: Callable[[], tuple[Tensor, ...]], before: Callable[[], Any] | None = None) -> int:
-    """Bytes allocated at the worst moment of ``call``, less those of the tensors that it returns.
+    """The first of what :func:`peak_and_results` gives."""
+    return peak_and_results(call, before)[0]
+
+
+def peak_and_results(
+    call: Callable[[], tuple[Tensor, ...]], before: Callable[[], Any] | None = None
+) -> tuple[int, tuple[Tensor, ...]]:
+    """Bytes allocated at the worst moment of ``call``, less those of the tensors that it returns; and these.
 
     On the CPU every allocation and release is recorded and added up; on a GPU
     PyTorch keeps the peak itself. What a BLAS takes for itself is not seen.
@@ -40,7 +47,7 @@ def peak_extra_bytes(call: Callable[[], tuple[Tensor, ...]], before: Callable[[]
         for event in sorted(events, key=lambda e: e.start_ns()):
             held += event.nbytes()
             peak = max(peak, held)
-    return peak - sum(t.untyped_storage().nbytes() for t in kept)
+    return peak - sum(t.untyped_storage().nbytes() for t in kept), kept
 
 
 def saved_for_backward(forward: Callable[[], Tensor], x: Tensor, others: Iterable[Tensor]) -> tuple[int, bool]:

@@ -60,14 +60,14 @@ def generate(measured: Sequence[Sequence[Chunk]], images: str = "benchmarks") ->
     for chunks in measured:
         own = plots.plots(chunks)
         drawn |= own
-        parts.append(_device(groups(chunks), own, images))
+        parts.append(_device(chunks, own, images))
     return "\n\n".join(parts), drawn
 
 
 def _targets(measured: Sequence[Sequence[Chunk]]) -> str:
     gpus = [(chunks[0]["device"], chunks) for chunks in measured if on_gpu(chunks[0])] or [("no GPU yet", [])]
     rows = [
-        [row.target, row.wanted, device, row.got, str(row.cases), f"**{row.verdict}**" if row.cases else row.verdict]
+        [row.target, row.wanted, device, row.got, _count(row), f"**{row.verdict}**" if row.cases else row.verdict]
         for device, chunks in gpus
         for row in targets.rows(chunks)
     ]
@@ -76,14 +76,18 @@ def _targets(measured: Sequence[Sequence[Chunk]]) -> str:
     return f"## Targets\n\n{tables.markdown(heads, rows, left=4)}\n\n{runs}".rstrip()
 
 
-def _device(found: Sequence[Group], drawn: Mapping[str, plots.Plot], images: str) -> str:
+def _count(row: targets.Row) -> str:
+    return f"{row.cases} of {row.planned}"
+
+
+def _device(chunks: Sequence[Chunk], drawn: Mapping[str, plots.Plot], images: str) -> str:
+    found = groups(chunks)
     suites = {suite: [g for g in found if g.suite == suite] for suite in ("layer", "step", "launch", "norm")}
-    device = found[0].chunk["device"]
     shown = {
         kind: "\n\n".join(f"![{p.alt}]({images}/{name})" for name, p in drawn.items() if p.kind == kind)
         for kind in ("throughput", "memory", "step")
     }
-    parts = [f"## {device if on_gpu(found[0].chunk) else 'CPU'}"]
+    parts = [f"## {chunks[0]['device'] if on_gpu(chunks[0]) else 'CPU'}", tables.caveats(chunks, found)]
     if suites["layer"]:
         parts += ["### Layers", shown["throughput"], *_summaries(suites["layer"]), *_every_case(suites["layer"])]
         parts += ["### Memory of a layer", shown["memory"], *_memory(suites["layer"])]

@@ -2,17 +2,25 @@
 
 A chunk is what one command measures in one go::
 
-    {"suite", "chunk", "date", "device", "processor", "versions", "command", "results": [one object a line]}
+    {"suite", "chunk", "date", "device", "processor", "versions", "command",
+     "commit", "dirty", "environment", "tf32", "tuned", "rounds", "complete", "results": [one object a line]}
+
+``commit`` and ``dirty`` (whether the sources differ from it) are null without git; ``environment`` holds the
+variables RLRR_*; ``tf32`` whether float32 products may be TF32; ``tuned`` whether a table of ``rlrr-tune`` was in
+use; ``rounds`` the least and most that were asked for. ``complete`` is true only where every case of the chunk was
+tried. A run that is not complete is kept beside one that is, as ``<chunk>-partial.json``.
 
 Each object of ``results`` holds a case's fields (:class:`LayerCase`, :class:`LaunchCase`,
-:class:`StepCase`), then ``seconds`` (one value a round), ``median``, ``q1``, ``q3`` and what else the
-suite measured; or, where the case failed, ``error`` in one line in place of all that.
+:class:`StepCase`), then ``seconds`` (one value a round), ``median``, ``q1``, ``q3``, ``clock``, ``copies`` (of the
+inputs, taken in turn) and what else the suite measured; or, where the case failed, ``error`` in one line in
+place of all that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -28,7 +36,12 @@ import torch
 
 from rlrr_kernels import __version__
 
+ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "results"
+PARTIAL = "-partial"
+
+#: What read the time: a CUDA graph's replay, CUDA events around single calls, the wall clock.
+GRAPH, EVENTS, WALL = "graph", "events", "wall"
 
 OURS = "rlrr_kernels"
 TRITON, CUDA = "rlrr_kernels/triton", "rlrr_kernels/cuda"
@@ -125,13 +138,17 @@ class Result:
 
     Attributes:
         more: what else was measured: ``extra_bytes``, ``saved_bytes``, ``saved_x`` of a layer;
-            ``images_per_second``, ``peak_bytes`` of a step.
+            ``images_per_second``, ``peak_bytes`` of a step; of what computes the same function
+            ``error_vs_formula``, the relative Frobenius error of its worst result.
+        clock: what read the time. copies: of the inputs.
     """
 
     case: Case
     seconds: list[float] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    clock: str | None = None
+    copies: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The object that goes into the file."""
@@ -140,7 +157,8 @@ class Result:
             return case | {"error": self.error}
         rounds = [round(s, 9) for s in self.seconds]
         q1, median, q3 = (round(s, 10) for s in quartiles(rounds))
-        return case | {"seconds": rounds, "median": median, "q1": q1, "q3": q3} | self.more
+        times = {"seconds": rounds, "median": median, "q1": q1, "q3": q3}
+        return case | times | {"clock": self.clock, "copies": self.copies} | self.more
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -167,12 +185,23 @@ def results_folder() -> Path:
     return FOLDER / device_name().replace(" ", "_")
 
 
-def write(folder: Path, suite: str, chunk: str, command: str, results: Iterable[Result]) -> Path:
+def write(
+    folder: Path,
+    suite: str,
+    chunk: str,
+    command: str,
+    results: Iterable[Result],
+    complete: bool = True,
+    rounds: Sequence[int] | None = None,
+) -> Path:
     """Write ``<folder>/<chunk>.json``, whole or not at all, and return its path.
 
     Args:
         folder: made if missing. suite: "layer", "norm", "launch" or "step".
         chunk: as "layer-vit_b". command: what regenerates the file.
+        complete: whether every case of the chunk was tried; the file is named ``<chunk>-partial.json`` otherwise,
+            and goes away once the complete one is written.
+        rounds: least and most that a group was measured for.
     """
     head = {
         "suite": suite,
@@ -182,23 +211,34 @@ def write(folder: Path, suite: str, chunk: str, command: str, results: Iterable[
         "processor": f"{_processor()}, {torch.get_num_threads()} cores used",
         "versions": versions(),
         "command": command,
+        **source(),
+        "environment": _environment(),
+        "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
+        "tuned": _tuned(),
+        "rounds": rounds,
+        "complete": complete,
     }
     # a line for each result, so that two runs can be told apart by eye
     lines = ",\n  ".join(json.dumps(result.to_dict()) for result in results)
     text = f'{json.dumps(head, indent=1)[:-2]},\n "results": [\n  {lines}\n ]\n}}\n'
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{chunk}.json"
+    partial = folder / f"{chunk}{PARTIAL}.json"
+    path = folder / f"{chunk}.json" if complete else partial
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         part.write_text(text)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    if complete:
+        partial.unlink(missing_ok=True)
     return path
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
     """Chunks in a folder, by file name; a JSON file without "suite" is another kind of result and left out.
+
+    Of a chunk with a complete file the partial one is left out too.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -208,6 +248,8 @@ def load(folder: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"folder: expected a folder of results, got {folder}")
     chunks = []
     for path in sorted(folder.glob("*.json")):
+        if path.stem.endswith(PARTIAL) and path.with_stem(path.stem.removesuffix(PARTIAL)).exists():
+            continue
         try:
             chunk = json.loads(path.read_text())
         except ValueError as error:
@@ -230,6 +272,41 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found | {"python": platform.python_version(), "cuda": torch.version.cuda, "driver": _driver()}
+
+
+@functools.cache
+def source() -> dict[str, Any]:
+    """``commit`` and ``dirty`` of the checkout when first asked; None without git. Results and pages do not count."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT.resolve():
+            return {"commit": None, "dirty": None}
+        changed = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def _environment() -> dict[str, str]:
+    """Variables RLRR_*; of a path its last part, as the rest is of this machine only."""
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith("RLRR_")}
+    return {name: Path(value).name if os.path.isabs(value) else value for name, value in found.items()}
+
+
+@functools.cache
+def _tuned() -> bool:
+    """Whether the Triton launcher has a file of ``rlrr-tune`` to look choices up in."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        from rlrr_kernels.backends.triton import tuned
+    except ImportError:
+        return False
+    return bool(tuned.load())
 
 
 def _driver() -> str | None:

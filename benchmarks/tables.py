@@ -49,6 +49,23 @@ def caption(found: Sequence[Group]) -> str:
     return "  \n".join(f"*{run}; {_commands(commands)}*" for run, commands in runs.items())
 
 
+def caveats(chunks: Iterable[Mapping[str, Any]], found: Iterable[Group]) -> str:
+    """Which chunks did not run to their end, and in which groups times come from different clocks; empty without."""
+    lines = []
+    unfinished = [f"`{chunk['chunk']}`" for chunk in chunks if chunk.get("complete") is not True]
+    if unfinished:
+        lines.append(f"- **Incomplete**, of which only a part was measured: {', '.join(unfinished)}.")
+    for group in found:
+        clocks: dict[str, list[str]] = {}
+        for name, row in group.rows.items():
+            if row.get("clock") is not None:
+                clocks.setdefault(row["clock"], []).append(name)
+        if len(clocks) > 1:
+            said = "; ".join(f"{clock}: {', '.join(names)}" for clock, names in clocks.items())
+            lines.append(f"- **Different clocks** in {group.name}, {group.case['dtype']}, {column(group)}: {said}.")
+    return "\n".join(lines)
+
+
 def _commands(commands: Sequence[str]) -> str:
     """All of them, or of many the first and the last."""
     if len(commands) <= 3:

@@ -1,7 +1,8 @@
 """What the package promises on a GPU, held against measured results.
 
 All are stated for bfloat16 on an NVIDIA GPU; results of a CPU never fill them. Where a target speaks
-of many cases, the worst one decides. A case in which ours failed is missed.
+of many cases, the worst one decides. A case in which ours failed, or is beaten, is missed. A target is met only
+where every case that the suites plan for it was measured, with all that it is compared with.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import results
-from benchmarks.groups import Group, geometric_mean, groups, on_gpu
+from benchmarks import cases, implementations, results
+from benchmarks.groups import FIELDS, Group, geometric_mean, groups, is_ours, on_gpu
 
-MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
+MET, MISSED, INCOMPLETE, NOT_MEASURED = "met", "missed", "incomplete", "not measured"
 DTYPE = "bfloat16"
 EXTRA_BYTES = 2_000_000
 #: A value of one group, or None where what it takes was not measured.
@@ -23,18 +24,70 @@ Summary = Callable[[list[tuple[float, str]]], tuple[float, str]]
 
 
 @dataclass(frozen=True)
+class Planned:
+    """A group that the whole suite measures.
+
+    Attributes:
+        suite: "layer", "launch" or "step". case: as a :class:`~benchmarks.groups.Group` has it.
+        rivals: the other ways to the same function in it.
+    """
+
+    suite: str
+    case: Mapping[str, Any]
+    rivals: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Row:
-    """One target. ``cases``: how many measured cases stand behind the verdict."""
+    """One target. ``cases``: how many measured cases stand behind the verdict, of how many ``planned``."""
 
     target: str
     wanted: str
     got: str
     verdict: str
     cases: int
+    planned: int
 
 
-def rows(chunks: Iterable[Mapping[str, Any]]) -> list[Row]:
+def planned() -> list[Planned]:
+    """Every group of the whole suite that a target may speak of."""
+    found = []
+    for shape in (shape for shapes in cases.MODELS.values() for shape in shapes):
+        for images in cases.IMAGES:
+            for direction in results.DIRECTIONS:
+                names = implementations.names(direction, "cuda", cases.searched(shape, images, DTYPE))
+                of_shape = shape.model, shape.layer, shape.n, shape.k, shape.groups, shape.tokens * images
+                found.append(_plan("layer", (*of_shape, DTYPE, direction), names))
+    found += [_plan("launch", (call, DTYPE), ()) for call in ("no_grad", "forward", "both")]
+    for key in cases.STEP_MODELS:
+        for batch in cases.STEP_BATCHES:
+            found.append(_plan("step", (cases.MODELS[key][0].model, batch, 224, DTYPE), results.STEP_IMPLEMENTATIONS))
+    return found
+
+
+def _plan(suite: str, case: Sequence[Any], names: Iterable[str]) -> Planned:
+    rivals = frozenset(name for name in names if not is_ours(name) and name not in results.OTHER_FUNCTIONS)
+    return Planned(suite, dict(zip(FIELDS[suite], case, strict=True)), rivals)
+
+
+@dataclass(frozen=True)
+class _Cases:
+    """What a target speaks of: groups that were measured, and those that are planned."""
+
+    measured: list[Group]
+    planned: list[Planned]
+
+    def where(self, fits: Callable[[str, Mapping[str, Any]], bool]) -> _Cases:
+        return _Cases(
+            [g for g in self.measured if fits(g.suite, g.case)], [p for p in self.planned if fits(p.suite, p.case)]
+        )
+
+
+def rows(chunks: Iterable[Mapping[str, Any]], plan: Sequence[Planned] | None = None) -> list[Row]:
     """Every target, in a fixed order, from the chunks of one device.
+
+    Args:
+        plan: what must have been measured for a target to be met; default: :func:`planned`.
 
     Raises:
         ValueError: as :func:`benchmarks.groups.groups`; or GPUs of several names.
@@ -43,19 +96,20 @@ def rows(chunks: Iterable[Mapping[str, Any]]) -> list[Row]:
     names = sorted({chunk["device"] for chunk in chunks})
     if len(names) > 1:
         raise ValueError(f"chunks: expected results of one GPU, got {', '.join(names)}")
-    found = [group for group in groups(chunks) if group.case["dtype"] == DTYPE]
-    layers = {
-        direction: [g for g in found if g.suite == "layer" and g.case["direction"] == direction]
-        for direction in results.DIRECTIONS
-    }
-    forward, both = layers["forward"], layers["both"]
-    large = [g for g in forward if g.case["m"] >= 12_608]
-    small = [g for g in forward if g.case["m"] <= 6_304]
-    batch_32 = [g for g in both if g.case["m"] == 6_304]
-    vit_l = [g for g in both if g.case["m"] == 50_432 and (g.case["n"], g.case["k"]) == (4096, 1024)]
-    vits = [g for g in both if g.case["model"].startswith("ViT")]
-    steps = [g for g in found if g.suite == "step" and (g.case["model"], g.case["batch"]) == ("ViT-B/16", 64)]
-    calls = [g for g in found if g.suite == "launch" and g.case["call"] in ("forward", "no_grad")]
+    measured = [group for group in groups(chunks) if group.case["dtype"] == DTYPE]
+    everything = _Cases(measured, planned() if plan is None else list(plan))
+
+    def layers(*directions: str) -> _Cases:
+        return everything.where(lambda suite, case: suite == "layer" and case["direction"] in directions)
+
+    forward, both = layers("forward"), layers("both")
+    large = forward.where(lambda _, case: case["m"] >= 12_608)
+    small = forward.where(lambda _, case: case["m"] <= 6_304)
+    batch_32 = both.where(lambda _, case: case["m"] == 6_304)
+    vit_l = both.where(lambda _, case: case["m"] == 50_432 and (case["n"], case["k"]) == (4096, 1024))
+    vits = both.where(lambda _, case: case["model"].startswith("ViT"))
+    steps = everything.where(lambda suite, case: suite == "step" and (case["model"], case["batch"]) == ("ViT-B/16", 64))
+    calls = everything.where(lambda suite, case: suite == "launch" and case["call"] in ("forward", "no_grad"))
     best = "forward + backward: best other way to the same function, its time / ours"
     step = "ViT-B/16 step, batch 64"
     return [
@@ -69,7 +123,7 @@ def rows(chunks: Iterable[Mapping[str, Any]]) -> list[Row]:
         _least(
             "u, v, f gradients: BLAS's dy^T x alone, its time / ours",
             1.0,
-            layers["grad_scales"],
+            layers("grad_scales"),
             _against(results.BARE_GRAD),
         ),
         _least(f"{best}, every shape", 1.0, both, _best_rival),
@@ -81,9 +135,14 @@ def rows(chunks: Iterable[Mapping[str, Any]]) -> list[Row]:
             "forward + backward: share of the most that BLAS's three products reach, ViT-L/16 fc1, M = 50,432",
             0.85,
             vit_l,
-            _peak_share(both),
+            _peak_share(both.measured),
         ),
-        _below("memory above a frozen nn.Linear, MB, every layer", EXTRA_BYTES / 1e6, both, _extra_megabytes),
+        _below(
+            "memory above a frozen nn.Linear, MB, every layer, forward and both",
+            EXTRA_BYTES / 1e6,
+            layers("forward", "both"),
+            _extra_megabytes,
+        ),
         _least(f"{step}: images/s / official formula's", 1.8, steps, _against(results.OFFICIAL)),
         _most(f"{step}: peak memory / official formula's", 0.6, steps, _memory),
         _least(f"{step}: images/s / official formula's, compiled", 1.0, steps, _against(results.OFFICIAL_COMPILED)),
@@ -97,6 +156,7 @@ def _against(other: str) -> Measure:
 
 
 def _best_rival(group: Group) -> float | None:
+    """None where no rival ran; where some did not, what the others leave of it."""
     best = group.best_rival
     return None if best is None else group.speed_up(best)
 
@@ -143,21 +203,19 @@ def _microseconds(implementation: str) -> Measure:
     return microseconds
 
 
-def _least(target: str, wanted: float, cases: Sequence[Group], measure: Measure) -> Row:
+def _least(target: str, wanted: float, cases: _Cases, measure: Measure) -> Row:
     return _row(target, f">= {wanted:g}", cases, measure, lambda got: got >= wanted, _worst(min))
 
 
-def _mean(target: str, wanted: float, cases: Sequence[Group], measure: Measure) -> Row:
+def _mean(target: str, wanted: float, cases: _Cases, measure: Measure) -> Row:
     return _row(target, f">= {wanted:g}", cases, measure, lambda got: got >= wanted, _averaged)
 
 
-def _most(
-    target: str, wanted: float, cases: Sequence[Group], measure: Measure, implementation: str = results.OURS
-) -> Row:
+def _most(target: str, wanted: float, cases: _Cases, measure: Measure, implementation: str = results.OURS) -> Row:
     return _row(target, f"<= {wanted:g}", cases, measure, lambda got: got <= wanted, _worst(max), implementation)
 
 
-def _below(target: str, wanted: float, cases: Sequence[Group], measure: Measure) -> Row:
+def _below(target: str, wanted: float, cases: _Cases, measure: Measure) -> Row:
     return _row(target, f"< {wanted:g}", cases, measure, lambda got: got < wanted, _worst(max))
 
 
@@ -177,17 +235,32 @@ def _averaged(measured: list[tuple[float, str]]) -> tuple[float, str]:
 def _row(
     target: str,
     wanted: str,
-    cases: Sequence[Group],
+    found: _Cases,
     measure: Measure,
     fits: Callable[[float], bool],
     summary: Summary,
     implementation: str | None = None,
 ) -> Row:
-    failed = [group for group in cases if "error" in group.rows.get(implementation or group.ours, {})]
-    measured = [(value, group.name) for group in cases if (value := measure(group)) is not None]
+    def row(got: str, verdict: str, count: int) -> Row:
+        return Row(target, wanted, got, verdict, count, len(found.planned))
+
+    failed = [group for group in found.measured if "error" in group.rows.get(implementation or group.ours, {})]
+    values = {_key(group): (value, group.name) for group in found.measured if (value := measure(group)) is not None}
     if failed:
-        return Row(target, wanted, f"failed at {failed[0].name}", MISSED, len(measured) + len(failed))
-    if not measured:
-        return Row(target, wanted, "", NOT_MEASURED, 0)
-    got, text = summary(measured)
-    return Row(target, wanted, text, MET if fits(got) else MISSED, len(measured))
+        return row(f"failed at {failed[0].name}", MISSED, len(values) + len(failed))
+    if not values:
+        return row("", NOT_MEASURED, 0)
+    got, text = summary(list(values.values()))
+    if not fits(got):
+        return row(text, MISSED, len(values))
+    ran = {_key(group): set(group.rivals) for group in found.measured if _key(group) in values}
+    # the best of the others is only known where all of them ran
+    needed = {_key(p): p.rivals if measure is _best_rival else frozenset() for p in found.planned}
+    lacking = sum(key not in ran or not rivals <= ran[key] for key, rivals in needed.items())
+    if lacking or not found.planned:
+        return row(f"{text}; {lacking} of {len(found.planned)} cases lack a measurement", INCOMPLETE, len(values))
+    return row(text, MET, len(values))
+
+
+def _key(of: Group | Planned) -> tuple[Any, ...]:
+    return of.suite, *of.case.values()

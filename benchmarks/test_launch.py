@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks import implementations, results, timing
+from benchmarks.agreement import Formula
 from benchmarks.implementations import make_inputs
 from benchmarks.results import LaunchCase
-from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, play, selected
+from benchmarks.suite import REPLAY, ROUNDS, Outcome, Recorder, Rivals, outcome, parametrize, play, selected
 from benchmarks.timing import Variant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,14 +31,14 @@ NAMES = (results.OURS, *implementations.BACKENDS, results.PLAIN, results.FORMULA
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
-    parameters = []
+    tests = []
     for dtype in option("--dtype") if "launch".startswith(option("--chunk") or "") else ():
         for call in CALLS:
             group = Rivals("launch", "launch", (call, dtype), f"launch-{call}-{dtype}")
             for name in NAMES:
                 if name in implementations.names(CALLS[call], DEVICE):
-                    parameters.append(pytest.param(group, name, id=f"{call}-{dtype}-{name}"))
-    metafunc.parametrize(("group", "implementation"), parameters)
+                    tests.append((group, name))
+    parametrize(metafunc, tests)
 
 
 @pytest.mark.benchmark(timer=REPLAY)
@@ -57,23 +58,29 @@ def test_launch(
 def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) -> dict[str, Outcome]:
     call, dtype = group.key
     inputs = make_inputs(M, N, K, 1, getattr(torch, dtype), DEVICE)
+    formula = Formula(implementations.call(results.FORMULA, CALLS[call], inputs).run, inputs.x.dtype)
+    more: dict[str, dict[str, Any]] = {}
+    backends: dict[str, str | None] = {}
 
     def variant(name: str) -> Variant:
-        implementations.served_by(name, inputs.x, inputs.weight)
+        backends[name] = implementations.served_by(name, inputs.x, inputs.weight)
         made = implementations.call(name, CALLS[call], inputs)
+        if name not in results.OTHER_FUNCTIONS:
+            with _around(name, call):
+                more[name] = {"error_vs_formula": formula.error(made.run())}
         return Variant([made], functools.partial(_around, name, call))
 
     found = timing.interleaved(
         {name: functools.partial(variant, name) for name in names},
-        timing.batches(BATCH, wait=False),
+        timing.Batches(BATCH, wait=False),
         BUDGET,
-        rounds or (50, 200),
+        rounds or ROUNDS["launch"],
         warm_seconds=0.3 if rounds is None else 0.0,
     )
     outcomes = {}
     for name in names:
-        backend = None if found[name].unavailable else implementations.served_by(name, inputs.x, inputs.weight)
-        outcomes[name] = outcome(LaunchCase(call, dtype, name, backend), found[name], {})
+        case = LaunchCase(call, dtype, name, backends.get(name))
+        outcomes[name] = outcome(case, found[name], more.get(name, {}))
     return outcomes
 
 

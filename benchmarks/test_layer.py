@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import cases, implementations, results, timing
+from benchmarks.agreement import Formula
 from benchmarks.cases import Shape
 from benchmarks.implementations import Inputs, make_inputs
-from benchmarks.memory import peak_extra_bytes, saved_for_backward
+from benchmarks.memory import peak_and_results, saved_for_backward
 from benchmarks.results import LayerCase
-from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, play, selected
+from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, parametrize, play, selected
 from benchmarks.timing import Variant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,20 +35,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chunk, images, dtypes = option("--chunk"), option("--images"), option("--dtype")
     whole = chunk is not None
     shapes = [shape for key in cases.MODELS if whole or key == "vit_b" for shape in cases.MODELS[key]]
-    parameters = []
+    tests = []
     for shape in shapes:
         for dtype in dtypes:
             name = cases.layer_chunk(shape, dtype) if whole else f"layer-{shape.key}"
             if not name.startswith(chunk or ""):
                 continue
             for count in images or (cases.IMAGES if whole else cases.SLICE_IMAGES):
-                searched = count in cases.SEARCHED_IMAGES and dtype == "bfloat16" and shape.key != "swin_b"
+                searched = cases.searched(shape, count, dtype)
                 for direction in results.DIRECTIONS if whole else SLICE_DIRECTIONS:
                     label = f"{shape.key}-{shape.layer}-{count}-{dtype}-{direction}"
                     group = Rivals("layer", name, (shape, count, dtype, direction), label)
-                    for implementation in implementations.names(direction, DEVICE, searched):
-                        parameters.append(pytest.param(group, implementation, id=f"{label}-{implementation}"))
-    metafunc.parametrize(("group", "implementation"), parameters)
+                    tests += [
+                        (group, implementation) for implementation in implementations.names(direction, DEVICE, searched)
+                    ]
+    parametrize(metafunc, tests)
 
 
 @pytest.mark.benchmark(timer=REPLAY)
@@ -75,11 +77,16 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
     first = make()
     count = timing.copies(first.nbytes, timing.l2_bytes())
     inputs = [first, *(make(seed=seed) for seed in range(1, count))]
-    memory: dict[str, dict[str, Any]] = {}
+    formula = Formula(functools.partial(_results, results.FORMULA, direction, first), first.x.dtype)
+    more: dict[str, dict[str, Any]] = {}
+    backends: dict[str, str | None] = {}
 
     def variant(name: str) -> Variant:
-        implementations.served_by(name, first.x, first.weight)
-        memory[name] = _memory(name, direction, first)
+        backends[name] = implementations.served_by(name, first.x, first.weight)
+        more[name], got = _memory(name, direction, first)
+        if name not in results.OTHER_FUNCTIONS:
+            more[name]["error_vs_formula"] = formula.error(got)
+        del got
         context = implementations.context(name)
         return Variant([implementations.call(name, direction, i) for i in inputs], context)
 
@@ -92,25 +99,32 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
     )
     outcomes = {}
     for name in names:
-        backend = None if found[name].unavailable else implementations.served_by(name, first.x, first.weight)
         case = LayerCase(
             *(shape.model, shape.layer, shape.n, shape.k, shape.groups, m, images, dtype, direction),
             implementation=name,
-            backend=backend,
+            backend=backends.get(name),
             same_function=name not in results.OTHER_FUNCTIONS,
         )
-        outcomes[name] = outcome(case, found[name], memory.get(name, {}))
+        outcomes[name] = outcome(case, found[name], more.get(name, {}), count)
     return outcomes
 
 
-def _memory(name: str, direction: str, i: Inputs) -> dict[str, Any]:
-    """Of one call; products and ops without autograd keep nothing for backward."""
+def _results(name: str, direction: str, i: Inputs) -> tuple[Tensor, ...]:
+    call = implementations.call(name, direction, i)
+    if call.before is not None:
+        call.before()
+    return tuple(t.detach() for t in call.run())
+
+
+def _memory(name: str, direction: str, i: Inputs) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """Of one call, and its results; products and ops without autograd keep nothing for backward."""
     with implementations.context(name)():
         call = implementations.call(name, direction, i)
-        extra = peak_extra_bytes(call.run, call.before)
+        extra, got = peak_and_results(call.run, call.before)
+        got = tuple(t.detach() for t in got)
         saved, saved_x = 0, False
         if name in implementations.THROUGH_AUTOGRAD and direction != "forward_no_grad":
             layer = implementations.bind(name, i)
             others: tuple[Tensor, ...] = (*layer.trained, *layer.frozen)
             saved, saved_x = saved_for_backward(layer.forward, i.x, others)
-    return {"extra_bytes": extra, "saved_bytes": saved, "saved_x": saved_x}
+    return {"extra_bytes": extra, "saved_bytes": saved, "saved_x": saved_x}, got

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import results, timing
-from benchmarks.memory import peak_extra_bytes, saved_for_backward
+from benchmarks.agreement import Formula
+from benchmarks.memory import peak_and_results, saved_for_backward
 from benchmarks.results import COMPOSED, FORMULA, FORMULA_COMPILED, LAYER_NORM, NORM_IMPLEMENTATIONS, OURS, LayerCase
-from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, play, selected
+from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, parametrize, play, selected
 from benchmarks.timing import Call, Variant
 from rlrr_kernels.norm import SSFLayerNorm
 from rlrr_kernels.ops import compose_affine, layer_norm_kernels
@@ -31,15 +32,14 @@ TOKENS, D = 197, 768
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
-    parameters = []
+    tests = []
     for images in (option("--images") or IMAGES) if "norm".startswith(option("--chunk") or "") else ():
         for dtype in option("--dtype"):
             for direction in ("forward", "both"):
                 label = f"norm-{images}-{dtype}-{direction}"
                 group = Rivals("norm", "norm", (images, dtype, direction), label)
-                for name in NORM_IMPLEMENTATIONS:
-                    parameters.append(pytest.param(group, name, id=f"{label}-{name}"))
-    metafunc.parametrize(("group", "implementation"), parameters)
+                tests += [(group, name) for name in NORM_IMPLEMENTATIONS]
+    parametrize(metafunc, tests)
 
 
 def two_operations(norm: nn.Module, scale: Tensor, shift: Tensor, x: Tensor) -> Tensor:
@@ -104,15 +104,24 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
         (torch.randn(images, TOKENS, D, **rows).requires_grad_(), torch.randn(images, TOKENS, D, **rows))
         for _ in range(timing.copies(2 * one, timing.l2_bytes()))
     ]
-    rivals, memory = layers(rows["dtype"]), {}
+    rivals = layers(rows["dtype"])
+    more: dict[str, dict[str, Any]] = {}
+
+    def calls_of(name: str) -> list[Call]:
+        return [_call(*rivals[name], x, dy, direction == "both") for x, dy in pairs]
+
+    formula = Formula(calls_of(FORMULA)[0].run, rows["dtype"])
 
     def variant(name: str) -> Variant:
         layer, trained = rivals[name]
-        calls = [_call(layer, trained, x, dy, direction == "both") for x, dy in pairs]
+        calls = calls_of(name)
         x = pairs[0][0]
         owned = [*trained, *(layer.parameters() if isinstance(layer, nn.Module) else ())]
         saved, saved_x = saved_for_backward(lambda: layer(x), x, owned)
-        memory[name] = {"extra_bytes": peak_extra_bytes(calls[0].run), "saved_bytes": saved, "saved_x": saved_x}
+        extra, got = peak_and_results(calls[0].run)
+        more[name] = {"extra_bytes": extra, "saved_bytes": saved, "saved_x": saved_x}
+        if name not in results.OTHER_FUNCTIONS:
+            more[name]["error_vs_formula"] = formula.error(got)
         return Variant(calls)
 
     found = timing.interleaved(
@@ -131,5 +140,5 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
             backend=served if name == OURS else None,
             same_function=name not in results.OTHER_FUNCTIONS,
         )
-        outcomes[name] = outcome(case, found[name], memory.get(name, {}))
+        outcomes[name] = outcome(case, found[name], more.get(name, {}), len(pairs))
     return outcomes

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, results, timing
+from benchmarks import cases, implementations, results, timing
+from benchmarks.agreement import Formula
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.results import STEP_IMPLEMENTATIONS, StepCase
 from benchmarks.steps import CLASSES, Step, build
-from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, play, selected
+from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, parametrize, play, selected
 from benchmarks.timing import Call, Variant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,13 +44,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for key, name in cases.STEP_MODELS.items()
             for batch in images or cases.STEP_BATCHES
         ]
-    parameters = []
+    tests: list[tuple[Rivals, str]] = []
     for name, model, batch, dtype in planned:
         if name.startswith(chunk or "") and dtype in option("--dtype"):
             label = f"{name}-{batch}-{dtype}"
             group = Rivals("step", name, (model, batch, dtype), label)
-            parameters += [pytest.param(group, n, id=f"{label}-{n}") for n in STEP_IMPLEMENTATIONS]
-    metafunc.parametrize(("group", "implementation"), parameters)
+            tests += [(group, name) for name in STEP_IMPLEMENTATIONS]
+    parametrize(metafunc, tests)
 
 
 @pytest.mark.benchmark(timer=REPLAY)
@@ -73,17 +74,27 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
     images = torch.randn(batch, 3, SIZE, SIZE, device=DEVICE)
     labels = torch.randint(CLASSES, (batch,), device=DEVICE)
     memory: dict[str, int] = {}
+    errors: dict[str, float | None] = {}
+    tokens = torch.empty(batch * 197, 8, dtype=getattr(torch, dtype), device=DEVICE)
+
+    def made(name: str) -> Step:
+        options = {} if model.depth is None else {"depth": model.depth}
+        return Step(build(name, model.name, DEVICE, **options), images, labels, getattr(torch, dtype))
+
+    formula = Formula(lambda: made(results.OFFICIAL).loss_and_gradient(), getattr(torch, dtype))
 
     def variant(name: str) -> Variant:
-        made = build(name, model.name, DEVICE, **({} if model.depth is None else {"depth": model.depth}))
-        step = Step(made, images, labels, getattr(torch, dtype))
+        implementations.served_by(name, tokens, tokens[:8])
+        step = made(name)
+        if name not in results.OTHER_FUNCTIONS:
+            errors[name] = formula.error(step.loss_and_gradient())
         step()  # compiles, and makes the optimizer's state
         memory[name] = step.resident_bytes() + peak_extra_bytes(lambda: (step(),))
         return Variant([Call(step)])
 
     found = timing.interleaved(
         {name: functools.partial(variant, name) for name in names},
-        timing.batches(4 if DEVICE == "cuda" else 1, wait=True),
+        timing.Batches(4 if DEVICE == "cuda" else 1, wait=True, settle=True),
         20.0 if DEVICE == "cuda" else 10.0,
         rounds or timing.ROUNDS,
         warm_seconds=1.0 if DEVICE == "cuda" and rounds is None else 0.0,
@@ -91,9 +102,11 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
     outcomes = {}
     for name in names:
         case = StepCase(model.title, batch, SIZE, dtype, name, name not in results.OTHER_FUNCTIONS)
-        more = {}
+        more: dict[str, Any] = {}
         if found[name].error is None:
             _, median, _ = results.quartiles(found[name].seconds)
             more = {"images_per_second": round(batch / median, 3), "peak_bytes": memory[name]}
+        if name in errors:
+            more["error_vs_formula"] = errors[name]
         outcomes[name] = outcome(case, found[name], more)
     return outcomes

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import math
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from benchmarks.results import one_line
+from benchmarks.results import EVENTS, GRAPH, WALL, one_line
 
 #: Seconds that the rounds of one group of rivals may take, and between which numbers of rounds that decides.
 BUDGET = {"cuda": 2.0, "cpu": 2.0}
@@ -29,6 +31,10 @@ Turn = Callable[[], float]
 
 class Unavailable(Exception):
     """What would be measured is not here, or not for this device; the message says why."""
+
+
+class Rejected(Exception):
+    """What is here but must not be timed, as its results are wrong; the message says all of it."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,25 @@ class Variant:
 class Rounds:
     """Seconds of one call in each round, or why there are none.
 
-    ``clock``: "CUDA graph", "CUDA events" or "wall clock". ``unavailable``: the error is only that it is not here.
+    ``clock``: "graph" (a CUDA graph's replay), "events" (CUDA events around single calls) or "wall".
+    ``unavailable``: the error is only that it is not here.
     """
 
     seconds: list[float] = field(default_factory=list)
     clock: str | None = None
     error: str | None = None
     unavailable: bool = False
+
+
+class Stopwatch(Protocol):
+    """Makes of a rival a function that does one turn and returns its seconds."""
+
+    def __call__(self, variant: Variant) -> Turn:
+        """The function; what it times was run before."""
+
+    @property
+    def clock(self) -> str:
+        """What reads the time of all rivals that it was given, known once they are all made."""
 
 
 def synchronize() -> None:
@@ -102,56 +120,70 @@ def rounds_within(budget: float, turn: float, rounds: tuple[int, int] = ROUNDS) 
 
 def interleaved(
     variants: Mapping[str, Callable[[], Variant]],
-    stopwatch: Callable[[Variant], tuple[Turn, str]],
+    stopwatch: Stopwatch,
     budget: float,
     rounds: tuple[int, int] = ROUNDS,
     warm_seconds: float = 0.0,
 ) -> dict[str, Rounds]:
     """Time rivals in turns: what else the machine does, and its clock, then hit all of them alike.
 
+    Each round has an order of its own, drawn at random from a fixed seed. After a fault that leaves the GPU
+    unusable nothing more runs, and what was measured before it is kept.
+
     Args:
         variants: name -> what makes the rival. One that fails, here or later, is out, with its reason;
             the others go on.
-        stopwatch: makes of a rival a function that does one turn and returns its seconds, and the clock's name.
+        stopwatch: of all of them.
         budget: seconds for all rounds together, within ``rounds``, (least, most).
         warm_seconds: for how long all take turns before it counts; once each at least.
     """
     found = {name: Rounds() for name in variants}
     turns: dict[str, Turn] = {}
+    fault: str | None = None
 
     def attempt(name: str, action: Callable[[], Any]) -> Any:
+        nonlocal fault
+        if fault is not None:
+            return None
         try:
             return action()
         except Exception as error:  # whatever a rival raises is its result
-            found[name].error = one_line(error)
+            found[name].error = str(error) if isinstance(error, Rejected) else one_line(error)
             found[name].unavailable = isinstance(error, Unavailable)
             found[name].seconds.clear()
             turns.pop(name, None)
         # after the handler, or the traceback would hold the rival's tensors
-        _release()
+        fault = _release()
+        if fault is not None:
+            fault = f"not measured: the GPU failed under {name}: {fault}"
         return None
 
     for name, make in variants.items():
         made = attempt(name, lambda make=make: stopwatch(make()))  # type: ignore[misc]
         if made is not None:
-            turns[name], found[name].clock = made
+            turns[name] = made
+    shuffle = random.Random(0).shuffle
     with _no_collection():
-        started = time.perf_counter()
-        while turns:
+        started = begun = time.perf_counter()
+        while turns and fault is None:
             begun = time.perf_counter()
             for name, turn in list(turns.items()):
                 attempt(name, turn)
             if time.perf_counter() - started >= warm_seconds:
                 break
         spent = time.perf_counter() - begun if turns else 0.0
-        for number in range(rounds_within(budget, spent, rounds)):
+        for _ in range(rounds_within(budget, spent, rounds)):
             order = list(turns)
-            # nobody always comes after the same one
-            first = number % max(len(order), 1)
-            for name in order[first:] + order[:first]:
+            shuffle(order)  # nobody always comes after the same one
+            for name in order:
                 took = attempt(name, turns[name])
                 if took is not None:
                     found[name].seconds.append(took)
+    for rival in found.values():
+        if rival.seconds:
+            rival.clock = stopwatch.clock
+        elif rival.error is None:
+            rival.error = fault
     return found
 
 
@@ -167,67 +199,103 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _release() -> None:
+def gpu_fault() -> str | None:
+    """Why the GPU takes no more work in this process, as after an illegal access; None while it does."""
+    try:
+        synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    except RuntimeError as error:
+        return one_line(error)
+    return None
+
+
+def _release() -> str | None:
+    """Give back a failed rival's memory; the GPU's fault, if it has one."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return gpu_fault()
 
 
-def wall_clock(variant: Variant) -> tuple[Turn, str]:
+class WallClock:
     """A stopwatch for the CPU: one call a turn."""
-    upcoming = itertools.cycle(variant.calls)
 
-    def turn() -> float:
-        call = next(upcoming)
-        with variant.context():
-            if call.before is not None:
-                call.before()
-            start = time.perf_counter()
-            result = call.run()
-            spent = time.perf_counter() - start
-        del result  # not timed: its memory goes back to the system here
-        return spent
+    clock = WALL
 
-    return turn, "wall clock"
+    def __call__(self, variant: Variant) -> Turn:
+        upcoming = itertools.cycle(variant.calls)
+
+        def turn() -> float:
+            call = next(upcoming)
+            with variant.context():
+                if call.before is not None:
+                    call.before()
+                start = time.perf_counter()
+                result = call.run()
+                spent = time.perf_counter() - start
+            del result  # not timed: its memory goes back to the system here
+            return spent
+
+        return turn
 
 
-def batches(count: int, wait: bool) -> Callable[[Variant], tuple[Turn, str]]:
+@dataclass(frozen=True)
+class Batches:
     """A stopwatch that looks at the wall clock after ``count`` rounds of a rival's calls.
 
-    Args:
+    Attributes:
         wait: on a GPU wait for its work within the time; otherwise the time is what enqueueing costs the CPU.
+        settle: on a GPU empty the allocator's cache and call once, untimed, at the start of each turn: the
+            blocks that the rival before has left are of other sizes.
     """
 
-    def make(variant: Variant) -> tuple[Turn, str]:
+    count: int
+    wait: bool
+    settle: bool = False
+
+    @property
+    def clock(self) -> str:
+        return WALL
+
+    def __call__(self, variant: Variant) -> Turn:
+        def once() -> None:
+            for call in variant.calls:
+                call.run()
+
         def turn() -> float:
             with variant.context():
+                if self.settle and torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                    once()
                 synchronize()
                 start = time.perf_counter()
-                for _ in range(count):
-                    for call in variant.calls:
-                        call.run()
-                if wait:
+                for _ in range(self.count):
+                    once()
+                if self.wait:
                     synchronize()
                 spent = time.perf_counter() - start
             synchronize()
-            return spent / (count * len(variant.calls))
+            return spent / (self.count * len(variant.calls))
 
-        return turn, "wall clock"
-
-    return make
+        return turn
 
 
 class GraphClock:
-    """A stopwatch for a GPU: all copies' calls in one CUDA graph, or enqueued one by one if they cannot be captured.
+    """A stopwatch for a GPU: all copies' calls in one CUDA graph, or between two events where graphs fail.
 
     The graphs of a group share their memory: each writes what it reads, so any order of replays is right.
+    Where one rival cannot be captured, all are enqueued call by call: a group has one clock.
     """
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
+        self.captures = True
 
-    def __call__(self, variant: Variant) -> tuple[Turn, str]:
+    @property
+    def clock(self) -> str:
+        return GRAPH if self.captures else EVENTS
+
+    def __call__(self, variant: Variant) -> Turn:
         synchronize()  # the inputs were made on another stream
         calls = variant.calls
         before = [call.before for call in calls if call.before is not None]
@@ -237,36 +305,52 @@ class GraphClock:
                 _each(before)
                 _each(run)
         torch.cuda.synchronize()
-        try:
-            prepare, work = (self._capture(actions, variant) for actions in (before, run))
-            clock = "CUDA graph"
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            warnings.warn(f"not captured, timed call by call: {one_line(error)}", stacklevel=2)
-            prepare, work = (lambda: _each(before)), (lambda: _each(run))
-            clock = "CUDA events"
+        enqueued = functools.partial(_each, before), functools.partial(_each, run)
+        captured = self._captured(before, run, variant) if self.captures else None
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def turn() -> float:
+            # asked at each turn: a rival made later may not have been captured
+            prepare, work = captured if captured is not None and self.captures else enqueued
             with variant.context(), torch.cuda.stream(self.stream):
                 prepare()
                 # the GPU waits while the work is enqueued, so that it never waits for the CPU afterwards
-                torch.cuda._sleep(PAUSE if clock == "CUDA graph" else 20 * PAUSE)
+                torch.cuda._sleep(PAUSE if self.captures else 20 * PAUSE)
                 start.record()
                 work()
                 end.record()
             end.synchronize()
             return start.elapsed_time(end) / 1e3 / len(calls)
 
-        return turn, clock
+        return turn
+
+    def _captured(
+        self, before: Sequence[Callable[[], Any]], run: Sequence[Callable[[], Any]], variant: Variant
+    ) -> tuple[Callable[[], None], Callable[[], None]] | None:
+        """Both as graphs, or None where they cannot be captured."""
+        try:
+            return self._capture(before, variant), self._capture(run, variant)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.synchronize()  # what broke the GPU is this rival's error, and no refusal
+            self.captures = False
+            warnings.warn(f"not captured, so its whole group is timed by events: {one_line(error)}", stacklevel=2)
+            return None
 
     def _capture(self, actions: Sequence[Callable[[], Any]], variant: Variant) -> Callable[[], None]:
         if not actions:
             return lambda: None
         graph = torch.cuda.CUDAGraph()
-        with variant.context(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            _each(actions)
+        current = torch.cuda.current_stream()
+        try:
+            with variant.context(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                _each(actions)
+        except BaseException:
+            # a failed capture leaves its stream current, and its pool between two states
+            torch.cuda.set_stream(current)
+            self.pool = torch.cuda.graph_pool_handle()
+            raise
         return graph.replay
 
 
@@ -275,6 +359,6 @@ def _each(actions: Sequence[Callable[[], Any]]) -> None:
         action()
 
 
-def device_clock() -> Callable[[Variant], tuple[Turn, str]]:
+def device_clock() -> Stopwatch:
     """The stopwatch of this machine for one group of rivals."""
-    return GraphClock() if torch.cuda.is_available() else wall_clock
+    return GraphClock() if torch.cuda.is_available() else WallClock()

@@ -16,6 +16,7 @@ def chunk(rows: list[dict[str, Any]], suite: str = "layer", device: str = GPU, *
         "processor": "Made-up 9000, 2 cores used",
         "versions": {"rlrr_kernels": "0.0.1", "torch": "9.9.9", "triton": None},
         "command": f"make made-up CHUNK={suite}",
+        "complete": True,
         "results": rows,
     } | head
 
@@ -38,6 +39,7 @@ def layer(
     n: int = 3072,
     k: int = 768,
     m: int = 6304,
+    groups: int = 1,
     dtype: str = "bfloat16",
     spread: float = 0.01,
     **more: Any,
@@ -47,7 +49,7 @@ def layer(
         "layer": name,
         "n": n,
         "k": k,
-        "groups": 1,
+        "groups": groups,
         "m": m,
         "images": m // 197,
         "dtype": dtype,

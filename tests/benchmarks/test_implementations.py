@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks import implementations, results
 from benchmarks.implementations import Inputs, call
+from benchmarks.memory import saved_for_backward
 from benchmarks.timing import Unavailable
 from rlrr_kernels import backend_for, reference
 from tests.oracle import Answer, Problem, assert_close, check, differentiate, make_problem
@@ -69,6 +70,20 @@ def test_in_bfloat16_no_less_accurate_than_the_formula(name):
     for field in ("y", "dx", "du", "dv"):
         assert_close(field, getattr(got, field), getattr(plain, field), getattr(exact, field), more=eps / 4)
     assert_close("df", got.df, plain.df.float(), exact.df)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_formula_is_one_linear_with_both_biases_and_keeps_one_rescaled_weight(groups):
+    """As published, bit for bit: y is rounded once, not once more for each bias added, and W' is kept in x's dtype."""
+    p = make_problem(64, 48, 32, groups, dtype=torch.bfloat16)
+    inputs = inputs_of(p)
+    ones = (inputs.scale_out.view(groups, -1, 1) * inputs.scale_in).view(48, 32)
+    weight = (p.weight.float() * (1 + ones)).bfloat16()
+    offset = (p.bias + p.shift).bfloat16()
+    made = implementations.bind(results.FORMULA, inputs)
+    assert torch.equal(made.forward(), F.linear(p.x, weight, offset))
+    saved, keeps_x = saved_for_backward(made.forward, inputs.x, (*made.trained, *made.frozen))
+    assert (saved, keeps_x) == (2 * 48 * 32, True)
 
 
 @pytest.mark.parametrize("name", [*SAME_FUNCTION, results.PLAIN, results.LORA, results.HIRA, results.THREE_OPS])

@@ -147,6 +147,7 @@ def test_a_page_of_a_cpu_holds_ratios_and_no_times():
     assert report.NO_GPU in text
     assert report.NO_CPU not in text
     assert text.count("not measured |") == 13
+    assert "Incomplete" not in text
     for unit in ("µs", "TFLOP", "images/s |", "| ms |"):
         assert unit not in text.partition("## CPU")[2]
     assert "| **best other way to the same function** | the same | 1.44 (0.50 to 3.00)" in text
@@ -160,9 +161,10 @@ def test_a_page_of_a_gpu_holds_its_targets():
     assert report.NO_GPU not in text
     assert (
         "| forward + backward: formula in eager, its time / ours, M = 6,304 | >= 2 | NVIDIA H200 | "
-        "0.500 (ViT-B/16 fc1, M = 6,304) | 1 | **missed** |"
+        "0.500 (ViT-B/16 fc1, M = 6,304) | 1 of 8 | **missed** |"
     ) in text
-    assert "| 2.500 (ViT-B/16, batch 64) | 1 | **met** |" in text
+    assert "| 2.500 (ViT-B/16, batch 64) | 1 of 1 | **met** |" in text
+    assert "of 60 cases lack a measurement | 3 of 60 | **incomplete** |" in text
     assert "## NVIDIA H200" in text
 
 
@@ -171,7 +173,21 @@ def test_without_results_the_page_says_what_is_missing():
     assert report.NO_GPU in text
     assert report.NO_CPU in text
     assert not drawn
-    assert text.count("| no GPU yet |  | 0 | not measured |") == 13
+    assert text.count("| no GPU yet |  | 0 of ") == 13
+
+
+def test_the_page_says_what_is_incomplete_and_where_clocks_differ():
+    rows = [layer(results.OURS, 1.0, clock="graph"), layer(results.FORMULA, 2.0, clock="events")]
+    rows += [layer(name, 1.0, direction="forward", clock="graph") for name in (results.OURS, results.FORMULA)]
+    text, _ = report.generate([[chunk(rows), steps() | {"complete": False}]])
+    assert "- **Incomplete**, of which only a part was measured: `step-made-up`.\n" in text
+    assert text.count("**Different clocks**") == 1
+    where = "ViT-B/16 fc1, M = 6,304, bfloat16, forward + backward"
+    assert f"- **Different clocks** in {where}: graph: rlrr_kernels; events: formula.\n" in text
+    assert tables.caveats([three_shapes()], groups([three_shapes()])) == ""
+    # a run that ended before its first group, and nothing else
+    alone, _ = report.generate([[chunk([], complete=False)]])
+    assert "Incomplete" in alone
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from benchmarks import results, steps
+from benchmarks.agreement import relative_error
+from benchmarks.memory import saved_for_backward
 from benchmarks.steps import FormulaLinear, Step, build
 from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm
 from rlrr_kernels.adapt import head
@@ -52,6 +54,34 @@ def test_the_official_formula_is_the_same_model_by_plain_operations():
         torch.testing.assert_close(
             renamed[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loss_and_gradient_tell_wrong_models_from_right_ones(dtype):
+    """What a step's error_vs_formula is made of: within 1% for the same model, off where one gradient is lost."""
+    ours, official = (Step(small(name), *batch(), dtype) for name in (results.OURS, results.OFFICIAL))
+    want = official.loss_and_gradient()
+    assert relative_error(ours.loss_and_gradient(), want) < (1e-4 if dtype is torch.float32 else 0.01)
+    assert all(p.grad is None for p in ours.model.parameters())
+    norm = torch.stack([p.grad.norm() for p in _trained_with_gradients(official)]).norm()
+    torch.testing.assert_close(norm, want[1])
+    ours.model.head.requires_grad_(False)
+    assert relative_error(ours.loss_and_gradient(), want) > 0.05
+
+
+def _trained_with_gradients(step: Step) -> list[nn.Parameter]:
+    with torch.autocast("cpu", step.dtype, enabled=step.dtype is not torch.float32):
+        nn.functional.cross_entropy(step.model(step.images), step.labels).backward()
+    return [p for p in step.model.parameters() if p.requires_grad]
+
+
+def test_the_formulas_layer_is_one_linear_and_keeps_one_rescaled_weight():
+    official = small(results.OFFICIAL)
+    layer = official.blocks[0].attn.qkv
+    x = torch.randn(2, 48, requires_grad=True)
+    kept = [layer.weight, layer.bias, layer.scale_in, layer.scale_out, layer.shift]
+    saved, saved_x = saved_for_backward(lambda: layer(x), x, kept)
+    assert (saved, saved_x) == (4 * 3 * 48 * 48, True)
 
 
 def test_under_autocast_the_formulas_product_is_in_its_dtype():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from benchmarks import cases, chunks, implementations, results, test_layer, test_norm
+from benchmarks import cases, chunks, implementations, results, test_layer, test_norm, timing
 from benchmarks.cases import MODELS, Shape
 from benchmarks.memory import peak_extra_bytes, saved_for_backward
 from benchmarks.results import LaunchCase, Result
@@ -72,11 +73,24 @@ def test_chunks_run_one_after_another_whatever_fails(capsys):
 
     def start(command: list[str]) -> int:
         started.append(command[command.index("--chunk") + 1])
+        assert json.loads(command[command.index("--failed-preflight") + 1]) == {results.CUDA: "why"}
         return int(started[-1] == "norm")
 
-    assert chunks.run(["launch", "norm", "step-vit_b-64"], start) == ["norm"]
+    assert chunks.run(["launch", "norm", "step-vit_b-64"], start, {results.CUDA: "why"}) == ["norm"]
     assert started == ["launch", "norm", "step-vit_b-64"]
     assert "chunk 2 of 3: norm" in capsys.readouterr().out
+
+
+def test_a_chunk_that_hangs_is_ended_with_all_that_it_started(tmp_path, capsys):
+    """The child of the child too: it would write a file a second later."""
+    late = tmp_path / "late"
+    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(late)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert chunks.start([sys.executable, "-c", code], 1.5) == 124
+    assert "ended after 1.5 s" in capsys.readouterr().err
+    time.sleep(4)
+    assert not late.exists()
+    assert chunks.start([sys.executable, "-c", "import sys; sys.exit(3)"]) == 3
 
 
 def test_chunks_are_listed_and_a_wrong_one_is_named(capsys):
@@ -135,6 +149,45 @@ def test_a_group_survives_a_rival_and_its_file_says_why(tmp_path, monkeypatch):
     assert (ours["same_function"], rows[results.THREE_OPS]["same_function"]) == (True, False)
     assert (ours["saved_bytes"], ours["saved_x"]) == (0, True)
     assert formula["saved_bytes"] >= 4 * 24 * 16
+
+
+def test_a_file_is_complete_only_with_every_planned_test(tmp_path):
+    def result(call: str, name: str = results.OURS) -> Outcome:
+        return Outcome(Result(LaunchCase(call, "float32", name, "cpu"), [1.0]))
+
+    first, second = (Rivals("launch", "a", (call,), call) for call in ("forward", "both"))
+    planned = {"a": {(first, results.OURS), (first, results.PLAIN), (second, results.OURS)}}
+    both = [results.OURS, results.PLAIN]
+
+    def measure(group: Rivals):
+        return lambda names: {name: result(group.key[0], name) for name in names}
+
+    recorder = Recorder(tmp_path, "command", planned)
+    recorder.outcomes(first, both, measure(first))
+    assert [path.name for path in tmp_path.iterdir()] == ["a-partial.json"]
+    recorder.outcomes(second, [results.OURS], measure(second))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    (chunk,) = results.load(tmp_path)
+    assert (chunk["complete"], len(chunk["results"]), chunk["rounds"]) == (True, 3, [50, 200])
+    # with one implementation deselected: beside it
+    recorder = Recorder(tmp_path, "command", planned)
+    recorder.outcomes(first, [results.OURS], measure(first))
+    recorder.outcomes(second, [results.OURS], measure(second))
+    assert json.loads((tmp_path / "a-partial.json").read_text())["complete"] is False
+    assert len(results.load(tmp_path)[0]["results"]) == 3
+    # of other cases or rounds than planned
+    Recorder(tmp_path / "b", "command").outcomes(first, both, measure(first))
+    assert not results.load(tmp_path / "b")[0]["complete"]
+
+
+def test_a_broken_gpu_ends_the_session_after_the_group_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "gpu_fault", lambda: "AcceleratorError: illegal access")
+    group = Rivals("launch", "a", ("forward",), "launch-forward")
+    outcome = Outcome(Result(LaunchCase("forward", "float32", results.OURS, "cpu"), [1.0]))
+    with pytest.raises(pytest.exit.Exception, match="under launch-forward, chunk a ends here: AcceleratorError"):
+        Recorder(tmp_path, "c").outcomes(group, [results.OURS], lambda _: {results.OURS: outcome})
+    (chunk,) = results.load(tmp_path)
+    assert (chunk["complete"], len(chunk["results"])) == (False, 1)
 
 
 def test_a_chunk_holds_all_its_groups_and_no_others(tmp_path):
@@ -226,10 +279,11 @@ def test_pytest_benchmark_tells_the_interleaved_times(tmp_path):
     (chunk,) = results.load(tmp_path)
     rows = {row["implementation"]: row for row in chunk["results"]}
     assert rows.keys() == {results.PLAIN, results.FORMULA}
+    assert (chunk["complete"], [path.name for path in tmp_path.glob("*.json")]) == (False, ["launch-partial.json"])
     assert chunk["command"].startswith("python -m pytest -p no:cacheprovider benchmarks/test_launch.py -k 'no_grad")
     table = json.loads((tmp_path / "table").read_text())["benchmarks"]
     assert {bench["group"] for bench in table} == {"launch-no_grad-float32"}
     for bench in table:
         row = rows[bench["params"]["implementation"]]
         assert bench["stats"]["data"] == pytest.approx(row["seconds"], abs=1e-9)
-        assert bench["extra_info"]["clock"] == "wall clock"
+        assert bench["extra_info"]["clock"] == "wall"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 
@@ -43,6 +44,13 @@ class Rival:
         return 10.0 * self.turns
 
 
+class Counted:
+    clock = "counted"
+
+    def __call__(self, variant: Variant) -> timing.Turn:
+        return variant.calls[0].run
+
+
 def interleave(rivals: list[Rival], rounds: int, **broken: Exception) -> dict[str, timing.Rounds]:
     by_name = {rival.name: rival for rival in rivals}
 
@@ -53,16 +61,26 @@ def interleave(rivals: list[Rival], rounds: int, **broken: Exception) -> dict[st
 
     return timing.interleaved(
         {name: (lambda name=name: make(name)) for name in [*by_name, *broken]},
-        lambda variant: (variant.calls[0].run, "counted"),
+        Counted(),
         budget=1.0,
         rounds=(rounds, rounds),
     )
 
 
-def test_rivals_take_turns_and_nobody_always_follows_the_same():
-    log: list[str] = []
-    found = interleave([Rival(name, log) for name in "abc"], 3)
-    assert "".join(log) == "abc" + "abc" + "bca" + "cab"  # the first turns warm up
+def test_rivals_take_turns_and_nobody_follows_the_same_more_often():
+    def turns(rounds: int) -> tuple[list[str], dict[str, timing.Rounds]]:
+        log: list[str] = []
+        return log, interleave([Rival(name, log) for name in "abcd"], rounds)
+
+    log, found = turns(600)
+    orders = ["".join(log[at : at + 4]) for at in range(4, len(log), 4)]  # the first turns warm up
+    assert {"".join(sorted(order)) for order in orders} == {"abcd"}
+    followed = collections.Counter(pair for order in orders for pair in itertools.pairwise(order))
+    # 12 ordered pairs, 3 of them in each round: 150 times each, give or take four standard deviations
+    assert len(followed) == 12
+    assert all(abs(count - 150) < 43 for count in followed.values())
+    assert turns(600)[0] == log
+    found = turns(3)[1]
     assert all(rounds.seconds == [20.0, 30.0, 40.0] for rounds in found.values())
     assert {rounds.clock for rounds in found.values()} == {"counted"}
 
@@ -79,6 +97,39 @@ def test_a_failure_leaves_the_others_their_rounds():
     assert found["broken"].error == "ValueError: cannot compile"
     assert found["absent"].unavailable
     assert log.count("late") == 3  # not asked again
+
+
+def test_a_fault_of_the_gpu_ends_the_group_and_keeps_what_it_has(monkeypatch):
+    """As after an illegal access: every later call of the runtime raises too, that which frees memory included."""
+    log: list[str] = []
+    rivals = [Rival("a", log), Rival("b", log), Rival("bad", log, fails_at=3)]
+
+    def synchronize() -> None:
+        if rivals[2].turns >= 3:
+            raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+
+    monkeypatch.setattr(timing, "synchronize", synchronize)
+    found = interleave(rivals, 5, rejected=timing.Rejected("off by 7%"))
+    assert found["bad"].error == "MemoryError: out of memory in bad"
+    assert found["rejected"].error == "off by 7%"
+    assert not found["rejected"].unavailable
+    for rival in rivals[:2]:
+        # the faulty one failed in the second round: one round of the others at least, and nobody ran afterwards
+        assert found[rival.name].seconds == [10.0 * (turn + 2) for turn in range(rival.turns - 1)]
+        assert 1 <= len(found[rival.name].seconds) <= 2
+        assert found[rival.name].error is None
+    assert log[-1] == "bad"
+    # in the first turns: who has no round says why
+    log.clear()
+    rivals = [Rival("a", log), Rival("b", log), Rival("bad", log, fails_at=1)]
+    monkeypatch.setattr(timing, "synchronize", lambda: _broken() if rivals[2].turns else None)
+    found = interleave(rivals, 5)
+    assert found["a"].error == "not measured: the GPU failed under bad: RuntimeError: sticky"
+    assert found["a"].clock is None
+
+
+def _broken() -> None:
+    raise RuntimeError("sticky")
 
 
 def test_an_interrupt_is_no_result():
@@ -106,17 +157,28 @@ def test_the_wall_clock_leaves_out_what_comes_before_and_the_context(clock):
         clock(7.0)
 
     calls = [Call(lambda: clock(1.0), lambda: clock(50.0)), Call(lambda: clock(3.0))]
-    turn, _ = timing.wall_clock(Variant(calls, context))
+    turn = timing.WallClock()(Variant(calls, context))
     assert [turn(), turn(), turn()] == [1.0, 3.0, 1.0]
 
 
 def test_batches_give_the_time_of_one_call(clock, monkeypatch):
     monkeypatch.setattr(timing, "synchronize", lambda: clock(1000.0))
     calls = [Call(lambda: clock(1.0)), Call(lambda: clock(2.0))]
-    turn, _ = timing.batches(5, wait=False)(Variant(calls))
+    turn = timing.Batches(5, wait=False)(Variant(calls))
     assert turn() == pytest.approx(1.5)
-    turn, _ = timing.batches(5, wait=True)(Variant(calls))
+    turn = timing.Batches(5, wait=True)(Variant(calls))
     assert turn() == pytest.approx(1.5 + 1000 / 10)
+
+
+def test_a_turn_that_settles_frees_the_cache_and_calls_once_untimed(clock, monkeypatch):
+    log = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty"))
+    monkeypatch.setattr(timing, "synchronize", lambda: None)
+    spent = itertools.chain([50.0], itertools.repeat(1.0))
+    turn = timing.Batches(2, wait=True, settle=True)(Variant([Call(lambda: (log.append("call"), clock(next(spent))))]))
+    assert turn() == 1.0
+    assert log == ["empty", "call", "call", "call"]
 
 
 class FakeCuda:
@@ -124,6 +186,8 @@ class FakeCuda:
 
     def __init__(self, monkeypatch, refuse: Exception | None = None) -> None:
         self.now, self.capturing, self.refuse = 0.0, None, refuse
+        self.pools = self.replays = 0
+        self.current = "default"
         self.log: list[str] = []
         fake = self
 
@@ -132,6 +196,7 @@ class FakeCuda:
                 self.work: list[tuple[str, float]] = []
 
             def replay(self) -> None:
+                fake.replays += 1
                 for name, spent in self.work:
                     fake.execute(name, spent)
 
@@ -151,18 +216,25 @@ class FakeCuda:
 
         @contextlib.contextmanager
         def graph(graph, pool, stream):
-            assert (pool, stream) == ("pool", "stream")
-            self.capturing = graph
+            assert (pool, stream) == (f"pool{self.pools}", "stream")
+            self.capturing, self.current = graph, stream
             try:
                 yield
                 if self.refuse is not None:
-                    raise self.refuse
+                    raise self.refuse  # as of capture_end: the stream stays current
+                self.current = "default"
             finally:
                 self.capturing = None
 
+        def new_pool() -> str:
+            self.pools += 1
+            return f"pool{self.pools}"
+
         replaced = {
             "Stream": lambda: "stream",
-            "graph_pool_handle": lambda: "pool",
+            "graph_pool_handle": new_pool,
+            "current_stream": lambda: self.current,
+            "set_stream": lambda stream: setattr(self, "current", stream),
             "stream": contextlib.nullcontext,
             "synchronize": lambda: None,
             "CUDAGraph": Graph,
@@ -192,8 +264,9 @@ class FakeCuda:
 
 def test_a_graph_holds_every_copy_and_what_comes_before_is_not_timed(monkeypatch):
     cuda = FakeCuda(monkeypatch)
-    turn, name = GraphClock()(cuda.variant(3))
-    assert name == "CUDA graph"
+    stopwatch = GraphClock()
+    turn = stopwatch(cuda.variant(3))
+    assert stopwatch.clock == "graph"
     assert cuda.log == 3 * ["before0", "before1", "before2", "run0", "run1", "run2"]  # warmed up before the capture
     cuda.log.clear()
     assert turn() == pytest.approx(2.0)
@@ -201,19 +274,40 @@ def test_a_graph_holds_every_copy_and_what_comes_before_is_not_timed(monkeypatch
     assert cuda.log == replayed
 
 
-def test_what_cannot_be_captured_is_enqueued_and_said(monkeypatch):
-    cuda = FakeCuda(monkeypatch, refuse=RuntimeError("operation not permitted\nwhen stream is capturing"))
-    with pytest.warns(UserWarning, match="not captured, timed call by call: RuntimeError: operation not permitted$"):
-        turn, name = GraphClock()(cuda.variant(2))
-    cuda.log.clear()
-    assert (turn(), name) == (pytest.approx(2.0), "CUDA events")
-    assert cuda.log == ["before0", "before1", "sleep", "record", "run0", "run1", "record", "wait"]
+def test_one_that_cannot_be_captured_gives_its_whole_group_events(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    stopwatch = GraphClock()
+    first = stopwatch(cuda.variant(2))
+    cuda.refuse = RuntimeError("operation not permitted\nwhen stream is capturing")
+    with pytest.warns(UserWarning, match="whole group is timed by events: RuntimeError: operation not permitted$"):
+        second = stopwatch(cuda.variant(2))
+    third = stopwatch(cuda.variant(2))  # no capture is tried any more
+    assert (stopwatch.clock, cuda.current) == ("events", "default")
+    for turn in (first, second, third):
+        cuda.log.clear()
+        assert turn() == pytest.approx(2.0)
+        assert cuda.log == ["before0", "before1", "sleep", "record", "run0", "run1", "record", "wait"]
+    assert cuda.replays == 0
 
 
-def test_out_of_memory_in_a_capture_is_the_rivals_error(monkeypatch):
+def test_out_of_memory_in_a_capture_is_the_rivals_error_and_the_next_has_a_fresh_pool(monkeypatch):
     cuda = FakeCuda(monkeypatch, refuse=torch.OutOfMemoryError("out of memory"))
+    stopwatch = GraphClock()
     with pytest.raises(torch.OutOfMemoryError):
-        GraphClock()(cuda.variant(2))
+        stopwatch(cuda.variant(2))
+    assert (cuda.pools, cuda.current) == (2, "default")
+    cuda.refuse = None
+    stopwatch(cuda.variant(2))
+    assert (stopwatch.clock, cuda.pools) == ("graph", 2)
+
+
+def test_what_breaks_the_gpu_in_a_capture_is_the_rivals_error(monkeypatch):
+    cuda = FakeCuda(monkeypatch, refuse=RuntimeError("an illegal access"))
+    stopwatch = GraphClock()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: _broken() if cuda.pools > 1 else None)
+    with pytest.raises(RuntimeError, match="sticky"):
+        stopwatch(cuda.variant(2))
+    assert stopwatch.clock == "graph"
 
 
 def test_the_replay_timer_tells_each_duration_between_two_calls():

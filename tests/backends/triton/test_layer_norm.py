@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.search_space import TARGETS
 from rlrr_kernels import ops, use_backend
 from rlrr_kernels.backends import choice
 from rlrr_kernels.backends.triton import launch, layer_norm
 from tests.backends.triton.compile_probe import as_case, probe
-from tests.backends.triton.test_compile import DEVICES
 from tests.oracle import Answer, error, strided
 from tests.test_norm_numerics import check
 
@@ -176,7 +176,7 @@ def test_a_tile_holds_the_row_in_the_registers_of_its_warps(d):
 
 
 def test_programs_fill_the_gpu_and_no_more(monkeypatch):
-    monkeypatch.setattr(launch, "_device", lambda x: DEVICES["sm_90"])
+    monkeypatch.setattr(launch, "_device", lambda x: TARGETS["sm_90"])
     tile = layer_norm._tile(768)
     rows = tile.rows
     assert layer_norm._programs(torch.empty(1, 768), tile) == 1
@@ -228,7 +228,7 @@ def test_no_width_spills_and_backward_is_resident_as_often_as_the_grid_counts_on
         for d in WIDTHS
         for dtype in (("bfloat16", "float32") if d == 768 else ("bfloat16",))
     ]
-    reports = probe({"device": dataclasses.asdict(DEVICES[arch]), "cases": cases})
+    reports = probe({"device": dataclasses.asdict(TARGETS[arch]), "cases": cases})
     assert len(reports) == 3 * len(cases)
     assert {r["name"] for r in reports} == {"forward_kernel", "backward_kernel", "sum_partials_kernel"}
     spilled = [r for r in reports if r["stack"] > 0]
