@@ -20,7 +20,7 @@ import torch
 from benchmarks.results import EVENTS, GRAPH, WALL, one_line
 
 #: Seconds that the rounds of one group of rivals may take, and between which numbers of rounds that decides.
-BUDGET = {"cuda": 2.0, "cpu": 2.0}
+BUDGET = {"cuda": 2.0, "cpu": 1.5}
 ROUNDS = (5, 30)
 #: GPU clock cycles of the pause in which work is enqueued: half a millisecond, longer than launching any graph here.
 PAUSE = 1_000_000
