@@ -1,5 +1,7 @@
 """The registered ops: schemas, fakes, and what torch.library.opcheck says of them."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -129,3 +131,49 @@ def test_tracing_before_dispatch_records_the_ops():
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert "rlrr.forward.default" in targets
     assert not [name for name in targets if name.startswith("rlrr_cpu")]
+
+
+def test_on_the_meta_device_shapes_alone_are_found():
+    """As a whole model is tried without data."""
+    x, w, u, v, f = (
+        torch.empty(s, device="meta", dtype=torch.bfloat16) for s in ((2, 3, 8), (6, 8), (6, 1), (1, 8), (6,))
+    )
+    y = rescaled_linear(x.requires_grad_(), w, u.requires_grad_(), v, None, f)
+    assert (y.shape, y.dtype, y.device.type) == ((2, 3, 6), torch.bfloat16, "meta")
+    dx, du = torch.autograd.grad(y, (x, u), torch.empty_like(y))
+    assert (dx.shape, du.shape, du.dtype) == (x.shape, u.shape, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_that_are_only_marked_as_negated(backend):
+    """An imaginary part of a conjugate has its sign in a flag, not in its memory; so may the gradient of y."""
+    p = make_problem(9, 8, 12, 2, device=require(backend, torch.float32))
+    negated = torch.complex(torch.zeros_like(p.x), -p.x).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(negated, p.x)
+    with use_backend(backend):
+        trained = [t.detach().requires_grad_() for t in (negated, p.scale_out, p.scale_in, p.shift)]
+        x, u, v, f = trained
+        y = rescaled_linear(x, p.weight, u, v, p.bias, f)
+        # autograd hands back a negated gradient of the imaginary part
+        torch.complex(torch.zeros_like(y), y).conj().imag.backward(-p.dy)
+        plain = [t.detach().clone().requires_grad_() for t in (p.x, p.scale_out, p.scale_in, p.shift)]
+        expected = rescaled_linear(plain[0], p.weight, plain[1], plain[2], p.bias, plain[3])
+        expected.backward(p.dy)
+    # a wrong sign is as large as the value; the order of a sum may follow the strides
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(trained, plain, strict=True):
+        assert torch.allclose(got.grad, want.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_backward_calls_the_backend_itself():
+    p = make_problem(5, 6, 4)
+    for t in (p.x, p.scale_out, p.scale_in, p.shift):
+        t.requires_grad_()
+    y = rescaled_linear(*p.forward_args)
+    with (
+        mock.patch.object(ops, "grad_input", side_effect=AssertionError("the op")),
+        mock.patch.object(ops, "grad_scales", side_effect=AssertionError("the op")),
+    ):
+        y.backward(p.dy)
+    assert p.x.grad is not None
