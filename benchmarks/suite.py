@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -175,3 +176,24 @@ def play(benchmark: Any, group: Rivals, found: Outcome) -> None:
     benchmark.extra_info |= {"device": results.device_name(), "clock": found.result.clock, **found.result.more}
     REPLAY.load(found.result.seconds)
     benchmark.pedantic(lambda: None, rounds=len(found.result.seconds))
+
+
+def turn_by_turn(
+    measure: Callable[[Rivals, tuple[int, int] | None, list[str]], dict[str, Outcome]],
+) -> Callable[..., None]:
+    """The test of a suite: ``measure`` (of a group, rounds, names) lets all rivals of a group take turns, once."""
+
+    @pytest.mark.benchmark(timer=REPLAY)
+    def test(
+        benchmark: Any,
+        request: pytest.FixtureRequest,
+        recorder: Recorder,
+        rounds: tuple[int, int] | None,
+        group: Rivals,
+        implementation: str,
+    ) -> None:
+        """One implementation of a group; the group's first test measures all of them."""
+        own = functools.partial(measure, group, rounds)
+        play(benchmark, group, recorder.outcomes(group, selected(request, group), own)[implementation])
+
+    return test

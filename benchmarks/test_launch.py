@@ -14,7 +14,7 @@ from benchmarks import implementations, results, timing
 from benchmarks.agreement import Formula
 from benchmarks.implementations import make_inputs
 from benchmarks.results import LaunchCase
-from benchmarks.suite import REPLAY, ROUNDS, Outcome, Recorder, Rivals, outcome, parametrize, play, selected
+from benchmarks.suite import ROUNDS, Outcome, Rivals, outcome, parametrize, turn_by_turn
 from benchmarks.timing import Variant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,20 +39,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 if name in implementations.names(CALLS[call], DEVICE):
                     tests.append((group, name))
     parametrize(metafunc, tests)
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_launch(
-    benchmark: Any,
-    request: pytest.FixtureRequest,
-    recorder: Recorder,
-    rounds: tuple[int, int] | None,
-    group: Rivals,
-    implementation: str,
-) -> None:
-    """One implementation of a group; the group's first test measures all of them."""
-    measure = functools.partial(_measure, group, rounds)
-    play(benchmark, group, recorder.outcomes(group, selected(request, group), measure)[implementation])
 
 
 def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) -> dict[str, Outcome]:
@@ -89,3 +75,6 @@ def _around(name: str, call: str) -> Iterator[None]:
     """The backend, and ``no_grad`` around the whole batch: a user enters it once, not at each call."""
     with implementations.context(name)(), torch.set_grad_enabled(call != "no_grad"):
         yield
+
+
+test_launch = turn_by_turn(_measure)

@@ -19,7 +19,7 @@ from benchmarks.cases import Shape
 from benchmarks.implementations import Inputs, make_inputs
 from benchmarks.memory import peak_and_results, saved_for_backward
 from benchmarks.results import LayerCase
-from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, parametrize, play, selected
+from benchmarks.suite import Outcome, Rivals, outcome, parametrize, turn_by_turn
 from benchmarks.timing import Variant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,20 +50,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                         (group, implementation) for implementation in implementations.names(direction, DEVICE, searched)
                     ]
     parametrize(metafunc, tests)
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_layer(
-    benchmark: Any,
-    request: pytest.FixtureRequest,
-    recorder: Recorder,
-    rounds: tuple[int, int] | None,
-    group: Rivals,
-    implementation: str,
-) -> None:
-    """One implementation of a group; the group's first test measures all of them."""
-    measure = functools.partial(_measure, group, rounds)
-    play(benchmark, group, recorder.outcomes(group, selected(request, group), measure)[implementation])
 
 
 def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) -> dict[str, Outcome]:
@@ -128,3 +114,6 @@ def _memory(name: str, direction: str, i: Inputs) -> tuple[dict[str, Any], tuple
             others: tuple[Tensor, ...] = (*layer.trained, *layer.frozen)
             saved, saved_x = saved_for_backward(layer.forward, i.x, others)
     return {"extra_bytes": extra, "saved_bytes": saved, "saved_x": saved_x}, got
+
+
+test_layer = turn_by_turn(_measure)

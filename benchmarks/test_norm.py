@@ -20,7 +20,7 @@ from benchmarks import results, timing
 from benchmarks.agreement import Formula
 from benchmarks.memory import peak_and_results, saved_for_backward
 from benchmarks.results import COMPOSED, FORMULA, FORMULA_COMPILED, LAYER_NORM, NORM_IMPLEMENTATIONS, OURS, LayerCase
-from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, parametrize, play, selected
+from benchmarks.suite import Outcome, Rivals, outcome, parametrize, turn_by_turn
 from benchmarks.timing import Call, Variant
 from rlrr_kernels.norm import SSFLayerNorm
 from rlrr_kernels.ops import compose_affine, layer_norm_kernels
@@ -81,20 +81,6 @@ def _call(layer: Callable[[Tensor], Tensor], trained: tuple[Tensor, ...], x: Ten
     return Call(run)
 
 
-@pytest.mark.benchmark(timer=REPLAY)
-def test_norm(
-    benchmark: Any,
-    request: pytest.FixtureRequest,
-    recorder: Recorder,
-    rounds: tuple[int, int] | None,
-    group: Rivals,
-    implementation: str,
-) -> None:
-    """One implementation of a group; the group's first test measures all of them."""
-    measure = functools.partial(_measure, group, rounds)
-    play(benchmark, group, recorder.outcomes(group, selected(request, group), measure)[implementation])
-
-
 def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) -> dict[str, Outcome]:
     images, dtype, direction = group.key
     torch._dynamo.reset()
@@ -142,3 +128,6 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
         )
         outcomes[name] = outcome(case, found[name], more.get(name, {}), len(pairs))
     return outcomes
+
+
+test_norm = turn_by_turn(_measure)

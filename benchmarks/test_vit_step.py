@@ -14,7 +14,7 @@ from benchmarks.agreement import Formula
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.results import STEP_IMPLEMENTATIONS, StepCase
 from benchmarks.steps import CLASSES, Step, build
-from benchmarks.suite import REPLAY, Outcome, Recorder, Rivals, outcome, parametrize, play, selected
+from benchmarks.suite import Outcome, Rivals, outcome, parametrize, turn_by_turn
 from benchmarks.timing import Call, Variant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,20 +51,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             group = Rivals("step", name, (model, batch, dtype), label)
             tests += [(group, name) for name in STEP_IMPLEMENTATIONS]
     parametrize(metafunc, tests)
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_step(
-    benchmark: Any,
-    request: pytest.FixtureRequest,
-    recorder: Recorder,
-    rounds: tuple[int, int] | None,
-    group: Rivals,
-    implementation: str,
-) -> None:
-    """One implementation of a group; the group's first test measures all of them."""
-    measure = functools.partial(_measure, group, rounds)
-    play(benchmark, group, recorder.outcomes(group, selected(request, group), measure)[implementation])
 
 
 def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) -> dict[str, Outcome]:
@@ -110,3 +96,6 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
             more["error_vs_formula"] = errors[name]
         outcomes[name] = outcome(case, found[name], more)
     return outcomes
+
+
+test_step = turn_by_turn(_measure)
