@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -273,7 +274,11 @@ def test_pytest_benchmark_tells_the_interleaved_times(tmp_path):
     ]
     written = ["--results", str(tmp_path), f"--benchmark-json={tmp_path / 'table'}"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks/test_launch.py"]
-    done = subprocess.run([*command, *options, *written], cwd=ROOT, capture_output=True, text=True, check=False)
+    # a session of its own, also where this one is a worker of pytest-xdist: that would switch timing off
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [*command, *options, *written], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
     (chunk,) = results.load(tmp_path)
