@@ -42,7 +42,7 @@ class Mix:
     through_shared: int
 
 
-def _name(instruction: str) -> str:
+def unpredicated(instruction: str) -> str:
     """The instruction without its predicate."""
     return re.sub(r"^@!?U?P\w+ ", "", instruction)
 
@@ -82,7 +82,7 @@ def _products(names: Sequence[str]) -> float:
 
 def mix(loop: Sequence[str], architecture: str, element: int, step_fma: int, warps: int) -> Mix:
     """Count a loop; ``element``: bytes of an operand, ``step_fma``: multiply-adds of one step of the whole block."""
-    names = [_name(i) for i in loop if not _name(i).startswith("NOP")]
+    names = [unpredicated(i) for i in loop if not unpredicated(i).startswith("NOP")]
     products = _products(names)
     steps = max(1, round(products * warps / step_fma)) if products else 1
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.disassemble import as_case, probe
+from benchmarks.instructions import unpredicated
 from rlrr_kernels.backends.triton.config import Config, Device
 
 GPUS = {
@@ -49,7 +50,7 @@ def serialised(loop: Sequence[str]) -> bool:
 
 def names(loop: Sequence[str]) -> list[str]:
     """What each instruction does, without its predicate and its modifiers."""
-    return [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in loop]
+    return [unpredicated(text).split()[0].split(".")[0] for text in loop]
 
 
 def measure(architecture: str, cases: Sequence[tuple[str, Config]], python: str) -> list[dict[str, Any]]:

@@ -57,10 +57,14 @@ def _asked() -> str | None:
     return forced if forced is not None else os.environ.get("RLRR_BACKEND")
 
 
+def _named(asked: str | None) -> str | None:
+    """The backend that a request names, or None for a free choice."""
+    return None if asked in (None, "auto", "") else _checked(asked, "RLRR_BACKEND")
+
+
 def requested() -> str | None:
     """The backend asked for by ``use_backend`` or ``RLRR_BACKEND``, or None for a free choice."""
-    asked = _asked()
-    return None if asked in (None, "auto", "") else _checked(asked, "RLRR_BACKEND")
+    return _named(_asked())
 
 
 @contextlib.contextmanager
@@ -137,8 +141,8 @@ class _Entry:
 
 def _plan(asked: str | None, x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
     """Entries for tensors of these dtypes on this device; the last one takes every number of tokens."""
-    if asked not in (None, "auto", ""):
-        name = _checked(asked, "RLRR_BACKEND")
+    name = _named(asked)
+    if name is not None:
         why = refusal(name, x, weight)
         if why is not None:
             raise RuntimeError(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda_host.hopper.test_sass import _disassembler
 from tests.cuda_host.machine import PASSES, SOURCES
+from tests.cuda_host.sass import disassembled, disassembler
 
 #: Pass -> most instructions in the loop of whole tiles, the large one and the small one: what nvcc 13.0 made of it and
 #: 20 more. grad_input's hold the change to another group too, which most steps jump over, without its loads of v.
@@ -31,21 +31,13 @@ def _loops(lines: list[str]) -> list[list[str]]:
 @pytest.fixture(scope="module", params=PASSES)
 def compiled(request, tmp_path_factory) -> tuple[str, dict[str, list[str]]]:
     """A pass, and the instructions and labels of each of its kernels for bfloat16 x and W."""
-    disassembler = _disassembler()
-    if shutil.which("nvcc") is None or disassembler is None:
+    tool = disassembler()
+    if shutil.which("nvcc") is None or tool is None:
         pytest.skip("needs nvcc and nvdisasm")
     cubin = tmp_path_factory.mktemp("sass") / f"{request.param}.cubin"
     command = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_80", "-cubin"]
     subprocess.run([*command, str(Path(SOURCES) / f"{request.param}.cu"), "-o", str(cubin)], check=True)
-    sass = subprocess.run([disassembler, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
-    kernels: dict[str, list[str]] = {}
-    for line in sass.splitlines():
-        if start := re.match(r"\.text\.(\S+):", line):
-            lines = kernels.setdefault(start[1], [])
-        elif label := re.match(r"(\.L_x_\d+):", line):
-            lines.append(label[1])
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-            lines.append(instruction[1])
+    kernels = disassembled(cubin, tool)
     # in mangled names S3_ is bf16 once more, and grad_scales has no dtype of W
     pattern = r"4bf16EEES\d_NS" if request.param != "grad_scales" else r"4bf16EEENS"
     return request.param, {name: lines for name, lines in kernels.items() if re.search(pattern, name)}

@@ -61,10 +61,8 @@ def _guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def _arithmetic(dtype: torch.dtype) -> Arithmetic:
-    if dtype is not torch.float32:
-        return "half"
-    # not allow_tf32: reading it raises once the user has set fp32_precision
-    return configs.arithmetic(dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
+    # not allow_tf32: reading it raises once the user has set fp32_precision; read for float32 alone, as it is slow
+    return configs.arithmetic(dtype, dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _constants(config: Config, x: Tensor, kind: Arithmetic, boxes: bool) -> dict[str, Any]:

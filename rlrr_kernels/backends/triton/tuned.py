@@ -25,7 +25,8 @@ import torch
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton.config import Arithmetic, Config, Device, Product
 from rlrr_kernels.backends.triton.config import Path as LoadPath
-from rlrr_kernels.backends.triton.tuned_file import Entry, Kernel, Layer, Where, ceil_div, fits_workspace, parse, read
+from rlrr_kernels.backends.triton.start import ceil_div
+from rlrr_kernels.backends.triton.tuned_file import Entry, Kernel, Layer, Where, fits_workspace, parse, read
 
 #: A tuned M serves others up to this ratio away.
 NEAREST = 2**0.5

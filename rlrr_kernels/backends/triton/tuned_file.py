@@ -22,6 +22,7 @@ import triton
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton.config import Arithmetic, Config
 from rlrr_kernels.backends.triton.config import Path as LoadPath
+from rlrr_kernels.backends.triton.start import ceil_div
 
 Kernel = Literal["forward", "grad_input", "grad_scales"]
 
@@ -247,10 +248,6 @@ def _text(values: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name}: expected a name, got {value!r:.40}")
     return value
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def fits_workspace(layer: Layer, config: Config, m: int) -> bool:

@@ -6,11 +6,11 @@ import re
 import pytest
 
 from benchmarks import search
+from benchmarks.disassemble import as_case, probe
 from benchmarks.search_space import TARGETS, Row, rows, shapes
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton import tiles_table
 from rlrr_kernels.backends.triton.config import Config, Device, fitting_tiles
-from tests.backends.triton.compile_probe import as_case, probe
 
 A100, H100 = TARGETS["sm_80"], TARGETS["sm_90"]
 ALIGNED = {"m": 6304, "n": 2304, "k": 768}

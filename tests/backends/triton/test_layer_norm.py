@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.disassemble import as_case, probe
 from benchmarks.search_space import TARGETS
 from rlrr_kernels import ops, use_backend
 from rlrr_kernels.backends import choice
 from rlrr_kernels.backends.triton import launch, layer_norm
-from tests.backends.triton.compile_probe import as_case, probe
 from tests.oracle import Answer, error, strided
 from tests.test_norm_numerics import check
 

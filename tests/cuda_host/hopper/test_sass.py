@@ -3,11 +3,11 @@
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from tests.cuda_host.machine import SOURCES
+from tests.cuda_host.sass import disassembled, disassembler
 
 COMMAND = (
     "nvcc",
@@ -24,32 +24,16 @@ COMMAND = (
 STEP_CYCLES = {256: 1024, 128: 512}
 
 
-def _disassembler() -> str | None:
-    if found := shutil.which("nvdisasm"):
-        return found
-    triton = pytest.importorskip("triton")
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    return str(path) if path.exists() else None
-
-
 @pytest.fixture(scope="module", params=["forward", "grad_input", "grad_scales"])
 def compiled(request, tmp_path_factory) -> tuple[str, str, dict[str, list[str]]]:
     """A pass, what ptxas said of it, and the instructions and labels of each of its kernels."""
-    disassembler = _disassembler()
-    if shutil.which("nvcc") is None or disassembler is None:
+    tool = disassembler()
+    if shutil.which("nvcc") is None or tool is None:
         pytest.skip("needs nvcc and nvdisasm")
     cubin = tmp_path_factory.mktemp("sass") / f"{request.param}.cubin"
     source = SOURCES / "hopper" / f"{request.param}.cu"
     log = subprocess.run([*COMMAND, str(source), "-o", str(cubin)], check=True, capture_output=True, text=True).stderr
-    sass = subprocess.run([disassembler, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
-    kernels: dict[str, list[str]] = {}
-    for line in sass.splitlines():
-        if start := re.match(r"\.text\.(\S+):", line):
-            lines = kernels.setdefault(start[1], [])
-        elif label := re.match(r"(\.L_x_\d+):", line):
-            lines.append(label[1])
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-            lines.append(instruction[1])
+    kernels = disassembled(cubin, tool)
     return request.param, log, {name: lines for name, lines in kernels.items() if any("HGMMA" in x for x in lines)}
 
 
