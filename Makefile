@@ -4,13 +4,19 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 CXX_FILES := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench bench-gpu report floor sanitize clean
+# minutes that `make soak` takes
+MINUTES ?= 60
+
+.PHONY: demo test soak lint format bench bench-gpu report floor sanitize clean
 
 demo: $(VENV)/.built  ## fine-tune the embedded ViT by RLRR and by a linear probe, and compare
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.built  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+soak: $(VENV)/.built  ## MINUTES of new random problems for every backend; prints how many, and how to repeat a failure
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.soak --minutes $(MINUTES)
 
 lint: $(VENV)/.built  ## style and types
 	$(BIN)/ruff check .
