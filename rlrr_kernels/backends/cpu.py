@@ -2,6 +2,9 @@
 
 ``RLRR_CPU_CAPABILITY`` (baseline, avx2, avx512, avx512_bf16, amx) limits the instructions
 that they use; it is read once.
+
+With ``avx512_bf16`` subnormal numbers of bfloat16 (below 2**-126) count as zero, as operands and as results: so the
+instructions have it.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ inline void reduce(const Tile& g, const Layer& layer, int64_t first, int64_t row
       } else {
         w = k < layer.k() ? load_row<W>(layer.weight, first + i, k, layer.k()) : _mm512_setzero_ps();
       }
-      const __m512 p = _mm512_mul_ps(g.sum[i][j], w);
+      // an infinite dy makes NaN of the zeros that pad x
+      const __m512 p = _mm512_maskz_mul_ps(whole ? all : first_lanes(layer.k() - k), g.sum[i][j], w);
       du_sum = _mm512_fmadd_ps(p, scale_in[j], du_sum);
       dv_sum[j] = _mm512_fmadd_ps(scale_out, p, dv_sum[j]);
     }

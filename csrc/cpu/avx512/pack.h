@@ -61,8 +61,10 @@ void rescale_block(const Layer& layer, int64_t row, int64_t col, __m512i (&block
       if constexpr (whole) {
         parts[e] = rescale(load_wide(w + e * lanes, all), _mm512_set1_ps(u[i]), scale_in[e]);
       } else if (row + i < n && at < k) {
-        const __m512 scale = load_wide(v + layer.group_of(row + i) * k + e * lanes, first_lanes(k - at));
-        parts[e] = rescale(load_row<W>(layer.weight, row + i, at, k), _mm512_set1_ps(u[i]), scale);
+        const __mmask16 inside = first_lanes(k - at);
+        const __m512 scale = load_wide(v + layer.group_of(row + i) * k + e * lanes, inside);
+        const __m512 scaled = rescale(load_row<W>(layer.weight, row + i, at, k), _mm512_set1_ps(u[i]), scale);
+        parts[e] = _mm512_maskz_mov_ps(inside, scaled);  // an infinite u would make the padding NaN
       } else {
         parts[e] = _mm512_setzero_ps();
       }
