@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels import ops, reference
-from rlrr_kernels.reference import accumulation_dtype, scale_matrix
+from rlrr_kernels.reference import accumulation_dtype
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,6 +27,8 @@ def rescaled_linear(
     The layer of RLRR (arXiv 2403.19067, Eq. 16 and 20). All arguments may need
     gradients; what nobody needs is not computed, and only x and references to
     the parameters are kept for backward. Higher derivatives are right, in plain PyTorch.
+    So are the transforms of ``torch.func`` (``vmap``, ``grad``, ``jvp``, ``hessian`` and the rest)
+    and forward-mode AD, by the plain formula: under these nothing is fused, and W' is formed and kept.
 
     Args:
         x: ``[..., K]``, one dimension or more, any strides. Its dtype is the dtype
@@ -48,9 +50,15 @@ def rescaled_linear(
     """
     if not _fits(x, weight, scale_out, scale_in, bias, shift):
         _validate(x, weight, scale_out, scale_in, bias, shift)
+    if type(weight) not in ops.PLAIN and hasattr(weight, "device_mesh"):
+        from rlrr_kernels import parallel  # whoever has a DTensor has imported what this does
+
+        return parallel.sharded_linear(x, weight, scale_out, scale_in, bias, shift)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
+    if ops.transformed() or ops.recorded_for_others():
+        return reference.forward(x, weight, *_canonical(scale_out, scale_in), bias, shift)
     return _RescaledLinear.apply(x, weight, scale_out, scale_in, bias, shift)  # type: ignore[no-any-return]
 
 
@@ -87,8 +95,7 @@ class _RescaledLinear(torch.autograd.Function):
         x_needs, weight_needs, u_needs, v_needs, bias_needs, shift_needs = ctx.needs_input_grad
         u, v = _canonical(scale_out, scale_in)
         dy = ops.rows(grad)
-        # under create_graph=True the gradients must be differentiable themselves, as plain PyTorch is
-        if torch.is_grad_enabled():
+        if ops.in_plain_torch(grad):
             passes = reference
         else:
             passes = ops.backend(dy, weight) if ops.unobserved(dy, x, weight, scale_out, scale_in) else ops
@@ -103,7 +110,7 @@ class _RescaledLinear(torch.autograd.Function):
             df = dy.sum(0, dtype=wide)
         if weight_needs:
             # a trained W gets a gradient of its own size, and so does this
-            dw = ((dy.mT @ ops.rows(x)).to(wide) * scale_matrix(u, v, wide)).to(weight.dtype)
+            dw = reference.grad_weight(dy, ops.rows(x), weight, u, v)
         return (
             dx,
             dw,

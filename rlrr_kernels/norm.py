@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlrr_kernels import ops
+from rlrr_kernels.export import refuse_script
 from rlrr_kernels.linear import Init, check_init, init_name
 from rlrr_kernels.reference import accumulation_dtype
 
@@ -50,6 +51,12 @@ class _Affine(nn.Module):
         else:
             self.ssf_scale.normal_(1.0, 0.02)
             self.ssf_shift.normal_(0.0, 0.02)
+
+    def reset_parameters(self) -> None:
+        """Draw s and t anew as :meth:`reset_affine`, and set a LayerNorm's own w and b to 1 and 0."""
+        self.reset_affine()
+
+    __prepare_scriptable__ = refuse_script
 
 
 class SSFLayerNorm(nn.LayerNorm, _Affine):
@@ -127,6 +134,11 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
         layer._add_affine(norm.normalized_shape[0], like.device, like.dtype, init)
         return layer.train(norm.training)
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "ssf_scale"):  # nn.LayerNorm's constructor calls this before there is one
+            self.reset_affine()
+
     @staticmethod
     def check(norm: nn.LayerNorm) -> None:
         """See that :meth:`from_layer_norm` takes this layer.
@@ -162,10 +174,21 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
                 f"x: float64 goes with float64 only, got {x.dtype} with ssf_scale of {self.ssf_scale.dtype}"
             )
         parameters = self.weight, self.bias, self.ssf_scale, self.ssf_shift
+        if type(x) not in ops.PLAIN and hasattr(x, "device_mesh"):
+            from rlrr_kernels import parallel  # whoever has a DTensor has imported what this does
+
+            return parallel.sharded_layer_norm(self._normalise, x, parameters, dtype)
+        return self._normalise(x, parameters, dtype)
+
+    def _normalise(
+        self, x: Tensor, parameters: tuple[Tensor | None, Tensor | None, Tensor, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Both affines, with w, b, s and t given."""
         wide = accumulation_dtype(x.dtype)
         # on a GPU the op chooses; elsewhere PyTorch's own LayerNorm is the shortest way, but it would keep a
         # widened copy of 16-bit rows, unless a compiler plans what is kept
-        if torch.compiler.is_compiling() or (x.dtype is wide and not x.is_cuda and ops.layer_norm_kernels(x) is None):
+        plain = torch.compiler.is_compiling() or ops.transformed() or ops.recorded_for_others()
+        if plain or (x.dtype is wide and not x.is_cuda and ops.layer_norm_kernels(x) is None):
             composed = ops.compose_affine(*parameters, wide)
             return F.layer_norm(x.to(wide), self.normalized_shape, *composed, self.eps).to(dtype)
         return _SSFLayerNorm.apply(x, *parameters, self.eps, dtype)  # type: ignore[no-any-return]
@@ -286,7 +309,7 @@ class _SSFLayerNorm(torch.autograd.Function):
         x_needs, weight_needs, bias_needs, scale_needs, shift_needs, *_ = ctx.needs_input_grad
         dy, rows = ops.rows(grad), ops.rows(x)
         dx = dw = db = ds = dt = None
-        if torch.is_grad_enabled() or weight_needs or bias_needs:
+        if ops.in_plain_torch(grad) or weight_needs or bias_needs:
             wide = mean.dtype
             dx, dy_xhat, dy_sum = ops.layer_norm_sums(dy, rows, mean, rstd, weight, scale, (x_needs, True, True))
             assert dy_xhat is not None

@@ -18,11 +18,13 @@ the rest, under every backend's name but ``triton``.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rlrr_kernels.backends import choice
 from rlrr_kernels.reference import accumulation_dtype
@@ -55,17 +57,44 @@ def unobserved(*tensors: Tensor | None) -> bool:
     ):
         return False
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg() or t._is_zerotensor()):
+        if t is not None and (type(t) not in PLAIN or t.is_meta or t.is_neg() or t._is_zerotensor()):
             return False
     return True
 
 
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode AD is at work, which only plain PyTorch is right under."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# torch.compiler.assume_constant_result, which would import TorchDynamo and everything under it: traced, the first call
+# would seem to give an object always; Dynamo guards on the transforms and on the level itself
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def recorded_for_others() -> bool:
+    """Whether TorchScript's tracer or an ONNX exporter records, which know neither the ops nor autograd.Functions."""
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._is_tracing()
+
+
+def in_plain_torch(grad: Tensor) -> bool:
+    """Whether a backward pass must be differentiable, or mapped over, itself: plain PyTorch is, the ops are not."""
+    if torch.is_grad_enabled() or transformed():
+        return True
+    # what is_grads_batched=True maps by is no transform of torch.func's, and shows on the tensor alone
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def rows(x: Tensor) -> Tensor:
     """``[..., K]`` as the ops take it, ``[M, K]``, without a copy wherever the strides allow."""
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    # not flatten, which cannot be mapped over by is_grads_batched=True; not -1, which K = 0 would leave open
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+#: Types that nothing but PyTorch itself computes with.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("rlrr", "DEF")
 _library.define(
@@ -212,6 +241,19 @@ def _layer_norm(
     kernels = layer_norm_kernels(x)
     if kernels is not None:
         return kernels.forward(x, weight, bias, scale, shift, eps, dtype)
+    return layer_norm_plain(x, weight, bias, scale, shift, eps, dtype)
+
+
+def layer_norm_plain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``rlrr::layer_norm`` in plain PyTorch: y ``[M, D]``, mean and 1 / deviation ``[M, 1]``."""
     wide = accumulation_dtype(x.dtype)
     composed = compose_affine(weight, bias, scale, shift, wide)
     y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], *composed, eps)
@@ -231,6 +273,20 @@ def _layer_norm_backward(
     kernels = layer_norm_kernels(x)
     if kernels is not None:
         return kernels.backward(dy, x, mean, rstd, weight, bias, scale, need_x)
+    return layer_norm_backward_plain(dy, x, mean, rstd, weight, bias, scale, need_x)
+
+
+def layer_norm_backward_plain(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``rlrr::layer_norm_backward`` in plain PyTorch: dx ``[M, D]`` (``[0, D]`` if not asked for), ds, dt ``[D]``."""
     dx, ds, dt = layer_norm_sums(dy, x, mean, rstd, weight, scale, (need_x, True, True))
     assert ds is not None
     assert dt is not None

@@ -33,7 +33,7 @@ def scale_matrix(scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> Ten
     scale = torch.ones((), dtype=dtype, device=u.device)
     for r in range(rank):
         scale = scale + u[:, :, r, None] * v[:, r, None, :]
-    return scale.view(-1, k)
+    return scale.reshape(scale_out.shape[0], k)
 
 
 def rescaled_weight(weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,7 +76,10 @@ def forward(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """y ``[M, N]`` in x's dtype."""
-    offset = bias if shift is None else shift if bias is None else bias + shift
+    offset = bias if shift is None else shift
+    if bias is not None and shift is not None:
+        wide = accumulation_dtype(x.dtype)  # their own dtypes may be narrower than x's
+        offset = bias.to(wide) + shift.to(wide)
     if offset is not None:
         offset = offset.to(x.dtype)
     with _without_autocast(x):
@@ -100,7 +103,14 @@ def grad_scales(
     wide = accumulation_dtype(x.dtype)
     dy, x = dy.to(wide), x.to(wide)
     with _without_autocast(x):
-        p = ((dy.mT @ x) * weight.to(wide)).view(groups, -1, k)
+        p = ((dy.mT @ x) * weight.to(wide)).view(groups, weight.shape[0] // groups, k)
         du = p @ scale_in.to(wide).mT
         dv = scale_out.to(wide).view(groups, -1, rank).mT @ p
     return du.reshape(-1, rank), dv, dy.sum(0) if need_shift else dy.new_empty(0)
+
+
+def grad_weight(dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
+    """dW = (dy^T x) * S ``[N, K]`` in W's dtype, for a W that trains after all: no pass of a backend."""
+    wide = accumulation_dtype(dy.dtype)
+    with _without_autocast(dy):
+        return ((dy.mT @ x).to(wide) * scale_matrix(scale_out, scale_in, wide)).to(weight.dtype)

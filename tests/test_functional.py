@@ -294,6 +294,7 @@ def test_gradgradcheck_in_float64(groups):
 
 
 def test_it_compiles_without_a_graph_break():
+    torch._dynamo.reset()
     p = make_problem(9, 8, 12, 2)
     eager = _run(p, "auto")
     served: list[str] = []

@@ -155,6 +155,15 @@ _loading = threading.Lock()
 _table: Table | None = None
 
 
+def _renew_lock() -> None:
+    global _loading
+    _loading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a child inherits the lock of a thread that it lacks, locked for ever
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def _loaded() -> Table:
     global _table
     with _loading:  # backward has threads of its own

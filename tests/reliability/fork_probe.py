@@ -1,0 +1,196 @@
+"""What a forked child finds of the parent's caches, threads and locks; prints one JSON object.
+
+A process of its own (``python -m tests.reliability.fork_probe``): it must fork before another test has
+started threads, and must not import the kernels for the interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from rlrr_kernels import rescaled_linear
+from rlrr_kernels.backends import choice
+from rlrr_kernels.backends.triton import launch, tuned
+from rlrr_kernels.backends.triton.config import Config, Device
+from rlrr_kernels.backends.triton.start import start
+from tests.backends.triton import start_probe
+from tests.oracle import make_problem
+
+#: Problems of several sizes, dtypes and groups: (M, N, K, groups, dtype of x, dtype of W).
+PROBLEMS = [
+    (m, 24 * groups, 40, groups, dtype, weight)
+    for m in (3, 200)
+    for groups in (1, 3)
+    for dtype, weight in (
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.float64),
+        (torch.float16, torch.float16),
+    )
+]
+
+
+def step(problem: tuple[Any, ...]) -> list[torch.Tensor]:
+    """y and all gradients, of whichever backend is in force."""
+    p = make_problem(*problem)
+    leaves = [t.requires_grad_() for t in p.forward_args if t is not None]
+    y = rescaled_linear(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, p.dy)]
+
+
+def same(results: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> bool:
+    """Bit for bit."""
+    pairs = [(a, b) for one, other in zip(results, expected, strict=True) for a, b in zip(one, other, strict=True)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def at_once(jobs: list[Callable[[], Any]]) -> list[Any]:
+    """The jobs' results, each of a thread of its own, all started together."""
+    barrier, results = threading.Barrier(len(jobs)), [None] * len(jobs)
+
+    def run(index: int) -> None:
+        barrier.wait()
+        results[index] = jobs[index]()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def in_child(body: Callable[[], bool], seconds: int = 60) -> str:
+    """``body`` in a forked child: ``right``, ``wrong``, or that it hung."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        import signal
+
+        signal.alarm(seconds)
+        os._exit(0 if body() else 1)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return f"signal {os.WTERMSIG(status)}"
+    return "right" if os.WEXITSTATUS(status) == 0 else "wrong"
+
+
+class Layers(Dataset[list[torch.Tensor]]):
+    """Each item is computed by the layer, in the worker."""
+
+    def __len__(self) -> int:
+        return len(PROBLEMS)
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        return step(PROBLEMS[index])
+
+
+def loaded(method: str, workers: int) -> list[list[torch.Tensor]]:
+    """Everything, of a DataLoader's workers."""
+    return list(DataLoader(Layers(), batch_size=None, num_workers=workers, multiprocessing_context=method))
+
+
+@contextlib.contextmanager
+def lock_held_by_a_thread() -> Any:
+    """The tuned table's lock, as a thread holds it while it reads the file."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with tuned._loading:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def kernel_calls() -> list[Callable[[], None]]:
+    """Launches at two sizes and dtypes; the first call of each compiles."""
+    config = Config(64, 64, 64, num_warps=4, num_stages=2)
+    calls = []
+    for m, dtype in ((128, torch.bfloat16), (130, torch.float16)):
+        x, w = torch.zeros(m, 128, dtype=dtype), torch.zeros(256, 128, dtype=dtype)
+        u, v, f = torch.zeros(256, 1), torch.zeros(2, 1, 128), torch.zeros(256)
+        calls.append(lambda x=x, w=w, u=u, v=v, f=f: launch.forward(x, w, u, v, None, f, config=config, path="vectors"))
+    return calls
+
+
+def handles(found: dict[str, Any]) -> None:
+    """Kernels' handles on a GPU that is not there: threads race to the first launch, a child inherits them."""
+    driver.set_active(start_probe.Driver())
+    asked, run = [0], JITFunction.run
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked[0] += 1
+        return run(self, *args, **kwargs)
+
+    def launches(act: Callable[[], Any]) -> list[str]:
+        start_probe.launches.clear()
+        act()
+        return sorted(map(repr, start_probe.launches))
+
+    device = Device((9, 0), 132, 232_448)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", counting))
+        for name, value in (("_device", device), ("_guard", contextlib.nullcontext())):
+            stack.enter_context(mock.patch.object(launch, name, lambda *_, value=value: value))
+        stack.enter_context(mock.patch.object(launch, "interpreting", return_value=False))
+        stack.enter_context(mock.patch.object(launch, "start", lambda *a: start(*a[:-1], None)))
+        calls = kernel_calls()
+        raced = launches(lambda: at_once(calls * 6))
+        found["launches of threads"], asked[0] = len(raced), 0
+        serial = launches(lambda: [call() for call in calls * 6])
+        found["threads launch as one does"] = raced == serial and asked[0] == 0
+
+        def child() -> bool:
+            return launches(lambda: [call() for call in calls * 6]) == serial and asked[0] == 0
+
+        found["handles in a child"] = in_child(child)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    # the very first calls of the process, so that loading and choosing race as well
+    raced = at_once([lambda: [step(p) for p in PROBLEMS]] * 16)
+    serial = [step(p) for p in PROBLEMS]
+    found["threads"] = [same(results, serial) for results in raced]
+    found["plans"] = len(choice._plans)
+    found["child"] = in_child(lambda: same([step(p) for p in PROBLEMS], serial))
+    torch.set_num_threads(2)
+    step(PROBLEMS[-1])
+
+    def alone() -> bool:
+        torch.set_num_threads(1)  # OpenMP's threads do not come along, for F.linear either
+        return same([step(p) for p in PROBLEMS], serial)
+
+    found["child of two threads"] = in_child(alone)
+    found["forked workers"] = same(loaded("fork", 2), serial)
+    found["spawned workers"] = same(loaded("spawn", 1), serial)
+    with lock_held_by_a_thread():
+        found["lock"] = in_child(lambda: tuned.find("forward", 1, 1, 1, 1, "16-bit", "boxes", 2, 2, None) is None, 10)
+    handles(found)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
