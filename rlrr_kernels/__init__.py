@@ -12,6 +12,7 @@ from rlrr_kernels.checkpoint import (
     save_adapter,
 )
 from rlrr_kernels.config import RLRRConfig
+from rlrr_kernels.export import decomposition_table
 from rlrr_kernels.functional import rescaled_linear
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.merge import disable_adapter, merge, merge_and_unload, unmerge
@@ -28,6 +29,7 @@ __all__ = [
     "backend_for",
     "convert_official",
     "count_parameters",
+    "decomposition_table",
     "disable_adapter",
     "load_adapter",
     "load_npz_backbone",

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rlrr_kernels import bypass
 from rlrr_kernels.architectures import Architecture, architecture_of
@@ -43,10 +44,11 @@ def apply_rlrr(
 
     Raises:
         TypeError: no ``target_modules`` for a model of another family; an option that is none;
-            a LayerNorm of a kind that has no affine here.
+            a chosen linear that computes something else than ``nn.Linear`` or has no weight of its own, see
+            :meth:`FusedRLRRLinear.from_linear`; a LayerNorm of a kind that has no affine here.
         ValueError: a pattern that matches nothing, groups that do not divide a layer, a model that already
-            holds adapters, that has classes and no head to train, or whose code reads the weights
-            of a chosen layer instead of calling it. The model is then as it was.
+            holds adapters or a lazy module that was never called, that has classes and no head to train, or
+            whose code reads the weights of a chosen layer instead of calling it. The model is then as it was.
     """
     if not isinstance(config, RLRRConfig | None):
         raise TypeError(
@@ -55,6 +57,9 @@ def apply_rlrr(
     config = dataclasses.replace(config or RLRRConfig(), **options)
     if next(adapters(model), None) is not None:
         raise ValueError("model: it already holds RLRR adapters; apply_rlrr goes on a plain model")
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise ValueError(f"model: {lazy} has no shape yet, as its module is lazy; call the model once before")
     if config.train_head and getattr(model, "num_classes", None) and next(head(model).parameters(), None) is None:
         raise ValueError(f"train_head: {type(model).__name__}.get_classifier() gives no head with parameters")
     plan = _Plan.of(model, config)
@@ -142,18 +147,26 @@ class _Plan:
         modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
         plan = cls()
         groups = config.groups if config.groups is not None else (known.groups if known else {})
-        linears = [name for name, module in modules.items() if type(module) is nn.Linear]
+        # the projection inside of nn.MultiheadAttention is read, never called
+        read = nn.modules.linear.NonDynamicallyQuantizableLinear
+        linears = [name for name, m in modules.items() if isinstance(m, nn.Linear) and type(m) is not read]
         for pattern in published.linears if published else config.target_modules or ():
             matches = _matching([pattern], linears)
             if not matches and published is None:
                 raise ValueError(f"target_modules: {pattern!r} matches no nn.Linear of {type(model).__name__}")
             for name in matches:
                 if not (published and _matching(published.excluded, [name])):
-                    plan.linears[name] = _groups_of(name, modules[name], groups)
+                    plan.linears[name] = 1
         plan._add_norms(model, config, published, modules)
         plan._exclude(config.exclude_modules, type(model).__name__)
         if not plan.linears:
             raise ValueError(f"target_modules: they leave no nn.Linear of {type(model).__name__} to adapt")
+        for name in plan.linears:
+            try:
+                FusedRLRRLinear.check(modules[name], name)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{error}. Name it in exclude_modules to leave it as it is") from None
+            plan.linears[name] = _groups_of(name, modules[name], groups)
         if config.groups is not None:
             for pattern in config.groups:
                 if not _matching([pattern], plan.linears):
@@ -257,9 +270,25 @@ def _norm_adapter(norm: nn.Module, model: nn.Module, config: RLRRConfig) -> SSFL
     return SSFAffine(weight.shape[0], weight.device, weight.dtype, init=init).train(norm.training)
 
 
+#: What is called around a module's forward and backward, where ``nn.Module`` keeps it.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+
+
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` at a full name."""
+    """Put ``module`` at a full name, under the hooks of the module that was there."""
     parent, _, leaf = name.rpartition(".")
+    replaced = vars(model.get_submodule(name))
+    # the very dicts: whoever holds a hook's handle can still remove it
+    vars(module).update({hooks: replaced[hooks] for hooks in _HOOKS})
     setattr(model.get_submodule(parent), leaf, module)
 
 

@@ -67,6 +67,12 @@ class RLRRConfig:
         if self.frozen_dtype is not None:
             object.__setattr__(self, "frozen_dtype", _frozen_dtype(self.frozen_dtype))
 
+    def __hash__(self) -> int:
+        # equal records have equal hashes, and equality of groups does not look at their order
+        groups = None if self.groups is None else frozenset(self.groups.items())
+        others = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "groups")
+        return hash((groups, *others))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers. An ``init`` that is a function becomes ``"custom"``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -9,8 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rlrr_kernels.functional import rescaled_linear
+from rlrr_kernels.export import refuse_script
+from rlrr_kernels.functional import _FLOATS, rescaled_linear
 from rlrr_kernels.reference import accumulation_dtype, rescaled_weight
 
 #: The starts of u and v that have a name, see :class:`FusedRLRRLinear`.
@@ -57,9 +60,10 @@ class FusedRLRRLinear(nn.Linear):
         enabled: False computes the frozen layer alone, bit for bit.
         merged: whether :meth:`merge` put W' and b + f in the place of W and b.
 
-    While merged, ``state_dict`` still gives the frozen W and b.
+    While merged, ``state_dict`` still gives the frozen W and b, and a layer without b has a ``bias`` parameter.
 
     Raises:
+        TypeError: ``dtype`` is not float16, bfloat16, float32 or float64.
         ValueError: ``groups`` does not divide N, or ``init`` is an unknown name.
     """
 
@@ -77,6 +81,7 @@ class FusedRLRRLinear(nn.Linear):
         if groups < 1 or out_features % groups:
             raise ValueError(f"groups: expected a divisor of out_features = {out_features}, got {groups}")
         check_init(init)
+        _check_dtype("dtype", dtype or torch.get_default_dtype())
         super().__init__(in_features, out_features, bias, device, dtype)
         self.groups = groups
         self.init = init
@@ -106,12 +111,20 @@ class FusedRLRRLinear(nn.Linear):
             linear: the layer to replace; its parameters are shared and frozen.
             groups, init: as in the constructor.
             dtype: keep weight and bias in this dtype instead (a copy).
+
+        Raises:
+            TypeError: no ``nn.Linear``, or one that computes something else, whose weight is computed from other
+                tensors (``torch.nn.utils``' parametrize, prune, weight_norm), has no data yet or is quantised.
+            ValueError: as the constructor.
         """
+        cls.check(linear)
+        dtype = dtype or linear.weight.dtype
+        _check_dtype("dtype", dtype)
         layer = cls(linear.in_features, linear.out_features, False, "meta", groups=groups, init=init)
-        new: dict[str, Any] = {"device": linear.weight.device, "dtype": accumulation_dtype(linear.weight.dtype)}
+        new: dict[str, Any] = {"device": linear.weight.device, "dtype": accumulation_dtype(dtype)}
         linear.requires_grad_(False)
         layer.weight, layer.bias = linear.weight, linear.bias
-        if dtype is not None and dtype is not linear.weight.dtype:
+        if dtype is not linear.weight.dtype:
             layer.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
             if linear.bias is not None:
                 layer.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)
@@ -121,9 +134,73 @@ class FusedRLRRLinear(nn.Linear):
         layer.reset_scales()
         return layer.train(linear.training)
 
+    @staticmethod
+    def check(linear: object, name: str = "linear") -> None:
+        """See that :meth:`from_linear` takes this layer; errors call it ``name``.
+
+        Raises:
+            TypeError, ValueError: as there.
+        """
+        kind: Any = type(linear)
+        if not isinstance(linear, nn.Linear) or kind.forward is not nn.Linear.forward or "forward" in vars(linear):
+            own = "" if not isinstance(linear, nn.Linear) else ", whose forward is its own"
+            raise TypeError(f"{name}: expected a plain nn.Linear, got {kind.__module__}.{kind.__qualname__}{own}")
+        for part in ("weight", "bias"):
+            if part not in linear._parameters:
+                raise TypeError(
+                    f"{name}: its {part} is no parameter but computed from others (parametrize, prune, weight_norm); "
+                    "remove that first"
+                )
+        weight = linear.weight
+        if is_lazy(weight):
+            raise TypeError(f"{name}: {kind.__name__} has no weight yet; call it once before")
+        wrapped = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "device_mesh")  # but for a DTensor
+        if wrapped or weight.layout is not torch.strided:
+            raise TypeError(
+                f"{name}.weight: expected a plain tensor, got {type(weight).__name__} of layout {weight.layout}; "
+                "adapt a layer before it is quantised or made sparse"
+            )
+        _check_dtype(f"{name}.weight", weight.dtype)
+        if weight.shape != (linear.out_features, linear.in_features):
+            raise ValueError(
+                f"{name}.weight: expected shape {[linear.out_features, linear.in_features]} as its features say, "
+                f"got {list(weight.shape)}"
+            )
+
+    def reset_parameters(self) -> None:
+        """Draw W and b as ``nn.Linear`` does and u, v, f as :meth:`reset_scales`, as FSDP asks for after ``to_empty``.
+
+        Pretrained W and b are to be loaded afterwards.
+
+        Raises:
+            RuntimeError: W' and b + f are in the place of W and b, or a tensor is computed from others.
+        """
+        if not hasattr(self, "shift"):  # from nn.Linear's constructor
+            super().reset_parameters()
+            return
+        if self.merged:
+            raise RuntimeError("FusedRLRRLinear: cannot reset while it is merged; unmerge first")
+        self.need_own("reset", "weight", "bias")
+        super().reset_parameters()
+        self.reset_scales()
+
+    def need_own(self, verb: str, *names: str) -> None:
+        """``RuntimeError`` if one of these tensors is none of this layer's parameters but computed from others."""
+        for name in names:
+            if name not in self._parameters:
+                raise RuntimeError(
+                    f"FusedRLRRLinear: cannot {verb} while {name} is computed from other tensors "
+                    "(parametrize, prune, weight_norm); remove that first"
+                )
+
     @torch.no_grad()
     def reset_scales(self) -> None:
-        """Draw u and v anew as ``init`` says and set f to zero; W and b stay. Does nothing on the meta device."""
+        """Draw u and v anew as ``init`` says and set f to zero; W and b stay. Does nothing on the meta device.
+
+        Raises:
+            RuntimeError: one of them is computed from other tensors.
+        """
+        self.need_own("reset", "scale_out", "scale_in", "shift")
         if self.shift.is_meta:
             return
         self.shift.zero_()
@@ -169,7 +246,12 @@ class FusedRLRRLinear(nn.Linear):
             raise RuntimeError("FusedRLRRLinear: u, v and f are already merged")
         dtype = self.weight.dtype
         scale_in = self.scale_in.view(self.groups, 1, self.in_features)
-        weight = rescaled_weight(self.weight, self.scale_out, scale_in, dtype)
+        if hasattr(self.weight, "device_mesh"):
+            from rlrr_kernels import parallel  # whoever has a DTensor has imported what this does
+
+            weight: Tensor = parallel.sharded_weight(self.weight, self.scale_out, scale_in, dtype)
+        else:
+            weight = rescaled_weight(self.weight, self.scale_out, scale_in, dtype)
         bias = self.shift if self.bias is None else self.bias.to(self.shift.dtype) + self.shift
         return weight, bias.to(dtype, copy=True)
 
@@ -180,8 +262,9 @@ class FusedRLRRLinear(nn.Linear):
             keep: keep W and b for :meth:`unmerge`, at the cost of a second weight in memory.
 
         Raises:
-            RuntimeError: they are already merged.
+            RuntimeError: they are already merged, or W or b is computed from other tensors.
         """
+        self.need_own("merge", "weight", "bias")
         weight, bias = self.merged_weight()
         self._frozen = (cast(nn.Parameter, self.weight), self.bias) if keep else None
         self.frozen_bias = self.bias is not None
@@ -202,11 +285,12 @@ class FusedRLRRLinear(nn.Linear):
             weight, bias: W ``[N, K]`` and b, needed if they were not kept, as loaded anew.
 
         Raises:
-            RuntimeError: nothing is merged, or W was not kept and is not given.
+            RuntimeError: nothing is merged, W was not kept and is not given, or W' is computed from other tensors.
             ValueError: a weight or bias of another shape.
         """
         if not self.merged:
             raise RuntimeError("FusedRLRRLinear: nothing is merged")
+        self.need_own("unmerge", "weight", "bias")
         if self._frozen is None:
             if weight is None:
                 raise RuntimeError("FusedRLRRLinear: the frozen weight was not kept; give it to unmerge")
@@ -245,22 +329,61 @@ class FusedRLRRLinear(nn.Linear):
         if not self.merged:
             return
         if self._frozen is None:
-            raise RuntimeError(f"{prefix or 'model'}: the frozen weight was not kept when merging; unmerge first")
+            where = prefix.rstrip(".") or "model"
+            raise RuntimeError(f"{where}: the frozen weight was not kept when merging; unmerge first")
+        self.need_own("give a state dict", "weight", "bias")
+        # in their places, so that the order of keys is that of the unmerged layer
         for name, kept in zip(("weight", "bias"), self._frozen, strict=True):
-            destination.pop(prefix + name)
-            if kept is not None:
+            if kept is None:
+                del destination[prefix + name]
+            else:
                 destination[prefix + name] = kept if keep_vars else kept.detach()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         if self.merged:
-            args[-1].append(f"{prefix or 'model'}: it is merged; unmerge before loading")
+            words = "model: it is merged; unmerge before loading"
+            if words not in error_msgs:
+                error_msgs.append(words)
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        trained = [prefix + name for name in ("scale_out", "scale_in", "shift")]
+        if missing_keys[-3:] == trained and prefix + "weight" in state_dict:
+            missing_keys[:] = [*map(str, missing_keys[:-1]), _LackedByPlain(missing_keys[-1])]
+
+    __prepare_scriptable__ = refuse_script
 
     def extra_repr(self) -> str:
         state = "" if self.enabled else ", disabled"
         state += ", merged" if self.merged else ""
         return f"{super().extra_repr()}, groups={self.groups}, init={init_name(self.init)}{state}"
+
+
+class _LackedByPlain(str):
+    """A missing key whose place in PyTorch's error of a strict load says what to do; elsewhere an ordinary string.
+
+    PyTorch tells a layer neither whether a load is strict nor lets it word the error, but formats the keys.
+    """
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        return f"{self!s} (a plain checkpoint lacks what trains: load it before apply_rlrr, or with strict=False)"
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
 
 
 def _moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:

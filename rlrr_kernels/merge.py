@@ -37,7 +37,7 @@ def merge(model: nn.Module, *, safe_merge: bool = False, keep: bool = True) -> n
     Raises:
         ValueError: the model holds no adapters; or ``safe_merge`` and a value is not finite:
             nothing is merged then.
-        RuntimeError: it is already merged.
+        RuntimeError: it is already merged, or a frozen weight is computed from other tensors (parametrize, prune).
 
     Warns:
         UserWarning: rounding to the frozen dtype undoes the update of more than a tenth of
@@ -48,6 +48,8 @@ def merge(model: nn.Module, *, safe_merge: bool = False, keep: bool = True) -> n
         raise RuntimeError("model: it is already merged")
     if not all(layer.enabled for _, layer in layers):
         raise RuntimeError("model: its adapters are switched off, as inside disable_adapter")
+    for _, layer in layers:
+        layer.need_own("merge", "weight", "bias")
     if safe_merge:
         _check_finite(model)
     _warn_of_loss(layers)
@@ -64,7 +66,7 @@ def unmerge(model: nn.Module, base: Mapping[str, Tensor] | None = None) -> nn.Mo
             anew; needed after ``merge(keep=False)``. W' is never divided by 1 + u v.
 
     Raises:
-        RuntimeError: the model is not merged.
+        RuntimeError: the model is not merged, or a merged weight is computed from other tensors.
         ValueError: weights were not kept and ``base`` lacks one, or has another shape; nothing is changed then.
     """
     layers = [(name, layer) for name, layer in _linears(model) if layer.merged]
@@ -72,6 +74,7 @@ def unmerge(model: nn.Module, base: Mapping[str, Tensor] | None = None) -> nn.Mo
         raise RuntimeError("model: it is not merged")
     given = base or {}
     for name, layer in layers:
+        layer.need_own("unmerge", "weight", "bias")
         if not layer.kept:
             weight = given.get(f"{name}.weight")
             if weight is None:
@@ -103,11 +106,15 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
 
     Raises:
         ValueError: no adapters; or ``safe_merge`` and a value is not finite: nothing is changed then.
+        RuntimeError: a tensor of a linear is computed from others (parametrize, prune): nothing is changed then.
 
     Warns:
         UserWarning: as :func:`merge`.
     """
     layers, inner = _linears(model), unwrapped(model)
+    for _, layer in layers:
+        # the plain module takes over the hooks, by which pruning would go on
+        layer.need_own("unload", "weight", "bias", "scale_out", "scale_in", "shift")
     if safe_merge:
         _check_finite(model)
     _warn_of_loss([(name, layer) for name, layer in layers if not layer.merged])
@@ -129,8 +136,8 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
             replace(inner, name, nn.Identity().train(module.training))
     base: Base = getattr(inner, "_rlrr_base", Base())
     for name, switch in base.fast_paths.items():
-        layer: Any = inner.get_submodule(name)
-        layer.activation_relu_or_gelu = switch
+        encoder: Any = inner.get_submodule(name)
+        encoder.activation_relu_or_gelu = switch
     for name in ("rlrr_config", "_rlrr_base"):
         if hasattr(inner, name):
             delattr(inner, name)
@@ -246,8 +253,9 @@ def lost_updates(layer: FusedRLRRLinear) -> tuple[int, int]:
     """(weights that u v should change but that rounding to the stored dtype leaves, weights it should change)."""
     if layer.weight.is_meta:
         return 0, 0
-    merged, _ = layer.merged_weight()
-    u = layer.scale_out.view(layer.groups, -1, 1)
-    update = (u != 0) & (layer.scale_in.view(layer.groups, 1, -1) != 0)
-    should = update.view_as(merged) & (layer.weight != 0)
-    return int((should & (merged == layer.weight)).sum()), int(should.sum())
+    # of a sharded layer: all of it, in each process
+    tensors = layer.merged_weight()[0], layer.weight, layer.scale_out, layer.scale_in
+    merged, weight, u, v = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors)
+    update = (u.view(layer.groups, -1, 1) != 0) & (v.view(layer.groups, 1, -1) != 0)
+    should = update.view_as(merged) & (weight != 0)
+    return int((should & (merged == weight)).sum()), int(should.sum())
