@@ -1,0 +1,155 @@
+"""What ``test_tensor_parallel.py`` runs in two processes: whole models, after the layers of ``tensor_parallel.py``."""
+
+import copy
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn import functional as F
+
+from rlrr_kernels import (
+    apply_rlrr,
+    disable_adapter,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    parallel,
+    save_adapter,
+    unmerge,
+)
+from rlrr_kernels.parallel import RLRRColwiseParallel, RLRRRowwiseParallel
+from tests.models import small_vit, stir
+from tests.oracle import assert_close
+from tests.reliability import tensor_parallel as layers
+from tests.reliability.in_processes import case
+from tests.reliability.tensor_parallel import CASES, WHOLE, full, start
+
+__all__ = ["CASES", "start"]
+
+PLAN = {
+    # fused: the gathered y is what attention cuts into q, k and v
+    "blocks.*.attn.qkv": RLRRColwiseParallel(output_layouts=WHOLE),
+    "blocks.*.attn.proj": RLRRRowwiseParallel(input_layouts=WHOLE),
+    "blocks.*.mlp.fc1": RLRRColwiseParallel(),
+    "blocks.*.mlp.fc2": RLRRRowwiseParallel(),
+}
+IMAGES = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 3])
+CLIPS = (nn.utils.clip_grad_norm_, parallel.clip_grad_norm_)
+
+
+def vit(dtype=torch.float64, **options):
+    return stir(apply_rlrr(small_vit(**options))).to(dtype)
+
+
+def sharded(model):
+    return parallelize_module(copy.deepcopy(model), layers.MESH, PLAN)
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def backward(model, images=IMAGES):
+    """Logits and gradients, whole, of what does not depend on rounding alone."""
+    logits = model(images)
+    F.cross_entropy(logits.double(), LABELS).backward()
+    # a constant on all keys changes no attention: the gradient of their shift is rounding
+    named = ((name, p) for name, p in model.named_parameters() if p.grad is not None and "qkv.shift" not in name)
+    return logits.detach(), {name: full(p.grad).clone() for name, p in named}
+
+
+@case(CASES)
+def a_vit_trains_as_in_one_process():
+    """Three steps of AdamW with the gradients clipped: logits, norms and parameters, float64."""
+    for bias in (True, False):
+        one = vit(qkv_bias=bias)
+        many = sharded(one)
+        optimizers = [torch.optim.AdamW(trained(m), lr=1e-2) for m in (one, many)]
+        for _ in range(3):
+            (logits, grads), (ours, our_grads) = backward(one), backward(many)
+            torch.testing.assert_close(ours, logits, rtol=1e-12, atol=1e-12)
+            assert our_grads.keys() == grads.keys()
+            for name, grad in grads.items():
+                torch.testing.assert_close(our_grads[name], grad, rtol=1e-11, atol=1e-12, msg=name)
+            norm, our_norm = (clip(trained(m), 0.05) for clip, m in zip(CLIPS, (one, many), strict=True))
+            assert norm > 0.1
+            torch.testing.assert_close(our_norm, norm, rtol=1e-12, atol=0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+@case(CASES)
+def a_vit_under_autocast_is_as_accurate_as_in_one_process():
+    exact, exact_grads = backward(vit())
+    one = vit(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, plain_grads = backward(one, IMAGES.float())
+        ours, grads = backward(sharded(vit(torch.float32)), IMAGES.float())
+    # a sum of two parts in bfloat16 is one rounding more in each of the four row parallel layers
+    more = 4 * torch.finfo(torch.bfloat16).eps
+    assert_close("logits", ours, plain, exact, more)
+    for name, grad in grads.items():
+        assert_close(name, grad, plain_grads[name], exact_grads[name], more)
+
+
+@case(CASES)
+def a_state_dict_is_gathered_and_loaded_whole():
+    one = vit()
+    options = StateDictOptions(full_state_dict=True)
+    state = get_model_state_dict(sharded(one), options=options)
+    if dist.get_rank() == 0:
+        assert list(state) == list(one.state_dict())
+    other = parallelize_module(apply_rlrr(small_vit()).double(), layers.MESH, PLAN)
+    set_model_state_dict(other, one.state_dict(), options=options)
+    for (name, values), ours in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(full(ours), values), name
+        if dist.get_rank() == 0:
+            assert torch.equal(state[name], values), name
+
+
+@case(CASES)
+def an_adapter_is_saved_and_loaded_sharded_or_not():
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    one = vit(torch.float32)
+    save_adapter(sharded(one), Path(folder[0]) / "adapter")
+    dist.barrier()
+    plain = load_adapter(small_vit(), Path(folder[0]) / "adapter")
+    many = load_adapter(parallelize_module(apply_rlrr(small_vit()), layers.MESH, PLAN), Path(folder[0]) / "adapter")
+    for (name, values), a, b in zip(one.named_parameters(), plain.parameters(), many.parameters(), strict=True):
+        assert torch.equal(a, values), name
+        assert torch.equal(full(b), values), name
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
+@case(CASES)
+def merged_unmerged_and_switched_off_equal_one_process():
+    one = vit().eval()
+    many = sharded(one)
+
+    def agree():
+        torch.testing.assert_close(many(IMAGES), one(IMAGES), rtol=1e-12, atol=1e-12)
+
+    with torch.no_grad():
+        for model in (one, many):
+            merge(model)
+        agree()
+        for (name, values), ours in zip(one.named_parameters(), many.parameters(), strict=True):
+            torch.testing.assert_close(full(ours), values, rtol=0, atol=1e-15, msg=name)
+        for model in (one, many):
+            unmerge(model)
+        agree()
+        with disable_adapter(one), disable_adapter(many):
+            agree()
+        for model in (one, many):
+            merge_and_unload(model)
+        agree()

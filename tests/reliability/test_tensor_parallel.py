@@ -1,0 +1,38 @@
+"""Tensor parallel by DTensor: column- and row-sharded layers and models equal one process."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.reliability import tensor_parallel_2d, tensor_parallel_models
+from tests.reliability.in_processes import check, outcomes
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return outcomes(tensor_parallel_models, tmp_path_factory.mktemp("two processes"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return outcomes(tensor_parallel_2d, tmp_path_factory.mktemp("four processes"), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tensor_parallel_models.CASES)
+def test_two_processes(two, name):
+    check(two, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tensor_parallel_2d.CASES)
+def test_a_mesh_of_two_by_two(four, name):
+    check(four, name, 4)
+
+
+def test_the_package_does_not_load_dtensor():
+    """Its import takes longer than the package's, and PyTorch is built without it in places."""
+    script = "import rlrr_kernels, sys; print('torch.distributed.tensor' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
