@@ -21,6 +21,7 @@ from rlrr_kernels.analysis.figure import draw
 from rlrr_kernels.analysis.files import read_json
 from rlrr_kernels.analysis.report import analyze
 from rlrr_kernels.checkpoint import write_atomically
+from rlrr_kernels.checkpoint.files import check_writable
 
 DESCRIPTION = """\
 Compare tuned models with the model they were tuned from, layer by layer: singular
@@ -116,6 +117,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     tuned = [reader(path, base) for reader, path in given]
     # before minutes of work, not after
     arguments.out.mkdir(parents=True, exist_ok=True)
+    check_writable(arguments.out)
     progress = partial(tqdm, unit="layer", disable=None, leave=False)
     analysis = analyze(
         base, tuned, layers=arguments.layers, top=arguments.top, device=arguments.device, progress=progress

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+
+from rlrr_kernels.checkpoint import reading
 
 # PEFT and this package call them alike
 ADAPTER_TENSORS = "adapter_model.safetensors"
@@ -39,12 +36,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(found).__name__}")
-    return found
+        raise ValueError(str(error).replace("object, got ", "object, got a ")) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -56,12 +50,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(str(path))
-        else:
-            from timm.models import load_state_dict
-
-            state = load_state_dict(str(path), device="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    return {n: t for n, t in state.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+        state = reading.read_state_dict(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: it{str(error).removeprefix(str(path))}") from error
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}

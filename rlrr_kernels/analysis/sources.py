@@ -265,15 +265,33 @@ def _few(names: Mapping[str, Tensor]) -> str:
 
 
 def _lora_scaling(folder: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
-    alpha = config.get("lora_alpha")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    alpha: Any = config.get("lora_alpha")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: alpha_pattern: expected an object, got {patterns!r:.80}")
+    for pattern, value in patterns.items():
         # PEFT's rule: the end of the name, from a dot on; the first that matches counts
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if _matches(pattern, name, folder / ADAPTER_CONFIG):
             alpha = value
             break
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: lora_alpha: expected a number, got {alpha!r}")
+    # a float holds no more than 1e308, a number in JSON any
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e300:
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: lora_alpha: expected a number, got {alpha!r:.80}")
+    if rank < 1:
+        raise ValueError(f"{folder}: {name}: expected a rank of 1 or more, got {rank}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matches(pattern: str, name: str, source: Path) -> bool:
+    # what repeats what repeats takes exponential time, and what repeats often takes a high power of the name's length
+    if len(pattern) > 200 or len(re.findall(r"[*+?{]", pattern)) > 3 or re.search(r"\)[*+?{]", pattern):
+        raise ValueError(
+            f"{source}: alpha_pattern: expected a name, or a simple pattern over names, got {pattern!r:.80}"
+        )
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise ValueError(f"{source}: alpha_pattern: {pattern!r:.80} is no pattern: {error}") from error
 
 
 def _ssf_layer(key: str) -> str | None:

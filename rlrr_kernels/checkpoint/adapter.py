@@ -10,20 +10,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from rlrr_kernels.adapt import apply_rlrr, unwrapped
 from rlrr_kernels.checkpoint import manifest as manifests
 from rlrr_kernels.checkpoint.card import model_card
 from rlrr_kernels.checkpoint.files import is_temporary, replace_folder, write_atomically, write_folder
 from rlrr_kernels.checkpoint.manifest import Manifest, whole
+from rlrr_kernels.checkpoint.reading import Tensors, read_safetensors
 from rlrr_kernels.checkpoint.trained import check_enabled, check_fit, copy_into, reshard, trained_parameters
 
 CONFIG, WEIGHTS, CARD = manifests.FILE_NAME, "adapter_model.safetensors", "README.md"
@@ -119,8 +119,7 @@ def adapter_metadata(folder: str | Path) -> dict[str, str]:
     """The strings that :func:`save_adapter` was given. Raises as :func:`load_adapter` for other folders."""
     folder = _existing(folder)
     Manifest.read(folder)
-    with _open(folder / WEIGHTS) as file:
-        return {name: text for name, text in (file.metadata() or {}).items() if name != "format"}
+    return {name: text for name, text in _read(folder / WEIGHTS, values=False).metadata.items() if name != "format"}
 
 
 def load_adapter(
@@ -149,16 +148,17 @@ def load_adapter(
     reshard(target)
     folder = _existing(folder)
     manifest = Manifest.read(folder)
-    with _open(folder / WEIGHTS) as file:
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors = _read(folder / WEIGHTS).tensors
     count = sum(tensor.numel() for tensor in tensors.values())
     if count != manifest.parameters:
         raise ValueError(f"{folder / WEIGHTS}: expected {manifest.parameters} numbers as {CONFIG} says, got {count}")
     if check_base:
-        manifest.check_architecture(target)
+        with _naming(folder):
+            manifest.check_architecture(target)
     prepare = check_fit(target, manifest.rlrr, tensors, f"adapter {folder}")
     if check_base:
-        manifest.check_weights(target)
+        with _naming(folder):
+            manifest.check_weights(target)
     if prepare:
         apply_rlrr(target, manifest.rlrr)
     copy_into(target, tensors, device)
@@ -174,20 +174,16 @@ def _existing(folder: str | Path) -> Path:
     return folder
 
 
-class _open:
-    """A safetensors file in a ``with`` block; damage of any kind is a ``ValueError`` that names the file."""
+def _read(path: Path, *, values: bool = True) -> Tensors:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is not an adapter folder: it has no {path.name}")
+    return read_safetensors(path, values=values)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __enter__(self) -> Any:
-        if not self.path.is_file():
-            raise ValueError(f"{self.path.parent} is not an adapter folder: it has no {self.path.name}")
-        try:
-            self.file = safetensors.safe_open(self.path, framework="pt")
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} is not a safetensors file: {error}") from error
-        return self.file.__enter__()
-
-    def __exit__(self, *details: Any) -> None:
-        self.file.__exit__(*details)
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """What does not fit is told with the name of the folder that it came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"adapter {folder}: {error}") from error

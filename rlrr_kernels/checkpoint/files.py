@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -18,14 +19,16 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     """
     path = Path(path)
     temporary = _temporary(path)
-    try:
-        _write(temporary, data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(path.parent)
+    with _naming(path):
+        try:
+            _write(temporary, data)
+            os.replace(temporary, path)
+        except BaseException:
+            # whatever stands in the way of this must not hide what went wrong first
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_folder(path.parent)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -35,15 +38,16 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         FileExistsError: the folder exists and is not empty.
         OSError: it cannot be written. Nothing is left behind then.
     """
-    temporary = _filled(folder, files)
-    try:
-        if _has_content(folder):
-            raise FileExistsError(f"{folder} exists")
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    _sync_folder(folder.parent)
+    with _naming(folder):
+        temporary = _filled(folder, files)
+        try:
+            if _has_content(folder):
+                raise FileExistsError(f"{folder} exists")
+            os.rename(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(folder.parent)
 
 
 def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -54,20 +58,70 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         OSError: it cannot be written. The old folder is then as it was.
     """
-    temporary = _filled(folder, files)
-    old = _temporary(folder)
-    try:
-        os.rename(folder, old)
+    with _naming(folder):
+        temporary = _filled(folder, files)
+        old = _temporary(folder)
         try:
-            os.rename(temporary, folder)
+            os.rename(folder, old)
+            try:
+                os.rename(temporary, folder)
+            except BaseException:
+                os.rename(old, folder)
+                raise
         except BaseException:
-            os.rename(old, folder)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    _sync_folder(folder.parent)
-    shutil.rmtree(old)
+        _sync_folder(folder.parent)
+        shutil.rmtree(old)
+
+
+def check_writable(folder: Path, needed: int = 0) -> None:
+    """See that files of so many bytes can be put into a folder, or made below the nearest one that is there.
+
+    What only fails at the end of hours of work should fail before it. A byte is written and removed again: permission
+    bits say nothing to root, and nothing of a file system that is read-only, full or over a quota.
+
+    Args:
+        folder: where files will go; need not exist.
+        needed: bytes.
+
+    Raises:
+        OSError: they cannot; says why, or how much is free.
+    """
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file; expected a folder to write to")
+    probe = _temporary(place / "probe")
+    with _naming(place):
+        try:
+            _write(probe, b"?")
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(probe)
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{place} has {in_units(free)} free, expected {in_units(needed)}")
+
+
+def in_units(size: int) -> str:
+    """A number of bytes for a reader, rounded up."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{-(-10 * size // unit) / 10:g} {name}"
+    return f"{size} bytes"
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """The system's errors name a temporary file, or none at all: a full disk has no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
 
 
 def is_temporary(name: str, of: str) -> bool:
@@ -87,7 +141,7 @@ def _filled(folder: Path, files: Mapping[str, bytes]) -> Path:
             _write(temporary / name, data)
         _sync_folder(temporary)
     except BaseException:
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return temporary
 

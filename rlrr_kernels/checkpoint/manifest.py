@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rlrr_kernels._version import __version__
 from rlrr_kernels.adapt import adapters
+from rlrr_kernels.checkpoint.reading import read_json
 from rlrr_kernels.checkpoint.trained import plain_name
 from rlrr_kernels.config import RLRRConfig
 from rlrr_kernels.linear import FusedRLRRLinear
@@ -83,21 +84,12 @@ class Manifest:
         """Read it from an adapter's folder.
 
         Raises:
-            ValueError: no such file, more than 1 MiB, no JSON, another format version, or a bad value.
+            ValueError: no such file, more than 1 MiB, no JSON, a key twice, another format version, or a bad value.
         """
         path = folder / FILE_NAME
         if not path.is_file():
             raise ValueError(f"{folder} is not an adapter folder: it has no {FILE_NAME}")
-        with open(path, "rb") as file:
-            data = file.read(LARGEST_FILE + 1)
-        if len(data) > LARGEST_FILE:
-            raise ValueError(f"{path} has more than {LARGEST_FILE} bytes: it is no adapter's configuration")
-        try:
-            values = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        values = read_json(path, LARGEST_FILE)
         version = values.get("format_version")
         if version != FORMAT_VERSION or type(version) is not int:
             raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}")

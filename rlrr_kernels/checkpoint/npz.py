@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from rlrr_kernels.adapt import adapters, head, remember_head, unwrapped
+from rlrr_kernels.checkpoint.reading import Header, npz_arrays, npz_headers
 from rlrr_kernels.checkpoint.trained import check_unmerged, in_short
 
 Shape = tuple[int, ...]
@@ -55,14 +53,13 @@ def load_npz_backbone(model: nn.Module, path: str | Path) -> nn.Module:
         raise TypeError(f"model: expected a timm VisionTransformer, got {type(target).__name__}")
     check_unmerged(target)
     expected = _expected_arrays(target)
+    headers = npz_headers(path)
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it is no .npz archive")
-        with file:
-            _check(file, expected, target)
-    except (ValueError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or does not fit the model: {error}") from error
+        names = _check(headers, expected, target)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+    # a damaged one is found by its checksum before anything is copied
+    npz_arrays(path, names)
     target.load_pretrained(str(path))
     if hasattr(target, "rlrr_config"):
         remember_head(target)
@@ -124,8 +121,8 @@ def _block_arrays(block: Any, ours: str, theirs: str, dim: int) -> dict[str, dic
     return arrays
 
 
-def _check(file: Mapping[str, Any], expected: Mapping[str, Shape], model: Any) -> None:
-    """Read every array once: a damaged one is found by its checksum before anything is copied."""
+def _check(file: Mapping[str, Header], expected: Mapping[str, Shape], model: Any) -> list[str]:
+    """Names of the arrays in the file that the model is made of, all of the right shape and dtype."""
     prefix = "opt/target/" if "opt/target/embedding/kernel" in file else ""
     other = next((name for name in _OTHER_LAYOUTS if name in file or prefix + name in file), None)
     if other is not None:
@@ -149,10 +146,11 @@ def _check(file: Mapping[str, Any], expected: Mapping[str, Shape], model: Any) -
         array = file[prefix + name]
         if array.shape != shape:
             problems.append(f"{prefix + name} of shape {list(array.shape)}, expected {list(shape)}")
-        elif array.dtype.kind != "f":
+        elif array.dtype.kind != "f" or array.dtype.itemsize > 8 or not array.dtype.isnative:
             problems.append(f"{prefix + name} of {array.dtype}, expected floating point numbers")
     if problems:
         raise ValueError(in_short(problems))
+    return [prefix + name for name in wanted]
 
 
 def _resizable(found: Shape, expected: Shape) -> Shape:

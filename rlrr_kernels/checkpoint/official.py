@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt import apply_rlrr, head, unwrapped
+from rlrr_kernels.checkpoint.reading import read_pickled
 from rlrr_kernels.checkpoint.trained import SHOWN, check_fit, copy_into
 from rlrr_kernels.config import RLRRConfig
 
@@ -161,11 +162,7 @@ def load_official_adapter(model: nn.Module, path: str | Path, *, load_head: bool
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch's own message would advise to load it with code
-        raise ValueError(f"{path} is damaged or holds more than tensors; nothing in it was run") from error
+    state = read_pickled(path)
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path}: expected a mapping of names to tensors, got {type(state).__name__}")
     try:

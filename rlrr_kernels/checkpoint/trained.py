@@ -17,6 +17,9 @@ from rlrr_kernels.linear import FusedRLRRLinear
 #: What an error message lists at most.
 SHOWN = 8
 
+#: What parameters are filled from. (torch has more floating point dtypes, some of which it cannot convert.)
+LOADED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of an adapter: what needs gradients, and u, v, f, affines and head even if they do not now."""
@@ -46,6 +49,11 @@ def check_unmerged(model: nn.Module) -> None:
     """``ValueError`` if a layer is merged: what is loaded would count on the frozen weight."""
     if any(isinstance(module, FusedRLRRLinear) and module.merged for _, module in adapters(model)):
         raise ValueError("model: it is merged; unmerge before loading")
+
+
+def printable(name: str) -> str:
+    """A name from a file, as a terminal may be given it: in one line, without control characters, not too long."""
+    return (name if name.isprintable() else repr(name))[:200]
 
 
 def in_short(problems: Sequence[str]) -> str:
@@ -89,12 +97,12 @@ def check_fit(
     if not (layers or prepare) and len(wanted) == len(known):
         wanted = {}  # a plain model does not say what of it was trained
     problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys() - set(optional))]
-    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - known.keys())]
+    problems += [f"unexpected {printable(name)}" for name in sorted(tensors.keys() - known.keys())]
     for name in sorted(known.keys() & tensors.keys()):
         tensor, expected = tensors[name], known[name]
         if tensor.shape != expected.shape:
             problems.append(f"{name} of shape {list(tensor.shape)}, expected {list(expected.shape)}")
-        elif not tensor.is_floating_point():
+        elif tensor.dtype not in LOADED:
             problems.append(f"{name} of {tensor.dtype}, expected floating point numbers")
     if problems:
         raise ValueError(f"{source} does not fit the model: {in_short(problems)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from rlrr_kernels.finetune import distributed
 from rlrr_kernels.finetune.data import Splits, load_splits, make_transform
 from rlrr_kernels.finetune.distributed import choose_device
 from rlrr_kernels.finetune.models import build_model
-from rlrr_kernels.finetune.report import RunFolder
+from rlrr_kernels.finetune.report import NotWritten, RunFolder, check_place
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.state import State, check_settings, read_state
 from rlrr_kernels.finetune.trainer import Trainer
@@ -72,6 +73,7 @@ def prepare(settings: Settings) -> Prepared:
     Raises:
         ValueError, TypeError, FileNotFoundError: an input that is wrong or missing;
             see :func:`load_data`, :func:`build_model`, :func:`read_state` and :func:`check_settings`.
+        OSError: the run's folder cannot be written, or there is too little room, see :func:`check_place`.
     """
     state = read_state(settings.resume) if settings.resume else None
     if state:
@@ -82,7 +84,9 @@ def prepare(settings: Settings) -> Prepared:
     splits = load_data(settings)
     if state:
         state.check("classes", splits.classes)
-    return Prepared(settings, splits, build_model(settings, splits.classes), device, state)
+    model = build_model(settings, splits.classes)
+    check_place(settings, sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+    return Prepared(settings, splits, model, device, state)
 
 
 @dataclass
@@ -113,6 +117,7 @@ class Run:
         run = cls(trainer, folder, {}, trainer.trained())
         if prepared.state:
             run.best = trainer.load(prepared.state)
+            folder.kept = trainer.epoch
             run.metrics = prepared.state.record["metrics"]
             run.metrics.setdefault("resumed_after", []).append(trainer.epoch)
             # both may have been moved
@@ -159,7 +164,8 @@ class Run:
 
     def save(self) -> None:
         """Write the adapter: what trains now, or its moving average. All processes must call it."""
-        self.trainer.save(self.folder.adapter, self.describe())
+        with self.folder.writing():
+            self.trainer.save(self.folder.adapter, self.describe())
 
 
 def train(prepared: Prepared, *, quiet: bool = False, test: bool = True) -> dict[str, Any]:
@@ -186,6 +192,7 @@ def train(prepared: Prepared, *, quiet: bool = False, test: bool = True) -> dict
         FileExistsError: ``settings.out`` exists.
         FloatingPointError: the loss became infinite or NaN.
         RuntimeError: a trained parameter is bypassed by the model's code.
+        NotWritten: the folder could not be written, as where a disk is full: says which epoch it keeps.
     """
     protocol = prepared.settings.resolved_protocol
     if not test and CHOOSES[protocol] == "test":
@@ -208,10 +215,13 @@ def train(prepared: Prepared, *, quiet: bool = False, test: bool = True) -> dict
             run.save()
     except Exception as error:
         run.metrics["error"] = f"{type(error).__name__}: {error}"
+        # the folder itself may be what failed, and why it ended must be said all the same
+        with contextlib.suppress(NotWritten):
+            run.folder.write_metrics(run.metrics)
         raise
     finally:
-        run.folder.write_metrics(run.metrics)
         run.folder.close()
+    run.folder.write_metrics(run.metrics)
     run.folder.write_curves(run.metrics)
     if not run.metrics["interrupted"]:
         # the last thing to be written: before it, the run can be resumed

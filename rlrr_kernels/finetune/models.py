@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rlrr_kernels.adapt import apply_rlrr, head
 from rlrr_kernels.checkpoint import load_npz_backbone
+from rlrr_kernels.checkpoint.reading import read_state_dict
+from rlrr_kernels.checkpoint.trained import LOADED, in_short, printable
 from rlrr_kernels.finetune.peers import apply_lora, apply_ssf, matching_rank
 from rlrr_kernels.finetune.settings import Settings
 
@@ -65,6 +64,9 @@ def _create(settings: Settings, classes: int) -> nn.Module:
     if settings.img_size:
         options["img_size"] = settings.img_size
     pretrained = settings.pretrained and settings.checkpoint is None
+    if not timm.is_model(settings.model):
+        # also hf-hub:... and local-dir:..., by which the name in a stranger's file could load anything
+        raise ValueError(f"model: timm does not know {settings.model!r:.80} (timm.list_models() lists them)")
     while True:
         try:
             return timm.create_model(settings.model, pretrained=pretrained, **options)
@@ -98,21 +100,25 @@ def load_backbone(model: nn.Module, path: Path) -> None:
             raise ValueError(f"checkpoint: {path}: {error}") from error
         return
     try:
-        state: dict[str, Tensor] = load_state_dict(str(path), device="cpu", weights_only=True)
+        state = read_state_dict(path)
         if isinstance(model, VisionTransformer):
             state = checkpoint_filter_fn(state, model)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    # the filter takes for granted that tensors have the number of dimensions that they should have
+    except Exception as error:
         raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     names = config.get("classifier") or ()
     heads = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
     state = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {error}") from error
-    problems = [f"missing {name}" for name in missing if not name.startswith(heads)]
-    problems += [f"unexpected {name}" for name in unexpected]
+    # before anything is copied: load_state_dict copies what fits, and then says what did not
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(heads)}
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unexpected {printable(name)}" for name in state if name not in own]
+    for name in own.keys() & state.keys():
+        if state[name].shape != own[name].shape:
+            problems.append(f"{name} of shape {list(state[name].shape)}, expected {list(own[name].shape)}")
+        elif own[name].is_floating_point() and state[name].dtype not in LOADED:
+            problems.append(f"{name} of {state[name].dtype}, expected floating point numbers")
     if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {shown}")
+        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {in_short(problems)}")
+    model.load_state_dict(state, strict=False)

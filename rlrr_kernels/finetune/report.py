@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -22,12 +23,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rlrr_kernels.checkpoint import write_atomically
+from rlrr_kernels.checkpoint.files import check_writable, in_units
 from rlrr_kernels.finetune.distributed import World, on_main
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.state import FILE, State
 
 COLOURS = {"rlrr": "#1f5fa8", "linear": "#d08a1d", "full": "#5a9153", "ssf": "#8c6bb1", "lora": "#b0506a"}
 PACKAGES = ("rlrr_kernels", "torch", "triton", "timm", "torchvision", "numpy", "scikit-learn")
+
+
+#: Bytes for metrics, curves and TensorBoard's files.
+ROOM = 4 * 2**20
 
 
 def versions() -> dict[str, str]:
@@ -58,6 +64,33 @@ def _numbered(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{path.name}-{number}")
 
 
+class NotWritten(OSError):
+    """A file of a run in progress could not be written; says what was kept and how to go on."""
+
+
+def check_place(settings: Settings, trained: int) -> None:
+    """See that a run's folder can be written, before any work.
+
+    Args:
+        settings: of the run.
+        trained: bytes of what trains.
+
+    Raises:
+        OSError: it cannot, or there is less room than state and adapter will need, each beside the one it replaces.
+    """
+    folder = settings.resume or settings.out or Path("runs")
+    # the values, AdamW's two moments, the best epoch's, the average
+    state = 3 + (settings.resolved_protocol != "final") + (settings.ema > 0)
+    copies = 1 if settings.resume else 2
+    needed = copies * (state + 1) * trained + ROOM
+    try:
+        check_writable(folder, needed)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"out: a run needs {in_units(needed)} for its state and adapter: {error.strerror}"
+        ) from error
+
+
 class RunFolder:
     """The folder of one run, new or resumed. Only the main process writes; all know the path.
 
@@ -79,6 +112,8 @@ class RunFolder:
         else:
             data = settings.dataset.strip("/.").replace("/", "-")
             self.path = Path("runs") / f"{data}-{settings.model}-{settings.method}-seed{settings.seed}"
+        #: Epochs in the state that is on disk.
+        self.kept = 0
         self._events: Any = None
         self._wants_events = settings.tensorboard and world.main
         if settings.resume and world.main:
@@ -149,18 +184,37 @@ class RunFolder:
     def write_state(self, state: State) -> None:
         """Write what a continuation needs, whole."""
         if self.world.main:
-            state.write(self.path)
+            with self.writing():
+                state.write(self.path)
+        self.kept = state.record["epoch"]
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around whatever is written into the folder of a run in progress: a full disk is told as what it means."""
+        try:
+            yield
+        except OSError as error:
+            raise NotWritten(
+                error.errno,
+                f"{error.strerror or error}; the folder keeps the run as it was after epoch {self.kept}: when it can "
+                f"be written again, rlrr-finetune --resume {shlex.quote(str(self.path))} goes on from there",
+            ) from error
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write ``metrics.json``, whole."""
         if self.world.main:
-            _write_metrics(self.path, metrics)
+            with self.writing():
+                _write_metrics(self.path, metrics)
 
     def write_events(self, epoch: dict[str, Any]) -> None:
         """Add an epoch's figures to TensorBoard's files, if they are wanted and it is installed.
 
         To be called before :meth:`write_state`: what a continuation does not train again it does not write again.
         """
+        with self.writing():
+            self._write_events(epoch)
+
+    def _write_events(self, epoch: dict[str, Any]) -> None:
         if self._events is None and self._wants_events:
             # an epoch that a killed run wrote without its state comes again: TensorBoard is told to drop the first
             self._events = _event_writer(self.path, epoch["epoch"])
@@ -174,12 +228,15 @@ class RunFolder:
     def write_curves(self, metrics: dict[str, Any]) -> None:
         """Write ``curves.png``, if there is an epoch to draw."""
         if self.world.main and metrics["epochs"]:
-            write_atomically(self.path / "curves.png", draw_curves(metrics))
+            with self.writing():
+                write_atomically(self.path / "curves.png", draw_curves(metrics))
 
     def close(self) -> None:
         """Close TensorBoard's file; no more epochs come in this process."""
         if self._events is not None:
-            self._events.close()
+            # each epoch's figures were flushed, or were said not to be written: there is nothing to lose here
+            with suppress(OSError):
+                self._events.close()
 
     def drop_state(self) -> None:
         """Remove what only an unfinished run needs."""

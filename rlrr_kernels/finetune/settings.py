@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlrr_kernels.checkpoint.reading import expect
 from rlrr_kernels.finetune.embedded import EMBEDDED_MODEL
 from rlrr_kernels.linear import INITS
 
@@ -157,12 +159,13 @@ class Settings:
         """The settings that :meth:`to_dict` gave; a field that is absent has its default.
 
         Raises:
-            ValueError: a name that is no field. Also what the constructor raises.
+            ValueError: a name that is no field, or a value of another type. Also what the constructor raises.
         """
         fields = {each.name for each in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
-                raise ValueError(f"settings: {name!r} is no field of {cls.__name__}")
+                raise ValueError(f"settings: {name!r:.80} is no field of {cls.__name__}")
+        check_types(values)
         paths = {name: Path(values[name]) for name in PATHS if values.get(name) is not None}
         return cls(**{**values, **paths})
 
@@ -196,12 +199,23 @@ class Settings:
             )
         if self.frozen_dtype and self.method != "rlrr":
             raise ValueError(f"frozen_dtype: expected none with method {self.method}, got {self.frozen_dtype!r}")
-        if self.checkpoint is not None and not self.checkpoint.is_file():
+        if self.checkpoint is not None and not os.path.isfile(self.checkpoint):
             raise FileNotFoundError(f"checkpoint: {self.checkpoint} does not exist")
-        if self.resume is not None and not self.resume.is_dir():
+        if self.resume is not None and not os.path.isdir(self.resume):
             raise FileNotFoundError(f"resume: {self.resume} is no folder")
         if self.resume is not None and self.out is not None:
             raise ValueError(f"out: expected none with resume, which continues in its folder, got {self.out}")
+
+
+def check_types(values: Mapping[str, Any]) -> None:
+    """``ValueError`` naming the first field that a file gives another type than it has; other names are let be."""
+    for each in dataclasses.fields(Settings):
+        if each.name not in values:
+            continue
+        if each.name not in PATHS:
+            expect(values, each.name, type(each.default))
+        elif not isinstance(values[each.name], Path):
+            expect(values, each.name, str, type(None))
 
 
 #: Fields that hold a path or None.

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from rlrr_kernels.checkpoint import write_atomically
-from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.checkpoint.reading import expect, parse_json, read_json, read_safetensors
+from rlrr_kernels.finetune.settings import PROTOCOLS, Settings
 
 FORMAT = "rlrr_kernels.state/1"
 
@@ -58,36 +58,77 @@ class State:
             raise ValueError(f"{name}: expected {self.record[name]}, as in the run to resume, got {given}")
 
 
+class Finished(ValueError):
+    """There is nothing left to resume."""
+
+
 def read_state(folder: Path) -> State | None:
     """The state in a run folder; None for an empty one. (A run's own folder is never empty.)
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: a run that is finished, or a folder or file that is none of a run.
+        Finished: a run that is.
+        ValueError: a folder or file that is none of a run, or a damaged one.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"resume: {folder} is no folder")
     path, metrics = folder / FILE, folder / "metrics.json"
     if metrics.is_file():
         try:
-            found = json.loads(metrics.read_text())
+            found = read_json(metrics)
+            if expect({"finished": False, **found}, "finished", bool):
+                count = len(expect(found, "epochs", list))
+                raise Finished(f"resume: the run in {folder} is finished, after {count} epochs")
+        except Finished:
+            raise
         except ValueError as error:
             raise ValueError(f"resume: {metrics} cannot be read: {error}") from error
-        if found.get("finished"):
-            raise ValueError(f"resume: the run in {folder} is finished, after {len(found['epochs'])} epochs")
     if not path.is_file():
         # a file that was being written has a dot before its name
         if not any(each.is_file() and not each.name.startswith(".") for each in folder.rglob("*")):
             return None
         raise ValueError(f"resume: {folder} is no unfinished run: it has no {FILE}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError(f"expected a file of format {FORMAT!r}, got {header.get('format')!r}")
-            return State(json.loads(header["record"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        header, tensors = read_safetensors(path)
+        if header.get("format") != FORMAT:
+            raise ValueError(f"expected a file of format {FORMAT!r}, got {header.get('format')!r:.80}")
+        record = parse_json(header.get("record", ""), "its record")
+        _check_record(record)
+        return State(record, tensors)
+    except ValueError as error:
         raise ValueError(f"resume: {path} cannot be read: {error}") from error
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """``ValueError`` unless a record has all that a continuation takes from it, of the types that it takes."""
+    epoch = expect(record, "epoch", int, least=0)
+    expect(record, "processes", int, least=1)
+    expect(record, "classes", int, least=1)
+    for name in ("settings", "images", "scaler"):
+        expect(record, name, dict)
+    metrics = expect(record, "metrics", dict)
+    epochs = expect(metrics, "epochs", list)
+    for name in ("settings", "processes", "images", "classes"):
+        if metrics.get(name) != record[name]:
+            raise ValueError(
+                f"metrics: {name}: expected {record[name]!r:.80}, as in the record, got {metrics.get(name)!r:.80}"
+            )
+    expect(metrics, "train_seconds", float, least=0)
+    expect({"resumed_after": [], **metrics}, "resumed_after", list)
+    protocol = expect(metrics, "protocol", str)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r:.80}")
+    if len(epochs) != epoch:
+        raise ValueError(f"epochs: expected figures of {epoch}, got {len(epochs)}")
+    for number, figures in enumerate(epochs, 1):
+        if type(figures) is not dict or figures.get("epoch") != number:
+            raise ValueError(f"epochs: expected the figures of epoch {number}, got {figures!r:.80}")
+        split = {"choose-epoch": "val", "best-on-test": "test"}.get(protocol)
+        names = [f"{part}_{what}" for part in ("train", *([split] if split else [])) for what in ("loss", "accuracy")]
+        for name in names:
+            expect(figures, name, float)
+    if epochs and expect(metrics, "best_epoch", int, least=1) > epoch:
+        raise ValueError(f"best_epoch: expected at most {epoch}, got {metrics['best_epoch']}")
 
 
 def resumed(folder: Path, given: Mapping[str, Any]) -> Settings:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from rlrr_kernels.adapt import param_groups
 from rlrr_kernels.checkpoint import save_adapter
+from rlrr_kernels.checkpoint.reading import expect
 from rlrr_kernels.finetune import distributed
 from rlrr_kernels.finetune.augment import Mixing
 from rlrr_kernels.finetune.batches import Batch, Batches, keyed_seed
@@ -244,11 +245,8 @@ class Trainer:
         Raises:
             ValueError: it is of another model.
         """
-        values = state.part("trained")
-        shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        if {name: tuple(t.shape) for name, t in values.items()} != shapes:
-            raise ValueError("resume: the state is of a model whose trained parameters have other names or shapes")
-        self._put(values)
+        self._check(state)
+        self._put(state.part("trained"))
         moments: dict[str, dict[str, Tensor]] = {}
         for key, value in state.part("optimizer").items():
             name, _, moment = key.rpartition("/")
@@ -271,6 +269,33 @@ class Trainer:
             with self.averaged():
                 return self.trained()
         return {k: distributed.local(distributed.scatter(t, self.parameters[k])) for k, t in best.items()}
+
+    def _check(self, state: State) -> None:
+        """``ValueError`` unless :meth:`load` could take all of a state: nothing is copied of one that it could not."""
+        own = {name: (tuple(p.shape), p.dtype) for name, p in self.parameters.items()}
+        for part in ("trained", "best", "average"):
+            found = {name: (tuple(t.shape), t.dtype) for name, t in state.part(part).items()}
+            # nothing is best before the first epoch, or where the last epoch counts; an average is kept from the start
+            optional = part == "best" or (part == "average" and self.average is None)
+            if found != own and not (optional and not found):
+                raise ValueError(
+                    "resume: the state is of a model whose trained parameters have other names or shapes, or it is "
+                    f"damaged: {part}"
+                )
+        moments = state.part("optimizer")
+        # before the first step there are none; after it, those of all that has had a gradient, which is everything
+        wanted = {
+            f"{name}/{key}": ((), torch.float32) if key == "step" else of_parameter
+            for name, of_parameter in own.items()
+            for key in (("step", "exp_avg", "exp_avg_sq") if moments else ())
+        }
+        if {name: (tuple(t.shape), t.dtype) for name, t in moments.items()} != wanted:
+            raise ValueError("resume: the state is of another optimiser, or damaged: optimizer")
+        scaler, expected = state.record["scaler"], self.scaler.state_dict()
+        if scaler.keys() != expected.keys():
+            raise ValueError(f"resume: scaler: expected {', '.join(expected) or 'nothing'}, got {', '.join(scaler)}")
+        for name, value in expected.items():
+            expect(scaler, name, type(value), least=0)
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
         self.restore({k: distributed.local(distributed.scatter(t, self.parameters[k])) for k, t in values.items()})

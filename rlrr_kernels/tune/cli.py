@@ -178,7 +178,7 @@ def _tune(arguments: argparse.Namespace, path: Path, machine: Machine, tasks: Se
     date = datetime.date.today().isoformat()
     results: list[Result] = []
     stop: _Stopped | None = None
-    unmeasured = 0
+    unmeasured = stored = 0
     try:
         for task in (progress := tqdm(tasks, unit="kernel", disable=None, leave=False)):
             progress.set_description(str(task))
@@ -196,14 +196,18 @@ def _tune(arguments: argparse.Namespace, path: Path, machine: Machine, tasks: Se
                 unmeasured += 1
                 continue
             aside = store.add(path, [result.entry(where, date)])
+            stored += 1
             if aside is not None:
                 tqdm.write(f"rlrr-tune: {path} was no table; it is now {aside}", file=sys.stderr)
     except KeyboardInterrupt:
         stop = _Stopped("interrupted", 130)
+    except OSError as error:
+        # what was measured is shown all the same
+        stop = _Stopped(f"stopped in {task}: {error}; what was stored before is kept", 1)
     except DeviceLostError as error:
         stop = _Stopped(f"the GPU stopped answering in {task}: {error}", 1)
     report.show_results(results, f"{machine.name}, {arguments.dtype}", report.console())
-    print(f"{sum(result.best is not None for result in results)} of {len(tasks)} kernels are in {path}")
+    print(f"{stored} of {len(tasks)} kernels are in {path}")
     if stop is not None:
         raise stop
     return 1 if unmeasured else 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrr_kernels.backends.triton.tuned_file import FORMAT, Entry, OtherFormat, parse, read
+from rlrr_kernels.checkpoint import files
 from rlrr_kernels.checkpoint.files import is_temporary, write_atomically
 
 
@@ -75,9 +76,7 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected a file")
     with _alone(path):
-        probe = path.with_name(f".{path.name}.probe.partial")
-        probe.write_bytes(b"")
-        probe.unlink()
+        files.check_writable(path.parent)
         try:
             read(path)
         except OtherFormat as error:

@@ -1,6 +1,7 @@
 """Google's .npz weights: the function they stand for, and what is refused before anything is copied."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_arrays_that_do_not_fit_are_named_and_nothing_is_copied(tmp_path, change
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=words) as caught:
         load_npz_backbone(model, tmp_path / "a.npz")
-    assert "a.npz is damaged or does not fit the model" in str(caught.value)
+    assert re.search(r"a\.npz (is damaged or no \.npz archive|does not fit the model): ", str(caught.value))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -128,7 +129,7 @@ def test_a_damaged_file_is_refused_before_anything_is_copied(tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for damaged in (data[:middle], flipped, b"", b"not an archive", pickle.dumps({})):
         (tmp_path / "b.npz").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"b\.npz is damaged or does not fit the model"):
+        with pytest.raises(ValueError, match=r"b\.npz is damaged or no \.npz archive"):
             load_npz_backbone(model, tmp_path / "b.npz")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

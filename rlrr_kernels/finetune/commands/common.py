@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rlrr_kernels.checkpoint.files import check_writable
 from rlrr_kernels.finetune.distributed import launched
 
 INTERRUPTED = 130
@@ -70,6 +71,7 @@ def new_file(path: Path, suffixes: tuple[str, ...], overwrite: bool) -> Path:
         ValueError: another suffix.
         FileExistsError: the file exists and ``overwrite`` is False, or it is a folder.
         FileNotFoundError: its folder does not exist.
+        OSError: nothing can be written there.
     """
     if path.suffix not in suffixes:
         raise ValueError(f"out: expected a name that ends in {' or '.join(suffixes)}, got {path}")
@@ -77,4 +79,13 @@ def new_file(path: Path, suffixes: tuple[str, ...], overwrite: bool) -> Path:
         raise FileExistsError(f"out: {path} exists" + ("" if path.is_dir() else "; --overwrite replaces it"))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"out: the folder {path.parent} does not exist")
+    check_room(path, 0)
     return path
+
+
+def check_room(path: Path, needed: int) -> None:
+    """``OSError`` unless a file of so many bytes can be written; the file itself is not touched."""
+    try:
+        check_writable(path.parent, needed)
+    except OSError as error:
+        raise OSError(error.errno, f"out: {error.strerror}") from error

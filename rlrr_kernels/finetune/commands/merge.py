@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rlrr_kernels.checkpoint import write_atomically
-from rlrr_kernels.finetune.commands.common import Command, CommandError, checking_input, new_file, say
+from rlrr_kernels.finetune.commands.common import Command, CommandError, check_room, checking_input, new_file, say
 from rlrr_kernels.finetune.commands.options import add_settings, given
 from rlrr_kernels.finetune.commands.runs import Merged, add_run_argument, compare, merged, open_run
 from rlrr_kernels.finetune.models import DTYPES
@@ -40,8 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
         out = new_file(arguments.out, (".safetensors",), arguments.overwrite)
         opened = open_run(arguments.run, given(arguments))
         plain = opened.plain()
+        dtype = DTYPES[arguments.dtype]
+        check_room(out, sum(tensor.numel() for tensor in plain.state_dict().values()) * dtype.itemsize)
         result = merged(opened, safe=arguments.safe)
-    dtype = DTYPES[arguments.dtype]
     state = {name: _rounded(name, tensor, dtype) for name, tensor in result.model.state_dict().items()}
     settings = opened.settings
     about = {"format": "pt", "model": settings.model, "num_classes": str(opened.classes), "dtype": arguments.dtype}

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rlrr_kernels.checkpoint import write_atomically
+from rlrr_kernels.checkpoint.files import check_writable
+from rlrr_kernels.checkpoint.reading import expect, inside, read_json
 from rlrr_kernels.finetune import state
 from rlrr_kernels.finetune.commands.grid import Grid
 from rlrr_kernels.finetune.commands.results import read_run
@@ -80,6 +82,23 @@ def _point(entry: Mapping[str, Any]) -> Point:
     return Point(entry["lr"], entry["weight_decay"], entry["drop_path"])
 
 
+def _check_entry(entry: Any, tested: bool) -> None:
+    if type(entry) is not dict:
+        raise ValueError(f"expected an object for each run, got {entry!r:.80}")
+    for name in ("lr", "weight_decay", "drop_path"):
+        expect(entry, name, float, least=0)
+    expect(entry, "seed", int, least=0)
+    if not inside(expect(entry, "folder", str)):
+        raise ValueError(f"folder: expected one in the sweep's, got {entry['folder']!r:.80}")
+    if "error" in entry and not tested:
+        expect(entry, "error", str)
+        return
+    for name in ("test_accuracy", "test_loss") if tested else ("val_accuracy", "val_loss"):
+        expect(entry, name, float)
+    if not tested:
+        expect(entry, "epoch", int, least=1)
+
+
 def published_grid(task: str) -> tuple[list[float], list[float]]:
     """(learning rates, weight decays) that the recipes of the task's benchmark use; VTAB-1k's without a task."""
     benchmark = task.split("/")[0] or "vtab"
@@ -110,20 +129,23 @@ class Record:
 
         Raises:
             FileExistsError: the folder holds something else.
+            OSError: it cannot be written.
             ValueError: a sweep of other runs than the plan's, or a broken ``sweep.json``.
         """
         path = folder / "sweep.json"
         record = cls(folder, plan)
         if path.is_file():
             try:
-                known = json.loads(path.read_bytes())
-                if known["format"] != FORMAT:
-                    raise ValueError(f"expected format {FORMAT!r}, got {known['format']!r}")
-                theirs = {k: v for k, v in state.recorded(known["settings"]).items() if k not in VARIED}
-                for entries, kept in ((known["runs"], record.search), (known["final"], record.final)):
-                    kept.update({(_point(entry), entry["seed"]): entry for entry in entries})
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is not what a sweep writes: {type(error).__name__}: {error}") from error
+                known = read_json(path)
+                if known.get("format") != FORMAT:
+                    raise ValueError(f"expected format {FORMAT!r}, got {known.get('format')!r:.80}")
+                theirs = {k: v for k, v in state.recorded(expect(known, "settings", dict)).items() if k not in VARIED}
+                for name, kept in (("runs", record.search), ("final", record.final)):
+                    for entry in expect(known, name, list):
+                        _check_entry(entry, tested=name == "final")
+                        kept[_point(entry), entry["seed"]] = entry
+            except ValueError as error:
+                raise ValueError(f"{path} is not what a sweep writes: {error}") from error
             ours = record.common()
             for name in sorted(theirs.keys() | ours.keys()):
                 if theirs.get(name) != ours.get(name):
@@ -133,7 +155,11 @@ class Record:
                     )
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"out: {folder} exists, and is no sweep")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            check_writable(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(error.errno, f"out: {error.strerror}") from error
         record.write()
         return record
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlrr_kernels.checkpoint.reading import expect, inside, read_json
 from rlrr_kernels.finetune.commands.options import FIELDS, shown
 from rlrr_kernels.finetune.recipes import TASKS, VTAB_GROUPS, recipe
+from rlrr_kernels.finetune.settings import check_types
 
 DEFAULTS: Mapping[str, Any] = {name: field.default for name, field in FIELDS.items()}
 
@@ -104,6 +105,20 @@ class Means:
     groups: Mapping[str, float]
 
 
+#: What is read of a run's ``metrics.json``, and of which types. A run that diverged lacks some, and older ones others.
+_READ: Mapping[str, tuple[type, ...]] = {
+    "test_accuracy": (float,),
+    "classes": (int,),
+    "protocol": (str,),
+    "task": (str, type(None)),
+    "protocol_note": (str,),
+    "error": (str,),
+    "interrupted": (bool,),
+    "finished": (bool,),
+    "epochs": (list,),
+}
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """The ``metrics.json`` of a run folder.
 
@@ -115,10 +130,18 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no metrics.json")
     try:
-        metrics = json.loads(path.read_bytes())
-        metrics["settings"]["model"], metrics["settings"]["seed"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what a run writes: {type(error).__name__}: {error}") from error
+        metrics = read_json(path)
+        settings = expect(metrics, "settings", dict)
+        check_types(settings)
+        for name in ("model", "seed"):
+            expect(settings, name, type(DEFAULTS[name]))
+        for name, kinds in _READ.items():
+            if name in metrics:
+                expect(metrics, name, *kinds)
+        if not 0 <= metrics.get("test_accuracy", 0) <= 1:
+            raise ValueError(f"test_accuracy: expected 0 to 1, got {metrics['test_accuracy']}")
+    except ValueError as error:
+        raise ValueError(f"{path} is not what a run writes: {error}") from error
     return metrics
 
 
@@ -187,9 +210,13 @@ def _look_below(path: Path) -> tuple[list[Path], list[Path]]:
 def _final_runs(folder: Path) -> list[Path]:
     path = folder / "sweep.json"
     try:
-        return [folder / run["folder"] for run in json.loads(path.read_bytes())["final"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what a sweep writes: {type(error).__name__}: {error}") from error
+        names = [expect(run, "folder", str) for run in expect(read_json(path), "final", list)]
+        for name in names:
+            if not inside(name):
+                raise ValueError(f"folder: expected one in the sweep's, got {name!r:.80}")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not what a sweep writes: {error}") from error
+    return [folder / name for name in names]
 
 
 def cells(results: Iterable[Result]) -> dict[Column, dict[str, Cell]]:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from rlrr_kernels import adapter_metadata, load_adapter, merge_and_unload
 from rlrr_kernels.adapt import adapters
+from rlrr_kernels.checkpoint import WEIGHTS
 from rlrr_kernels.checkpoint.manifest import Manifest
+from rlrr_kernels.checkpoint.reading import expect
 from rlrr_kernels.finetune.commands.results import read_run
 from rlrr_kernels.finetune.models import build_model
 from rlrr_kernels.finetune.settings import Settings
@@ -87,15 +89,32 @@ def open_run(path: Path, options: Mapping[str, Any]) -> Run:
     if (folder / "metrics.json").is_file() and (folder / "adapter").resolve() == adapter.resolve():
         metrics = read_run(folder)
         values = {**metrics["settings"], "out": None, "resume": None, **_plain(options)}
-        return Run(adapter, Settings.from_dict(values), int(metrics["classes"]), metrics)
+        try:
+            classes = expect(metrics, "classes", int, least=1)
+            settings = Settings.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'metrics.json'}: {error}") from error
+        _check_classes(adapter, classes)
+        return Run(adapter, settings, classes, metrics)
     manifest = Manifest.read(adapter)
     name, tag = (manifest.base_model.get(key) for key in ("architecture", "tag"))
     if manifest.num_classes is None or not (name or "model" in options):
         raise ValueError(f"{adapter} does not name its timm model or number of classes; --model gives the first")
+    _check_classes(adapter, manifest.num_classes)
     values = {"model": f"{name}.{tag}" if tag else name, **_plain(options)}
     if manifest.rlrr is None:
         values["method"] = adapter_metadata(adapter).get("method", "full")
     return Run(adapter, Settings.from_dict(values), manifest.num_classes, {})
+
+
+def _check_classes(adapter: Path, classes: int) -> None:
+    """``ValueError`` for a head that cannot be in the adapter: one as large as said is made before that is read."""
+    weights = adapter / WEIGHTS
+    size = weights.stat().st_size if weights.is_file() else 0
+    if not 1 <= classes <= size:
+        raise ValueError(
+            f"{adapter}: expected the number of classes of a head in {WEIGHTS} ({size} bytes), got {classes}"
+        )
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import zipfile
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rlrr_kernels.checkpoint.reading import npz_arrays, npz_headers
 from rlrr_kernels.finetune.data.images import Parts
 from rlrr_kernels.finetune.data.listed import set_aside, set_aside_stratified
+
+#: The most images in one of Fashion-MNIST's files.
+IDX_IMAGES = 60_000
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -59,19 +64,30 @@ def read_fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: images and labels differ in number.
+        ValueError: a file is damaged, or images and labels differ in number.
     """
 
-    def read(name: str, header: int) -> np.ndarray:
+    def read(name: str, header: int, size: int) -> np.ndarray:
         path = folder / f"{split}-{name}-ubyte.gz"
         if not path.is_file():
             raise FileNotFoundError(
                 f"Fashion-MNIST file {path} is missing (Debian package dataset-fashion-mnist, or --data-root)"
             )
-        return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+        try:
+            with gzip.open(path) as file:
+                # as many as the original has, whatever else the file would unpack to
+                data = file.read(header + IDX_IMAGES * size)
+                if file.read(1):
+                    raise ValueError(f"expected at most {IDX_IMAGES} of {size} bytes each")
+            count = struct.unpack_from(">I", data, 4)[0] if len(data) >= header else -1
+            if len(data) != header + count * size:
+                raise ValueError(f"expected {max(count, 0)} of {size} bytes each, as its header says")
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"Fashion-MNIST file {path} is damaged: {error}") from error
+        return np.frombuffer(data, np.uint8, offset=header)
 
-    images = read("images-idx3", 16).reshape(-1, 1, 28, 28)
-    labels = read("labels-idx1", 8).astype(np.int64)
+    images = read("images-idx3", 16, 28 * 28).reshape(-1, 1, 28, 28)
+    labels = read("labels-idx1", 8, 1).astype(np.int64)
     if len(images) != len(labels):
         raise ValueError(f"Fashion-MNIST in {folder}: {len(images)} images but {len(labels)} labels")
     return torch.from_numpy(images.copy()), torch.from_numpy(labels)
@@ -99,15 +115,18 @@ def read_npz(file: Path, seed: int) -> Parts:
     """
     if not file.is_file():
         raise FileNotFoundError(f"data: {file} does not exist")
+    names = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            names = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
-            missing = [name for name in names if name not in arrays]
-            if missing:
-                raise ValueError(f"expected arrays {', '.join(names)}, {', '.join(missing)} missing")
-            loaded = {name: arrays[name] for name in names}
+        found = npz_headers(file)
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ValueError(f"{file}: expected arrays {', '.join(names)}, {', '.join(missing)} missing")
+        loaded = npz_arrays(file, names)
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from error
+    try:
         seen, test = (_checked(loaded, split) for split in ("train", "test"))
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except ValueError as error:
         raise ValueError(f"data: {file}: {error}") from error
     kept, aside = set_aside_stratified(seen.labels.tolist(), seed)
     classes = 1 + int(max(seen.labels.max(), test.labels.max()))

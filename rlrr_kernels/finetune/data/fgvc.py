@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlrr_kernels.checkpoint.reading import LARGEST_LIST, inside, read_bytes
 from rlrr_kernels.finetune.data.images import Parts
 from rlrr_kernels.finetune.data.listed import (
     Entry,
@@ -84,17 +85,20 @@ def read_json(file: Path) -> dict[str, int | str]:
         return result
 
     try:
-        items = json.loads(file.read_bytes(), object_pairs_hook=unique)
+        items = json.loads(read_bytes(file, LARGEST_LIST), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}:{error.lineno}: expected JSON: {error.msg}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from error
     if not isinstance(items, dict) or not items:
         raise ValueError(f"{file}: expected an object {{path: class id}} with at least one image")
+    outside = next((path for path in items if not inside(path)), None)
+    if outside is not None:
+        raise ValueError(f"{file}: expected paths below the folder of images, got {outside!r:.80}")
     kinds = {type(key) for key in items.values()}
     if kinds not in ({int}, {str}):
         path, key = next((p, k) for p, k in items.items() if type(k) is not (int if int in kinds else str))
-        raise ValueError(f"{file}: expected whole numbers, or strings, as class ids, got {key!r} for {path!r}")
+        raise ValueError(f"{file}: expected whole numbers, or strings, as class ids, got {key!r:.80} for {path!r:.80}")
     return items
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rlrr_kernels.checkpoint.reading import LARGEST_LIST, inside, read_bytes
 from rlrr_kernels.finetune.data.images import Parts
 from rlrr_kernels.finetune.data.listed import (
     Entry,
@@ -58,7 +59,7 @@ def read_list(file: Path, folder: Path, classes: int) -> list[Entry]:
         ValueError: a line that is no path and label, a label outside of 0 to ``classes - 1``, an empty list.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_bytes(file, LARGEST_LIST).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: expected UTF-8 text: {error}") from error
     entries = []
@@ -72,6 +73,8 @@ def read_list(file: Path, folder: Path, classes: int) -> list[Entry]:
             entry = Entry(str(folder / path), int(label), where)
         except ValueError:
             raise ValueError(f"{where}: expected '<path> <label>', got {line.strip()!r}") from None
+        if not inside(path):
+            raise ValueError(f"{where}: expected a path below {folder}, got {path!r:.80}")
         if not 0 <= entry.label < classes:
             raise ValueError(f"{where}: label {entry.label} is out of range, expected 0 to {classes - 1}")
         entries.append(entry)

@@ -13,7 +13,8 @@ from tests.finetune.commands.conftest import status
 def write(folder, task="vtab/cifar", accuracy=0.5, seed=0, protocol="final", model=BACKBONE, **settings):
     """The part of a run's metrics.json that the table reads."""
     folder.mkdir(parents=True)
-    values = {"model": model, "method": "rlrr", "task": task, "data": "digits", "seed": seed, "lr": 1e-3} | settings
+    values = {"model": model, "method": "rlrr", "task": task or "", "data": "digits", "seed": seed, "lr": 1e-3}
+    values |= settings
     metrics = {"settings": values, "protocol": protocol, "task": task, "test_accuracy": accuracy}
     (folder / "metrics.json").write_text(json.dumps({k: v for k, v in metrics.items() if v is not None}))
 

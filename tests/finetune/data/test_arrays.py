@@ -1,6 +1,7 @@
 """Digits, Fashion-MNIST and .npz slices."""
 
 import gzip
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,12 @@ def _write_fashion(folder: Path, images: int = 50, labels: int | None = None):
     for split in ("train", "t10k"):
         pixels = rng.integers(0, 256, images * 784, dtype=np.uint8).tobytes()
         answers = rng.integers(0, 10, labels or images, dtype=np.uint8).tobytes()
-        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0" * 16 + pixels))
-        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0" * 8 + answers))
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(struct.pack(">IIII", 2051, images, 28, 28) + pixels)
+        )
+        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(
+            gzip.compress(struct.pack(">II", 2049, len(answers)) + answers)
+        )
 
 
 def test_fashion_mnist_reads_the_original_files(tmp_path):
@@ -121,13 +126,13 @@ def test_the_seed_decides_the_slice_of_an_npz(tmp_path):
             {"test_images": np.zeros((0, 5, 4), np.uint8), "test_labels": np.zeros(0, int)},
             "test_labels: .* at least one",
         ),
-        ({"train_labels": np.array([{}] * 30)}, "[Oo]bject arrays cannot be loaded"),
+        ({"train_labels": np.array([{}] * 30)}, "train_labels.npy holds Python objects"),
     ],
 )
 def test_a_bad_array_is_named_with_the_file(tmp_path, change, error):
     arrays = {name: array for name, array in (_slice() | change).items() if array is not None}
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(ValueError, match=rf"data: .*/a\.npz: {error}"):
+    with pytest.raises(ValueError, match=rf"data: .*/a\.npz( is damaged or no .npz archive)?: {error}"):
         load(data=str(tmp_path / "a.npz"))
 
 
@@ -135,12 +140,12 @@ def test_a_file_that_is_no_npz_or_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data: .*/b\.npz does not exist"):
         load(data=str(tmp_path / "b.npz"))
     (tmp_path / "b.npz").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(ValueError, match=r"data: .*/b\.npz: "):
+    with pytest.raises(ValueError, match=r"data: .*/b\.npz is damaged or no .npz archive: "):
         load(data=str(tmp_path / "b.npz"))
     np.savez(tmp_path / "b.npz", **_slice())
     whole = (tmp_path / "b.npz").read_bytes()
     (tmp_path / "b.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"data: .*/b\.npz: "):
+    with pytest.raises(ValueError, match=r"data: .*/b\.npz is damaged or no .npz archive: "):
         load(data=str(tmp_path / "b.npz"))
 
 

@@ -1,0 +1,339 @@
+"""Files from strangers and from broken disks: one clear error or exactly what they say; nothing in between."""
+
+import gzip
+import io
+import json
+import os
+import struct
+import time
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from rlrr_kernels import apply_rlrr, load_adapter, load_official_adapter, save_adapter
+from rlrr_kernels.analysis import sources
+from rlrr_kernels.checkpoint import load_npz_backbone
+from rlrr_kernels.checkpoint.manifest import Manifest
+from rlrr_kernels.checkpoint.reading import read_safetensors
+from rlrr_kernels.finetune.commands.results import read_run
+from rlrr_kernels.finetune.commands.runs import open_run
+from rlrr_kernels.finetune.data.arrays import read_fashion_mnist, read_npz
+from rlrr_kernels.finetune.data.fgvc import read_json
+from rlrr_kernels.finetune.data.vtab import read_list
+from rlrr_kernels.finetune.models import load_backbone
+from rlrr_kernels.finetune.state import read_state
+from tests.checkpoint.test_npz import google_arrays
+from tests.models import stir
+from tests.reliability import hostile
+from tests.reliability.memory import peak_growth
+from tests.reliability.mutations import mutated
+
+#: Format -> how many mutated files of it, and what makes its target.
+FORMATS = {
+    "adapter_config.json": (1500, lambda f: hostile.adapter(f, "adapter_config.json")),
+    "adapter_model.safetensors": (1500, lambda f: hostile.adapter(f, "adapter_model.safetensors")),
+    "published.pth": (1200, lambda f: hostile.official(f, zipped=True)),
+    "published.pth, legacy": (1000, lambda f: hostile.official(f, zipped=False)),
+    "backbone.npz": (500, lambda f: hostile.backbone(f, ".npz")),
+    "backbone.pth": (500, lambda f: hostile.backbone(f, ".pth")),
+    "backbone.safetensors": (500, lambda f: hostile.backbone(f, ".safetensors")),
+    "state": (900, hostile.unfinished),
+    "metrics.json": (500, hostile.metrics),
+    "sweep.json": (400, hostile.sweep),
+    "tuned.json": (600, hostile.tuned),
+    "vtab list": (400, lambda f: hostile.lists(f, "vtab")),
+    "fgvc list": (400, lambda f: hostile.lists(f, "fgvc")),
+    "images.npz": (400, lambda f: hostile.images(f, "npz")),
+    "images-idx3-ubyte.gz": (300, lambda f: hostile.images(f, "idx")),
+    "peft config": (300, lambda f: hostile.peft(f, "adapter_config.json")),
+    "peft weights": (300, lambda f: hostile.peft(f, "adapter_model.safetensors")),
+}
+#: Seconds of processor time and bytes of memory that no file of some kB may take beyond.
+SECONDS, BYTES = 2.0, 256 * 2**20
+
+
+def test_the_fuzzed_files_are_more_than_ten_thousand():
+    assert sum(count for count, _ in FORMATS.values()) >= 10_000
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_mutated_file_is_refused_with_nothing_changed_or_is_exactly_what_it_says(tmp_path, name):
+    count, make = FORMATS[name]
+    folder = tmp_path / "files"
+    target = make(folder)
+    target.attempt()  # the whole file is good
+    target.restore()
+    beside, refused = sorted(folder.rglob("*")), 0
+    with peak_growth() as memory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy and torch warn of headers that they then read
+        for number in range(count):
+            target.path.write_bytes(mutated(number, target.whole, target.other, *target.mutations))
+            start = time.process_time()
+            fault = _fault(target)
+            refused += fault is None
+            if fault in (None, ""):
+                fault = "" if sorted(folder.rglob("*")) == beside else "files were left behind"
+            if time.process_time() - start > SECONDS:
+                fault = f"took more than {SECONDS} s"
+            if fault:
+                kept = tmp_path / f"failing-{number}-{target.path.name}"
+                kept.write_bytes(target.path.read_bytes())
+                pytest.fail(f"mutated({number}, ...) of {name}, kept as {kept}: {fault}")
+    print(f"{name}: {count} mutated files, {refused} refused, {count - refused} read as what they say")
+    assert memory.growth < BYTES
+    assert count / 4 < refused < count, "the mutations are too mild, or too wild to be read at all"
+
+
+def _fault(target: hostile.Target) -> str | None:
+    """What reading did wrong; empty where it read, None where it refused as it should."""
+    try:
+        target.attempt()
+    except target.errors as error:
+        if not any(words in str(error) for words in target.says):
+            return f"the error does not name the file: {error!r:.300}"
+        if not target.unchanged():
+            return f"partly loaded, then {error!r:.300}"
+        return None
+    except Exception as error:
+        return f"expected {' or '.join(kind.__name__ for kind in target.errors)}, got {error!r:.300}"
+    target.restore()
+    return ""
+
+
+class Code:
+    """What a pickle of it does when it is read."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+#: Reader of pickled tensors -> what it does with (model, path).
+PICKLES = {
+    "load_official_adapter": load_official_adapter,
+    "--checkpoint": load_backbone,
+    "analyze --ssf": lambda model, path: sources.ssf_checkpoint(path, {}),
+    "analyze --full": lambda model, path: sources.full_checkpoint(path, {}),
+}
+PLACES = {
+    "alone": lambda code, state: code,
+    "beside tensors": lambda code, state: {**state, "head.bias": code},
+    "as a name": lambda code, state: {**state, code: torch.zeros(1)},
+    "deep": lambda code, state: {"state_dict": state, "args": [{"a": (code,)}]},
+    "on a tensor": lambda code, state: {**state, "head.bias": with_hook(state["head.bias"], code)},
+}
+
+
+def with_hook(tensor, code):
+    parameter = nn.Parameter(tensor.clone())
+    parameter.extra = code  # attributes of tensors are pickled with them
+    return parameter
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("reader", PICKLES)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_code_in_a_checkpoint_is_never_run(tmp_path, reader, place, zipped):
+    canary, path, model = tmp_path / "canary", tmp_path / "a.pth", apply_rlrr(hostile.tiny_vit())
+    state = hostile.published(model)
+    torch.save(PLACES[place](Code(canary), state), path, _use_new_zipfile_serialization=zipped)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"a\.pth.* is damaged or holds more than tensors; nothing in it was run"):
+        PICKLES[reader](model, path)
+    assert not canary.exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    torch.load(path, weights_only=False)
+    assert canary.exists()  # it would have
+
+
+@pytest.mark.parametrize("reader", ["backbone", "images"])
+def test_code_in_an_npz_is_never_run(tmp_path, reader):
+    canary, path = tmp_path / "canary", tmp_path / "a.npz"
+    np.savez(path, cls=np.array([Code(canary)], dtype=object))
+    with pytest.raises(ValueError, match=r"a\.npz is damaged or no \.npz archive: cls\.npy holds Python objects"):
+        load_npz_backbone(hostile.tiny_vit(), path) if reader == "backbone" else read_npz(path, 0)
+    assert not canary.exists()
+
+
+GIB = 2**30
+
+
+def sparse(path, start, size):
+    """A file that begins with ``start`` and goes on with zeros that take no disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(start)
+    os.truncate(path, size)
+    return path
+
+
+def packed_zeros(size):
+    """The packed half of an array of ``size`` zero bytes, made without having it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name in ("train_images", "train_labels", "test_images", "test_labels"):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "|u1", "fortran_order": False, "shape": (size, 1, 1)}
+                )
+                for _ in range(size // 2**20):
+                    file.write(bytes(2**20))
+    return buffer.getvalue()
+
+
+def bomb(kind, folder):
+    """(what reads it, what its error says) of a small or sparse file that would become gigabytes."""
+    path = folder / "a.pth"
+    if kind == "json":
+        path = sparse(folder / "adapter_config.json", b'{"a": [[', 2 * GIB)
+        return lambda: Manifest.read(folder), "has more than 1048576 bytes"
+    if kind == "metrics":
+        sparse(folder / "metrics.json", b"[" * 1000, 2 * GIB)
+        return lambda: read_run(folder), "metrics.json has more than"
+    if kind == "vtab":
+        path = sparse(folder / "train800.txt", b"a.jpg 1\n", 2 * GIB)
+        return lambda: read_list(path, folder, 5), "has more than"
+    if kind == "fgvc":
+        path = sparse(folder / "train.json", b"{", 2 * GIB)
+        return lambda: read_json(path), "has more than"
+    if kind == "state":
+        sparse(folder / "state" / "last.safetensors", struct.pack("<Q", 2**40), 2 * GIB)
+        return lambda: read_state(folder), "expected a header of up to 16777216 bytes, got 1099511627776"
+    if kind == "safetensors":
+        header = {"a": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}
+        text = json.dumps(header).encode()
+        path = folder / "a.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+        return lambda: read_safetensors(path), "is not a safetensors file"
+    if kind == "npz":
+        path = folder / "a.npz"
+        path.write_bytes(packed_zeros(2**27))
+        return lambda: read_npz(path, 0), "it would unpack to 53687"
+    if kind == "backbone":
+        # as large as allowed, and of another shape than the model's
+        path = folder / "a.npz"
+        arrays = google_arrays(hostile.tiny_vit()) | {"cls": np.zeros((1, 2**22, 8), "f4")}
+        np.savez_compressed(path, **arrays)
+        return lambda: load_npz_backbone(hostile.tiny_vit(), path), r"cls of shape \[1, 4194304, 8\], expected"
+    if kind == "gzip":
+        zeros = gzip.compress(bytes(2**24), 1) * 64
+        path = folder / "train-images-idx3-ubyte.gz"
+        path.write_bytes(gzip.compress(struct.pack(">IIII", 2051, 6, 28, 28)) + zeros)
+        return lambda: read_fashion_mnist(folder, "train"), "expected at most 60000 of 784 bytes each"
+    if kind == "pth, packed":
+        torch.save({"head.weight": torch.zeros(3, 8), "b": torch.zeros(2**22)}, path)
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in entries.items():
+                archive.writestr(name, data)
+        return lambda: load_official_adapter(hostile.tiny_vit(), path), "it is compressed, as no checkpoint is"
+    stem = "transformer.encoder.layer.0.attn"
+    huge = {f"{stem}.{part}.scale_line": torch.zeros(1).expand(2**34, 1) for part in ("query", "key", "value")}
+    torch.save(huge, path, _use_new_zipfile_serialization=kind == "pth, strides")
+    words = r"scale_line' of shape \[17179869184, 1\] claims more than the \d+ bytes of the file"
+    return lambda: load_official_adapter(hostile.tiny_vit(), path), words
+
+
+BOMBS = (
+    *("json", "metrics", "vtab", "fgvc", "state", "safetensors", "npz", "backbone", "gzip"),
+    *("pth, packed", "pth, strides", "pth, strides, legacy"),
+)
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_what_claims_gigabytes_is_refused_in_little_memory_and_time(tmp_path, kind):
+    read, words = bomb(kind, tmp_path)
+    start = time.process_time()
+    # of a list as much as a list may have is read, of Fashion-MNIST's images as much as they have
+    with peak_growth() as memory, pytest.raises(ValueError, match=words):
+        read()
+    assert memory.growth < (400 if kind in ("vtab", "fgvc") else 160) * 2**20
+    assert time.process_time() - start < SECONDS
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "a/../../b.jpg", "/etc/passwd", "a\0b"])
+def test_a_list_names_no_image_outside_of_its_folder(tmp_path, name):
+    (tmp_path / "train.txt").write_text(f"a/../b.jpg 1\n{name} 1\n")
+    with pytest.raises(ValueError, match=r"train\.txt:2: expected a path below "):
+        read_list(tmp_path / "train.txt", tmp_path, 5)
+    (tmp_path / "train.json").write_text(json.dumps({"b.jpg": 1, name: 2}))
+    with pytest.raises(ValueError, match=r"train\.json: expected paths below the folder of images, got "):
+        read_json(tmp_path / "train.json")
+
+
+@pytest.mark.parametrize("name", ["local-dir:/tmp/evil", "hf-hub:stranger/model", "../../evil", "a\nb"])
+@pytest.mark.parametrize("where", ["adapter", "run"])
+def test_a_model_is_named_by_a_stranger_only_as_timm_knows_it(tmp_path, monkeypatch, name, where):
+    """timm would fetch and read what other names stand for."""
+    adapter = tmp_path / "run" / "adapter"
+    save_adapter(apply_rlrr(hostile.tiny_vit()), adapter)
+    if where == "adapter":
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        config["base_model"] |= {"architecture": name, "tag": None}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+    else:
+        (tmp_path / "run" / "metrics.json").write_text(
+            json.dumps({"settings": {"model": name, "seed": 0, "pretrained": False}, "classes": 3})
+        )
+    monkeypatch.setattr("timm.create_model", lambda *given, **more: pytest.fail("it was created"))
+    with pytest.raises(ValueError, match="model: timm does not know"):
+        open_run(adapter if where == "adapter" else tmp_path / "run", {}).model()
+
+
+def test_an_adapter_of_links_is_read_as_a_hub_keeps_it_and_other_files_are_refused_at_once(tmp_path):
+    """A hub's cache is made of links out of the folder; a device or a pipe would be read for ever."""
+    model = stir(apply_rlrr(hostile.tiny_vit()))
+    save_adapter(model, tmp_path / "blobs")
+    links = tmp_path / "snapshot"
+    links.mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (links / path.name).symlink_to(path)
+    loaded = dict(load_adapter(hostile.tiny_vit(), links).named_parameters())
+    assert all(torch.equal(p, loaded[name]) for name, p in model.named_parameters() if p.requires_grad)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for make in (lambda path: os.symlink("/dev/zero", path), os.mkfifo, os.mkdir):
+            (links / name).unlink()
+            make(links / name)
+            with pytest.raises(ValueError, match=f"snapshot is not an adapter folder: it has no {name}"):
+                load_adapter(hostile.tiny_vit(), links)
+            (links / name).rmdir() if make is os.mkdir else None
+            if not os.path.lexists(links / name):
+                (links / name).symlink_to(tmp_path / "blobs" / name)
+        (links / name).unlink(missing_ok=True)
+        (links / name).symlink_to(tmp_path / "blobs" / name)
+
+
+def test_a_key_that_is_there_twice_is_named_whatever_the_file(tmp_path):
+    save_adapter(apply_rlrr(hostile.tiny_vit()), tmp_path)
+    config = (tmp_path / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(config.replace("{", '{"parameters": 1,', 1))
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON: 'parameters' is there twice"):
+        load_adapter(hostile.tiny_vit(), tmp_path)
+    data = save({"a": torch.zeros(2), "b": torch.ones(2)}).replace(b'"b"', b'"a"')
+    (tmp_path / "a.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.safetensors is not a safetensors file: .*'a' is there twice"):
+        read_safetensors(tmp_path / "a.safetensors")
+    with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            archive.writestr("cls.npy", b"")
+    with pytest.raises(ValueError, match=r"a\.npz is damaged or no \.npz archive: it has an array twice"):
+        load_npz_backbone(hostile.tiny_vit(), tmp_path / "a.npz")
+
+
+def test_what_was_read_stays_as_it_was_whatever_becomes_of_the_file(tmp_path):
+    """safetensors gives tensors that lie in the file: written over they change, cut off they end the process."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(save({"a": torch.ones(100_000)}))
+    tensor = read_safetensors(path).tensors["a"]
+    path.write_bytes(save({"a": torch.zeros(100_000)}))
+    assert tensor.sum() == 100_000
+    os.truncate(path, 0)
+    assert tensor.sum() == 100_000
