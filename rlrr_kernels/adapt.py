@@ -16,6 +16,7 @@ from rlrr_kernels.architectures import Architecture, architecture_of
 from rlrr_kernels.config import RLRRConfig
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
+from rlrr_kernels.ownership import check_linear
 
 #: The modules that train something; each has ``enabled``.
 Adapter = FusedRLRRLinear | SSFLayerNorm | SSFAffine
@@ -163,7 +164,7 @@ class _Plan:
             raise ValueError(f"target_modules: they leave no nn.Linear of {type(model).__name__} to adapt")
         for name in plan.linears:
             try:
-                FusedRLRRLinear.check(modules[name], name)
+                check_linear(modules[name], name)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{error}. Name it in exclude_modules to leave it as it is") from None
             plan.linears[name] = _groups_of(name, modules[name], groups)

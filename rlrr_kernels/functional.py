@@ -121,6 +121,24 @@ class _RescaledLinear(torch.autograd.Function):
         )
 
 
+def _op(
+    x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """``rlrr::forward`` where it is called as an op, as exported programs do: differentiated and transformed too."""
+    given = x, weight, scale_out, scale_in, bias, shift
+    if ops.transformed():
+        return reference.forward(*given)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        return _RescaledLinear.apply(*given)  # type: ignore[no-any-return]
+    if ops.unobserved(*given):  # what the dispatcher would end at, one Python call earlier
+        return ops.backend(x, weight).forward(*given)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.forward(*given)
+
+
+ops._library.impl("forward", _op, "Autograd")
+
+
 def _like(grad: Tensor | None, shape: torch.Size | None, dtype: torch.dtype) -> Tensor | None:
     """A gradient in the shape and dtype of its parameter; calls that change nothing cost a microsecond each."""
     if grad is None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rlrr_kernels.export import refuse_script
-from rlrr_kernels.functional import _FLOATS, rescaled_linear
+from rlrr_kernels.functional import rescaled_linear
+from rlrr_kernels.ownership import check_dtype, check_linear, need_no_fsdp, need_own
 from rlrr_kernels.reference import accumulation_dtype, rescaled_weight
 
 #: The starts of u and v that have a name, see :class:`FusedRLRRLinear`.
@@ -81,7 +81,7 @@ class FusedRLRRLinear(nn.Linear):
         if groups < 1 or out_features % groups:
             raise ValueError(f"groups: expected a divisor of out_features = {out_features}, got {groups}")
         check_init(init)
-        _check_dtype("dtype", dtype or torch.get_default_dtype())
+        check_dtype("dtype", dtype or torch.get_default_dtype())
         super().__init__(in_features, out_features, bias, device, dtype)
         self.groups = groups
         self.init = init
@@ -114,12 +114,12 @@ class FusedRLRRLinear(nn.Linear):
 
         Raises:
             TypeError: no ``nn.Linear``, or one that computes something else, whose weight is computed from other
-                tensors (``torch.nn.utils``' parametrize, prune, weight_norm), has no data yet or is quantised.
+                tensors (``torch.nn.utils``' parametrize, prune, weight_norm), has no data yet, is quantised or in FSDP.
             ValueError: as the constructor.
         """
-        cls.check(linear)
+        check_linear(linear)
         dtype = dtype or linear.weight.dtype
-        _check_dtype("dtype", dtype)
+        check_dtype("dtype", dtype)
         layer = cls(linear.in_features, linear.out_features, False, "meta", groups=groups, init=init)
         new: dict[str, Any] = {"device": linear.weight.device, "dtype": accumulation_dtype(dtype)}
         linear.requires_grad_(False)
@@ -134,39 +134,6 @@ class FusedRLRRLinear(nn.Linear):
         layer.reset_scales()
         return layer.train(linear.training)
 
-    @staticmethod
-    def check(linear: object, name: str = "linear") -> None:
-        """See that :meth:`from_linear` takes this layer; errors call it ``name``.
-
-        Raises:
-            TypeError, ValueError: as there.
-        """
-        kind: Any = type(linear)
-        if not isinstance(linear, nn.Linear) or kind.forward is not nn.Linear.forward or "forward" in vars(linear):
-            own = "" if not isinstance(linear, nn.Linear) else ", whose forward is its own"
-            raise TypeError(f"{name}: expected a plain nn.Linear, got {kind.__module__}.{kind.__qualname__}{own}")
-        for part in ("weight", "bias"):
-            if part not in linear._parameters:
-                raise TypeError(
-                    f"{name}: its {part} is no parameter but computed from others (parametrize, prune, weight_norm); "
-                    "remove that first"
-                )
-        weight = linear.weight
-        if is_lazy(weight):
-            raise TypeError(f"{name}: {kind.__name__} has no weight yet; call it once before")
-        wrapped = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "device_mesh")  # but for a DTensor
-        if wrapped or weight.layout is not torch.strided:
-            raise TypeError(
-                f"{name}.weight: expected a plain tensor, got {type(weight).__name__} of layout {weight.layout}; "
-                "adapt a layer before it is quantised or made sparse"
-            )
-        _check_dtype(f"{name}.weight", weight.dtype)
-        if weight.shape != (linear.out_features, linear.in_features):
-            raise ValueError(
-                f"{name}.weight: expected shape {[linear.out_features, linear.in_features]} as its features say, "
-                f"got {list(weight.shape)}"
-            )
-
     def reset_parameters(self) -> None:
         """Draw W and b as ``nn.Linear`` does and u, v, f as :meth:`reset_scales`, as FSDP asks for after ``to_empty``.
 
@@ -180,18 +147,9 @@ class FusedRLRRLinear(nn.Linear):
             return
         if self.merged:
             raise RuntimeError("FusedRLRRLinear: cannot reset while it is merged; unmerge first")
-        self.need_own("reset", "weight", "bias")
+        need_own(self, "reset", "weight", "bias", "scale_out", "scale_in", "shift")
         super().reset_parameters()
         self.reset_scales()
-
-    def need_own(self, verb: str, *names: str) -> None:
-        """``RuntimeError`` if one of these tensors is none of this layer's parameters but computed from others."""
-        for name in names:
-            if name not in self._parameters:
-                raise RuntimeError(
-                    f"FusedRLRRLinear: cannot {verb} while {name} is computed from other tensors "
-                    "(parametrize, prune, weight_norm); remove that first"
-                )
 
     @torch.no_grad()
     def reset_scales(self) -> None:
@@ -200,7 +158,7 @@ class FusedRLRRLinear(nn.Linear):
         Raises:
             RuntimeError: one of them is computed from other tensors.
         """
-        self.need_own("reset", "scale_out", "scale_in", "shift")
+        need_own(self, "reset", "scale_out", "scale_in", "shift")
         if self.shift.is_meta:
             return
         self.shift.zero_()
@@ -262,9 +220,10 @@ class FusedRLRRLinear(nn.Linear):
             keep: keep W and b for :meth:`unmerge`, at the cost of a second weight in memory.
 
         Raises:
-            RuntimeError: they are already merged, or W or b is computed from other tensors.
+            RuntimeError: they are already merged, W or b is computed from other tensors, or FSDP holds them.
         """
-        self.need_own("merge", "weight", "bias")
+        need_own(self, "merge", "weight", "bias")
+        need_no_fsdp(self, "merge")
         weight, bias = self.merged_weight()
         self._frozen = (cast(nn.Parameter, self.weight), self.bias) if keep else None
         self.frozen_bias = self.bias is not None
@@ -285,12 +244,14 @@ class FusedRLRRLinear(nn.Linear):
             weight, bias: W ``[N, K]`` and b, needed if they were not kept, as loaded anew.
 
         Raises:
-            RuntimeError: nothing is merged, W was not kept and is not given, or W' is computed from other tensors.
+            RuntimeError: nothing is merged, W was not kept and is not given, W' is computed from other tensors, or
+                FSDP holds it.
             ValueError: a weight or bias of another shape.
         """
         if not self.merged:
             raise RuntimeError("FusedRLRRLinear: nothing is merged")
-        self.need_own("unmerge", "weight", "bias")
+        need_own(self, "unmerge", "weight", "bias")
+        need_no_fsdp(self, "unmerge")
         if self._frozen is None:
             if weight is None:
                 raise RuntimeError("FusedRLRRLinear: the frozen weight was not kept; give it to unmerge")
@@ -301,8 +262,8 @@ class FusedRLRRLinear(nn.Linear):
                 if given is not None and given.shape != expected:
                     raise ValueError(f"{name}: expected shape {list(expected)}, got {list(given.shape)}")
             self._frozen = (
-                nn.Parameter(weight.to(self.weight), requires_grad=False),
-                None if bias is None else nn.Parameter(bias.to(self.weight), requires_grad=False),
+                _frozen_as(self.weight, weight),
+                None if bias is None else _frozen_as(self.bias, bias),
             )
         self.weight, self.bias = self._frozen  # type: ignore[assignment]  # nn.Linear's bias may be None
         self._frozen, self.merged = None, False
@@ -331,7 +292,7 @@ class FusedRLRRLinear(nn.Linear):
         if self._frozen is None:
             where = prefix.rstrip(".") or "model"
             raise RuntimeError(f"{where}: the frozen weight was not kept when merging; unmerge first")
-        self.need_own("give a state dict", "weight", "bias")
+        need_own(self, "give a state dict", "weight", "bias")
         # in their places, so that the order of keys is that of the unmerged layer
         for name, kept in zip(("weight", "bias"), self._frozen, strict=True):
             if kept is None:
@@ -372,18 +333,24 @@ class FusedRLRRLinear(nn.Linear):
 class _LackedByPlain(str):
     """A missing key whose place in PyTorch's error of a strict load says what to do; elsewhere an ordinary string.
 
-    PyTorch tells a layer neither whether a load is strict nor lets it word the error, but formats the keys.
+    PyTorch tells a layer neither whether a load is strict nor lets it word the error, but formats the keys. The
+    result of a load that is not strict holds them too, for anyone to format.
     """
 
     __slots__ = ()
 
     def __format__(self, spec: str) -> str:
+        if sys._getframe(1).f_globals.get("__name__") != nn.Module.__module__:
+            return super().__format__(spec)
         return f"{self!s} (a plain checkpoint lacks what trains: load it before apply_rlrr, or with strict=False)"
 
 
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
+def _frozen_as(like: Tensor, values: Tensor) -> nn.Parameter:
+    if hasattr(like, "device_mesh"):
+        from rlrr_kernels import parallel  # whoever has a DTensor has imported what this does
+
+        values = parallel.laid_out_as(values, like)
+    return nn.Parameter(values.to(like), requires_grad=False)
 
 
 def _moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:

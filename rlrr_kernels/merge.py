@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt import Base, adapters, head, replace, unwrapped
+from rlrr_kernels.checkpoint.trained import reshard
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
+from rlrr_kernels.ownership import need_no_fsdp, need_own
 from rlrr_kernels.reference import accumulation_dtype
 
 #: A merge that leaves this share of the weights unchanged that the update should change is warned of.
@@ -37,7 +40,8 @@ def merge(model: nn.Module, *, safe_merge: bool = False, keep: bool = True) -> n
     Raises:
         ValueError: the model holds no adapters; or ``safe_merge`` and a value is not finite:
             nothing is merged then.
-        RuntimeError: it is already merged, or a frozen weight is computed from other tensors (parametrize, prune).
+        RuntimeError: it is already merged, a frozen weight is computed from other tensors (parametrize, prune), or
+            FSDP holds the layers' parameters: nothing is merged then.
 
     Warns:
         UserWarning: rounding to the frozen dtype undoes the update of more than a tenth of
@@ -49,7 +53,8 @@ def merge(model: nn.Module, *, safe_merge: bool = False, keep: bool = True) -> n
     if not all(layer.enabled for _, layer in layers):
         raise RuntimeError("model: its adapters are switched off, as inside disable_adapter")
     for _, layer in layers:
-        layer.need_own("merge", "weight", "bias")
+        need_own(layer, "merge", "weight", "bias")
+        need_no_fsdp(layer, "merge")
     if safe_merge:
         _check_finite(model)
     _warn_of_loss(layers)
@@ -66,7 +71,7 @@ def unmerge(model: nn.Module, base: Mapping[str, Tensor] | None = None) -> nn.Mo
             anew; needed after ``merge(keep=False)``. W' is never divided by 1 + u v.
 
     Raises:
-        RuntimeError: the model is not merged, or a merged weight is computed from other tensors.
+        RuntimeError: the model is not merged, a merged weight is computed from other tensors, or FSDP holds it.
         ValueError: weights were not kept and ``base`` lacks one, or has another shape; nothing is changed then.
     """
     layers = [(name, layer) for name, layer in _linears(model) if layer.merged]
@@ -74,7 +79,8 @@ def unmerge(model: nn.Module, base: Mapping[str, Tensor] | None = None) -> nn.Mo
         raise RuntimeError("model: it is not merged")
     given = base or {}
     for name, layer in layers:
-        layer.need_own("unmerge", "weight", "bias")
+        need_own(layer, "unmerge", "weight", "bias")
+        need_no_fsdp(layer, "unmerge")
         if not layer.kept:
             weight = given.get(f"{name}.weight")
             if weight is None:
@@ -106,7 +112,8 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
 
     Raises:
         ValueError: no adapters; or ``safe_merge`` and a value is not finite: nothing is changed then.
-        RuntimeError: a tensor of a linear is computed from others (parametrize, prune): nothing is changed then.
+        RuntimeError: a tensor of a linear is computed from others (parametrize, prune), or FSDP holds it: nothing is
+            changed then.
 
     Warns:
         UserWarning: as :func:`merge`.
@@ -114,7 +121,8 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
     layers, inner = _linears(model), unwrapped(model)
     for _, layer in layers:
         # the plain module takes over the hooks, by which pruning would go on
-        layer.need_own("unload", "weight", "bias", "scale_out", "scale_in", "shift")
+        need_own(layer, "unload", "weight", "bias", "scale_out", "scale_in", "shift")
+        need_no_fsdp(layer, "unload")
     if safe_merge:
         _check_finite(model)
     _warn_of_loss([(name, layer) for name, layer in layers if not layer.merged])
@@ -153,9 +161,14 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     for the time (which needs its copy of the weights).
 
     Raises:
-        ValueError: no adapters. RuntimeError: it was merged with ``keep=False``.
+        ValueError: no adapters.
+        RuntimeError: it was merged with ``keep=False``, or a merged weight is computed from other tensors; or FSDP1
+            holds the head (FSDP2 may), giving each process a part with no layout that says of what.
     """
     merged = [layer for _, layer in _linears(model) if layer.merged]
+    for layer in merged:
+        need_own(layer, "unmerge", "weight", "bias")
+        need_no_fsdp(layer, "unmerge")
     if not all(layer.kept for layer in merged):
         raise RuntimeError("model: it was merged with keep=False; unmerge it with the base weights first")
     modules = [module for _, module in adapters(model)]
@@ -166,7 +179,10 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     rounded = getattr(inner, "rlrr_config", None) is not None and inner.rlrr_config.frozen_dtype is not None
     flagged: list[Any] = [] if rounded else [inner.get_submodule(name) for name in base.separate_bias]
     flags = [module.qkv_bias_separate for module in flagged]
+    reshard(inner)
     trained = dict(head(inner).named_parameters())
+    if base.head and _in_fsdp1(model):
+        raise RuntimeError("model: FSDP1 holds the head, which cannot become that of the base model for a time")
     if {n: p.shape for n, p in trained.items()} != {n: p.shape for n, p in base.head.items()}:
         trained = {}
     put_back = {name: base.head[name] for name in trained}
@@ -181,6 +197,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         _copy(put_back, trained)
         yield model
     finally:
+        reshard(inner)
         _copy(now, trained)
         for module, flag in zip(flagged, flags, strict=True):
             module.qkv_bias_separate = flag
@@ -193,7 +210,17 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 @torch.no_grad()
 def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     for name, value in values.items():
-        parameters[name].copy_(value)
+        parameter = parameters[name]
+        if hasattr(parameter, "device_mesh"):
+            from rlrr_kernels import parallel  # whoever has a DTensor has imported what this does
+
+            value = parallel.laid_out_as(value, parameter)
+        parameter.copy_(value)
+
+
+def _in_fsdp1(model: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
 
 
 def _linears(model: nn.Module) -> list[tuple[str, FusedRLRRLinear]]:
@@ -212,7 +239,9 @@ def _check_finite(model: nn.Module) -> None:
             values = plain.weight, plain.bias
         else:
             values = module.ssf_scale, module.ssf_shift
-        if not all(value is None or bool(value.isfinite().all()) for value in values):
+        # of a sharded layer all of it: processes that came to different answers would wait for each other
+        wholes = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in values)
+        if not all(value is None or bool(value.isfinite().all()) for value in wholes):
             raise ValueError(
                 f"safe_merge: {name or 'the layer'} would get values that are not finite; nothing is changed"
             )

@@ -277,7 +277,7 @@ class SSFAffine(_Affine):
             return x
         _check(x, self.ssf_scale)
         y = x * self.ssf_scale + self.ssf_shift
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        return y if not x.is_meta and torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.ssf_scale.shape[0]}, init={init_name(self.init)}"

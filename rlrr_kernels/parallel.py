@@ -162,6 +162,15 @@ def sharded_weight(weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: t
     return rescaled.redistribute(placements=whole.placements)
 
 
+def laid_out_as(values: Tensor, like: Tensor) -> DTensor:
+    """Values that every process has whole, or a DTensor, laid out as the DTensor ``like``; nothing is broadcast."""
+    assert isinstance(like, DTensor)
+    if isinstance(values, DTensor):
+        return values.redistribute(like.device_mesh, like.placements)
+    whole = values.detach().to(like.device_mesh.device_type)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
 class _Whole(torch.autograd.Function):
     """``DTensor.from_local`` whose second derivatives are right.
 
@@ -347,7 +356,7 @@ class RLRRSequenceParallel(_RLRRParallel):
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` where some gradients are DTensors and some are not, which that one refuses.
 
     Args:
@@ -358,7 +367,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         The norm before, a plain tensor, the same in all processes.
     """
     grouped: dict[DeviceMesh | None, list[Tensor]] = {}
-    for parameter in parameters:
+    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if (grad := parameter.grad) is not None:
             grouped.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(parameter)
     norms = []

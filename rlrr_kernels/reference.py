@@ -15,6 +15,8 @@ backend it forms W' anew in each pass, so none is kept for backward.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,8 +64,10 @@ def formula(
     return y.to(x.dtype)
 
 
-def _without_autocast(x: Tensor) -> torch.autocast:
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """An op runs inside the user's autocast region, which would narrow the products below once more."""
+    if x.is_meta:  # which autocast does not know
+        return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -35,10 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        return reading.read_json(path)
-    except ValueError as error:
-        raise ValueError(str(error).replace("object, got ", "object, got a ")) from error
+    return reading.read_json(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -49,8 +46,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        state = reading.read_state_dict(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: it{str(error).removeprefix(str(path))}") from error
-    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    return {name: tensor for name, tensor in reading.read_state_dict(path).items() if tensor.is_floating_point()}

@@ -134,7 +134,9 @@ def lora_adapter(path: str | Path, base: Mapping[str, Tensor]) -> Tuned:
         if a.ndim != 2:
             skipped.add(name)  # of a convolution
             continue
-        scaling = _RUN_SCALING if manifest else _lora_scaling(folder, config, name, a.shape[0])
+        # of names that only the file has, none is matched with its patterns: a long one could take hours
+        known = not manifest and name in base
+        scaling = _lora_scaling(folder, config, name, a.shape[0]) if known else _RUN_SCALING
         updates[name] = _built(folder, name, lambda a=a, b=b, s=scaling: LowRank(a, b, s))  # type: ignore[misc]
         _check_fingerprint(folder, name, manifest, base)
     return _tuned("LoRA", folder, updates, skipped, base)
@@ -290,7 +292,7 @@ def _matches(pattern: str, name: str, source: Path) -> bool:
         )
     try:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{source}: alpha_pattern: {pattern!r:.80} is no pattern: {error}") from error
 
 

@@ -72,7 +72,7 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync_folder(folder.parent)
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # what is left of it has a temporary's name
 
 
 def check_writable(folder: Path, needed: int = 0) -> None:

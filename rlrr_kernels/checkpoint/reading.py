@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,7 @@ def read_safetensors(path: Path, *, values: bool = True) -> Tensors:
     Raises:
         ValueError: it is no such file, is damaged, has a header beyond :data:`LARGEST_HEADER`, or a name twice.
     """
+    _check_readable(path)
     try:
         _check_header(path)
         with safetensors.safe_open(path, framework="pt") as file:
@@ -110,15 +111,9 @@ def read_pickled(path: Path) -> Any:
     """What ``torch.save`` wrote, of tensors, containers and plain values only; nothing in it is run.
 
     Raises:
-        ValueError: it is damaged, holds code, or claims tensors larger than itself.
+        ValueError: it is cannot be read, is damaged, holds code, or claims tensors larger than itself.
     """
-    try:
-        _check_stored(path)
-        return _checked(torch.load(path, map_location="cpu", weights_only=True), path)
-    except Exception as error:
-        # torch's own message would advise to load it with code
-        said = f": {error}" if isinstance(error, _Refused) else ""
-        raise ValueError(f"{path} is damaged or holds more than tensors; nothing in it was run{said}") from error
+    return _loaded(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -131,23 +126,41 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path).tensors
     from timm.models import load_state_dict
 
-    try:
-        _check_stored(path)
-        state = _checked(load_state_dict(str(path), device="cpu", weights_only=True), path)
-    except Exception as error:
-        said = f": {error}" if isinstance(error, _Refused) else ""
-        raise ValueError(f"{path} is damaged or holds more than tensors; nothing in it was run{said}") from error
+    state = _loaded(path, lambda: load_state_dict(str(path), device="cpu", weights_only=True))
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: expected a mapping of names to tensors, got {type(state).__name__}")
     return {name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+
+
+def _check_readable(path: Path) -> None:
+    """Tells a file that may not be read from one that is damaged."""
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
 class _Refused(ValueError):
     """Our own reason, which may be told as it is."""
 
 
+def _loaded(path: Path, load: Callable[[], Any]) -> Any:
+    _check_readable(path)
+    try:
+        _check_stored(path)
+        return _checked(load(), path)
+    except Exception as error:
+        # torch's own message would advise to load it with code
+        said = f": {error}" if isinstance(error, _Refused) else ""
+        raise ValueError(f"{path} is damaged or holds more than tensors; nothing in it was run{said}") from error
+
+
 def _check_stored(path: Path) -> None:
-    """``torch.save`` never compresses: what does is no checkpoint, and may unpack to more than fits in memory."""
+    """Refuses what torch would read, and no ``torch.save`` of tensors wrote: it may need more memory than there is."""
+    # 30 bytes of a pickle can ask for a bytearray of any size, and torch allows that
+    if _contains(path, b"bytearray\n"):
+        raise _Refused("it holds a bytearray")
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return
@@ -158,6 +171,18 @@ def _check_stored(path: Path) -> None:
         raise _Refused("it has an entry twice")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise _Refused("it is compressed, as no checkpoint is")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise _Refused("its entries overlap")
+
+
+def _contains(path: Path, word: bytes) -> bool:
+    before = b""
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            if word in before + part:
+                return True
+            before = part[-len(word) :]
+    return False
 
 
 def _checked(state: Any, path: Path) -> Any:
@@ -190,6 +215,7 @@ def npz_headers(path: Path) -> dict[str, Header]:
         ValueError: it is no such archive, has an array twice, one of Python objects, one that claims another size
             than the archive says, or it would unpack to more than :data:`UNPACKED` allows.
     """
+    _check_readable(path)
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]

@@ -50,7 +50,7 @@ def test_bases_that_cannot_be_had_say_why(tmp_path):
     with pytest.raises(ValueError, match="is not JSON"):
         base_weights(str(tmp_path))
     (tmp_path / "metrics.json").write_text("[]")
-    with pytest.raises(ValueError, match="expected a JSON object, got a list"):
+    with pytest.raises(ValueError, match="expected a JSON object, got list"):
         base_weights(str(tmp_path))
     (tmp_path / "metrics.json").write_text('{"settings": {"model": "vit_embedded_patch7_28", "pretrained": false}}')
     with pytest.raises(ValueError, match="the run started from random weights"):

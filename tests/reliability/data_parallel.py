@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from rlrr_kernels import apply_rlrr
+from rlrr_kernels import apply_rlrr, disable_adapter, merge, merge_and_unload, unmerge
 from tests.models import small_vit, stir
 from tests.oracle import assert_close
 from tests.reliability.in_processes import case
@@ -204,6 +204,55 @@ def fsdp2_clips_and_gathers_as_one_process():
     assert norms[0] > 0.1
     torch.testing.assert_close(norms[1], norms[0], rtol=1e-12, atol=0)
     agree([gradients(model)], [gradients(one)])
+
+
+@case(CASES)
+def fsdp2_switches_adapters_and_head_off_and_on():
+    """Also where a pass without gradients left the root's parameters gathered, inside of the block and before it."""
+    for gathered in (False, True):
+        one, model = vit().eval(), fsdp(vit()).eval()
+        with torch.no_grad():
+            for parameter in (*one.head.parameters(), *model.head.parameters()):
+                parameter.mul_(2)
+            tuned = one(IMAGES)
+            if gathered:
+                torch.testing.assert_close(model(IMAGES), tuned, rtol=1e-12, atol=1e-12)
+            with disable_adapter(one), disable_adapter(model):
+                assert not torch.allclose(one(IMAGES), tuned)
+                torch.testing.assert_close(model(IMAGES), one(IMAGES), rtol=1e-12, atol=1e-12)
+            for _ in range(2):
+                torch.testing.assert_close(model(IMAGES), tuned, rtol=1e-12, atol=1e-12)
+                model.reshard()
+
+
+@case(CASES)
+def fsdp_refuses_to_have_its_parameters_replaced():
+    """It would put W back in the place of W' at its next pass."""
+    merged = fsdp(merge(vit().eval()))
+    plain = fsdp(small_vit())
+    with pytest.raises(TypeError, match=r"^blocks.0.attn.qkv: FSDP has taken over its parameters; adapt the model bef"):
+        apply_rlrr(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = FullyShardedDataParallel(vit(), use_orig_params=True, device_id=torch.device("cpu"))
+    for model in (fsdp(vit()), first):
+        layer = model.blocks[0].mlp.fc1
+        for verb, attempt in (
+            ("merge", merge),
+            ("merge", lambda _, it=layer: it.merge()),
+            ("unload", merge_and_unload),
+        ):
+            with pytest.raises(
+                RuntimeError, match=f"cannot {verb} under FSDP, which would put its own parameters back"
+            ):
+                attempt(model)
+        assert not layer.merged
+    for attempt in (lambda: unmerge(merged), merged.blocks[0].mlp.fc1.unmerge, disable_adapter(merged).__enter__):
+        with pytest.raises(RuntimeError, match="cannot unmerge under FSDP"):
+            attempt()
+    assert all(block.mlp.fc1.merged for block in merged.blocks)
+    with pytest.raises(RuntimeError, match="FSDP1 holds the head, which cannot become that of the base model"):
+        disable_adapter(first).__enter__()
 
 
 @case(CASES)

@@ -2,7 +2,8 @@
 
 To be started as ``python -m tests.reliability.fork_server``. Reads a JSON object a line: ``argv``; ``root``, the
 folder whose files are watched; ``log``, where the child's output goes; ``die_at``, the number of the file event before
-which the child kills itself, or 0; ``largest``, the size that no file may exceed, or 0. Writes the child's process id,
+which the child kills itself, or 0; ``largest``, the size that no file may exceed, or 0; ``dies``, whether a
+write beyond it ends the child in its midst. Writes the child's process id,
 an ``e`` for each file event, and its exit status.
 """
 
@@ -75,7 +76,9 @@ def _child(request: dict[str, Any], answers: int, command: Any) -> int:
 
     sys.addaudithook(watch)
     if request["largest"]:
-        # as a quota: what is written beyond it fails
+        # as a quota: what is written beyond it fails; Python ignores the signal that would end it there
+        if request["dies"]:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], request["largest"]))
     try:
         return int(command(request["argv"]))

@@ -14,6 +14,7 @@ import numpy as np
 import timm
 import torch
 from safetensors.torch import save
+from timm.models import load_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ from rlrr_kernels.analysis import sources
 from rlrr_kernels.backends.triton.tuned import Table
 from rlrr_kernels.backends.triton.tuned_file import parse, read
 from rlrr_kernels.checkpoint import adapter_metadata, load_npz_backbone
-from rlrr_kernels.finetune.commands.record import FORMAT, Plan, Record
+from rlrr_kernels.finetune.commands.record import Plan, Record
 from rlrr_kernels.finetune.commands.results import find_results
 from rlrr_kernels.finetune.commands.runs import open_run
 from rlrr_kernels.finetune.data.arrays import read_fashion_mnist, read_npz
@@ -217,6 +218,11 @@ def backbone(folder: Path, suffix: str) -> Target:
         if suffix == ".safetensors":
             said = tensors_of(path.read_bytes())
             assert all(same_bits(p, said[n]) for n, p in victim.named_parameters() if not n.startswith("head."))
+        else:
+            said = load_state_dict(str(path), device="cpu", weights_only=True)
+            assert all(
+                torch.equal(said[n].float(), victim.get_parameter(n)) for n in ("norm.bias", "blocks.0.mlp.fc1.bias")
+            )
 
     mutations = {".npz": (zip_entries, raw_bytes), ".pth": (zip_entries, raw_bytes)}
     return Target(path, attempt, mutations.get(suffix, (safetensors_header, raw_bytes)), victim=victim)
@@ -277,7 +283,8 @@ def metrics(folder: Path) -> Target:
         results, _ = find_results([folder])
         assert all(0 <= result.accuracy <= 1 for result in results)
 
-    return Target(path, attempt, (json_values, json_values, raw_bytes), (ValueError, FileNotFoundError), ("",))
+    says = (str(folder), "checkpoint: ")  # the second, of weights that are not where it says
+    return Target(path, attempt, (json_values, json_values, raw_bytes), (ValueError, FileNotFoundError), says)
 
 
 def sweep(folder: Path) -> Target:
@@ -288,10 +295,12 @@ def sweep(folder: Path) -> Target:
     record.searched(point, 0, {"epochs": [{"epoch": 1, "val_accuracy": 0.5, "val_loss": 1.0}], "best_epoch": 1})
     record.tested(point, 0, {"test_accuracy": 0.5, "test_loss": 1.0})
     path = folder / "sweep.json"
-    assert FORMAT.encode() in path.read_bytes()
 
     def attempt() -> None:
-        Record.open(folder, plan)
+        data, found = path.read_bytes(), Record.open(folder, plan)
+        for name, kept in (("runs", found.search), ("final", found.final)):
+            said = [json.dumps(each) for each in json.loads(data)[name]]  # as text, in which NaN is NaN
+            assert {json.dumps(each) for each in kept.values()} <= set(said)
 
     return Target(path, attempt, (json_values, json_values, raw_bytes))
 
@@ -336,7 +345,7 @@ def lists(folder: Path, layout: str) -> Target:
     path.write_text(json.dumps({f"a/{i}.jpg": i % 5 for i in range(40)}))
 
     def attempt_json() -> None:
-        assert len({type(key) for key in read_json(path).values()}) == 1
+        assert read_json(path) == json.loads(path.read_bytes())
 
     return Target(path, attempt_json, (json_values, json_values, raw_bytes))
 
@@ -352,7 +361,11 @@ def images(folder: Path, layout: str) -> Target:
 
         def attempt() -> None:
             parts = read_npz(path, 0)
-            assert len(parts.train) + len(parts.val) == len(parts.test) or parts.classes >= 1
+            with np.load(path) as said:
+                assert parts.test.labels.tolist() == said["test_labels"].tolist()
+                assert parts.test.images.flatten().tolist() == said["test_images"].flatten().tolist()
+                assert len(parts.train) + len(parts.val) == len(said["train_labels"])
+                assert parts.classes == 1 + max(*said["train_labels"], *said["test_labels"])
 
         return Target(path, attempt, (zip_entries, raw_bytes), (ValueError, FileNotFoundError))
     path = folder / "train-images-idx3-ubyte.gz"

@@ -66,7 +66,7 @@ def main(module, folder):
             try:
                 function()
                 error = None
-            except Exception:
+            except (Exception, pytest.fail.Exception):  # the second is what pytest.raises raises
                 error = traceback.format_exc()[-3000:]
             out.write(json.dumps([name, error]) + "\n")
             # a case that one process failed in may have left another waiting in the middle of it

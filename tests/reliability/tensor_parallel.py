@@ -288,6 +288,9 @@ def a_norm_gathers_what_it_cannot_work_on():
             for our, theirs in zip(ours, grads, strict=True):
                 assert our.placements == (WHOLE,)
                 torch.testing.assert_close(our.full_tensor(), theirs, rtol=1e-5, atol=1e-5)  # float32 sums, parted
+        many = parallelize_module(copy.deepcopy(one), MESH, RLRRSequenceParallel())
+        own = MESH.get_local_rank()  # of a plain x, the style takes this process's half of the tokens
+        assert torch.equal(many(x.to(dtype).chunk(2, 1)[own]), exact.chunk(2, 1)[own])
 
 
 @case(CASES)

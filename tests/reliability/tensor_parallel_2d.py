@@ -1,15 +1,19 @@
 """What ``test_tensor_parallel.py`` runs in four processes: two dimensions of a mesh, and shards of shards."""
 
+import copy
 import itertools
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
 
 from rlrr_kernels import FusedRLRRLinear
 from rlrr_kernels.parallel import clip_grad_norm_
 from tests.oracle import Answer, check, make_problem
+from tests.reliability import tensor_parallel_models as models
 from tests.reliability.in_processes import case
 
 CASES = {}
@@ -63,6 +67,28 @@ def data_parallel_over_column_parallel_equals_one_process():
 
 
 @case(CASES)
+def a_vit_under_fsdp2_and_tensor_parallel_trains_as_one_process():
+    """FSDP2 over tensor parallel: a shard of rows is cut again, in another order than the mesh's."""
+    one = models.vit()
+    many = parallelize_module(copy.deepcopy(one), MESH["tensor"], models.PLAN)
+    for block in many.blocks:
+        fully_shard(block, mesh=MESH["data"])
+    fully_shard(many, mesh=MESH["data"])
+    half = slice(2 * MESH["data"].get_local_rank(), 2 * MESH["data"].get_local_rank() + 2)
+    optimizers = [torch.optim.AdamW(models.trained(m), lr=1e-2, foreach=False) for m in (one, many)]
+    for _ in range(2):
+        for m, part in ((one, slice(None)), (many, half)):
+            nn.functional.cross_entropy(m(models.IMAGES[part]), models.LABELS[part]).backward()
+        for (name, parameter), ours in zip(one.named_parameters(), many.parameters(), strict=True):
+            # a constant on all keys changes no attention: the gradient of their shift is rounding
+            if parameter.grad is not None and "qkv.shift" not in name:
+                torch.testing.assert_close(models.full(ours.grad), parameter.grad, rtol=1e-11, atol=1e-12, msg=name)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@case(CASES)
 def a_row_that_divides_over_no_process_equals_one_process():
     """5 rows and 3 columns over four: some processes have none."""
     p = make_problem(6, 5, 3, 1, torch.float64)
@@ -98,3 +124,7 @@ def gradients_on_several_meshes_are_clipped_as_in_one_process():
         ours = parameter.grad
         torch.testing.assert_close(ours.full_tensor() if isinstance(ours, DTensor) else ours, one.grad)
     assert clip_grad_norm_([nn.Parameter(torch.zeros(1))], 1.0) == 0
+    single = nn.Parameter(torch.zeros(3))
+    single.grad = torch.full((3,), 2.0)
+    assert clip_grad_norm_(single, 1.0) == 12**0.5
+    torch.testing.assert_close(single.grad.norm(), torch.tensor(1.0))

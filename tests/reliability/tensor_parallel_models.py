@@ -5,11 +5,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional as F
 
 from rlrr_kernels import (
@@ -153,3 +155,44 @@ def merged_unmerged_and_switched_off_equal_one_process():
         for model in (one, many):
             merge_and_unload(model)
         agree()
+
+
+@case(CASES)
+def a_sharded_head_is_switched_off_with_the_adapters():
+    one = vit().eval()
+    many = parallelize_module(copy.deepcopy(one), layers.MESH, PLAN | {"head": ColwiseParallel(output_layouts=WHOLE)})
+    with torch.no_grad():
+        for model in (one, many):
+            for parameter in model.head.parameters():
+                parameter.mul_(2)
+        tuned = one(IMAGES)
+        with disable_adapter(one), disable_adapter(many):
+            assert not torch.allclose(one(IMAGES), tuned)
+            torch.testing.assert_close(many(IMAGES), one(IMAGES), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(many(IMAGES), tuned, rtol=1e-12, atol=1e-12)
+
+
+@case(CASES)
+def a_model_merged_without_a_copy_is_unmerged_from_whole_or_sharded_weights():
+    one = vit().eval()
+    base = one.state_dict()
+    for given in (base, {name: p.detach().clone() for name, p in sharded(one).state_dict().items()}):
+        many = merge(sharded(one), keep=False)
+        unmerge(many, given)
+        for (name, values), ours in zip(one.named_parameters(), many.parameters(), strict=True):
+            assert torch.equal(full(ours), values), name
+        assert many.blocks[0].mlp.fc1.weight.placements == (Shard(0),)
+        assert many.blocks[0].mlp.fc2.weight.placements == (Shard(1),)
+        with torch.no_grad():
+            torch.testing.assert_close(many(IMAGES), one(IMAGES), rtol=1e-12, atol=1e-12)
+
+
+@case(CASES)
+def values_that_are_not_finite_in_one_process_are_refused_in_both():
+    many = sharded(vit().eval())
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            many.blocks[0].mlp.fc1.scale_out.to_local()[0] = torch.nan
+    for attempt in (merge, merge_and_unload):
+        with pytest.raises(ValueError, match=r"safe_merge: blocks\.0\.mlp\.fc1 would get values that are not finite"):
+            attempt(many, safe_merge=True)

@@ -12,7 +12,16 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from rlrr_kernels import FusedRLRRLinear, SSFLayerNorm, apply_rlrr, ops, reference, rescaled_linear, use_backend
+from rlrr_kernels import (
+    FusedRLRRLinear,
+    SSFAffine,
+    SSFLayerNorm,
+    apply_rlrr,
+    ops,
+    reference,
+    rescaled_linear,
+    use_backend,
+)
 from tests.models import X, small_vit, stir
 from tests.oracle import make_problem
 
@@ -139,6 +148,19 @@ def test_gradients_of_any_subset_are_those_of_all(needs, dtype):
     tensors = leaves(dtype)
     y = rescaled_linear(*tensors)
     assert_equal(torch.autograd.grad(y, [tensors[i] for i in needs], y.detach().cos()), right)
+
+
+def test_on_the_meta_device_every_derivative_has_its_shape():
+    tensors = [t.detach().to("meta").requires_grad_() for t in leaves()]
+    for create_graph in (False, True):
+        found = gradients(tensors, create_graph=create_graph)
+        assert [(g.shape, g.is_meta) for g in found] == [(t.shape, True) for t in tensors]
+    second = torch.autograd.grad(sum(g.sum() for g in found), tensors[:4])
+    assert [g.shape for g in second] == [t.shape for t in tensors[:4]]
+    x = torch.empty(5, 4, device="meta")
+    assert torch.func.vmap(FusedRLRRLinear(4, 6, device="meta"))(x).shape == (5, 6)
+    for norm in (SSFLayerNorm(4, device="meta"), SSFAffine(4, device="meta")):
+        assert norm(x).shape == (5, 4)
 
 
 @pytest.mark.parametrize("needs", SUBSETS, ids=str)

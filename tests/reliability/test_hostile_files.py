@@ -1,35 +1,31 @@
 """Files from strangers and from broken disks: one clear error or exactly what they say; nothing in between."""
 
-import gzip
-import io
+import contextlib
+import errno
 import json
 import os
-import struct
 import time
 import warnings
 import zipfile
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save
 from torch import nn
 
 from rlrr_kernels import apply_rlrr, load_adapter, load_official_adapter, save_adapter
 from rlrr_kernels.analysis import sources
-from rlrr_kernels.checkpoint import load_npz_backbone
-from rlrr_kernels.checkpoint.manifest import Manifest
+from rlrr_kernels.checkpoint import load_npz_backbone, reading
 from rlrr_kernels.checkpoint.reading import read_safetensors
-from rlrr_kernels.finetune.commands.results import read_run
 from rlrr_kernels.finetune.commands.runs import open_run
-from rlrr_kernels.finetune.data.arrays import read_fashion_mnist, read_npz
+from rlrr_kernels.finetune.data.arrays import read_npz
 from rlrr_kernels.finetune.data.fgvc import read_json
 from rlrr_kernels.finetune.data.vtab import read_list
 from rlrr_kernels.finetune.models import load_backbone
-from rlrr_kernels.finetune.state import read_state
-from tests.checkpoint.test_npz import google_arrays
 from tests.models import stir
-from tests.reliability import hostile
+from tests.reliability import bombs, hostile
 from tests.reliability.memory import peak_growth
 from tests.reliability.mutations import mutated
 
@@ -53,12 +49,14 @@ FORMATS = {
     "peft config": (300, lambda f: hostile.peft(f, "adapter_config.json")),
     "peft weights": (300, lambda f: hostile.peft(f, "adapter_model.safetensors")),
 }
+#: Mutated files in all.
+FILES = sum(count for count, _ in FORMATS.values())
 #: Seconds of processor time and bytes of memory that no file of some kB may take beyond.
 SECONDS, BYTES = 2.0, 256 * 2**20
 
 
 def test_the_fuzzed_files_are_more_than_ten_thousand():
-    assert sum(count for count, _ in FORMATS.values()) >= 10_000
+    assert FILES >= 10_000
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -162,94 +160,9 @@ def test_code_in_an_npz_is_never_run(tmp_path, reader):
     assert not canary.exists()
 
 
-GIB = 2**30
-
-
-def sparse(path, start, size):
-    """A file that begins with ``start`` and goes on with zeros that take no disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(start)
-    os.truncate(path, size)
-    return path
-
-
-def packed_zeros(size):
-    """The packed half of an array of ``size`` zero bytes, made without having it."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name in ("train_images", "train_labels", "test_images", "test_labels"):
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(
-                    file, {"descr": "|u1", "fortran_order": False, "shape": (size, 1, 1)}
-                )
-                for _ in range(size // 2**20):
-                    file.write(bytes(2**20))
-    return buffer.getvalue()
-
-
-def bomb(kind, folder):
-    """(what reads it, what its error says) of a small or sparse file that would become gigabytes."""
-    path = folder / "a.pth"
-    if kind == "json":
-        path = sparse(folder / "adapter_config.json", b'{"a": [[', 2 * GIB)
-        return lambda: Manifest.read(folder), "has more than 1048576 bytes"
-    if kind == "metrics":
-        sparse(folder / "metrics.json", b"[" * 1000, 2 * GIB)
-        return lambda: read_run(folder), "metrics.json has more than"
-    if kind == "vtab":
-        path = sparse(folder / "train800.txt", b"a.jpg 1\n", 2 * GIB)
-        return lambda: read_list(path, folder, 5), "has more than"
-    if kind == "fgvc":
-        path = sparse(folder / "train.json", b"{", 2 * GIB)
-        return lambda: read_json(path), "has more than"
-    if kind == "state":
-        sparse(folder / "state" / "last.safetensors", struct.pack("<Q", 2**40), 2 * GIB)
-        return lambda: read_state(folder), "expected a header of up to 16777216 bytes, got 1099511627776"
-    if kind == "safetensors":
-        header = {"a": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}
-        text = json.dumps(header).encode()
-        path = folder / "a.safetensors"
-        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
-        return lambda: read_safetensors(path), "is not a safetensors file"
-    if kind == "npz":
-        path = folder / "a.npz"
-        path.write_bytes(packed_zeros(2**27))
-        return lambda: read_npz(path, 0), "it would unpack to 53687"
-    if kind == "backbone":
-        # as large as allowed, and of another shape than the model's
-        path = folder / "a.npz"
-        arrays = google_arrays(hostile.tiny_vit()) | {"cls": np.zeros((1, 2**22, 8), "f4")}
-        np.savez_compressed(path, **arrays)
-        return lambda: load_npz_backbone(hostile.tiny_vit(), path), r"cls of shape \[1, 4194304, 8\], expected"
-    if kind == "gzip":
-        zeros = gzip.compress(bytes(2**24), 1) * 64
-        path = folder / "train-images-idx3-ubyte.gz"
-        path.write_bytes(gzip.compress(struct.pack(">IIII", 2051, 6, 28, 28)) + zeros)
-        return lambda: read_fashion_mnist(folder, "train"), "expected at most 60000 of 784 bytes each"
-    if kind == "pth, packed":
-        torch.save({"head.weight": torch.zeros(3, 8), "b": torch.zeros(2**22)}, path)
-        with zipfile.ZipFile(path) as archive:
-            entries = {name: archive.read(name) for name in archive.namelist()}
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, data in entries.items():
-                archive.writestr(name, data)
-        return lambda: load_official_adapter(hostile.tiny_vit(), path), "it is compressed, as no checkpoint is"
-    stem = "transformer.encoder.layer.0.attn"
-    huge = {f"{stem}.{part}.scale_line": torch.zeros(1).expand(2**34, 1) for part in ("query", "key", "value")}
-    torch.save(huge, path, _use_new_zipfile_serialization=kind == "pth, strides")
-    words = r"scale_line' of shape \[17179869184, 1\] claims more than the \d+ bytes of the file"
-    return lambda: load_official_adapter(hostile.tiny_vit(), path), words
-
-
-BOMBS = (
-    *("json", "metrics", "vtab", "fgvc", "state", "safetensors", "npz", "backbone", "gzip"),
-    *("pth, packed", "pth, strides", "pth, strides, legacy"),
-)
-
-
-@pytest.mark.parametrize("kind", BOMBS)
+@pytest.mark.parametrize("kind", bombs.BOMBS)
 def test_what_claims_gigabytes_is_refused_in_little_memory_and_time(tmp_path, kind):
-    read, words = bomb(kind, tmp_path)
+    read, words = bombs.bomb(kind, tmp_path)
     start = time.process_time()
     # of a list as much as a list may have is read, of Fashion-MNIST's images as much as they have
     with peak_growth() as memory, pytest.raises(ValueError, match=words):
@@ -326,6 +239,45 @@ def test_a_key_that_is_there_twice_is_named_whatever_the_file(tmp_path):
             archive.writestr("cls.npy", b"")
     with pytest.raises(ValueError, match=r"a\.npz is damaged or no \.npz archive: it has an array twice"):
         load_npz_backbone(hostile.tiny_vit(), tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("read", ["read_json", "read_safetensors", "read_pickled", "read_state_dict", "npz_headers"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, read):
+    def refuse(*given):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    torch.save({}, tmp_path / "a.pth")
+    monkeypatch.setattr(reading, "open", refuse, raising=False)
+    with pytest.raises(ValueError, match=r"a\.pth cannot be read: .*Permission denied"):
+        getattr(reading, read)(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("a{99999999999999}", "is no pattern"),
+        ("(", "is no pattern"),
+        ("(a*)*b", "or a simple pattern"),
+        (".*.*.*x", None),
+    ],
+)
+def test_patterns_of_a_stranger_take_no_time(tmp_path, pattern, words):
+    """Names in its file may be long, and are matched only where the base has them."""
+    tensors = {"blocks.0.mlp.fc1": (4, 3), "blocks." + 3000 * "a": (4, 3)}
+    state = {f"{n}.lora_{ab}.weight": torch.zeros(2, k) if ab == "A" else torch.zeros(m, 2)
+             for n, (m, k) in tensors.items() for ab in "AB"}  # fmt: skip
+    (tmp_path / "adapter_model.safetensors").write_bytes(save(state))
+    config = {"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": {pattern: 4}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+        sources.lora_adapter(tmp_path, {"blocks.0.mlp.fc1": torch.zeros(4, 3)})
+    assert time.process_time() - start < SECONDS
+
+
+def test_an_adapter_of_a_model_without_a_head_opens(tmp_path):
+    save_adapter(apply_rlrr(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1)), tmp_path)
+    assert open_run(tmp_path, {}).classes == 0
 
 
 def test_what_was_read_stays_as_it_was_whatever_becomes_of_the_file(tmp_path):

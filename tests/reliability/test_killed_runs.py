@@ -28,7 +28,9 @@ OPTIONS = [
     *("--device", "cpu", "--epochs", "3", "--warmup-epochs", "1", "--lr", "5e-3", "--batch-size", "6"),
     *("--ema", "0.5", "--drop-path", "0.2", "--mixup", "0.8", "--cutmix", "1.0"),
 ]
-CAMPAIGNS, KILLS = 5, 10
+CAMPAIGNS, EACH = 5, 10
+#: Kills in all.
+KILLS = CAMPAIGNS * EACH
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Server:
         at: int = 0,
         sent: int = signal.SIGKILL,
         largest: int = 0,
+        dies: bool = False,
     ) -> tuple[int, int, str]:
         """Run a command.
 
@@ -80,13 +83,14 @@ class Server:
             after: seconds after which it is sent a signal; from the start, or with ``at`` from that event on.
             sent: which signal.
             largest: bytes that no file may exceed, where not 0.
+            dies: whether it is killed by a write beyond them, which leaves what fitted.
 
         Returns:
             Exit status (the negative of the signal that ended it), events seen, output.
         """
         log = root / "log.txt"
         request = {"argv": list(map(str, argv)), "root": str(root), "log": str(log), "die_at": die_at}
-        request["largest"] = largest
+        request |= {"largest": largest, "dies": dies}
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
         pid, seen, deadline = int(self.line()), 0, None
@@ -185,14 +189,14 @@ def kill(rng, expected):
 @pytest.mark.parametrize("campaign", range(CAMPAIGNS))
 def test_a_run_killed_at_any_point_resumes_to_the_same_bits(server, expected, tmp_path, campaign):
     rng, killed, runs = random.Random(campaign), 0, 0
-    while killed < KILLS:
+    while killed < EACH:
         root, folder = tmp_path / str(runs), tmp_path / str(runs) / "run"
         root.mkdir()
         runs += 1
         finished = False
         while not finished:
             argv = ["--resume", folder] if folder.exists() else [*OPTIONS, "--out", folder]
-            status, _, output = server.run(argv, root, **(kill(rng, expected) if killed < KILLS else {}))
+            status, _, output = server.run(argv, root, **(kill(rng, expected) if killed < EACH else {}))
             assert status in (0, -signal.SIGKILL), output
             killed += status != 0
             check_whole(root, folder)
@@ -273,6 +277,19 @@ def test_a_killed_sweep_goes_on_to_the_same_choice(server, tmp_path):
     assert kills == 8
     assert outcome["killed"] == outcome["whole"]
     assert len(outcome["whole"]["final"]) == 2
+
+
+@pytest.mark.parametrize("largest", [1_000, 200_000], ids=["metrics", "state"])
+def test_a_run_killed_in_the_midst_of_a_write_leaves_no_part_under_a_files_name(server, expected, tmp_path, largest):
+    folder = tmp_path / "run"
+    status, _, output = server.run([*OPTIONS, "--out", folder], tmp_path, largest=largest, dies=True)
+    assert status == -signal.SIGXFSZ, output
+    # before its first epoch a run has no folder
+    assert folder.exists() == (largest > 100_000)
+    check_whole(tmp_path, folder)
+    status, _, output = server.run(["--resume", folder] if folder.exists() else [*OPTIONS, "--out", folder], tmp_path)
+    assert status == 0, output
+    assert final(folder) == (expected.results, expected.adapter)
 
 
 def test_a_run_over_its_quota_says_what_it_kept_and_goes_on_from_there(server, expected, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from rlrr_kernels import FusedRLRRLinear, apply_rlrr, merge, reference
+from rlrr_kernels import FusedRLRRLinear, apply_rlrr, disable_adapter, merge, reference
 from rlrr_kernels import merge_and_unload as unload
 
 x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -98,6 +98,27 @@ def test_scales_that_are_pruned_or_parametrised_merge_and_unmerge():
     for attempt, verb in ((made.reset_scales, "reset"), (lambda: unload(made), "unload")):
         with pytest.raises(RuntimeError, match=f"cannot {verb} while scale_out is computed from other tensors"):
             attempt()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "scale_out", "scale_in", "shift"])
+def test_a_refused_reset_draws_nothing(name):
+    made = layer()
+    parametrize.register_parametrization(made, name, Doubled())
+    before = {n: p.detach().clone() for n, p in made.named_parameters()}
+    with pytest.raises(RuntimeError, match=f"cannot reset while {name} is computed from other tensors"):
+        made.reset_parameters()
+    assert all(torch.equal(p, before[n]) for n, p in made.named_parameters())
+
+
+def test_a_model_that_cannot_be_switched_off_stays_merged():
+    model = nn.Sequential(layer(), FusedRLRRLinear(6, 6)).eval()
+    merge(model)
+    parametrize.register_parametrization(model[1], "weight", Doubled())
+    y = model(x)
+    with pytest.raises(RuntimeError, match="cannot unmerge while weight is computed from other tensors"):
+        disable_adapter(model).__enter__()
+    assert model[0].merged
+    assert torch.equal(model(x), y)
 
 
 def test_a_merged_weight_that_is_then_parametrised_is_refused_by_name():

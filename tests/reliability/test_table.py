@@ -1,18 +1,19 @@
 """The table in ``docs/reliability.md`` says what is there: every test that it names, and how much each one runs.
 
-A row is ``| promise | `path::test`, ... | count |``. The count is of collected cases (``12 cases``), or a constant that
-the test itself runs to and asserts (``2,000 examples (`path::NAME`)``). Paths are below ``tests/``.
+A row is ``| promise | `file::test`, ... | count |``. The count is of collected cases (``12 cases``, and after a comma
+what one goes through), or a constant that the test runs to and asserts (``2,000 examples (`file::NAME`)``).
 """
 
 import importlib
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent.parent
-PAGE = TESTS.parent / "docs" / "reliability.md"
-NAME = re.compile(r"`([\w/]+\.py)::(\w+)`")
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "reliability.md"
+NAME = re.compile(r"`(\w+)\.py::(\w+(?:\[[^\]]+\])?)`")
 
 
 def rows():
@@ -25,19 +26,14 @@ def rows():
     return found
 
 
-def constant(file, name):
-    return getattr(importlib.import_module("tests." + file.removesuffix(".py").replace("/", ".")), name)
-
-
 def test_every_row_names_tests_that_are_there_and_what_they_run(request):
     config = request.config
     if config.option.keyword or config.option.markexpr or config.args != config.getini("testpaths"):
         pytest.skip("only the whole suite has collected every test that the table names")
-    collected = {}
+    collected = Counter()
     for item in request.session.items:
-        function = getattr(item, "originalname", item.name)
-        key = item.path.relative_to(TESTS).as_posix(), function
-        collected[key] = collected.get(key, 0) + 1
+        if item.path.parent == HERE:
+            collected.update({(item.path.stem, name) for name in (item.name, item.name.partition("[")[0])})
     wrong = []
     for promise, tests, cell in rows():
         missing = [f"{file}::{test}" for file, test in tests if (file, test) not in collected]
@@ -46,18 +42,22 @@ def test_every_row_names_tests_that_are_there_and_what_they_run(request):
             continue
         number, _, unit = cell.partition(" ")
         declared = NAME.search(unit)
-        runs = constant(*declared.groups()) if declared else sum(collected[test] for test in tests)
-        if number != f"{runs:,}" or not (declared or unit in ("case", "cases")):
+        if declared:
+            file, name = declared.groups()
+            runs = getattr(importlib.import_module(f"tests.reliability.{file}"), name)
+        else:
+            runs = sum(collected[test] for test in tests)
+        if number != f"{runs:,}" or not (declared or unit.partition(",")[0] in ("case", "cases")):
             wrong.append(f"{promise}: {cell!r}, but {runs:,} are run")
     assert not wrong, "\n".join(wrong)
     assert len(rows()) > 40
 
 
 def test_every_test_of_this_folder_is_in_the_table():
-    named = {test for _, tests, _ in rows() for test in tests}
+    named = {(file, test.partition("[")[0]) for _, tests, _ in rows() for file, test in tests}
     here = {
-        (path.relative_to(TESTS).as_posix(), name)
-        for path in Path(__file__).parent.rglob("test_*.py")
+        (path.stem, name)
+        for path in HERE.glob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
         if path != Path(__file__)
     }

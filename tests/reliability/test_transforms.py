@@ -139,6 +139,13 @@ def test_a_compiled_layer_is_transformed():
         assert_same(TRANSFORMS[name](compiled, a), TRANSFORMS[name](written_out, a))
 
 
+@pytest.mark.parametrize("name", ["vmap over x", "grad", "jvp", "hessian", "dual numbers", "forward over reverse"])
+def test_the_op_itself_is_transformed(name):
+    """An exported program calls it, and knows nothing of :func:`rescaled_linear`."""
+    a = arguments()
+    assert_same(TRANSFORMS[name](ops.forward, a), TRANSFORMS[name](written_out, a))
+
+
 def test_nothing_is_a_transform_where_there_is_none():
     """Else every call would form W': the answers would stay right, and the package would be pointless."""
     assert not ops.transformed()
@@ -154,6 +161,15 @@ def test_nothing_is_a_transform_where_there_is_none():
         assert (rescaled_linear(*p.forward_args) == 7).all(), "a backend serves"
         with forward_ad.dual_level():
             assert torch.equal(rescaled_linear(*p.forward_args), reference.forward(*p.forward_args))
+
+
+def test_no_kernel_is_given_a_batch_of_gradients():
+    """On the CPU PyTorch would call an op once for each of them; a Triton kernel would ask for their memory."""
+    forward_alone = SimpleNamespace(forward=reference.forward)
+    a = arguments()
+    with mock.patch.object(ops, "backend", return_value=forward_alone):
+        got = batched_gradients(rescaled_linear, a)
+    assert_same(got, batched_gradients(written_out, a))
 
 
 def test_rounding_under_a_transform_is_the_formulas():

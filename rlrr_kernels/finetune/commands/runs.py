@@ -108,10 +108,13 @@ def open_run(path: Path, options: Mapping[str, Any]) -> Run:
 
 
 def _check_classes(adapter: Path, classes: int) -> None:
-    """``ValueError`` for a head that cannot be in the adapter: one as large as said is made before that is read."""
+    """``ValueError`` for a head that cannot be in the adapter: one as large as said is made before that is read.
+
+    A model without a head has 0 classes.
+    """
     weights = adapter / WEIGHTS
     size = weights.stat().st_size if weights.is_file() else 0
-    if not 1 <= classes <= size:
+    if not 0 <= classes <= size:
         raise ValueError(
             f"{adapter}: expected the number of classes of a head in {WEIGHTS} ({size} bytes), got {classes}"
         )
