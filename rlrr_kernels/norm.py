@@ -161,7 +161,7 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
 
         Raises:
             TypeError: x is no floating-point tensor, or float64 meets a layer that is not.
-            ValueError: x's last dimension is not D.
+            ValueError: x's last dimension is not D, or x is on another device.
         """
         if not self.enabled:
             return self._frozen(x)
@@ -271,7 +271,7 @@ class SSFAffine(_Affine):
 
         Raises:
             TypeError: x is no floating-point tensor.
-            ValueError: x's last dimension is not D.
+            ValueError: x's last dimension is not D, or x is on another device.
         """
         if not self.enabled:
             return x
@@ -344,5 +344,7 @@ def _check(x: Tensor, scale: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: expected a floating-point tensor, got {given}")
+    if scale.device != x.device:
+        raise ValueError(f"ssf_scale: expected device {x.device} as x, got {scale.device}")
     if x.dim() == 0 or x.shape[-1] != scale.shape[0]:
         raise ValueError(f"x: expected shape [..., {scale.shape[0]}], got {list(x.shape)}")

@@ -1,11 +1,30 @@
-"""Small models of each family that the tests share."""
+"""Small layers, and small models of each family, that the tests share."""
 
 import timm
 import torch
 from torch import nn
 
+from rlrr_kernels import FusedRLRRLinear, apply_rlrr, reference
+
 #: One image batch that all of them but Swin V2 and CLIP take.
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+#: Rows for :func:`small_layer`.
+ROWS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+def small_layer(**options) -> FusedRLRRLinear:
+    """From 8 features to 6, with a shift that is not zero; the same at each call."""
+    torch.manual_seed(0)
+    made = FusedRLRRLinear(8, 6, **options)
+    nn.init.normal_(made.shift)
+    return made
+
+
+def formula_of(layer: FusedRLRRLinear) -> torch.Tensor:
+    """What it makes of :data:`ROWS`, by the plain formula."""
+    v = layer.scale_in.view(layer.groups, 1, 8)
+    return reference.formula(ROWS, layer.weight, layer.scale_out, v, layer.bias, layer.shift)
 
 
 def small_vit(classes: int = 5, **options) -> nn.Module:
@@ -30,3 +49,8 @@ def stir(model: nn.Module) -> nn.Module:
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter))
     return model
+
+
+def tuned(make=small_vit, **options) -> nn.Module:
+    """Adapted, and moved as by training."""
+    return stir(apply_rlrr(make(), **options))

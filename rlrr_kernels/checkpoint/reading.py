@@ -111,7 +111,7 @@ def read_pickled(path: Path) -> Any:
     """What ``torch.save`` wrote, of tensors, containers and plain values only; nothing in it is run.
 
     Raises:
-        ValueError: it is cannot be read, is damaged, holds code, or claims tensors larger than itself.
+        ValueError: it cannot be read, is damaged, holds code, or claims tensors larger than itself.
     """
     return _loaded(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
 

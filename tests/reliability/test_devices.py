@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlrr_kernels import FusedRLRRLinear, SSFLayerNorm, rescaled_linear, use_backend
+from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, rescaled_linear, use_backend
 from rlrr_kernels.backends import choice
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton import launch, layer_norm, tuned
@@ -177,9 +177,11 @@ def test_a_replica_of_data_parallel_computes_what_the_layer_does():
             torch.testing.assert_close(layer.get_parameter(name).grad, grad, msg=name)
 
 
-def test_tensors_on_two_devices_are_named():
-    layer = FusedRLRRLinear(4, 4)
-    with pytest.raises(ValueError, match="weight: expected device meta as x, got cpu"):
+@pytest.mark.parametrize(
+    ("layer", "name"), [(FusedRLRRLinear(4, 4), "weight"), (SSFLayerNorm(4), "ssf_scale"), (SSFAffine(4), "ssf_scale")]
+)
+def test_tensors_on_two_devices_are_named(layer, name):
+    with pytest.raises(ValueError, match=f"{name}: expected device meta as x, got cpu"):
         layer(torch.empty(2, 4, device="meta"))
 
 

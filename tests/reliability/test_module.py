@@ -9,27 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from rlrr_kernels import FusedRLRRLinear, RLRRConfig, SSFAffine, SSFLayerNorm, apply_rlrr, merge, reference, unmerge
+from rlrr_kernels import FusedRLRRLinear, RLRRConfig, SSFAffine, SSFLayerNorm, apply_rlrr, merge, unmerge
 from rlrr_kernels import merge_and_unload as unload
-from tests.models import X, small_swin, small_vit, stir
-
-x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-
-
-def layer(**options):
-    torch.manual_seed(0)
-    made = FusedRLRRLinear(8, 6, **options)
-    nn.init.normal_(made.shift)
-    return made
-
-
-def formula(it):
-    v = it.scale_in.view(it.groups, 1, 8)
-    return reference.formula(x, it.weight, it.scale_out, v, it.bias, it.shift)
-
-
-def tuned(make=small_vit, **options):
-    return stir(apply_rlrr(make(), **options))
+from tests.models import ROWS as x
+from tests.models import X, small_swin, small_vit, tuned
+from tests.models import formula_of as formula
+from tests.models import small_layer as layer
 
 
 class Tied(nn.Module):

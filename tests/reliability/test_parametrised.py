@@ -8,22 +8,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from rlrr_kernels import FusedRLRRLinear, apply_rlrr, disable_adapter, merge, reference
+from rlrr_kernels import FusedRLRRLinear, apply_rlrr, disable_adapter, merge
 from rlrr_kernels import merge_and_unload as unload
-
-x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-
-
-def layer(**options):
-    torch.manual_seed(0)
-    made = FusedRLRRLinear(8, 6, **options)
-    nn.init.normal_(made.shift)
-    return made
-
-
-def formula(it):
-    v = it.scale_in.view(it.groups, 1, 8)
-    return reference.formula(x, it.weight, it.scale_out, v, it.bias, it.shift)
+from tests.models import ROWS as x
+from tests.models import formula_of as formula
+from tests.models import small_layer as layer
 
 
 class Doubled(nn.Module):

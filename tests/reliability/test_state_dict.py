@@ -11,11 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rlrr_kernels import FusedRLRRLinear, apply_rlrr, disable_adapter, merge, merge_and_unload, unmerge
-from tests.models import X, small_swin, small_vit, stir
-
-
-def tuned(make=small_vit, **options):
-    return stir(apply_rlrr(make(), **options))
+from tests.models import X, small_swin, small_vit, stir, tuned
 
 
 def other(make=small_vit):
