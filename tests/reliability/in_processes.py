@@ -36,7 +36,7 @@ def outcomes(module, folder, processes=2):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command += ["-m", "tests.reliability.in_processes", module.__name__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
     found = {}
     for rank in range(processes):
         lines = (folder / str(rank)).read_text().splitlines() if (folder / str(rank)).exists() else []
@@ -58,7 +58,7 @@ def check(found, name, processes=2):
 
 def main(module, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     module = importlib.import_module(module)
     module.start()
     with open(Path(folder) / str(dist.get_rank()), "w", buffering=1) as out:
