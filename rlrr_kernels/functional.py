@@ -11,7 +11,8 @@ from rlrr_kernels import ops, reference
 from rlrr_kernels.reference import accumulation_dtype
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: What x, W, u, v, b and f may be stored in.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def rescaled_linear(
@@ -165,7 +166,7 @@ def _fits(
         given += (shift,)  # type: ignore[assignment]
     device = x.device if isinstance(x, Tensor) else None
     for t in given:
-        if not isinstance(t, Tensor) or t.dtype not in _FLOATS or t.device != device:
+        if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.device != device:
             return False
     if weight.dim() != 2 or x.dim() == 0 or (x.dtype is torch.float64) != (weight.dtype is torch.float64):
         return False
@@ -195,7 +196,7 @@ def _validate(
     for name, t in given.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if t.dtype not in _FLOATS:
+        if t.dtype not in FLOATS:
             raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} as x, got {t.device}")

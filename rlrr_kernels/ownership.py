@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rlrr_kernels.functional import _FLOATS
+from rlrr_kernels.functional import FLOATS
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
     """``TypeError`` unless the layer computes in it."""
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
 
 

@@ -1,11 +1,7 @@
 """Two processes on the CPU see, compute and write what one process with the doubled batch does."""
 
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +13,7 @@ from rlrr_kernels.finetune.distributed import World, choose_device, on_main, tot
 from rlrr_kernels.finetune.trainer import Trainer
 from tests.finetune.in_processes import EARLY, RESUMED, RUNS, SIZES
 from tests.finetune.runs import first_is_best, prepared, results
-
-ROOT = Path(__file__).parents[2]
-
-
-def launch(*arguments, **options):
-    """Under torchrun, two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *arguments]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
+from tests.torchrun import ROOT, launch
 
 
 @pytest.fixture(scope="module")

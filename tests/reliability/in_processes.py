@@ -7,7 +7,6 @@ module one after the other in each process; each appends to ``FOLDER/<rank>`` wh
 import importlib
 import json
 import os
-import subprocess
 import sys
 import traceback
 from datetime import timedelta
@@ -16,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 
-ROOT = Path(__file__).parents[2]
+from tests.torchrun import ROOT, launch
 
 
 def case(cases):
@@ -30,19 +30,23 @@ def case(cases):
     return keep
 
 
-def outcomes(module, folder, processes=2):
-    """Case -> error of each process (None where it passed), of those that ran to their end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += ["-m", "tests.reliability.in_processes", module.__name__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
+def outcomes(module, tmp_path_factory, processes=2):
+    """Case -> error of each process (None where it passed), of those that ran to their end; started once a session."""
+    base = tmp_path_factory.getbasetemp()
+    # each of pytest-xdist's workers has a folder of its own, below one that they share
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / module.__name__
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "output").exists():
+            folder.mkdir(exist_ok=True)
+            arguments = ("tests.reliability.in_processes", module.__name__, str(folder))
+            done = launch(*arguments, processes=processes, cwd=ROOT, timeout=600)
+            (folder / "output").write_text(done.stdout[-1000:] + done.stderr[-3000:])
     found = {}
     for rank in range(processes):
         lines = (folder / str(rank)).read_text().splitlines() if (folder / str(rank)).exists() else []
         for name, error in map(json.loads, lines):
             found.setdefault(name, {})[rank] = error
-    found["whole run"] = done.stdout[-1000:] + done.stderr[-3000:]
+    found["whole run"] = (folder / "output").read_text()
     return found
 
 

@@ -8,7 +8,7 @@ from tests.reliability.in_processes import check, outcomes
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return outcomes(data_parallel, tmp_path_factory.mktemp("two processes"))
+    return outcomes(data_parallel, tmp_path_factory)
 
 
 @pytest.mark.slow

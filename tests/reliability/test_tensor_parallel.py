@@ -11,12 +11,12 @@ from tests.reliability.in_processes import check, outcomes
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return outcomes(tensor_parallel_models, tmp_path_factory.mktemp("two processes"))
+    return outcomes(tensor_parallel_models, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return outcomes(tensor_parallel_2d, tmp_path_factory.mktemp("four processes"), 4)
+    return outcomes(tensor_parallel_2d, tmp_path_factory, 4)
 
 
 @pytest.mark.slow
