@@ -30,6 +30,7 @@ def decomposition_table() -> dict[OpOverload, Callable[..., Any]]:
         ops.forward: reference.forward,
         ops.grad_input: reference.grad_input,
         ops.grad_scales: reference.grad_scales,
+        ops.grad_shift: reference.grad_shift,
         ops.layer_norm: ops.layer_norm_plain,
         ops.layer_norm_backward: ops.layer_norm_backward_plain,
     }

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels import ops, reference
-from rlrr_kernels.reference import accumulation_dtype
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 #: What x, W, u, v, b and f may be stored in.
@@ -100,7 +99,6 @@ class _RescaledLinear(torch.autograd.Function):
             passes = reference
         else:
             passes = ops.backend(dy, weight) if ops.unobserved(dy, x, weight, scale_out, scale_in) else ops
-        wide = accumulation_dtype(dy.dtype)
         dx = dw = du = dv = df = None
         if x_needs:
             dx = passes.grad_input(dy, weight, u, v)
@@ -108,7 +106,7 @@ class _RescaledLinear(torch.autograd.Function):
         if u_needs or v_needs:
             du, dv, df = passes.grad_scales(dy, ops.rows(x), weight, u, v, bias_needs or shift_needs)
         elif bias_needs or shift_needs:
-            df = dy.sum(0, dtype=wide)
+            df = passes.grad_shift(dy)
         if weight_needs:
             # a trained W gets a gradient of its own size, and so does this
             dw = reference.grad_weight(dy, ops.rows(x), weight, u, v)

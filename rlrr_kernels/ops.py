@@ -1,11 +1,12 @@
-"""The ops and their fakes: three for the rescaled linear layer, two for SSF's LayerNorm.
+"""The ops and their fakes: four for the rescaled linear layer, two for SSF's LayerNorm.
 
-A backend is a module with four functions and no knowledge of modules, autocast
+A backend is a module with five functions and no knowledge of modules, autocast
 or autograd (shapes as in :mod:`rlrr_kernels.reference`)::
 
     forward(x, weight, scale_out, scale_in, bias, shift) -> y
     grad_input(dy, weight, scale_out, scale_in) -> dx
     grad_scales(dy, x, weight, scale_out, scale_in, need_shift) -> (du, dv, df)
+    grad_shift(dy) -> df, where neither u nor v trains
     unsupported(x, weight) -> why it cannot serve these tensors, or None
 
 To add one, write that module and add its line to the table in
@@ -31,7 +32,7 @@ from rlrr_kernels.reference import accumulation_dtype
 
 
 def backend(x: Tensor, weight: Tensor) -> ModuleType:
-    """The module whose three passes serve x (or dy) ``[..., K]`` and W, none of them behind the dispatcher."""
+    """The module whose passes serve x (or dy) ``[..., K]`` and W, none of them behind the dispatcher."""
     # a product with an empty side has no work for a kernel, only a shape and zeros
     if x.numel() == 0 or weight.numel() == 0:
         module = choice.load("reference")
@@ -112,6 +113,9 @@ _library.define(
 )
 
 
+_library.define("grad_shift(Tensor dy) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
 def _forward(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
@@ -128,8 +132,14 @@ def _grad_scales(
     return backend(x, weight).grad_scales(dy, x, weight, scale_out, scale_in, need_shift)
 
 
-for _name, _implementation in (("forward", _forward), ("grad_input", _grad_input), ("grad_scales", _grad_scales)):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+def _grad_shift(dy: Tensor) -> Tensor:
+    return backend(dy, dy).grad_shift(dy)
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("grad_input", _grad_input, "CompositeExplicitAutograd")
+_library.impl("grad_scales", _grad_scales, "CompositeExplicitAutograd")
+_library.impl("grad_shift", _grad_shift, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rlrr::forward", lib=_library)
@@ -154,9 +164,15 @@ def _(
     return du, dv, x.new_empty((weight.shape[0] if need_shift else 0,), dtype=wide)
 
 
+@torch.library.register_fake("rlrr::grad_shift", lib=_library)
+def _(dy: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[1:], dtype=accumulation_dtype(dy.dtype))
+
+
 forward = torch.ops.rlrr.forward.default
 grad_input = torch.ops.rlrr.grad_input.default
 grad_scales = torch.ops.rlrr.grad_scales.default
+grad_shift = torch.ops.rlrr.grad_shift.default
 
 
 def compose_affine(

@@ -110,7 +110,12 @@ def grad_scales(
         p = ((dy.mT @ x) * weight.to(wide)).view(groups, weight.shape[0] // groups, k)
         du = p @ scale_in.to(wide).mT
         dv = scale_out.to(wide).view(groups, -1, rank).mT @ p
-    return du.reshape(-1, rank), dv, dy.sum(0) if need_shift else dy.new_empty(0)
+    return du.reshape(-1, rank), dv, grad_shift(dy) if need_shift else dy.new_empty(0)
+
+
+def grad_shift(dy: Tensor) -> Tensor:
+    """df = dy ``[M, N]`` summed over the tokens ``[N]``, in float32 or float64, where neither u nor v trains."""
+    return dy.sum(0, dtype=accumulation_dtype(dy.dtype))
 
 
 def grad_weight(dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ def test_opcheck(backend, groups, dtype):
         torch.library.opcheck(ops.grad_input, (p.dy, *scales))
         for need_shift in (True, False):
             torch.library.opcheck(ops.grad_scales, (p.dy, p.x, *scales, need_shift))
+        torch.library.opcheck(ops.grad_shift, (p.dy,))
 
 
 def test_fakes_follow_symbolic_sizes():
@@ -35,7 +36,9 @@ def test_fakes_follow_symbolic_sizes():
         assert ops.forward(x.bfloat16(), w, u, v, None, None).dtype is torch.bfloat16
         du, dv, df = ops.grad_scales(torch.empty(5, 6).bfloat16(), x.bfloat16(), w, u, v, True)
         assert [t.shape for t in (du, dv, df)] == [(6, 1), (2, 1, 8), (6,)]
-        assert {t.dtype for t in (du, dv, df)} == {torch.float32}
+        alone = ops.grad_shift(torch.empty(5, 6).bfloat16())
+        assert alone.shape == (6,)
+        assert {t.dtype for t in (du, dv, df, alone)} == {torch.float32}
 
 
 class Recorder(TorchDispatchMode):

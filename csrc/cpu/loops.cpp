@@ -70,6 +70,8 @@ const Loops& loops() {
 
 const char* capability() { return levels[level()]; }
 
+bool has_avx2() { return level() >= 1; }
+
 bool has_avx512() { return level() >= 2; }
 
 bool has_avx512_bf16() { return level() >= 3; }

@@ -38,6 +38,7 @@ const Loops& loops();
 const char* capability();
 
 // What the CPU has, within that limit.
+bool has_avx2();
 bool has_avx512();
 bool has_avx512_bf16();
 bool has_amx();

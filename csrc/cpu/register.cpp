@@ -84,13 +84,15 @@ struct LayerOwner {
   static ScalarType wide(Dtype dtype) { return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float; }
 };
 
-struct Scratch {
-  int64_t bytes;
+struct ScratchOwner {
   Tensor tensor;
+  Scratch scratch;
 
-  Scratch(Pass pass, const Matrix& rows, const Layer& layer)
-      : bytes(scratch_bytes(pass, rows, layer)), tensor(empty({bytes}, ScalarType::Byte)) {}
-  void* data() const { return tensor.data_ptr(); }
+  ScratchOwner(Pass pass, const Matrix& rows, const Layer& layer) {
+    const int64_t threads = thread_count(), bytes = scratch_bytes(pass, rows, layer, threads);
+    tensor = empty({bytes}, ScalarType::Byte);
+    scratch = {tensor.data_ptr(), bytes, threads};
+  }
 };
 
 Tensor forward_op(const Tensor& x, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in,
@@ -107,8 +109,8 @@ Tensor forward_op(const Tensor& x, const Tensor& weight, const Tensor& scale_out
     STD_TORCH_CHECK(offset->dim() == 1 && offset->size(0) == layer.n(), "bias, shift: expected shape [", layer.n(),
                     "]");
   }
-  const Scratch scratch(Pass::forward, input, layer);
-  forward(input, layer, offset ? offset->data_ptr() : nullptr, matrix(y, "y"), scratch.data(), scratch.bytes);
+  const ScratchOwner owned(Pass::forward, input, layer);
+  forward(input, layer, offset ? offset->data_ptr() : nullptr, matrix(y, "y"), owned.scratch);
   return y;
 }
 
@@ -118,8 +120,8 @@ Tensor grad_input_op(const Tensor& dy, const Tensor& weight, const Tensor& scale
   const Layer& layer = owner.layer;
   STD_TORCH_CHECK(grad.cols == layer.n(), "dy: expected ", layer.n(), " columns, got ", grad.cols);
   Tensor dx = empty({grad.rows, layer.k()}, dy.scalar_type());
-  const Scratch scratch(Pass::grad_input, grad, layer);
-  grad_input(grad, layer, matrix(dx, "dx"), scratch.data(), scratch.bytes);
+  const ScratchOwner owned(Pass::grad_input, grad, layer);
+  grad_input(grad, layer, matrix(dx, "dx"), owned.scratch);
   return dx;
 }
 
@@ -135,10 +137,17 @@ std::tuple<Tensor, Tensor, Tensor> grad_scales_op(const Tensor& dy, const Tensor
   const auto wide = LayerOwner::wide(input.dtype);
   Tensor du = empty({layer.n(), 1}, wide), dv = empty({layer.groups, 1, layer.k()}, wide);
   Tensor df = empty({need_shift ? layer.n() : 0}, wide);
-  const Scratch scratch(Pass::grad_scales, input, layer);
-  grad_scales(grad, input, layer, du.data_ptr(), dv.data_ptr(), scratch.data(), scratch.bytes);
+  const ScratchOwner owned(Pass::grad_scales, input, layer);
+  grad_scales(grad, input, layer, du.data_ptr(), dv.data_ptr(), owned.scratch);
   if (need_shift) sum_tokens(grad, df.data_ptr());
   return {du, dv, df};
+}
+
+Tensor grad_shift_op(const Tensor& dy) {
+  const Matrix grad = matrix(dy, "dy");
+  Tensor df = empty({grad.cols}, LayerOwner::wide(grad.dtype));
+  sum_tokens(grad, df.data_ptr());
+  return df;
 }
 
 std::string build() { return std::string(RLRR_BUILD) + ", instructions used here: " + capability(); }
@@ -177,6 +186,7 @@ STABLE_TORCH_LIBRARY(rlrr_cpu, library) {
   library.def(
       "grad_scales(Tensor dy, Tensor x, Tensor weight, Tensor scale_out, Tensor scale_in, bool need_shift)"
       " -> (Tensor, Tensor, Tensor)");
+  library.def("grad_shift(Tensor dy) -> Tensor");
   library.def("build() -> str");
 }
 
@@ -184,6 +194,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlrr_cpu, CPU, library) {
   library.impl("forward", TORCH_BOX(&forward_op));
   library.impl("grad_input", TORCH_BOX(&grad_input_op));
   library.impl("grad_scales", TORCH_BOX(&grad_scales_op));
+  library.impl("grad_shift", TORCH_BOX(&grad_shift_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlrr_cpu, CompositeExplicitAutograd, library) { library.impl("build", TORCH_BOX(&build)); }

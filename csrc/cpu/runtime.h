@@ -1,6 +1,9 @@
 // What the CPU kernels ask of PyTorch: its threads and its matrix product.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+
 #include "types.h"
 
 namespace rlrr {
@@ -15,6 +18,24 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& body) {
 }
 
 int64_t thread_count();
+
+// Of `threads`, as many as this many multiply-adds repay: waking one and waiting for it takes as long as thousands of
+// them, and where other processes are busy, as long as millions.
+inline int64_t useful_threads(int64_t multiply_adds, int64_t threads) {
+  return std::clamp<int64_t>(multiply_adds >> 21, 1, threads);
+}
+
+// Run body(task, worker) for each task, in one parallel region of at most `workers` threads. They take tasks one by
+// one: a thread that other processes hold up takes fewer.
+template <class F>
+void share(int64_t tasks, int64_t workers, const F& body) {
+  std::atomic<int64_t> next{0};
+  parallel_for(0, std::min(workers, tasks), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t task = next++; task < tasks; task = next++) body(task, worker);
+    }
+  });
+}
 
 // out = a b, by the BLAS that torch uses.
 void matmul(const Matrix& a, const Matrix& b, const Matrix& out);

@@ -19,21 +19,20 @@ template <class T>
 void sum(const Matrix& dy, Wide<T>* df) {
   const auto add = add_row(T{});
   const int64_t blocks = (dy.cols + block_cols - 1) / block_cols;
-  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t workers = useful_threads(8 * dy.rows * dy.cols, thread_count());  // loads, not products, take time
+  share(blocks, workers, [&](int64_t b, int64_t) {
     ContiguousRow<T> row(dy);
     Wide<T> part[block_cols];
     double total[block_cols];
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t col = b * block_cols, count = std::min(block_cols, dy.cols - col);
-      std::fill_n(total, count, 0.0);
-      for (int64_t first = 0; first < dy.rows; first += block_tokens) {
-        std::fill_n(part, count, Wide<T>{0});
-        const int64_t last = std::min(first + block_tokens, dy.rows);
-        for (int64_t m = first; m < last; ++m) add(row(m, col, count), count, part);
-        for (int64_t i = 0; i < count; ++i) total[i] += part[i];
-      }
-      for (int64_t i = 0; i < count; ++i) df[col + i] = static_cast<Wide<T>>(total[i]);
+    const int64_t col = b * block_cols, count = std::min(block_cols, dy.cols - col);
+    std::fill_n(total, count, 0.0);
+    for (int64_t first = 0; first < dy.rows; first += block_tokens) {
+      std::fill_n(part, count, Wide<T>{0});
+      const int64_t last = std::min(first + block_tokens, dy.rows);
+      for (int64_t m = first; m < last; ++m) add(row(m, col, count), count, part);
+      for (int64_t i = 0; i < count; ++i) total[i] += part[i];
     }
+    for (int64_t i = 0; i < count; ++i) df[col + i] = static_cast<Wide<T>>(total[i]);
   });
 }
 

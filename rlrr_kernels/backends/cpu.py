@@ -31,6 +31,7 @@ _PAIRS = {(torch.float64, torch.float64)} | {
 _forward = torch.ops.rlrr_cpu.forward.default
 _grad_input = torch.ops.rlrr_cpu.grad_input.default
 _grad_scales = torch.ops.rlrr_cpu.grad_scales.default
+_grad_shift = torch.ops.rlrr_cpu.grad_shift.default
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -67,3 +68,8 @@ def grad_scales(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32 or float64."""
     return _grad_scales(dy, x, weight, scale_out, scale_in, need_shift)
+
+
+def grad_shift(dy: Tensor) -> Tensor:
+    """df ``[N]`` of dy ``[M, N]``, float32 or float64: the same bits as from :func:`grad_scales`."""
+    return _grad_shift(dy)

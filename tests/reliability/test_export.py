@@ -185,6 +185,7 @@ def test_the_table_has_every_op_of_the_package_and_each_entry_computes_it():
         ops.forward: p.forward_args,
         ops.grad_input: (p.dy, w, u, v),
         ops.grad_scales: (p.dy, p.x, w, u, v, True),
+        ops.grad_shift: (p.dy,),
         ops.layer_norm: (p.x, v[2, 0], v[1, 0], v[0, 0], v[1, 0], 1e-5, torch.float32),
         ops.layer_norm_backward: (y, p.x, mean, rstd, v[2, 0], v[1, 0], v[0, 0], True),
     }

@@ -36,7 +36,7 @@ int64_t scratch_bytes(const Matrix& rows, const Layer& layer) {
   return std::max(std::clamp<int64_t>(formula / 21, 64 << 10, 4 << 20), 16 * 8 * std::max(n, k));
 }
 
-void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, void* scratch, int64_t bytes) {
+void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, const Scratch& scratch) {
   const int64_t n = layer.n(), k = layer.k();
   std::vector<bfloat16> narrowed;  // BLAS takes an offset in its own type
   if (offset != nullptr && x.dtype == Dtype::bfloat16) {
@@ -45,13 +45,13 @@ void forward(const Matrix& x, const Layer& layer, const void* offset, const Matr
     std::transform(wide, wide + n, narrowed.begin(), narrow<bfloat16>);
     offset = narrowed.data();
   }
-  const int64_t rows = std::clamp<int64_t>(bytes / (k * element_size(x.dtype)), 1, n);
+  const int64_t rows = std::clamp<int64_t>(scratch.bytes / (k * element_size(x.dtype)), 1, n);
   for (int64_t first = 0; first < n; first += rows) {
     const int64_t count = std::min(rows, n - first);
     dispatch(x.dtype, layer.weight.dtype, [&](auto t, auto w) {
-      rescale_rows<decltype(t), decltype(w)>(layer, first, count, static_cast<decltype(t)*>(scratch));
+      rescale_rows<decltype(t), decltype(w)>(layer, first, count, static_cast<decltype(t)*>(scratch.data));
     });
-    const Matrix panel{scratch, count, k, k, 1, x.dtype};
+    const Matrix panel{scratch.data, count, k, k, 1, x.dtype};
     const char* part = static_cast<const char*>(offset);
     linear(x, panel, part ? part + first * element_size(x.dtype) : nullptr, y.block(0, y.rows, first, count));
   }

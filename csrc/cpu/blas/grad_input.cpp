@@ -26,16 +26,16 @@ void rescale_cols(const Layer& layer, int64_t first, int64_t count, T* panel) {
 
 }  // namespace
 
-void grad_input(const Matrix& dy, const Layer& layer, const Matrix& dx, void* scratch, int64_t bytes) {
+void grad_input(const Matrix& dy, const Layer& layer, const Matrix& dx, const Scratch& scratch) {
   const int64_t n = layer.n(), k = layer.k();
   // panels of columns: a panel of rows would add to dx several times, and round each time in bfloat16
-  const int64_t cols = std::clamp<int64_t>(bytes / (n * element_size(dy.dtype)), 1, k);
+  const int64_t cols = std::clamp<int64_t>(scratch.bytes / (n * element_size(dy.dtype)), 1, k);
   for (int64_t first = 0; first < k; first += cols) {
     const int64_t count = std::min(cols, k - first);
     dispatch(dy.dtype, layer.weight.dtype, [&](auto t, auto w) {
-      rescale_cols<decltype(t), decltype(w)>(layer, first, count, static_cast<decltype(t)*>(scratch));
+      rescale_cols<decltype(t), decltype(w)>(layer, first, count, static_cast<decltype(t)*>(scratch.data));
     });
-    matmul(dy, {scratch, n, count, count, 1, dy.dtype}, dx.block(0, dx.rows, first, count));
+    matmul(dy, {scratch.data, n, count, count, 1, dy.dtype}, dx.block(0, dx.rows, first, count));
   }
 }
 

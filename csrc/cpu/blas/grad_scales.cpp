@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <vector>
 
 #include "../dispatch.h"
 #include "../loops.h"
@@ -13,10 +14,13 @@ namespace {
 // Rows of G that share a partial sum of dv: few enough that float32 sums stay accurate, and a count that
 // does not depend on the number of threads, so that results do not either.
 constexpr int64_t chunk_rows = 32;
+// Columns that are summed in one go, for the same reason
+constexpr int64_t stretch = 512;
 
 // du and dv of some rows of one group, from their panel of G [count, K]; adds to du and dv
 template <class A, class W>
-void reduce_panel(const Layer& layer, int64_t first, int64_t count, const A* panel, A* du, A* dv, A* partial) {
+void reduce_panel(const Layer& layer, int64_t first, int64_t count, const A* panel, double* du, double* dv,
+                  A* partial) {
   const int64_t k = layer.k(), chunks = (count + chunk_rows - 1) / chunk_rows;
   const A* u = static_cast<const A*>(layer.u);
   const A* v = static_cast<const A*>(layer.v) + layer.group_of(first) * k;
@@ -28,12 +32,17 @@ void reduce_panel(const Layer& layer, int64_t first, int64_t count, const A* pan
       std::fill_n(sum, k, A{0});
       for (int64_t i = c * chunk_rows; i < std::min(count, (c + 1) * chunk_rows); ++i) {
         const int64_t n = first + i;
-        du[n] += reduce(panel + i * k, weight_row(n, 0, k), u[n], v, k, sum);
+        const W* w = weight_row(n, 0, k);
+        for (int64_t col = 0; col < k; col += stretch) {
+          du[n] += reduce(panel + i * k + col, w + col, u[n], v + col, std::min(stretch, k - col), sum + col);
+        }
       }
     }
   });
-  const auto add = add_row(A{});
-  for (int64_t c = 0; c < chunks; ++c) add(partial + c * k, k, dv + layer.group_of(first) * k);
+  dv += layer.group_of(first) * k;
+  for (int64_t c = 0; c < chunks; ++c) {
+    for (int64_t i = 0; i < k; ++i) dv[i] += partial[c * k + i];
+  }
 }
 
 // A block of bfloat16 as float32
@@ -51,15 +60,16 @@ void widen_block(const Matrix& from, float* to) {
 // By BLAS, a panel of rows of G at a time. bfloat16 is widened in blocks of tokens first: BLAS would round
 // G to bfloat16, and du and dv are float32 results. They are linear in G, so a block can be reduced at once.
 template <class T, class W>
-void by_panels(const Matrix& dy, const Matrix& x, const Layer& layer, Wide<T>* du, Wide<T>* dv, void* scratch,
-               int64_t bytes) {
+void by_panels(const Matrix& dy, const Matrix& x, const Layer& layer, Wide<T>* du, Wide<T>* dv,
+               const Scratch& scratch) {
   using A = Wide<T>;
+  std::vector<double> du_total(layer.n()), dv_total(layer.groups * layer.k());
   constexpr bool widened = sizeof(T) != sizeof(A);
   const int64_t k = layer.k(), m = x.rows, group_rows = layer.n() / layer.groups;
-  const int64_t floats = bytes / int64_t{sizeof(A)};
+  const int64_t floats = scratch.bytes / int64_t{sizeof(A)};
   // a row of the panel takes K for G, and a 32nd of K for its share of a partial dv; one partial is kept free
   const int64_t rows = std::clamp<int64_t>((floats / (widened ? 2 : 1) - k) * 32 / (33 * k), 1, group_rows);
-  A* panel = static_cast<A*>(scratch);
+  A* panel = static_cast<A*>(scratch.data);
   A* partial = panel + rows * k;
   A* rest = partial + (rows + chunk_rows - 1) / chunk_rows * k;
   const int64_t tokens = widened ? std::clamp<int64_t>((floats - (rest - panel)) / (k + rows), 1, m) : m;
@@ -79,19 +89,20 @@ void by_panels(const Matrix& dy, const Matrix& x, const Layer& layer, Wide<T>* d
           dy_block = {rest + block * k, block, count, count, 1, Dtype::float32};
         }
         matmul(dy_block.transposed(), x_block, g);
-        reduce_panel<A, W>(layer, first, count, panel, du, dv, partial);
+        reduce_panel<A, W>(layer, first, count, panel, du_total.data(), dv_total.data(), partial);
       }
     }
   }
+  std::copy(du_total.begin(), du_total.end(), du);
+  std::copy(dv_total.begin(), dv_total.end(), dv);
 }
 
 }  // namespace
 
-void grad_scales(const Matrix& dy, const Matrix& x, const Layer& layer, void* du, void* dv, void* scratch,
-                 int64_t bytes) {
+void grad_scales(const Matrix& dy, const Matrix& x, const Layer& layer, void* du, void* dv, const Scratch& scratch) {
   dispatch(x.dtype, layer.weight.dtype, [&](auto t, auto w) {
     using A = Wide<decltype(t)>;
-    by_panels<decltype(t), decltype(w)>(dy, x, layer, static_cast<A*>(du), static_cast<A*>(dv), scratch, bytes);
+    by_panels<decltype(t), decltype(w)>(dy, x, layer, static_cast<A*>(du), static_cast<A*>(dv), scratch);
   });
 }
 

@@ -1,7 +1,9 @@
 #if defined(__x86_64__)
-// standard headers first: what follows is compiled for AVX-512, and they are shared with files that are not
+// standard headers first: what follows is compiled for other instructions, and they are shared with files that are not
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <type_traits>
 
 #include <immintrin.h>
 
@@ -14,10 +16,12 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #endif
-#define RLRR_AVX512_BF16
+#define RLRR_BFLOAT16_PAIRS
+#include "vectors_avx512.h"
+
 #include "passes_body.h"
 
-const rlrr::avx512::Passes rlrr::avx512::bfloat16_passes = rlrr::passes_of<rlrr::BFloat16>;
+const rlrr::packed::Passes rlrr::packed::avx512_bfloat16_pairs = rlrr::passes_of<rlrr::BFloat16Pair>;
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

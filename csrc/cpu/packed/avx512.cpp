@@ -1,7 +1,9 @@
 #if defined(__x86_64__)
-// standard headers first: what follows is compiled for AVX-512, and they are shared with files that are not
+// standard headers first: what follows is compiled for other instructions, and they are shared with files that are not
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <type_traits>
 
 #include <immintrin.h>
 
@@ -13,9 +15,12 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq")
 #endif
+#include "vectors_avx512.h"
+
 #include "passes_body.h"
 
-const rlrr::avx512::Passes rlrr::avx512::float32_passes = rlrr::passes_of<rlrr::Float32>;
+const rlrr::packed::Passes rlrr::packed::avx512_float32 = rlrr::passes_of<rlrr::Float32>;
+const rlrr::packed::Passes rlrr::packed::avx512_bfloat16 = rlrr::passes_of<rlrr::WidenedBFloat16>;
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

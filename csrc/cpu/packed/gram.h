@@ -1,0 +1,213 @@
+// du and dv: G = dy^T x a tile at a time in registers, reduced against W at once.
+//
+// G is cut into cells of rows of one group by columns, whose sizes depend on the layer alone. A thread packs a cell's
+// part of x in a scratch of its own and forms a few cells one below the other for a block of tokens; those beside them
+// follow, while their part of dy is in the second cache. Each cell has a place of its own for what it gives to du and to dv; these
+// are added up at the end, in an order that no thread changes.
+// Sums over tokens are in float32 for bfloat16 too, where a BLAS would round G or take float32 copies.
+#pragma once
+
+#include "../runtime.h"
+#include "pack.h"
+
+namespace rlrr {
+namespace {
+
+// Rows of G that share a packed dy, which fits in the first cache for a block of tokens
+constexpr int64_t strip_rows = 4 * tile_rows;
+// Rows and columns of a cell, both whole strips and tiles
+constexpr int64_t cell_rows = 192, cell_cols = 160 / tile_cols * tile_cols;
+// Cells one below the other: their part of dy stays in the second cache
+constexpr int64_t max_height = 4;
+// Cells side by side: their part of x stays there too
+constexpr int64_t max_panel = 3;
+// Units of a block of tokens: with those of a cell, two threads' scratch is under a twentieth of what the formula
+// holds for a layer of 768 x 768
+constexpr int64_t max_block = 208;
+static_assert(max_block <= max_units && cell_rows % strip_rows == 0 && cell_cols % tile_cols == 0 &&
+              strip_rows % lanes == 0);
+
+// The cells of a layer, and what is kept meanwhile
+struct Cells {
+  int64_t group_rows, rows_of_group, rows, cols;
+  int64_t workers, block, panel;  // threads, units of a block of tokens, cells side by side whose x is packed at once
+
+  Cells(const Layer& layer, int64_t tokens, int64_t token_units, int64_t threads) {
+    group_rows = layer.n() / layer.groups;
+    rows_of_group = up(group_rows, cell_rows);
+    rows = layer.groups * rows_of_group;
+    cols = up(layer.k(), cell_cols);
+    workers = useful_threads(tokens * layer.n() * layer.k(), threads);
+    block = up(token_units, up(token_units, max_block));
+    // a twenty-fifth of the formula's three float32 copies of W, and what fits in a cache
+    const int64_t budget = std::clamp<int64_t>(12 * layer.n() * layer.k() / 25, 64 << 10, 2 << 20) - sums_bytes(layer);
+    panel = std::clamp<int64_t>(budget / workers / int64_t{sizeof(Word)} / (block * cell_cols), 1,
+                                std::min(cols, max_panel));
+  }
+  int64_t sums_bytes(const Layer& layer) const {
+    return (cols * layer.n() + rows * layer.k()) * int64_t{sizeof(double)};
+  }
+  // a block of x under a panel, and a strip of dy
+  int64_t worker_words() const { return block * (panel * cell_cols + strip_rows); }
+};
+
+// `cols` columns of x from `col` on as [tile][unit][tile_cols], so that a tile of G reads them in one stream
+template <class Unit>
+void pack_x(const Matrix& x, int64_t col, int64_t cols, int64_t units, Word* packed) {
+  for (int64_t unit = 0; unit < units; ++unit) {
+    for (int64_t j = 0; j < up(cols, tile_cols) * tile_cols; j += lanes) {
+      Word* to = packed + (j / tile_cols * units + unit) * tile_cols + j % tile_cols;
+      store(to, token_units<Unit>(x, unit, col + j, x.cols));
+    }
+  }
+}
+
+// A strip of dy as [unit][strip_rows]
+template <class Unit>
+void pack_dy(const Matrix& dy, int64_t first, int64_t end, int64_t units, Word* packed) {
+  for (int64_t unit = 0; unit < units; ++unit, packed += strip_rows) {
+    for (int64_t j = 0; j < strip_rows; j += lanes) store(packed + j, token_units<Unit>(dy, unit, first + j, end));
+  }
+}
+
+// du += G W v over the tile's columns, lane by lane, dv += u G W over its rows. `whole`: the tile lies inside W, whose
+// rows have no gaps.
+template <class W, bool whole>
+inline void reduce(const Tile& g, const Layer& layer, int64_t first, int64_t rows, int64_t col, const float* v,
+                   Vector* du, float* dv) {
+  const float* u = static_cast<const float*>(layer.u) + first;
+  const int64_t step = whole ? 1 : layer.weight.col_stride;
+  const W* w = layer.weight.at<W>(first, col);
+  Vector scale_in[tile_vectors], dv_sum[tile_vectors];
+#pragma GCC unroll 3
+  for (int64_t j = 0; j < tile_vectors; ++j) {
+    const int64_t k = col + j * lanes;
+    scale_in[j] = whole ? load(v + k) : load_row(v + k, 1, layer.k() - k);
+    dv_sum[j] = load(dv + j * lanes);
+  }
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < tile_rows; ++i, w += layer.weight.row_stride) {
+    if (!whole && i >= rows) break;
+    const Vector scale_out = broadcast(u[i]);
+    Vector du_sum = du[i];
+#pragma GCC unroll 3
+    for (int64_t j = 0; j < tile_vectors; ++j) {
+      Vector p;
+      if constexpr (whole) {
+        p = g.sum[i][j] * load(w + j * lanes);
+      } else {
+        // an infinite dy makes NaN of the zeros that pad x
+        const int64_t count = std::clamp<int64_t>(layer.k() - col - j * lanes, 0, lanes);
+        p = keep(g.sum[i][j] * load_row(w + j * lanes * step, step, count), count);
+      }
+      du_sum = multiply_add(p, scale_in[j], du_sum);
+      dv_sum[j] = multiply_add(scale_out, p, dv_sum[j]);
+    }
+    du[i] = du_sum;
+  }
+#pragma GCC unroll 3
+  for (int64_t j = 0; j < tile_vectors; ++j) store(dv + j * lanes, dv_sum[j]);
+}
+
+// W's part under a tile of G: asked for before the product, it has arrived when the sums are done
+template <class W>
+inline void prefetch_weight(const Matrix& weight, int64_t first, int64_t col) {
+  const W* w = weight.at<W>(first, col);
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < tile_rows; ++i, w += weight.row_stride) {
+#pragma GCC unroll 3
+    for (int64_t j = 0; j < tile_cols; j += 64 / int64_t{sizeof(W)}) prefetch(w + j);
+  }
+}
+
+// Rows first...end of G, at most a strip, under a cell's columns col...col + cols, for a packed block of tokens; adds
+// to du [end - first] and dv [cols]. Sums of this many terms are in float32, longer ones in float64.
+template <class Unit, class W>
+void run_strip(const Layer& layer, int64_t first, int64_t end, int64_t col, int64_t cols, int64_t units,
+               const Word* packed_x, const Word* packed_dy, double* du, double* dv) {
+  Vector du_part[strip_rows];
+  std::fill_n(du_part, strip_rows, zero());
+  float dv_part[cell_cols] = {};
+  const float* v = static_cast<const float*>(layer.v) + layer.group_of(first) * layer.k();
+  for (int64_t at = 0; at < cols; at += tile_cols) {
+    for (int64_t row = first; row < end; row += tile_rows) {
+      const int64_t rows = std::min(tile_rows, end - row);
+      const bool whole = rows == tile_rows && at + tile_cols <= cols && layer.weight.col_stride == 1;
+      if (whole) prefetch_weight<W>(layer.weight, row, col + at);
+      Tile g;
+      multiply<Unit, strip_rows>(packed_dy + (row - first), 1, packed_x + at * units, units, g);
+      (whole ? reduce<W, true> : reduce<W, false>)(g, layer, row, rows, col + at, v, du_part + (row - first),
+                                                   dv_part + at);
+    }
+  }
+  for (int64_t i = 0; i < end - first; ++i) du[i] += sum(du_part[i]);
+  for (int64_t i = 0; i < cols; ++i) dv[i] += dv_part[i];
+}
+
+template <class Unit>
+int64_t gram_scratch_bytes(const Matrix& x, const Layer& layer, int64_t threads) {
+  const Cells cells(layer, x.rows, up(x.rows, Unit::elements), threads);
+  return cells.sums_bytes(layer) + cells.workers * cells.worker_words() * int64_t{sizeof(Word)};
+}
+
+// du [N] and dv [groups, K]
+template <class Unit, class W>
+void reduce_gram(const Matrix& dy, const Matrix& x, const Layer& layer, float* du, float* dv, const Scratch& scratch) {
+  const int64_t n = layer.n(), k = layer.k(), all_units = up(x.rows, Unit::elements);
+  const Cells cells(layer, x.rows, all_units, scratch.threads);
+  // [cells.cols, N] and [cells.rows, K]
+  double *du_cells = static_cast<double*>(scratch.data), *dv_cells = du_cells + cells.cols * n;
+  Word* workers_scratch = reinterpret_cast<Word*>(dv_cells + cells.rows * k);
+  std::memset(scratch.data, 0, static_cast<size_t>(cells.sums_bytes(layer)));
+
+  // rows of cells share a packed x; enough tasks for all threads
+  const int64_t height = std::clamp<int64_t>(cells.rows / (2 * cells.workers), 1, max_height);
+  const int64_t tasks_down = up(cells.rows, height), panels = up(cells.cols, cells.panel);
+  const int64_t tasks_across = std::clamp<int64_t>(up(2 * cells.workers, tasks_down), 1, panels);
+  share(tasks_down * tasks_across, cells.workers, [&](int64_t task, int64_t worker) {
+    const int64_t top = task / tasks_across * height, bottom = std::min(top + height, cells.rows);
+    const int64_t across = task % tasks_across;
+    Word* packed_x = workers_scratch + worker * cells.worker_words();
+    Word* packed_dy = packed_x + cells.block * cells.panel * cell_cols;
+    for (int64_t unit = 0; unit < all_units; unit += cells.block) {
+      const int64_t units = std::min(cells.block, all_units - unit), token = unit * Unit::elements;
+      const int64_t tokens = std::min(units * Unit::elements, x.rows - token);
+      const Matrix x_block = x.block(token, tokens, 0, k), dy_block = dy.block(token, tokens, 0, n);
+      for (int64_t p = across * panels / tasks_across; p < (across + 1) * panels / tasks_across; ++p) {
+        const int64_t col = p * cells.panel * cell_cols, end_col = std::min(col + cells.panel * cell_cols, k);
+        pack_x<Unit>(x_block, col, end_col - col, units, packed_x);
+        for (int64_t cell_row = top; cell_row < bottom; ++cell_row) {
+          const int64_t group = cell_row / cells.rows_of_group, group_end = (group + 1) * cells.group_rows;
+          const int64_t first = group * cells.group_rows + cell_row % cells.rows_of_group * cell_rows;
+          const int64_t end_row = std::min(first + cell_rows, group_end);
+          for (int64_t row = first; row < end_row; row += strip_rows) {
+            const int64_t end = std::min(row + strip_rows, end_row);
+            pack_dy<Unit>(dy_block, row, end, units, packed_dy);
+            for (int64_t at = col; at < end_col; at += cell_cols) {
+              run_strip<Unit, W>(layer, row, end, at, std::min(cell_cols, end_col - at), units,
+                                 packed_x + (at - col) * units, packed_dy, du_cells + at / cell_cols * n + row,
+                                 dv_cells + cell_row * k + at);
+            }
+          }
+        }
+      }
+    }
+  });
+
+  for (int64_t i = 0; i < n; ++i) {
+    double total = 0;
+    for (int64_t cell = 0; cell < cells.cols; ++cell) total += du_cells[cell * n + i];
+    du[i] = static_cast<float>(total);
+  }
+  for (int64_t group = 0; group < layer.groups; ++group) {
+    const double* of_group = dv_cells + group * cells.rows_of_group * k;
+    for (int64_t i = 0; i < k; ++i) {
+      double total = 0;
+      for (int64_t cell = 0; cell < cells.rows_of_group; ++cell) total += of_group[cell * k + i];
+      dv[group * k + i] = static_cast<float>(total);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rlrr

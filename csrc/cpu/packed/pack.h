@@ -1,0 +1,130 @@
+// Operands in the order in which the product reads them; W is rescaled on the way.
+#pragma once
+
+#include "multiply.h"
+
+namespace rlrr {
+namespace {
+
+// What a thread forms of W' at a time: tiles side by side, each [units][tile_cols]
+constexpr int64_t panel_cols = panel_tiles * tile_cols, panel_vectors = panel_cols / lanes;
+
+// w (1 + u v) in float32, rounded step by step as the formula is: no fused multiply-add
+inline Vector rescale(Vector w, Vector u, Vector v) { return w * (broadcast(1.0f) + u * v); }
+
+// Rows lie pages apart, and more of them are read at once than the hardware follows
+inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+
+// `lanes` rows of W' from `row` on, `lanes` units from `col` on, a vector a row. `whole`: all of it lies inside W,
+// in one group and in rows without gaps, so that nothing needs to be asked of an element.
+template <class Unit, class W, bool whole>
+void rescale_block(const Layer& layer, int64_t row, int64_t col, Vector (&block)[lanes]) {
+  const int64_t n = layer.n(), k = layer.k();
+  const float *u = static_cast<const float*>(layer.u) + row, *v = static_cast<const float*>(layer.v) + col;
+  Vector scale_in[Unit::elements];
+  if constexpr (whole) {
+    for (int64_t e = 0; e < Unit::elements; ++e) scale_in[e] = load(v + layer.group_of(row) * k + e * lanes);
+  }
+  const W* w = layer.weight.at<W>(row, col);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < lanes; ++i, w += layer.weight.row_stride) {
+    Vector parts[Unit::elements];
+    if (whole) prefetch(w + 128);
+    for (int64_t e = 0; e < Unit::elements; ++e) {
+      const int64_t left = k - col - e * lanes;
+      if constexpr (whole) {
+        parts[e] = Unit::round(rescale(load(w + e * lanes), broadcast(u[i]), scale_in[e]));
+      } else if (row + i < n && left > 0) {
+        const int64_t count = std::min(left, lanes), step = layer.weight.col_stride;
+        const Vector scale = load_row(v + layer.group_of(row + i) * k + e * lanes, 1, count);
+        const Vector scaled = rescale(load_row(w + e * lanes * step, step, count), broadcast(u[i]), scale);
+        parts[e] = keep(Unit::round(scaled), count);  // an infinite u would make the padding NaN
+      } else {
+        parts[e] = zero();
+      }
+    }
+    block[i] = Unit::along(parts);
+  }
+}
+
+// Rows first... of W' as columns of a sum over K, `units` of it from unit `from` on. Rows past N are 0.
+template <class Unit, class W>
+void pack_rescaled_rows(const Layer& layer, int64_t first, int64_t from, int64_t units, Word* packed) {
+  const int64_t n = layer.n(), k = layer.k();
+  for (int64_t col = 0; col < up(std::min(panel_cols, n - first), tile_cols) * tile_cols; col += lanes) {
+    const int64_t row = first + col;
+    const bool whole =
+        layer.weight.col_stride == 1 && row + lanes <= n && layer.group_of(row) == layer.group_of(row + lanes - 1);
+    for (int64_t unit = 0; unit < units; unit += lanes) {
+      Vector block[lanes];
+      const int64_t at = (from + unit) * Unit::elements;
+      if (whole && at + lanes * Unit::elements <= k) {
+        rescale_block<Unit, W, true>(layer, row, at, block);
+      } else {
+        rescale_block<Unit, W, false>(layer, row, at, block);
+      }
+      transpose(block);
+      Word* to = packed + (col / tile_cols * units + unit) * tile_cols + col % tile_cols;
+      for (int64_t i = 0; i < std::min(lanes, units - unit); ++i) store(to + i * tile_cols, block[i]);
+    }
+  }
+}
+
+// As pack_rescaled_cols; `whole`: all columns of the panel lie inside W, whose rows have no gaps.
+template <class Unit, class W, bool whole>
+void pack_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, Word* packed) {
+  const int64_t n = layer.n(), k = layer.k(), step = whole ? 1 : layer.weight.col_stride;
+  const float *u = static_cast<const float*>(layer.u), *v = static_cast<const float*>(layer.v) + first;
+  const int64_t count = whole ? panel_vectors : up(std::min(panel_cols, k - first), tile_cols) * tile_vectors;
+  const auto row_of = [&](const auto* row, int64_t row_step, int64_t j) {
+    return whole ? load(row + j * lanes) : load_row(row + j * lanes * row_step, row_step, k - first - j * lanes);
+  };
+  Vector scale_in[panel_vectors];
+  int64_t group = -1;
+  for (int64_t unit = 0; unit < units; ++unit, packed += tile_cols) {
+    Vector rows[panel_vectors][Unit::elements];
+    for (int64_t e = 0; e < Unit::elements; ++e) {
+      const int64_t row = (from + unit) * Unit::elements + e;
+      if (row >= n) {
+        for (int64_t j = 0; j < count; ++j) rows[j][e] = zero();
+        continue;
+      }
+      if (group != layer.group_of(row)) {
+        group = layer.group_of(row);
+        for (int64_t j = 0; j < count; ++j) scale_in[j] = row_of(v + group * k, 1, j);
+      }
+      const Vector scale_out = broadcast(u[row]);
+      const W* w = layer.weight.at<W>(row, first);
+      for (int64_t j = 0; j < count; ++j) {
+        prefetch(w + 16 * layer.weight.row_stride + j * lanes * step);
+        rows[j][e] = Unit::round(rescale(row_of(w, step, j), scale_out, scale_in[j]));
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      store(packed + j / tile_vectors * units * tile_cols + j % tile_vectors * lanes, Unit::across(rows[j]));
+    }
+  }
+}
+
+// Columns first... of W' as columns of a sum over N, `units` of it from unit `from` on. Columns past K are 0.
+template <class Unit, class W>
+void pack_rescaled_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, Word* packed) {
+  const bool whole = first + panel_cols <= layer.k() && layer.weight.col_stride == 1;
+  (whole ? pack_cols<Unit, W, true> : pack_cols<Unit, W, false>)(layer, first, from, units, packed);
+}
+
+// `lanes` columns of x or dy as units of a sum over tokens; 0 from column `end` on
+template <class Unit>
+inline __attribute__((always_inline)) Vector token_units(const Matrix& a, int64_t unit, int64_t col, int64_t end) {
+  using T = typename Unit::Element;
+  Vector rows[Unit::elements];
+  for (int64_t e = 0; e < Unit::elements; ++e) {
+    const int64_t token = unit * Unit::elements + e;
+    prefetch(a.at<T>(token + 16, col));
+    rows[e] = token < a.rows ? load_row(a.at<T>(token, col), a.col_stride, end - col) : zero();
+  }
+  return Unit::across(rows);
+}
+
+}  // namespace
+}  // namespace rlrr
