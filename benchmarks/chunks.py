@@ -32,10 +32,9 @@ SECONDS = 900.0
 def command(chunk: str, failed_preflight: Mapping[str, str] | None = None) -> list[str]:
     """What measures a chunk and writes its results."""
     suite = FOLDER / SUITES[chunk.partition("-")[0]]
-    options = ["--benchmark-enable", "--benchmark-only", "--benchmark-columns=min,median,iqr,rounds", "-q"]
     regenerates = f"make bench-gpu CHUNK={chunk}"
     return [
-        *(sys.executable, "-m", "pytest", str(suite), *options),
+        *(sys.executable, "-m", "pytest", str(suite), "-q"),
         *("--failed-preflight", json.dumps(dict(failed_preflight or {}))),
         *("--chunk", chunk, "--results", "--results-command", regenerates),
     ]
@@ -85,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(chunks))
         return 0
     if not torch.cuda.is_available():
-        print("bench-gpu: no CUDA device is visible to torch; `make bench` measures a slice on a CPU", file=sys.stderr)
+        print(
+            "bench-gpu: no CUDA device is visible to torch; `pytest benchmarks/` measures a slice on a CPU",
+            file=sys.stderr,
+        )
         return 2
     wrong = preflight.failures()
     for name, reason in wrong.items():

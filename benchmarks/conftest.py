@@ -1,15 +1,19 @@
-"""Options of the suites, and one recorder for a session."""
+"""Options of the suites, one recorder for a session, and the table that ends it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
-from benchmarks import implementations, results
+from benchmarks import implementations, ratios, results
 from benchmarks.cases import DTYPES
-from benchmarks.suite import Recorder, recorder_of, rounds_of
+from benchmarks.groups import groups
+from benchmarks.suite import SLICE_MINUTES, Recorder, recorder_of
+
+_RECORDER = pytest.StashKey[Recorder]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +27,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write raw results, to benchmarks/results/<device>/ or the folder given",
     )
     group.addoption("--results-command", help="what to write down as the command, instead of pytest's own")
-    group.addoption("--chunk", help="of the whole suite those chunks whose names start so; else a slice for a CPU")
+    group.addoption("--chunk", help="of the whole suite those chunks whose names start so; else a slice")
+    group.addoption(
+        "--minutes",
+        type=float,
+        help=f"leave out what would end later; default: {SLICE_MINUTES:g}, none where everything is measured",
+    )
+    group.addoption(
+        "--everything",
+        action="store_true",
+        help="all rivals, not only the strongest, without limit of time; as with --results and --chunk",
+    )
     group.addoption("--images", type=int, nargs="+", help="batch sizes of the suites layer, norm and step")
     group.addoption("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="of the suites layer and norm")
     group.addoption(
@@ -36,10 +50,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def recorder(pytestconfig: pytest.Config) -> Recorder:
     """Where groups of this session are measured once and written."""
     implementations.FAILED_PREFLIGHT.update(pytestconfig.getoption("--failed-preflight"))
-    return recorder_of(pytestconfig)
+    pytestconfig.stash[_RECORDER] = recorder_of(pytestconfig)
+    return pytestconfig.stash[_RECORDER]
 
 
-@pytest.fixture(scope="session")
-def rounds(pytestconfig: pytest.Config) -> tuple[int, int] | None:
-    """(least, most) rounds that the command line asks for."""
-    return rounds_of(pytestconfig)
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Times of every test are for ``-v``: ratios within a group are what counts."""
+    if config.option.verbose <= 0:
+        config.option.benchmark_quiet = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups by their place; tests of one stay together."""
+    calls = {item: getattr(item, "callspec", None) for item in items}
+    items.sort(key=lambda item: getattr(call.params.get("group"), "place", 0) if (call := calls[item]) else 0)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> Generator[None, None, None]:
+    """The table of ratios, after all else."""
+    yield
+    recorder = config.stash.get(_RECORDER, None)
+    if recorder is not None and (found := groups(recorder.chunks())):
+        terminalreporter.section("times of others / ours: above 1 where ours is faster")
+        terminalreporter.write_line(ratios.table(found))
+        if recorder.left_out:
+            count = f"{len(recorder.left_out)} of {len(recorder.left_out) + len(found)} groups"
+            terminalreporter.write_line(
+                f"{count} left out, as {recorder.minutes:g} minutes are up: see --minutes, --everything"
+            )

@@ -27,7 +27,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,9 +203,26 @@ def write(
             and goes away once the complete one is written.
         rounds: least and most that a group was measured for.
     """
-    head = {
+    own = {
         "suite": suite,
         "chunk": chunk,
+        **head(command),
+        "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
+        "tuned": _tuned(),
+        "rounds": rounds,
+        "complete": complete,
+    }
+    partial = folder / f"{chunk}{PARTIAL}.json"
+    path = folder / f"{chunk}.json" if complete else partial
+    save(path, own, (result.to_dict() for result in results))
+    if complete:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def head(command: str) -> dict[str, Any]:
+    """When, where and of what a file's numbers are."""
+    return {
         "date": datetime.date.today().isoformat(),
         "device": device_name(),
         "processor": f"{_processor()}, {torch.get_num_threads()} cores used",
@@ -213,26 +230,21 @@ def write(
         "command": command,
         **source(),
         "environment": _environment(),
-        "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
-        "tuned": _tuned(),
-        "rounds": rounds,
-        "complete": complete,
     }
+
+
+def save(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a head and its ``results``, whole or not at all; the folder is made if missing."""
     # a line for each result, so that two runs can be told apart by eye
-    lines = ",\n  ".join(json.dumps(result.to_dict()) for result in results)
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
     text = f'{json.dumps(head, indent=1)[:-2]},\n "results": [\n  {lines}\n ]\n}}\n'
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{chunk}{PARTIAL}.json"
-    path = folder / f"{chunk}.json" if complete else partial
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         part.write_text(text)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    if complete:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 def load(folder: Path) -> list[dict[str, Any]]:

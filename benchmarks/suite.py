@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import shlex
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +46,21 @@ class ReplayTimer:
 REPLAY = ReplayTimer()
 
 #: Least and most rounds of a group of a suite, where they are not :data:`~benchmarks.timing.ROUNDS`.
-ROUNDS = {"launch": (50, 200)}
+ROUNDS = {"launch": (10, 200)}
+
+#: A session that does not measure everything begins no group that would end later, and leaves out all but these rivals.
+SLICE_MINUTES = 7.0
+
+STRONGEST = frozenset(
+    (
+        *(results.OURS, results.FORMULA, results.FORMULA_COMPILED, results.RECOMPUTE, results.RECOMPUTE_COMPILED),
+        *(results.PLAIN, results.PRODUCTS, results.COMPOSED, results.LAYER_NORM),
+        *(results.OFFICIAL, results.OFFICIAL_COMPILED, results.PROBE),
+    )
+)
+
+#: Ours, the formula of each suite, and what costs little and shows the scale.
+YARDSTICKS = (results.OURS, results.GRAD_SCALES, results.FORMULA, results.OFFICIAL, results.PLAIN, results.BARE_GRAD)
 
 
 @dataclass(frozen=True)
@@ -54,12 +70,16 @@ class Rivals:
     Attributes:
         suite, chunk: where its results go.
         key: what tells it from other groups of the suite. label: heads pytest-benchmark's table.
+        place: groups of a lower one are measured first, as the clock may leave out the last.
+        work: of a call, beside those of other groups of the suite.
     """
 
     suite: str
     chunk: str
     key: tuple[Any, ...]
     label: str
+    place: int = 0
+    work: float = 1.0
 
 
 @dataclass
@@ -82,6 +102,8 @@ _PLANNED = pytest.StashKey[dict[str, set[tuple[Rivals, str]]]]()
 
 def parametrize(metafunc: pytest.Metafunc, tests: Sequence[tuple[Rivals, str]]) -> None:
     """Make these tests, and note that a chunk is complete with all that it has here, whatever is selected later."""
+    if not everything(metafunc.config):
+        tests = [(group, name) for group, name in tests if name in STRONGEST]
     planned = metafunc.config.stash.setdefault(_PLANNED, {})
     for group, name in tests:
         planned.setdefault(group.chunk, set()).add((group, name))
@@ -89,11 +111,15 @@ def parametrize(metafunc: pytest.Metafunc, tests: Sequence[tuple[Rivals, str]]) 
     metafunc.parametrize(("group", "implementation"), parameters)
 
 
+def everything(config: pytest.Config) -> bool:
+    """Whether all rivals are measured, however long it takes: for raw results, and where asked for."""
+    return config.getoption("--everything") or any(config.getoption(o) is not None for o in ("--results", "--chunk"))
+
+
 def narrowed(config: pytest.Config) -> bool:
     """Whether options ask for other cases or rounds than planned."""
     asked = (config.getoption(name) for name in ("--images", "--rounds"))
-    disabled = config.getoption("--benchmark-disable") and not config.getoption("--benchmark-enable")
-    return disabled or any(o is not None for o in asked) or set(config.getoption("--dtype")) != set(cases.DTYPES)
+    return any(o is not None for o in asked) or set(config.getoption("--dtype")) != set(cases.DTYPES)
 
 
 @dataclass
@@ -104,38 +130,69 @@ class Recorder:
         folder: where the chunks are written after each group, or None. command: what regenerates them.
         planned: chunk -> tests with which its file is complete; a chunk that is not here is never complete.
         rounds: least and most of each group, where the command line asks for them.
+        minutes: groups that would not end within these are left out.
+        left_out: those.
     """
 
     folder: Path | None
     command: str
     planned: dict[str, set[tuple[Rivals, str]]] = field(default_factory=dict)
     rounds: tuple[int, int] | None = None
+    minutes: float = math.inf
+    left_out: set[Rivals] = field(default_factory=set)
     _groups: dict[Rivals, dict[str, Outcome]] = field(default_factory=dict)
+    _began: float = field(default_factory=lambda: time.monotonic())
+    #: suite -> work and seconds of its last group
+    _last: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _longest: float = 0.0
 
     def outcomes(
         self, group: Rivals, names: list[str], measure: Callable[[list[str]], dict[str, Outcome]]
     ) -> dict[str, Outcome]:
-        """Implementation -> outcome; ``measure(names)`` is called for a group's first test only.
+        """Implementation -> outcome, none of a group left out; ``measure(names)`` is called for its first test only.
 
         Ends the session where the group has left the GPU unusable: what it measured is written.
         """
+        if group in self.left_out or (group not in self._groups and self._late(group)):
+            self.left_out.add(group)
+            return {}
         if group not in self._groups:
+            began = time.monotonic()
             self._groups[group] = measure(names)
+            seconds = time.monotonic() - began
+            self._last[group.suite] = group.work, seconds
+            self._longest = max(self._longest, seconds)
             self._write(group.suite, group.chunk)
             fault = timing.gpu_fault()
             if fault is not None:
                 pytest.exit(f"the GPU failed under {group.label}, chunk {group.chunk} ends here: {fault}", returncode=3)
         return self._groups[group]
 
+    def _late(self, group: Rivals) -> bool:
+        """Whether it would end too late, by what the last group of its suite, or else the longest, took."""
+        work, seconds = self._last.get(group.suite, (group.work, self._longest))
+        spent = time.monotonic() - self._began
+        return spent + seconds * max(1.0, group.work / work) > 60 * self.minutes
+
+    def chunks(self) -> list[dict[str, Any]]:
+        """What was measured, as :func:`benchmarks.groups.groups` takes it."""
+        names = dict.fromkeys((group.suite, group.chunk) for group in self._groups)
+        return [
+            {"suite": suite, "chunk": chunk, "device": results.device_name()}
+            | {"results": [result.to_dict() for result in self._kept(chunk)]}
+            for suite, chunk in names
+        ]
+
+    def _kept(self, chunk: str) -> list[Result]:
+        """What is not here has no result, not a failed one."""
+        of_chunk = (found for group, found in self._groups.items() if group.chunk == chunk)
+        return [outcome.result for found in of_chunk for outcome in found.values() if not outcome.unavailable]
+
     def _write(self, suite: str, chunk: str) -> None:
         if self.folder is None:
             return
-        of_chunk = {
-            group: found for group, found in self._groups.items() if (group.suite, group.chunk) == (suite, chunk)
-        }
-        # what is not here has no result, not a failed one
-        kept = [o.result for found in of_chunk.values() for o in found.values() if not o.unavailable]
-        tried = {(group, name) for group, found in of_chunk.items() for name in found}
+        kept = self._kept(chunk)
+        tried = {(group, name) for group, found in self._groups.items() if group.chunk == chunk for name in found}
         complete = tried == self.planned.get(chunk)
         rounds = self.rounds or ROUNDS.get(suite, timing.ROUNDS)
         results.write(self.folder, suite, chunk, self.command, kept, complete, rounds)
@@ -149,22 +206,20 @@ def recorder_of(config: pytest.Config) -> Recorder:
     command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
     planned = {} if narrowed(config) else config.stash.get(_PLANNED, {})
     command = config.getoption("--results-command") or command
-    return Recorder(folder, command, planned, rounds_of(config))
+    minutes = config.getoption("--minutes")
+    if minutes is None:
+        minutes = math.inf if everything(config) else SLICE_MINUTES
+    rounds = config.getoption("--rounds")
+    return Recorder(folder, command, planned, None if rounds is None else (rounds, rounds), minutes)
 
 
-def rounds_of(config: pytest.Config) -> tuple[int, int] | None:
-    """(least, most) rounds that the command line asks for."""
-    asked = config.getoption("--rounds")
-    if config.getoption("--benchmark-disable") and not config.getoption("--benchmark-enable"):
-        asked = asked or 1  # a run that only shows that everything works
-    return None if asked is None else (asked, asked)
-
-
-def selected(request: pytest.FixtureRequest, group: Rivals) -> list[str]:
-    """Implementations of a group whose tests run in this session."""
-    calls = (getattr(item, "callspec", None) for item in request.session.items)
+def selected(session: pytest.Session, group: Rivals) -> list[str]:
+    """Implementations of a group whose tests run, and after them those without which the others' times say nothing."""
+    calls = (getattr(item, "callspec", None) for item in session.items)
     found = (spec.params for spec in calls if spec is not None and spec.params.get("group") == group)
-    return [params["implementation"] for params in found]
+    names = [params["implementation"] for params in found]
+    planned = session.config.stash[_PLANNED][group.chunk]
+    return [*names, *(name for name in YARDSTICKS if name not in names and (group, name) in planned)]
 
 
 def play(benchmark: Any, group: Rivals, found: Outcome) -> None:
@@ -188,12 +243,15 @@ def turn_by_turn(
         benchmark: Any,
         request: pytest.FixtureRequest,
         recorder: Recorder,
-        rounds: tuple[int, int] | None,
         group: Rivals,
         implementation: str,
     ) -> None:
         """One implementation of a group; the group's first test measures all of them."""
-        own = functools.partial(measure, group, rounds)
-        play(benchmark, group, recorder.outcomes(group, selected(request, group), own)[implementation])
+        own = functools.partial(measure, group, recorder.rounds)
+        found = recorder.outcomes(group, selected(request.session, group), own)
+        if not found:
+            benchmark.skipped = True
+            pytest.skip("left out, as the time is up: see --minutes")
+        play(benchmark, group, found[implementation])
 
     return test

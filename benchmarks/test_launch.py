@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     tests = []
     for dtype in option("--dtype") if "launch".startswith(option("--chunk") or "") else ():
         for call in CALLS:
-            group = Rivals("launch", "launch", (call, dtype), f"launch-{call}-{dtype}")
+            group = Rivals("launch", "launch", (call, dtype), f"launch-{call}-{dtype}", place=3)
             for name in NAMES:
                 if name in implementations.names(CALLS[call], DEVICE):
                     tests.append((group, name))

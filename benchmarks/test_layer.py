@@ -20,6 +20,7 @@ from benchmarks.implementations import Inputs, make_inputs
 from benchmarks.memory import peak_and_results, saved_for_backward
 from benchmarks.results import LayerCase
 from benchmarks.suite import Outcome, Rivals, outcome, parametrize, turn_by_turn
+from benchmarks.tables import PRODUCTS
 from benchmarks.timing import Variant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,11 +42,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             name = cases.layer_chunk(shape, dtype) if whole else f"layer-{shape.key}"
             if not name.startswith(chunk or ""):
                 continue
-            for count in images or (cases.IMAGES if whole else cases.SLICE_IMAGES):
-                searched = cases.searched(shape, count, dtype)
+            for place, count in enumerate(images or (cases.IMAGES if whole else cases.SLICE_IMAGES[DEVICE])):
+                searched = whole and cases.searched(shape, count, dtype)
                 for direction in results.DIRECTIONS if whole else SLICE_DIRECTIONS:
                     label = f"{shape.key}-{shape.layer}-{count}-{dtype}-{direction}"
-                    group = Rivals("layer", name, (shape, count, dtype, direction), label)
+                    # of a slice the small ones first, what takes longest at the end
+                    order = 0 if whole else 1 + 3 * place + 2 * (direction != "both")
+                    work = count * shape.tokens * shape.n * shape.k * PRODUCTS[direction]
+                    group = Rivals("layer", name, (shape, count, dtype, direction), label, order, work)
                     tests += [
                         (group, implementation) for implementation in implementations.names(direction, DEVICE, searched)
                     ]

@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for dtype in option("--dtype"):
             for direction in ("forward", "both"):
                 label = f"norm-{images}-{dtype}-{direction}"
-                group = Rivals("norm", "norm", (images, dtype, direction), label)
+                group = Rivals("norm", "norm", (images, dtype, direction), label, place=3)
                 tests += [(group, name) for name in NORM_IMPLEMENTATIONS]
     parametrize(metafunc, tests)
 

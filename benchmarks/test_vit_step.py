@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, model, batch, dtype in planned:
         if name.startswith(chunk or "") and dtype in option("--dtype"):
             label = f"{name}-{batch}-{dtype}"
-            group = Rivals("step", name, (model, batch, dtype), label)
+            group = Rivals("step", name, (model, batch, dtype), label, place=2)
             tests += [(group, name) for name in STEP_IMPLEMENTATIONS]
     parametrize(metafunc, tests)
 

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from benchmarks import cases, chunks, implementations, results, test_layer, test_norm, timing
+from benchmarks import cases, chunks, implementations, results, suite, test_layer, test_norm, timing
 from benchmarks.cases import MODELS, Shape
 from benchmarks.memory import peak_extra_bytes, saved_for_backward
 from benchmarks.results import LaunchCase, Result
@@ -106,7 +107,7 @@ def test_without_a_gpu_one_line_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chunks.main([]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "bench-gpu: no CUDA device is visible to torch; `make bench` measures a slice on a CPU"
+        "bench-gpu: no CUDA device is visible to torch; `pytest benchmarks/` measures a slice on a CPU"
     ]
 
 
@@ -169,7 +170,7 @@ def test_a_file_is_complete_only_with_every_planned_test(tmp_path):
     recorder.outcomes(second, [results.OURS], measure(second))
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     (chunk,) = results.load(tmp_path)
-    assert (chunk["complete"], len(chunk["results"]), chunk["rounds"]) == (True, 3, [50, 200])
+    assert (chunk["complete"], len(chunk["results"]), chunk["rounds"]) == (True, 3, [10, 200])
     # with one implementation deselected: beside it
     recorder = Recorder(tmp_path, "command", planned)
     recorder.outcomes(first, [results.OURS], measure(first))
@@ -261,14 +262,47 @@ def test_layer_norms_rivals_compute_the_same(name, dtype):
         assert (got.double() - exact).norm() <= tolerance * exact.norm()
 
 
+@pytest.mark.parametrize("option", [None, "--results", "--chunk", "--everything"])
+def test_a_plain_session_has_the_strongest_rivals_only(option):
+    asked = {"--dtype": cases.DTYPES} | ({option: "layer-vit_b"} if option else {})
+    config = SimpleNamespace(getoption=asked.get, stash=pytest.Stash())
+    found: list[str] = []
+    metafunc = SimpleNamespace(config=config, parametrize=lambda _, tests: found.extend(t.values[1] for t in tests))
+    test_layer.pytest_generate_tests(metafunc)
+    assert {results.OURS, results.FORMULA, results.RECOMPUTE_COMPILED, results.PLAIN} <= set(found)
+    assert (results.HIRA in found) == (results.FACTORED in found) == (option is not None)
+    assert bool(suite.everything(config)) == (option is not None)
+
+
+def test_groups_that_would_end_too_late_are_left_out(tmp_path, monkeypatch):
+    """Each takes a minute for each unit of its work, of two and a half minutes."""
+    now = [0.0]
+    monkeypatch.setattr(suite.time, "monotonic", lambda: now[0])
+    recorder = Recorder(tmp_path, "command", minutes=2.5)
+
+    def outcomes(suite: str, call: str, work: float) -> dict[str, Outcome]:
+        def measure(names: list[str]) -> dict[str, Outcome]:
+            now[0] += 60 * work
+            return {results.OURS: Outcome(Result(LaunchCase(call, "float32", results.OURS, "cpu"), [1.0]))}
+
+        return recorder.outcomes(Rivals(suite, suite, (call,), call, work=work), [results.OURS], measure)
+
+    assert outcomes("launch", "forward", 1.0)
+    assert outcomes("launch", "both", 2.0) == {}  # two minutes, and one has passed
+    assert outcomes("launch", "no_grad", 1.0)
+    assert outcomes("launch", "both", 2.0) == {}
+    assert outcomes("launch", "forward", 1.0)  # measured before
+    assert outcomes("layer", "both", 0.1) == {}  # of another suite nothing is known: half a minute is left
+    assert {group.suite for group in recorder.left_out} == {"launch", "layer"}
+    assert [[row["call"] for row in chunk["results"]] for chunk in recorder.chunks()] == [["forward", "no_grad"]]
+
+
 @pytest.mark.slow
-def test_pytest_benchmark_tells_the_interleaved_times(tmp_path):
-    """A real session, on two of a group's rivals and one that is not here."""
+def test_a_plain_session_measures_and_ends_with_the_table(tmp_path):
+    """A real one, on two of a group's rivals; ours is measured beside them, though not selected."""
     options = [
         "-k",
         "no_grad-float32 and (plain or formula)",
-        "--benchmark-enable",
-        "--benchmark-only",
         "--rounds",
         "4",
     ]
@@ -281,13 +315,21 @@ def test_pytest_benchmark_tells_the_interleaved_times(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
+    *_, title, head, line, _ = done.stdout.strip().splitlines()
+    assert "above 1 where ours is faster" in title
+    assert "formula" in head
+    assert line.startswith("call: no_grad  float32  forward, no graph  ")
     (chunk,) = results.load(tmp_path)
     rows = {row["implementation"]: row for row in chunk["results"]}
-    assert rows.keys() == {results.PLAIN, results.FORMULA}
+    assert rows.keys() == {results.PLAIN, results.FORMULA, results.OURS}
+    medians = {name: row["median"] for name, row in rows.items()}
+    ratios = (medians[results.FORMULA] / medians[results.OURS], medians[results.PLAIN] / medians[results.OURS])
+    assert line.split("graph")[1].split() == [f"{ratios[0]:.2f}", "plain", "linear", f"{ratios[1]:.2f}"]
     assert (chunk["complete"], [path.name for path in tmp_path.glob("*.json")]) == (False, ["launch-partial.json"])
     assert chunk["command"].startswith("python -m pytest -p no:cacheprovider benchmarks/test_launch.py -k 'no_grad")
     table = json.loads((tmp_path / "table").read_text())["benchmarks"]
     assert {bench["group"] for bench in table} == {"launch-no_grad-float32"}
+    assert {bench["params"]["implementation"] for bench in table} == {results.PLAIN, results.FORMULA}
     for bench in table:
         row = rows[bench["params"]["implementation"]]
         assert bench["stats"]["data"] == pytest.approx(row["seconds"], abs=1e-9)

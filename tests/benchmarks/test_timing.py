@@ -24,10 +24,14 @@ def test_copies_outgrow_the_cache_twice_and_are_one_without_it():
     assert timing.copies(1 << 20, 0) == 1
 
 
-def test_rounds_fill_the_budget_between_least_and_most():
-    assert timing.rounds_within(6.0, 0.5, (5, 30)) == 12
-    assert timing.rounds_within(6.0, 100.0, (5, 30)) == 5
-    assert timing.rounds_within(6.0, 1e-12, (5, 30)) == 30
+@pytest.mark.parametrize(("budget", "rounds"), [(2.0, 4), (0.1, 2), (60.0, 6)])
+def test_rounds_fill_the_budget_between_least_and_most(monkeypatch, budget, rounds):
+    """The first turn, of no time, foretells nothing; each of the others takes half a second."""
+    log: list[str] = []
+    rival = Rival("a", log)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: max(0, len(log) - 1) / 2)
+    found = timing.interleaved({"a": lambda: Variant([Call(rival.turn)])}, Counted(), budget, (2, 6))
+    assert len(found["a"].seconds) == rounds
 
 
 class Rival:
