@@ -23,7 +23,7 @@ constexpr int64_t max_height = 4;
 constexpr int64_t max_panel = 3;
 // Units of a block of tokens: with those of a cell, two threads' scratch is under a twentieth of what the formula
 // holds for a layer of 768 x 768
-constexpr int64_t max_block = 208;
+constexpr int64_t max_block = 200;
 static_assert(max_block <= max_units && cell_rows % strip_rows == 0 && cell_cols % tile_cols == 0 &&
               strip_rows % lanes == 0);
 

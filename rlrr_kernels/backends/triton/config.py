@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -244,7 +244,7 @@ def candidates(
 @lru_cache(maxsize=64)
 def cuda_device(index: int) -> Device:
     """Read a GPU's properties once. Rates are reported in kHz, buses in bits; memory moves twice a clock."""
-    p = torch.cuda.get_device_properties(index)
+    p: Any = torch.cuda.get_device_properties(index)  # torch's stubs differ in what they know of it
     bus = getattr(p, "memory_clock_rate", 0) * 1e3 * 2 * getattr(p, "memory_bus_width", 0) / 8
     return Device(
         capability=(p.major, p.minor),
