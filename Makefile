@@ -7,13 +7,21 @@ CXX_FILES := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -
 # minutes that `make soak` takes
 MINUTES ?= 60
 
-.PHONY: demo test soak lint format bench bench-gpu report floor sanitize clean
+# Where the CPU library's work goes, by PyTorch's BLAS and by its own loops; at AVX2, as a CPU without more would run it
+LIMITED_TESTS := tests/backends tests/reliability tests/test_functional.py tests/test_linear.py tests/test_ops.py
+AVX2 := RLRR_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+
+.PHONY: demo test test-all soak lint format bench bench-gpu report floor sanitize clean
 
 demo: $(VENV)/.built  ## fine-tune the embedded ViT by RLRR and by a linear probe, and compare
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.built  ## the test suite
+test: $(VENV)/.built  ## the test suite without its campaigns, in under 5 minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: $(VENV)/.built  ## the whole suite, and what reaches the CPU library once more with AVX2 alone
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(AVX2) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(LIMITED_TESTS)
 
 soak: $(VENV)/.built  ## MINUTES of new random problems for every backend; prints how many, and how to repeat a failure
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.soak --minutes $(MINUTES)
