@@ -7,8 +7,9 @@ CXX_FILES := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -
 # minutes that `make soak` takes
 MINUTES ?= 60
 
-# Where the CPU library's work goes, by PyTorch's BLAS and by its own loops; at AVX2, as a CPU without more would run it
+# What reaches the CPU library, its AVX2 loops and PyTorch's BLAS: run as on a CPU that has no more
 LIMITED_TESTS := tests/backends tests/reliability tests/test_functional.py tests/test_linear.py tests/test_ops.py
+LIMITED_TESTS += -k "not triton and not cuda and not host" -m "not slow"
 AVX2 := RLRR_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 
 .PHONY: demo test test-all soak lint format bench bench-gpu report floor sanitize clean
@@ -21,7 +22,7 @@ test: $(VENV)/.built  ## the test suite without its campaigns, in under 5 minute
 
 test-all: $(VENV)/.built  ## the whole suite, and what reaches the CPU library once more with AVX2 alone
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	$(AVX2) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(LIMITED_TESTS)
+	$(AVX2) $(BIN)/python -m pytest -n 2 --dist worksteal $(LIMITED_TESTS)
 
 soak: $(VENV)/.built  ## MINUTES of new random problems for every backend; prints how many, and how to repeat a failure
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.soak --minutes $(MINUTES)

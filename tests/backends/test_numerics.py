@@ -116,7 +116,9 @@ def test_u_du_equals_v_dv(backend, groups, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_agree_bit_for_bit(backend, dtype):
-    p = make_problem(394, 100, 70, 2, dtype, device=require(backend, dtype))
+    device = require(backend, dtype)
+    interpreted = backend == "triton" and device == "cpu"
+    p = make_problem(*((130, 50, 35) if interpreted else (394, 100, 70)), 2, dtype, device=device)
     first, second = solve(p, backend), solve(p, backend)
     for name in RESULTS:
         assert torch.equal(getattr(first, name), getattr(second, name)), name

@@ -206,6 +206,7 @@ for name in sys.argv[1:]:
 
 
 @QUIET
+@pytest.mark.slow
 def test_plain_programs_are_loaded_and_give_the_same_bits_where_the_package_is_not(tmp_path):
     paths = []
     for name in MODELS:
