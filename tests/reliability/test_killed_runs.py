@@ -226,14 +226,15 @@ def test_tensorboard_reads_each_epoch_once_after_kills(server, expected, tmp_pat
 
 @pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_ctrl_c_keeps_what_was_reached_and_sigterm_is_as_kill(server, expected, tmp_path, name):
-    sent, folder = getattr(signal, name), tmp_path / "run"
+    sent, folder = getattr(signal, name), tmp_path / "my run"
     # in the second epoch, and between writes
     status, _, output = server.run([*OPTIONS, "--out", folder], tmp_path, at=expected.events // 2, after=0.0, sent=sent)
     metrics = json.loads((folder / "metrics.json").read_text())
     if name == "SIGINT":
         assert status == 130, output
         assert metrics["interrupted"] is True
-        assert f"rlrr-finetune --resume {folder} goes on" in output
+        assert f"rlrr-finetune --resume '{folder}' goes on" in output
+        assert "Traceback" not in output
         assert weights(folder).exists()
     else:
         assert status == -signal.SIGTERM
