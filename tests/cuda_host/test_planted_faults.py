@@ -246,7 +246,9 @@ def complaint(machine: Machine, seen_in: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("seen_in", RESULTS)
+@pytest.mark.parametrize(
+    "seen_in", ["forward", *(pytest.param(n, marks=pytest.mark.slow) for n in ("grad_input", "grad_scales"))]
+)
 def test_the_comparison_passes_what_is_right(machine, seen_in):
     assert complaint(machine, seen_in) is None
 

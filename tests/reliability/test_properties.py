@@ -23,7 +23,7 @@ from tests.reliability.properties.strategies import cases
 PARTS = {
     "reference": (48, 220, 2),
     "cpu": (60, 400, 3),
-    "triton": (12, 56, 3),
+    "triton": (6, 58, 3),
     "cuda_host": (24, 48, 2),
     "cuda_host_large": (12, 48, 1),
     "hopper_host": (10, 30, 1),

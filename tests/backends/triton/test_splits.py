@@ -9,8 +9,11 @@ from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton import launch
 from rlrr_kernels.backends.triton.config import Config
 from rlrr_kernels.backends.triton.slices import row_slices
-from tests.backends.triton.test_numerics import BF16, DTYPES, SINGLE, SMALL, solve
+from tests.backends.triton.test_numerics import BF16, HALF, SINGLE, SMALL, solve
 from tests.oracle import Answer, check, make_problem
+
+#: How sums are shared out is the same for all.
+DTYPES = [BF16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (SINGLE, HALF))]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_vit_layers_take_one_slice():
         assert row_slices(n, k, groups, TILE, 1, configs.WORKSPACE_BYTES) == ((0, 0, n),)
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k", "groups"), [(70, 100, 72, 1), (70, 90, 72, 3)])
 def test_grad_scales_in_slices(triton_device, monkeypatch, m, n, k, groups, dtype):
     monkeypatch.setattr(configs, "WORKSPACE_BYTES", 2 * 2 * 4 * (16 * 4 + k))  # two rows of tiles, two splits
