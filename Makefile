@@ -7,13 +7,24 @@ CXX_FILES := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -
 # minutes that `make soak` takes
 MINUTES ?= 60
 
-.PHONY: demo test soak lint format bench bench-gpu report floor sanitize clean
+# What reaches the CPU library, its AVX2 loops and PyTorch's BLAS: run as on a CPU that has no more
+LIMITED_TESTS := tests/backends tests/reliability tests/test_functional.py tests/test_linear.py tests/test_ops.py
+LIMITED_TESTS += -k "not triton and not cuda and not host" -m "not slow"
+AVX2 := RLRR_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+# compiled for other instructions than the rest of the suite's
+AVX2 += TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-avx2
+
+.PHONY: demo test test-all soak lint format bench bench-gpu report floor sanitize clean
 
 demo: $(VENV)/.built  ## fine-tune the embedded ViT by RLRR and by a linear probe, and compare
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.built  ## the test suite
+test: $(VENV)/.built  ## the test suite without its campaigns, in under 5 minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: $(VENV)/.built  ## the whole suite, and what reaches the CPU library once more with AVX2 alone
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(AVX2) $(BIN)/python -m pytest -n 2 --dist worksteal $(LIMITED_TESTS)
 
 soak: $(VENV)/.built  ## MINUTES of new random problems for every backend; prints how many, and how to repeat a failure
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.soak --minutes $(MINUTES)

@@ -2,6 +2,11 @@
 
 import os
 
+# workers share the cores: with a thread for each core in each worker, threads that wait for each other by spinning
+# take the cores from those that they wait for, and a run of seconds takes minutes
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -10,7 +10,9 @@ allowed for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,17 @@ BACKENDS = [
 def device_of(backend: str) -> str:
     """Where a backend's tensors live: Triton takes the GPU's where there is one, else the interpreter's."""
     return "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
+
+
+def backends_with(dtypes: Iterable[torch.dtype], backends: Iterable[Any] = BACKENDS) -> list[Any]:
+    """To parametrise ``backend, dtype``. Interpreted kernels take seconds: but for bfloat16 they are slow tests."""
+    found = []
+    for backend in backends:
+        (name,), marks = getattr(backend, "values", [backend]), getattr(backend, "marks", ())
+        for dtype in dtypes:
+            slow = name == "triton" and device_of(name) == "cpu" and dtype is not torch.bfloat16
+            found.append(pytest.param(name, dtype, id=f"{name}-{dtype}", marks=[*marks, *[pytest.mark.slow] * slow]))
+    return found
 
 
 def require(backend: str, *dtypes: torch.dtype) -> str:

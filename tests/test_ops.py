@@ -8,14 +8,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlrr_kernels import ops, rescaled_linear, use_backend
-from tests.oracle import BACKENDS, make_problem, require
+from tests.oracle import BACKENDS, backends_with, make_problem, require
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), backends_with(DTYPES))
 def test_opcheck(backend, groups, dtype):
     p = make_problem(7, 12, 10, groups, dtype, device=require(backend, dtype))
     scales = (p.weight, p.scale_out, p.scale_in)

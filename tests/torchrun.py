@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def launch(*arguments, processes=2, timeout=300, **options):
+def launch(*arguments, processes=2, timeout=1500, **options):
     """``python -m`` these arguments in each of some processes on the CPU; the finished process, its output kept."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -129,7 +129,9 @@ def test_modes_are_passed_on(calls, monkeypatch, dtype, precision, hopper):
     assert [len(arguments) for arguments in calls] == [8, 6, 8]
 
 
-@pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("1", True)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, False), pytest.param("0", False, marks=pytest.mark.slow), ("1", True)]
+)
 def test_the_hopper_switch_is_read_at_import(value, expected):
     if isinstance(choice.load("cuda"), str):
         pytest.skip("the CUDA library is not built")

@@ -7,7 +7,7 @@ import torch
 
 from rlrr_kernels import ops, use_backend
 from rlrr_kernels.backends import choice
-from tests.oracle import BACKENDS, Answer, Problem, check, make_problem, require, strided
+from tests.oracle import BACKENDS, Answer, Problem, backends_with, check, make_problem, require, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RESULTS = ("y", "dx", "du", "dv", "df")
@@ -32,9 +32,8 @@ SHAPES = [  # M, N, K, groups
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k", "groups"), SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), backends_with(DTYPES))
 def test_shapes(backend, m, n, k, groups, dtype):
     p = make_problem(m, n, k, groups, dtype, device=require(backend, dtype))
     check(p, solve(p, backend))
@@ -83,8 +82,7 @@ def test_scales_of_another_dtype_and_strides(backend, scales):
     check(p, solve(p, backend))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), backends_with(DTYPES))
 def test_power_of_two_scales_equal_a_prescaled_weight_bit_for_bit(backend, dtype):
     """1 + uv in {2, 4} rounds nothing, so rescaling must change no bit of the product."""
     p, plain = (
@@ -99,9 +97,8 @@ def test_power_of_two_scales_equal_a_prescaled_weight_bit_for_bit(backend, dtype
     assert torch.equal(a.dx, b.dx)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), backends_with([torch.float32, torch.bfloat16]))
 def test_u_du_equals_v_dv(backend, groups, dtype):
     """Both are the sum of P * u v, whatever the rounding of the products; per group."""
     p = make_problem(150, 48, 40, groups, dtype, device=require(backend, dtype))
@@ -113,10 +110,11 @@ def test_u_du_equals_v_dv(backend, groups, dtype):
     assert left.abs().min() > 1e-3  # not 0 = 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), backends_with(DTYPES))
 def test_two_runs_agree_bit_for_bit(backend, dtype):
-    p = make_problem(394, 100, 70, 2, dtype, device=require(backend, dtype))
+    device = require(backend, dtype)
+    interpreted = backend == "triton" and device == "cpu"
+    p = make_problem(*((130, 50, 35) if interpreted else (394, 100, 70)), 2, dtype, device=device)
     first, second = solve(p, backend), solve(p, backend)
     for name in RESULTS:
         assert torch.equal(getattr(first, name), getattr(second, name)), name

@@ -138,7 +138,7 @@ def test_the_preflight_outlives_what_crashes_hangs_and_fails():
         "crash": "signal 11: it said nothing",
         "hangs": "no answer within 5 s",
     }
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 600
 
 
 def test_the_preflights_command_names_what_is_wrong(capsys, monkeypatch):

@@ -138,6 +138,7 @@ def test_a_step_learns_and_leaves_no_gradient(dtype):
     assert step.resident_bytes() == parameters + state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", [results.OURS_COMPILED, results.OFFICIAL_COMPILED])
 def test_compiled_steps_compute_what_eager_ones_do(implementation, monkeypatch):
     """Captured whole, with gradients; what inductor makes of the graph would take a minute here."""

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from torch import nn
 
 from benchmarks import cases, chunks, implementations, results, suite, test_layer, test_norm, timing
@@ -84,14 +84,13 @@ def test_chunks_run_one_after_another_whatever_fails(capsys):
 
 
 def test_a_chunk_that_hangs_is_ended_with_all_that_it_started(tmp_path, capsys):
-    """The child of the child too: it would write a file a second later."""
-    late = tmp_path / "late"
-    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(late)!r}).touch()"
+    """The child of the child too: as long as it lives it holds a lock."""
+    lock = tmp_path / "lock"
+    child = f"import fcntl, time; held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX); time.sleep(600)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     assert chunks.start([sys.executable, "-c", code], 1.5) == 124
     assert "ended after 1.5 s" in capsys.readouterr().err
-    time.sleep(4)
-    assert not late.exists()
+    FileLock(lock).acquire(timeout=120).lock.release()
     assert chunks.start([sys.executable, "-c", "import sys; sys.exit(3)"]) == 3
 
 

@@ -104,11 +104,6 @@ def test_one_step_of_the_triton_kernels_in_float32_has_the_error_of_the_plain_fo
     check_float32("triton", 0)
 
 
-@pytest.mark.slow
-def test_ten_steps_of_the_triton_kernels_in_float32_have_the_error_of_the_plain_formula():
-    check_float32("triton", 10)
-
-
 def adapter_only(state):
     """What the published code saves."""
     return {name: tensor for name, tensor in state.items() if any(part in name for part in ("head", "scale", "shift"))}

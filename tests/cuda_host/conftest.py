@@ -1,7 +1,9 @@
-"""The machine that the kernels run on here: a model of a GPU, on the CPU."""
+"""The machines that the kernels run on here: models of a GPU and of a Hopper GPU, on the CPU."""
 
 import pytest
 
+from tests.cuda_host.hopper import machine as hopper_machine
+from tests.cuda_host.hopper.machine import HopperMachine
 from tests.cuda_host.machine import Machine, build, compiler
 
 
@@ -11,3 +13,9 @@ def machine() -> Machine:
     if compiler() is None:
         pytest.skip("needs a C++ compiler (c++ or g++, or the one that CXX names)")
     return Machine(build())
+
+
+@pytest.fixture(scope="session")
+def hopper(machine) -> HopperMachine:
+    """The Hopper kernels in the same way."""
+    return HopperMachine(hopper_machine.build())

@@ -1,8 +1,12 @@
 """Faults that tests plant in the kernels' text, one at a time."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.cuda_host.machine import SOURCES
 
@@ -28,3 +32,13 @@ class Fault:
         assert text.count(self.old) == 1, f"{self.file} holds the text to change {text.count(self.old)} times"
         file.write_text(text.replace(self.old, self.new))
         return folder
+
+
+def parameters(faults: Iterable[Fault], *quick: str) -> list[Any]:
+    """To parametrise a test with: a test of every fault is slow, but for those of one ``quick`` fault of each class."""
+    titles = {f"{fault.seen_in}: {fault.name}": fault for fault in faults}
+    assert titles.keys() >= set(quick)
+    return [
+        pytest.param(fault, id=title, marks=() if title in quick else pytest.mark.slow)
+        for title, fault in titles.items()
+    ]

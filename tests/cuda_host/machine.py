@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from tests.oracle import Answer, Problem
@@ -37,33 +39,38 @@ def _cache() -> Path:
     return folder
 
 
-def _produce(command: list[str], target: Path) -> None:
-    """Run ``command -o target`` so that workers who do it at once all find a whole file."""
-    if target.exists():
-        return
-    handle, name = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
-    os.close(handle)
-    subprocess.run([*command, "-o", name], check=True)
-    os.replace(name, target)
+def _produce(command: list[str], target: Path) -> Path:
+    """Run ``command -o target`` unless the file is there; workers that want it at once wait for the first of them."""
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            subprocess.run([*command, "-o", f"{target}.part"], check=True)
+            os.replace(f"{target}.part", target)
+    return target
+
+
+def link(prefix: str, flags: tuple[str, ...], units: list[tuple[Path, tuple[Path, ...]]]) -> Path:
+    """A shared library of units, each with its folders of headers. What has not changed is not compiled again."""
+    cxx = compiler()
+    assert cxx is not None
+    version = subprocess.run([cxx, "--version"], check=True, capture_output=True).stdout
+
+    def compiled(unit: Path, includes: tuple[Path, ...]) -> Path:
+        command = [cxx, *flags, *(f"-I{folder}" for folder in includes)]
+        # the preprocessed text is all that an object depends on
+        text = subprocess.run([*command, "-E", "-P", "-xc++", str(unit)], check=True, capture_output=True).stdout
+        key = hashlib.sha256(version + " ".join(flags).encode() + text).hexdigest()[:20]
+        return _produce([*command, "-c", "-xc++", str(unit)], _cache() / f"{prefix}_{unit.stem}_{key}.o")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, *zip(*units, strict=True)))
+    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
+    return _produce([cxx, "-shared", *map(str, objects)], _cache() / f"{prefix}_{key}.so")
 
 
 def build(sources: Path = SOURCES, passes: tuple[str, ...] = PASSES, optimise: str = "-O2") -> Path:
-    """Passes of the kernels in ``sources`` as a shared library. What has not changed is not compiled again."""
-    cxx = compiler()
-    assert cxx is not None
-    command = [cxx, *FLAGS, optimise, f"-I{HERE / 'include'}", f"-I{sources}"]
-    version = subprocess.run([cxx, "--version"], check=True, capture_output=True).stdout
-    objects = []
-    for unit in (*(sources / f"{name}.cu" for name in passes), HERE / "model.cpp", HERE / "entry.cpp"):
-        # the preprocessed text is all that an object depends on
-        text = subprocess.run([*command, "-E", "-P", "-xc++", str(unit)], check=True, capture_output=True).stdout
-        key = hashlib.sha256(version + " ".join((*FLAGS, optimise)).encode() + text).hexdigest()[:20]
-        objects.append(_cache() / f"{unit.stem}_{key}.o")
-        _produce([*command, "-c", "-xc++", str(unit)], objects[-1])
-    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
-    library = _cache() / f"kernels_{key}.so"
-    _produce([cxx, "-shared", *map(str, objects)], library)
-    return library
+    """Passes of the kernels in ``sources`` as a shared library."""
+    units = [*(sources / f"{name}.cu" for name in passes), HERE / "model.cpp", HERE / "entry.cpp"]
+    return link("kernels", (*FLAGS, optimise), [(unit, (HERE / "include", sources)) for unit in units])
 
 
 class _Matrix(ctypes.Structure):

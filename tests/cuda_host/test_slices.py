@@ -100,7 +100,7 @@ def test_df_is_skipped_unless_asked_for(sliced):
 @pytest.mark.parametrize("kind", BUILDS)
 def test_the_workspace_stays_below_two_megabytes(kind, request):
     """For any layer; and it is used where there is a use for it."""
-    machine = request.getfixturevalue("machine" if kind == "general" else "hopper_as_it_is")
+    machine = request.getfixturevalue("machine" if kind == "general" else "hopper")
     most = 0
     sides = (1, 8, 100, 768, 4096, 16384, 2**20, 2**30)
     for n, k, groups in itertools.product(sides, sides, (1, 4)):
@@ -112,11 +112,6 @@ def test_the_workspace_stays_below_two_megabytes(kind, request):
                     most = max(most, asked)
     assert most > 1_800_000
     assert 4 * machine.workspace_floats("grad_scales", 197, 2**20, 768, 2**20) <= 1_900_000
-
-
-@pytest.fixture(scope="module")
-def hopper_as_it_is(machine) -> HopperMachine:
-    return HopperMachine(hopper_machine.build(passes=()))
 
 
 FAULTS = [
@@ -144,8 +139,10 @@ FAULTS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "file", "old", "new"), FAULTS)
+@pytest.mark.parametrize(
+    ("kind", "file", "old", "new"),
+    [FAULTS[0], *(pytest.param(*fault, marks=pytest.mark.slow) for fault in FAULTS[1:])],
+)
 def test_every_fault_is_noticed(machine, tmp_path, kind, file, old, new):
     sources = LOWERED.plant(tmp_path / "lowered")
     text = (sources / file).read_text()

@@ -6,7 +6,6 @@
 import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from rlrr_kernels.finetune import train
-from rlrr_kernels.finetune.distributed import launched, on_main
+from rlrr_kernels.finetune.distributed import launched
 from rlrr_kernels.finetune.trainer import Trainer
 from tests.finetune.runs import first_is_best, prepared
 
@@ -91,7 +90,6 @@ def main(folder):
     dist.all_gather_object(everything, found)
     if main_process:
         (folder / "found.json").write_text(json.dumps(everything))
-    on_main(launched(), lambda: (folder / "failing").write_text(str(time.time())))
     ready = prepared(folder, SIZES, out=folder / "broken")
     train(dataclasses.replace(ready, splits=dataclasses.replace(ready.splits, train=Unreadable(ready.splits.train))))
 

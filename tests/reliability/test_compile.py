@@ -115,7 +115,13 @@ def test_a_backend_asked_for_after_compiling_serves_without_recompiling():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("make_model", [small_vit, functools.partial(small_swin, depths=(1, 2))], ids=["vit", "swin"])
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        pytest.param(small_vit, id="vit"),
+        pytest.param(functools.partial(small_swin, depths=(1, 2)), id="swin", marks=pytest.mark.slow),
+    ],
+)
 def test_a_whole_model_has_the_loss_and_gradients_of_eager(make_model):
     model = stir(apply_rlrr(make_model(drop_path_rate=0.0)))
     run, counter = compiled(model, dynamic=False)
@@ -203,8 +209,7 @@ def test_compiled_autograd_runs_the_backward_passes():
     assert counters["compiled_autograd"]["captures"] == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("mode", ["default", pytest.param("reduce-overhead", marks=pytest.mark.slow)])
 def test_inductor_is_as_exact_as_eager(mode):
     module, x = make("block"), torch.randn(5, 16)
     run = torch.compile(module, fullgraph=True, mode=mode)

@@ -3,15 +3,9 @@
 import pytest
 
 from tests.reliability import data_parallel
-from tests.reliability.in_processes import check, outcomes
+from tests.reliability.in_processes import check, parameters
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return outcomes(data_parallel, tmp_path_factory)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", data_parallel.CASES)
+@pytest.mark.parametrize("name", parameters(data_parallel, "ddp_trains_as_one_process", "fsdp2_trains_as_one_process"))
 def test_two_processes(two, name):
     check(two, name)

@@ -63,7 +63,12 @@ def ours(program):
 
 @pytest.mark.parametrize(
     ("name", "merged", "strict"),
-    [("vit", False, False), ("vit", False, True), ("vit", True, False), ("swin", False, False)],
+    [
+        ("vit", False, False),
+        ("vit", False, True),
+        ("vit", True, False),
+        pytest.param("swin", False, False, marks=pytest.mark.slow),
+    ],
 )
 def test_exported_models_compute_the_same_at_any_batch(name, merged, strict):
     model = tuned(name)
@@ -207,6 +212,7 @@ for name in sys.argv[1:]:
 
 
 @QUIET
+@pytest.mark.slow
 def test_plain_programs_are_loaded_and_give_the_same_bits_where_the_package_is_not(tmp_path):
     paths = []
     for name in MODELS:

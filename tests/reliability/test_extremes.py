@@ -21,7 +21,17 @@ from rlrr_kernels import reference, rescaled_linear, use_backend
 from rlrr_kernels.backends import choice
 from tests.backends import test_numerics
 from tests.cuda_host.machine import LARGE, SMALL
-from tests.oracle import Answer, Problem, assert_close, check, device_of, differentiate, make_problem, require
+from tests.oracle import (
+    Answer,
+    Problem,
+    assert_close,
+    backends_with,
+    check,
+    device_of,
+    differentiate,
+    make_problem,
+    require,
+)
 from tests.reliability.properties.solvers import base_machine, hopper_machine, missing, own_instructions
 
 HALF, BF16, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -109,8 +119,7 @@ def assert_kinds(got: Answer, formula: Answer, exactly: bool, context: object) -
             assert ((ours == theirs) | (ours == 3)).all(), f"{where}: an infinity of the wrong sign"
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, BF16, HALF, DOUBLE], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), backends_with([SINGLE, BF16, HALF, DOUBLE], BACKENDS))
 def test_infinity_and_nan_go_where_the_formula_takes_them(backend, dtype):
     """One value in one tensor, in the first place and the last, among positive numbers, which keep infinities."""
     seen, shapes = 0, ((9, 6, 7, 3), (5, 1, 1, 1))

@@ -10,16 +10,20 @@ import pytest
 
 from rlrr_kernels import use_backend
 from rlrr_kernels.backends import choice
+from tests.once import once
 from tests.reliability.fork_probe import PROBLEMS, at_once, same, step
 
 
 @pytest.fixture(scope="module")
-def found():
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RLRR_BACKEND")}
-    command = [sys.executable, "-m", "tests.reliability.fork_probe"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def found(tmp_path_factory):
+    def probe(folder):
+        environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RLRR_BACKEND")}
+        command = [sys.executable, "-m", "tests.reliability.fork_probe"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "found").write_text(done.stdout.splitlines()[-1])
+
+    return json.loads((once(tmp_path_factory, "fork probe", probe) / "found").read_text())
 
 
 @pytest.mark.slow

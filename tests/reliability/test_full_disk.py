@@ -55,10 +55,13 @@ def full_from(number, code):
     return stack, mock.patch.object(files, "_write", failing(files._write, True))
 
 
-def test_a_disk_that_fills_at_any_write_keeps_a_run_that_goes_on(tmp_path):
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, id="each", marks=pytest.mark.slow), pytest.param(6, id="every sixth")]
+)
+def test_a_disk_that_fills_at_any_write_keeps_a_run_that_goes_on(tmp_path, step):
     expected = results(train(prepared(tmp_path, out=tmp_path / "whole", **SMALL), quiet=True))
     failed, out = 0, tmp_path / "run"
-    for number in range(100):
+    for number in range(0, 100, step):
         shutil.rmtree(out, ignore_errors=True)
         ready = prepared(tmp_path, **SMALL)
         renames, writes = full_from(number, CODES[number % len(CODES)])
@@ -68,7 +71,7 @@ def test_a_disk_that_fills_at_any_write_keeps_a_run_that_goes_on(tmp_path):
             break
         except OSError as error:
             failed, told = failed + 1, error
-        assert os.strerror(CODES[(number) % len(CODES)]) in str(told)
+        assert os.strerror(CODES[number % len(CODES)]) in str(told)
         if not out.exists():
             # before the first epoch: nothing is left, and there is nothing to go on from
             assert sorted(p.name for p in tmp_path.iterdir()) == ["whole"]
@@ -81,8 +84,7 @@ def test_a_disk_that_fills_at_any_write_keeps_a_run_that_goes_on(tmp_path):
         json.loads((out / "metrics.json").read_text())
         assert results(train(prepared(tmp_path, resume=out, **SMALL), quiet=True)) == expected, number
     # of two epochs: folder; adapter, state and metrics twice; metrics and curves at the end; each written and renamed
-    assert failed >= 12
-    print(f"{failed} writes that failed")
+    assert failed >= 12 // step
 
 
 def test_the_room_that_a_run_says_it_needs_is_what_it_takes(tmp_path, monkeypatch):

@@ -6,27 +6,21 @@ import sys
 import pytest
 
 from tests.reliability import tensor_parallel_2d, tensor_parallel_models
-from tests.reliability.in_processes import check, outcomes
+from tests.reliability.in_processes import check, parameters
+
+QUICK = (
+    "a_column_parallel_layer_equals_one_process",
+    "a_row_parallel_layer_equals_one_process",
+    "a_vit_trains_as_in_one_process",
+)
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return outcomes(tensor_parallel_models, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return outcomes(tensor_parallel_2d, tmp_path_factory, 4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", tensor_parallel_models.CASES)
+@pytest.mark.parametrize("name", parameters(tensor_parallel_models, *QUICK))
 def test_two_processes(two, name):
     check(two, name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", tensor_parallel_2d.CASES)
+@pytest.mark.parametrize("name", parameters(tensor_parallel_2d))
 def test_a_mesh_of_two_by_two(four, name):
     check(four, name, 4)
 

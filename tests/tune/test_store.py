@@ -117,7 +117,7 @@ def test_a_writer_waits_for_another(tmp_path):
         writer.join(0.5)
         assert writer.is_alive()
         assert not path.exists()
-    writer.join(60)
+    writer.join()
     assert writer.exitcode == 0
     assert entries(path) == {1: CONFIG}
 

@@ -16,6 +16,9 @@ A100, H100 = TARGETS["sm_80"], TARGETS["sm_90"]
 ALIGNED = {"m": 6304, "n": 2304, "k": 768}
 
 
+KERNELS = ("forward", "grad_input", "grad_scales")
+
+
 def _sample(kernel: str, row: Row, device: Device) -> list[Config]:
     """The tile that serves most shapes, the one kept last, and of 16-bit products the first with its sum split."""
     tiles = fitting_tiles(kernel, row.kind, row.path, row.x_size, row.weight_size, device)
@@ -24,25 +27,35 @@ def _sample(kernel: str, row: Row, device: Device) -> list[Config]:
     return [*configs, tiles[0].config(splits=2)] if split else configs
 
 
-def _cases(kernel: str, device: Device) -> list[dict]:
-    return [
+def _widest(kernel: str, row: Row, device: Device) -> list[Config]:
+    tiles = fitting_tiles(kernel, row.kind, row.path, row.x_size, row.weight_size, device)
+    return [max(tiles, key=lambda tile: tile.block_m * tile.block_n * tile.block_k).config()]
+
+
+@pytest.mark.parametrize(
+    ("arch", "kernels", "first", "choose"),
+    [
+        *(pytest.param(arch, KERNELS, 1, _widest, id=f"widest-{arch}") for arch in ("sm_80", "sm_90")),
+        *(
+            pytest.param(arch, (kernel,), None, _sample, id=f"{arch}-{kernel}", marks=pytest.mark.slow)
+            for arch in TARGETS
+            for kernel in KERNELS
+        ),
+    ],
+)
+def test_configurations_compile_without_spills(arch, kernels, first, choose):
+    device = TARGETS[arch]
+    cases = [
         case
-        for row in rows(device)
-        for config in _sample(kernel, row, device)
+        for kernel in kernels
+        for row in rows(device)[:first]
+        for config in choose(kernel, row, device)
         for case in search.compile_cases(
             kernel, row, config, dtype=row.dtype, weight_dtype=row.weight_dtype, path=row.path
         )
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["forward", "grad_input", "grad_scales"])
-@pytest.mark.parametrize("arch", TARGETS)
-def test_configurations_compile_without_spills(arch, kernel):
-    device = TARGETS[arch]
-    cases = _cases(kernel, device)
     reports = probe({"device": dataclasses.asdict(device), "cases": cases})
-    second_kernels = len(cases) if kernel == "grad_scales" else sum(case["config"]["splits"] > 1 for case in cases)
+    second_kernels = sum(case["kernel"] == "grad_scales" or case["config"]["splits"] > 1 for case in cases)
     assert len(reports) == len(cases) + second_kernels
     spilled = [r for r in reports if r["stack"] > 0]
     assert not spilled, "\n".join(str(r) for r in spilled)

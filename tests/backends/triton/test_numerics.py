@@ -10,6 +10,8 @@ from rlrr_kernels.backends.triton.config import Config, Device
 from tests.oracle import Answer, Problem, check, make_problem, strided
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
+#: Of float16 the suite of all backends has every shape too; beside bfloat16 no kernel has code of its own for it.
+DTYPES = [SINGLE, BF16, pytest.param(HALF, marks=pytest.mark.slow)]
 
 # small tiles, so that small problems meet many tiles, several splits and every kind of edge
 SMALL = Config(block_m=32, block_n=16, block_k=32, num_warps=4, num_stages=2)
@@ -29,21 +31,22 @@ SHAPES = [
     (1, 1, 1, 1),
     (1, 7, 5, 1),
     (33, 17, 19, 1),
-    (197, 10, 48, 1),  # a classifier's few outputs
-    (197, 48, 40, 3),  # groups of 16 rows: whole tiles
     (70, 30, 72, 3),  # groups of 10 rows: every tile of a group is cut short
-    (65, 130, 67, 1),
     (394, 32, 64, 1),  # many splits over the tokens
+    # with the heuristic's tiles the suite of all backends has these too
+    pytest.param(197, 10, 48, 1, marks=pytest.mark.slow),  # a classifier's few outputs
+    pytest.param(197, 48, 40, 3, marks=pytest.mark.slow),  # groups of 16 rows: whole tiles
+    pytest.param(65, 130, 67, 1, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k", "groups"), SHAPES)
 def test_shapes(triton_device, m, n, k, groups, dtype):
     check(p := make_problem(m, n, k, groups, dtype, device=triton_device), solve(p, SMALL, path="elements"))
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("m", "n", "k", "groups"),
     [(70, 40, 72, 1), (197, 48, 40, 3), (33, 64, 32, 2), (1, 16, 8, 1)],
@@ -59,21 +62,16 @@ def test_descriptor_path(triton_device, m, n, k, groups, dtype):
     [pair for pair in itertools.product([SINGLE, HALF, BF16], repeat=2) if pair[0] != pair[1]],
     ids=str,
 )
-@pytest.mark.parametrize("path", ["elements", "boxes"])
+@pytest.mark.parametrize("path", [pytest.param("elements", marks=pytest.mark.slow), "boxes"])
 def test_weight_of_another_dtype(triton_device, dtype, weight_dtype, path):
     p = make_problem(50, 48, 40, 3, dtype, weight_dtype, device=triton_device)
     check(p, solve(p, SMALL, path if triton_device == "cpu" else None))
 
 
-@pytest.mark.parametrize(("bias", "shift"), list(itertools.product([False, True], repeat=2)))
-def test_bias_and_shift_each_absent(triton_device, bias, shift):
-    p = make_problem(40, 20, 24, bias=bias, shift=shift, device=triton_device)
-    check(p, solve(p, SMALL, path="elements"))
-
-
-@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("m", "n", "k", "groups"), [(33, 17, 19, 1), (70, 30, 72, 3), (197, 48, 40, 3), (70, 64, 64, 1)]
+    ("m", "n", "k", "groups"),
+    [(33, 17, 19, 1), (70, 30, 72, 3), pytest.param(197, 48, 40, 3, marks=pytest.mark.slow), (70, 64, 64, 1)],
 )
 def test_the_form_for_mma_sync(monkeypatch, m, n, k, groups, dtype):
     """GPUs without wgmma keep W' on the right in grad_input: other code, the same results."""
@@ -82,12 +80,6 @@ def test_the_form_for_mma_sync(monkeypatch, m, n, k, groups, dtype):
     monkeypatch.setattr(launch, "INTERPRETED_DEVICE", Device((8, 0), 108, 166_912))
     assert not launch.INTERPRETED_DEVICE.has_wgmma
     check(p := make_problem(m, n, k, groups, dtype), solve(p, SMALL, "elements"))
-
-
-@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
-def test_the_heuristics_own_choice(triton_device, dtype):
-    p = make_problem(130, 72, 96, 3, dtype, device=triton_device)
-    check(p, solve(p, None, None))
 
 
 @pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
@@ -126,35 +118,19 @@ def test_each_path_only_where_it_can_load(triton_device):
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_power_of_two_scales_equal_a_prescaled_weight_bit_for_bit(triton_device, dtype, sign):
-    """1 + uv = 2 or 4 (or -2, -1/2) rounds nothing, so rescaling must change no bit of the product."""
+def test_negative_powers_of_two_equal_a_prescaled_weight_bit_for_bit(triton_device, dtype):
+    """1 + uv = -2 or -1/2 rounds nothing, so rescaling must change no bit of the product."""
     p = make_problem(50, 32, 48, 2, dtype, bias=False, shift=False, device=triton_device)
-    # u in {1, 3} and v = 1 give S in {2, 4}; u in {1, 0.5} and v = -3 give S in {-2, -0.5}
-    pick = torch.arange(32, device=triton_device)[:, None] % 2
-    p.scale_out = 1.0 + 2.0 * pick if sign > 0 else 1.0 - 0.5 * pick
-    p.scale_in = torch.full_like(p.scale_in, 1.0 if sign > 0 else -3.0)
+    p.scale_out = 1.0 - 0.5 * (torch.arange(32, device=triton_device)[:, None] % 2)
+    p.scale_in = torch.full_like(p.scale_in, -3.0)
     scale = 1 + p.scale_out * p.scale_in[0, 0, 0]
-    assert set(scale.flatten().tolist()) == ({2.0, 4.0} if sign > 0 else {-2.0, -0.5})
+    assert set(scale.flatten().tolist()) == {-2.0, -0.5}
     plain = make_problem(50, 32, 48, 2, dtype, bias=False, shift=False, device=triton_device)
     plain.weight = (plain.weight.float() * scale).to(dtype)
     plain.scale_out = torch.zeros_like(plain.scale_out)
     a, b = solve(p, SMALL, "elements"), solve(plain, SMALL, "elements")
     assert torch.equal(a.y, b.y)
     assert torch.equal(a.dx, b.dx)
-
-
-@pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
-@pytest.mark.parametrize("groups", [1, 3])
-def test_u_du_equals_v_dv(triton_device, groups, dtype):
-    """Both are the sum of P * u v, whatever the rounding of the products; per group."""
-    p = make_problem(150, 48, 40, groups, dtype, device=triton_device)
-    got = solve(p, SMALL, "elements")
-    left = (p.scale_out * got.du).double().view(groups, -1).sum(1)
-    right = (p.scale_in * got.dv).double().view(groups, -1).sum(1)
-    size = (p.scale_out * got.du).double().abs().sum()
-    assert (left - right).abs().max() < 1e-6 * size
-    assert left.abs().min() > 1e-3  # not 0 = 0
 
 
 def test_the_order_of_programs_does_not_matter(monkeypatch):
@@ -176,26 +152,6 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
     assert len(order) > 20
     for name in ("y", "dx", "du", "dv", "df"):
         assert torch.equal(getattr(forwards, name), getattr(reversed_, name)), name
-
-
-def test_infinity_and_nan_reach_only_what_they_should(triton_device):
-    """An edge tile's padding must not carry an inf or nan of one row into another."""
-    p = make_problem(35, 18, 21, device=triton_device)
-    p.x[3, 4], p.x[34, 20] = float("inf"), float("nan")
-    y = launch.forward(*p.forward_args, config=SMALL, path="elements")
-    finite = torch.isfinite(y).all(1)
-    assert not finite[3]
-    assert not finite[34]
-    assert finite.sum() == 33
-
-
-def test_df_is_skipped_unless_asked_for(triton_device):
-    p = make_problem(40, 20, 24, device=triton_device)
-    with_df = launch.grad_scales(p.dy, p.x, p.weight, p.scale_out, p.scale_in, True)
-    without = launch.grad_scales(p.dy, p.x, p.weight, p.scale_out, p.scale_in, False)
-    assert without[2].shape == (0,)
-    assert torch.equal(with_df[0], without[0])
-    assert torch.equal(with_df[1], without[1])
 
 
 @pytest.mark.gpu

@@ -10,15 +10,20 @@ import torch
 
 from rlrr_kernels.backends.triton import start as start_module
 from rlrr_kernels.backends.triton.start import ceil_div
+from tests.once import once
 
 
 @pytest.fixture(scope="module")
-def cases():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.backends.triton.start_probe"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {(c["case"], c["op"]): c for c in map(json.loads, done.stdout.splitlines())}
+def cases(tmp_path_factory):
+    def probe(folder):
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        command = [sys.executable, "-m", "tests.backends.triton.start_probe"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "cases").write_text(done.stdout)
+
+    lines = (once(tmp_path_factory, "start probe", probe) / "cases").read_text().splitlines()
+    return {(c["case"], c["op"]): c for c in map(json.loads, lines)}
 
 
 @pytest.mark.slow

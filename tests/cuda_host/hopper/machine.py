@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import subprocess
 from pathlib import Path
 
 from tests.cuda_host import machine as base
@@ -15,28 +13,12 @@ FLAGS = (*base.FLAGS, "-O3", "-Wno-psabi")
 
 
 def build(sources: Path = base.SOURCES, passes: tuple[str, ...] = base.PASSES) -> Path:
-    """The Hopper kernels as a shared library, ``passes`` from ``sources``, the rest as they are.
-
-    What has not changed is not compiled again.
-    """
-    cxx = base.compiler()
-    assert cxx is not None
-    version = subprocess.run([cxx, "--version"], check=True, capture_output=True).stdout
+    """The Hopper kernels as a shared library, ``passes`` from ``sources``, the rest as they are."""
     roots = {name: sources if name in passes else base.SOURCES for name in (*base.PASSES, "tensor_map")}
     units = [(root, root / "hopper" / f"{name}.cu") for name, root in roots.items()]
     units += [(base.SOURCES, HERE / f"{name}.cpp") for name in MODEL]
-    objects = []
-    for root, unit in units:
-        command = [cxx, *FLAGS, f"-I{HERE / 'include'}", f"-I{base.HERE / 'include'}", f"-I{root}"]
-        # the preprocessed text is all that an object depends on
-        text = subprocess.run([*command, "-E", "-P", "-xc++", str(unit)], check=True, capture_output=True).stdout
-        key = hashlib.sha256(version + " ".join(FLAGS).encode() + text).hexdigest()[:20]
-        objects.append(base._cache() / f"hopper_{unit.stem}_{key}.o")
-        base._produce([*command, "-c", "-xc++", str(unit)], objects[-1])
-    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
-    library = base._cache() / f"hopper_{key}.so"
-    base._produce([cxx, "-shared", *map(str, objects)], library)
-    return library
+    includes = (HERE / "include", base.HERE / "include")
+    return base.link("hopper", FLAGS, [(unit, (*includes, root)) for root, unit in units])
 
 
 class Unsupported(RuntimeError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda_host.faults import Fault
+from tests.cuda_host.faults import Fault, parameters
 from tests.cuda_host.hopper.machine import Description, HopperMachine, build
 from tests.cuda_host.machine import compiler
 
@@ -87,8 +87,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", parameters(FAULTS, "tensor_map: any rows"))
 def test_fault_is_noticed(tmp_path: Path, fault: Fault):
     if compiler() is None:
         pytest.skip("needs a C++ compiler")

@@ -94,15 +94,16 @@ def test_a_negative_seed_is_a_seed():
 
 @pytest.mark.parametrize("key", [(0, 0, 0), (1, 2, 3)])
 def test_fixing_the_draws_costs_less_than_50_microseconds(key):
+    """Of processor time, the least of many, so that other programs do not count."""
     from rlrr_kernels.finetune.data.images import random_draws
 
     best = float("inf")
     for _ in range(50):
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(20):
             with random_draws(*key):
                 pass
-        best = min(best, (time.perf_counter() - start) / 20)
+        best = min(best, (time.thread_time() - start) / 20)
     assert best < 50e-6
 
 
