@@ -73,14 +73,14 @@ void pack_rescaled_rows(const Layer& layer, int64_t first, int64_t from, int64_t
 // As pack_rescaled_cols; `whole`: all columns of the panel lie inside W, whose rows have no gaps.
 template <class Unit, class W, bool whole>
 void pack_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, Word* packed) {
-  const int64_t n = layer.n(), k = layer.k(), step = whole ? 1 : layer.weight.col_stride;
+  const int64_t n = layer.n(), k = layer.k(), group_rows = n / layer.groups, step = whole ? 1 : layer.weight.col_stride;
   const float *u = static_cast<const float*>(layer.u), *v = static_cast<const float*>(layer.v) + first;
   const int64_t count = whole ? panel_vectors : up(std::min(panel_cols, k - first), tile_cols) * tile_vectors;
   const auto row_of = [&](const auto* row, int64_t row_step, int64_t j) {
     return whole ? load(row + j * lanes) : load_row(row + j * lanes * row_step, row_step, k - first - j * lanes);
   };
   Vector scale_in[panel_vectors];
-  int64_t group = -1;
+  int64_t group_end = 0;  // of the rows that scale_in serves: a division for each row would cost as much as its W'
   for (int64_t unit = 0; unit < units; ++unit, packed += tile_cols) {
     Vector rows[panel_vectors][Unit::elements];
     for (int64_t e = 0; e < Unit::elements; ++e) {
@@ -89,8 +89,9 @@ void pack_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, W
         for (int64_t j = 0; j < count; ++j) rows[j][e] = zero();
         continue;
       }
-      if (group != layer.group_of(row)) {
-        group = layer.group_of(row);
+      if (row >= group_end) {
+        const int64_t group = layer.group_of(row);
+        group_end = (group + 1) * group_rows;
         for (int64_t j = 0; j < count; ++j) scale_in[j] = row_of(v + group * k, 1, j);
       }
       const Vector scale_out = broadcast(u[row]);
