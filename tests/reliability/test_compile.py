@@ -209,7 +209,8 @@ def test_compiled_autograd_runs_the_backward_passes():
     assert counters["compiled_autograd"]["captures"] == 1
 
 
-@pytest.mark.parametrize("mode", ["default", pytest.param("reduce-overhead", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_inductor_is_as_exact_as_eager(mode):
     module, x = make("block"), torch.randn(5, 16)
     run = torch.compile(module, fullgraph=True, mode=mode)
