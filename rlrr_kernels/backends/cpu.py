@@ -4,8 +4,8 @@ AVX2 and AVX-512 have kernels of their own for float32 and bfloat16; BLAS serves
 bfloat16's y and dx where there are AMX tiles. ``RLRR_CPU_CAPABILITY`` (baseline, avx2, avx512, avx512_bf16,
 amx) limits the instructions that they use; it is read once.
 
-With ``avx512_bf16`` subnormal numbers of bfloat16 (below 2**-126) count as zero, as operands and as results: so the
-instructions have it.
+With ``avx512_bf16`` and ``amx`` subnormal numbers of bfloat16 (below 2**-126) count as zero, as operands and as
+results: so the instructions have it.
 """
 
 from __future__ import annotations
