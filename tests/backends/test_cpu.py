@@ -11,19 +11,16 @@ import torch
 
 from benchmarks.implementations import IMPLEMENTATIONS, make_inputs, step
 from benchmarks.memory import peak_extra_bytes
-from rlrr_kernels.backends import choice, library
+from rlrr_kernels.backends import library
 from tests.backends.test_numerics import RESULTS, solve
 from tests.oracle import check, make_problem, require
+from tests.reliability.properties.solvers import own_instructions
+from tests.reliability.soak import LEVELS
 
 
 @pytest.fixture(autouse=True)
 def _built():
     require("cpu")
-
-
-def instructions() -> str:
-    """The most that the library uses here: the CPU's, or what RLRR_CPU_CAPABILITY allows."""
-    return choice.load("cpu").build().rpartition(" ")[2]
 
 
 # M, N, K, groups: across the kernels' tiles of 8 x 48 (6 x 16 with AVX2), cells of G of 192 rows, blocks of 200 units
@@ -48,7 +45,6 @@ def test_shapes_across_blocks(m, n, k, groups, dtype):
     check(p := make_problem(m, n, k, groups, dtype), solve(p, "cpu"))
 
 
-CAPABILITIES = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 CODE = """
 import torch
 from rlrr_kernels.backends import cpu
@@ -68,11 +64,11 @@ for pair in [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", LEVELS)
 def test_every_lower_capability(capability):
     """The code for other machines: read once, so in a process of its own."""
-    here = instructions()
-    if CAPABILITIES.index(capability) > CAPABILITIES.index(here):
+    here = own_instructions()
+    if LEVELS.index(capability) > LEVELS.index(here):
         pytest.skip(f"this CPU, or RLRR_CPU_CAPABILITY, goes as far as {here}")
     environment = os.environ | {"RLRR_CPU_CAPABILITY": capability}
     subprocess.run([sys.executable, "-c", CODE.format(capability=capability)], check=True, env=environment)
@@ -127,7 +123,7 @@ def test_extra_memory_is_under_a_twentieth_of_the_formulas(m, n, k, dtype, two_t
     extra = {name: peak_extra_bytes(lambda name=name: step(inputs, IMPLEMENTATIONS[name])) for name in IMPLEMENTATIONS}
     assert extra["formula"] > 2.9 * 4 * n * k  # the watch sees the formula's copies of W
     # where there are AMX tiles, BLAS multiplies bfloat16, and PyTorch holds its panels' results once more
-    amx = dtype is torch.bfloat16 and instructions() == "amx"
+    amx = dtype is torch.bfloat16 and own_instructions() == "amx"
     assert extra["rlrr_kernels"] < (0.3 if amx else 0.05) * extra["formula"]
 
 

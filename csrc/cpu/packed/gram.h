@@ -2,8 +2,8 @@
 //
 // G is cut into cells of rows of one group by columns, whose sizes depend on the layer alone. A thread packs a cell's
 // part of x in a scratch of its own and forms a few cells one below the other for a block of tokens; those beside them
-// follow, while their part of dy is in the second cache. Each cell has a place of its own for what it gives to du and to dv; these
-// are added up at the end, in an order that no thread changes.
+// follow, while their part of dy is in the second cache. Each cell has a place of its own for what it gives to du and
+// to dv; these are added up at the end, in an order that no thread changes.
 // Sums over tokens are in float32 for bfloat16 too, where a BLAS would round G or take float32 copies.
 #pragma once
 
