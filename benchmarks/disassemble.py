@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -97,8 +98,15 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def inspect(compiled: Any, disassemble: bool) -> dict[str, Any]:
-    """Registers, stack and shared memory; on request the product's loop, and how much code there is besides."""
+#: The copy engine's target in TTGIR: one stage of a buffer, as 1x64xf32.
+_BOX = re.compile(r"async_tma_copy_global_to_local.*-> !ttg\.memdesc<((?:\d+x)+)[a-z]+(\d+)")
+
+
+def inspect(compiled: Any, disassemble: bool, sass: bool = False) -> dict[str, Any]:
+    """Registers, stack and shared memory, and the bytes of a stage of each box that the copy engine fills.
+
+    ``disassemble``: also the product's loop, and how much code there is besides. ``sass``: also the machine code.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -109,10 +117,18 @@ def inspect(compiled: Any, disassemble: bool) -> dict[str, Any]:
             "stack": int(usage[2]),
             "shared": compiled.metadata.shared,
             "tensor_columns": getattr(compiled.metadata, "tmem_size", 0) or 0,
+            "boxes": [
+                math.prod(map(int, sides.split("x")[:-1])) * int(bits) // 8
+                for sides, bits in _BOX.findall(compiled.asm["ttgir"])
+            ],
         }
+        if disassemble or sass:
+            text = _tool("nvdisasm", "-c", file.name)
         if disassemble:
-            loop, total = product_loop(_tool("nvdisasm", "-c", file.name))
+            loop, total = product_loop(text)
             report |= {"loop": loop, "outside": total - len(loop)}
+        if sass:
+            report["sass"] = text
     return report
 
 
@@ -165,7 +181,7 @@ def main() -> None:
             torch.backends.cuda.matmul.allow_tf32 = arguments.pop("kind") == "tf32"
             dtype, weight_dtype = (getattr(torch, arguments.pop(key)) for key in ("dtype", "weight_dtype"))
             m, n, k, groups = (arguments.pop(key) for key in ("m", "n", "k", "groups"))
-            disassemble = arguments.pop("disassemble", False)
+            wanted = arguments.pop("disassemble", False), arguments.pop("sass", False)
             kernel = arguments.pop("kernel")
             if "config" in arguments:
                 arguments["config"] = configs.Config(**arguments["config"])
@@ -191,7 +207,7 @@ def main() -> None:
             else:
                 launch.grad_scales(dy, x, weight, u, v, True, **arguments)
             for result in compiled:
-                report = inspect(result, disassemble) | {"case": case, "index": index, "name": result.metadata.name}
+                report = inspect(result, *wanted) | {"case": case, "index": index, "name": result.metadata.name}
                 print(json.dumps(report), flush=True)
 
 

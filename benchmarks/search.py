@@ -29,7 +29,7 @@ from typing import Any, get_args
 
 from benchmarks.disassemble import CompilerEnded, as_case, probe
 from benchmarks.instructions import mix
-from benchmarks.search_space import GPUS, LAYERS, TARGETS, TOKENS, Row, rows, shapes, variants
+from benchmarks.search_space import GPUS, LAYERS, TARGETS, TOKENS, Row, kernels, rows, shapes, variants
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton import cost, tiles_table
 from rlrr_kernels.backends.triton.config import Config, Device
@@ -128,7 +128,7 @@ class Cache:
     def __init__(self, folder: Path, architecture: str, kernel: Kernel, python: str) -> None:
         self.python, self.version = python, triton_version(python)
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / f"{architecture}-{kernel}-{self.version}-{kernel_text(kernel)}.json"
+        self.file = folder / f"{architecture.replace(' ', '-')}-{kernel}-{self.version}-{kernel_text(kernel)}.json"
         self.known: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.architecture, self.kernel = architecture, kernel
 
@@ -196,18 +196,28 @@ def choose(seconds: dict[Config, list[float]], most: int = MOST, gain: float = G
     return chosen
 
 
-def search(cache: Cache, floor: Cache | None, limit: int | None) -> tuple[dict[str, list[Tile]], list[str]]:
-    """Row -> tiles to ship, and remarks on where the oldest Triton makes much of a difference."""
+def search(
+    cache: Cache, floor: Cache | None, limit: int | None, recount: Path | None = None
+) -> tuple[dict[str, list[Tile]], list[str]]:
+    """Row -> tiles to ship, and remarks on where the oldest Triton makes much of a difference.
+
+    ``recount``: a table, all of whose tiles are kept and counted anew, for kernels that changed in no way that could
+    change the choice.
+    """
     kernel, architecture = cache.kernel, cache.architecture
-    gpus = [device for name, device in GPUS.values() if name == architecture]
-    wanted = {row: list(variants(kernel, row, TARGETS[architecture]))[:limit] for row in rows(TARGETS[architecture])}
+    target, devices = TARGETS[architecture], [device for part, device in GPUS.values() if part == architecture]
+    if recount:
+        table = json.loads(recount.read_text())["tiles"][architecture][kernel]
+        wanted = {row: [Tile(**tile).config() for tile in table[row.name]] for row in rows(target)}
+    else:
+        wanted = {row: list(variants(kernel, row, target))[:limit] for row in rows(target)}
     cache.compile((row, config, 1) for row, configs in wanted.items() for config in configs)
     usable = {row: {c: tile for c in some if (tile := cache.tile(row, c))} for row, some in wanted.items()}
-    seconds = {row: {c: times(kernel, row, t, gpus) for c, t in some.items()} for row, some in usable.items()}
+    seconds = {row: {c: times(kernel, row, t, devices) for c, t in some.items()} for row, some in usable.items()}
     splits = (1,) if kernel == "grad_scales" else (1, 2)
     checks = [check for check in (cache, floor) if check]
     while True:
-        chosen = {row: choose(some) for row, some in seconds.items()}
+        chosen = {row: list(some) if recount else choose(some) for row, some in seconds.items()}
         shipped = [(row, config, s) for row, some in chosen.items() for config in some for s in splits]
         for check in checks:
             check.compile(shipped)
@@ -253,7 +263,7 @@ def stale(file: Path) -> list[str]:
     return [
         f"{architecture} {kernel}"
         for architecture in TARGETS
-        for kernel in get_args(Kernel)
+        for kernel in kernels(architecture)
         if searched.get(architecture, {}).get(kernel, {}).get("kernel") != kernel_text(kernel)
     ]
 
@@ -264,6 +274,7 @@ def main() -> None:
     parser.add_argument("--kernel", action="append", choices=get_args(Kernel), help="repeatable; default: all")
     parser.add_argument("--floor", metavar="PYTHON", help="interpreter with the oldest supported Triton")
     parser.add_argument("--limit", type=int, help="tiles to try for a row, the promising first; default: all")
+    parser.add_argument("--recount", action="store_true", help="keep the table's tiles, count them anew")
     parser.add_argument("--cache", type=Path, default=Path("build/search"), help="default: build/search")
     parser.add_argument("--out", type=Path, default=tiles_table.FILE)
     parser.add_argument("--status", action="store_true", help="only name rows found with other kernels")
@@ -273,10 +284,10 @@ def main() -> None:
         print("\n".join(f"stale: {name}" for name in old) or "the table is that of these kernels")
         sys.exit(1 if old else 0)
     for architecture in arguments.arch or TARGETS:
-        for kernel in arguments.kernel or get_args(Kernel):
+        for kernel in (k for k in kernels(architecture) if k in (arguments.kernel or get_args(Kernel))):
             cache = Cache(arguments.cache, architecture, kernel, sys.executable)
             floor = Cache(arguments.cache, architecture, kernel, arguments.floor) if arguments.floor else None
-            tiles, remarks = search(cache, floor, arguments.limit)
+            tiles, remarks = search(cache, floor, arguments.limit, arguments.out if arguments.recount else None)
             versions = [c.version for c in (cache, floor) if c]
             result = {"kernel": kernel_text(kernel), "triton": versions, "remarks": remarks}
             as_json = {row: [dataclasses.asdict(tile) for tile in some] for row, some in tiles.items()}

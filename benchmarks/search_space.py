@@ -8,24 +8,30 @@ from dataclasses import dataclass
 from typing import get_args
 
 from rlrr_kernels.backends.triton.config import Config, Device
+from rlrr_kernels.backends.triton.cost import table_rows
 from rlrr_kernels.backends.triton.tiles_table import Arithmetic, Kernel, Path, row_name
 
-#: One GPU for each architecture to compile for, with the least shared memory among those its rows serve.
+#: One GPU for each part of the table to compile for, with the least shared memory among those its rows serve.
+#: On Hopper products have two, for compilers that can be trusted with W' in registers and for those that cannot.
 TARGETS: dict[str, Device] = {
     "sm_80": Device((8, 0), 108, 166_912),
     "sm_89": Device((8, 9), 142, 101_376),
     "sm_90": Device((9, 0), 132, 232_448),
+    "sm_90 shared": Device((9, 0), 132, 232_448, keeps_operands=False),
     "sm_100": Device((10, 0), 148, 232_448),
     "sm_120": Device((12, 0), 170, 101_376),
 }
 
-#: GPUs by name, from their data sheets: what the choice is made for, and what ``benchmarks.model`` prints.
+#: GPUs by name, from their data sheets: what the choice is made for, and what ``benchmarks.model`` prints. ``shared``:
+#: with a compiler that cannot be trusted with W' in registers.
 GPUS: dict[str, tuple[str, Device]] = {
     "a100": ("sm_80", Device((8, 0), 108, 166_912, 1.410e9, 40 * 2**20, 2.039e12)),
     "a40": ("sm_89", Device((8, 6), 84, 101_376, 1.740e9, 6 * 2**20, 0.696e12)),
     "l40s": ("sm_89", Device((8, 9), 142, 101_376, 2.520e9, 96 * 2**20, 0.864e12)),
     "h100": ("sm_90", Device((9, 0), 132, 232_448, 1.980e9, 50 * 2**20, 3.350e12)),
     "h200": ("sm_90", Device((9, 0), 132, 232_448, 1.980e9, 50 * 2**20, 4.800e12)),
+    "h100-shared": ("sm_90 shared", Device((9, 0), 132, 232_448, 1.980e9, 50 * 2**20, 3.350e12, keeps_operands=False)),
+    "h200-shared": ("sm_90 shared", Device((9, 0), 132, 232_448, 1.980e9, 50 * 2**20, 4.800e12, keeps_operands=False)),
     "b200": ("sm_100", Device((10, 0), 148, 232_448, 1.965e9, 126 * 2**20, 8.000e12)),
     "rtx5090": ("sm_120", Device((12, 0), 170, 101_376, 2.407e9, 96 * 2**20, 1.792e12)),
 }
@@ -79,6 +85,12 @@ KINDS: tuple[tuple[Arithmetic, str, str], ...] = (
 )
 
 
+def kernels(architecture: str) -> tuple[Kernel, ...]:
+    """Kernels that have a part of the table of their own for a key of :data:`TARGETS`."""
+    found: tuple[Kernel, ...] = get_args(Kernel)
+    return tuple(kernel for kernel in found if table_rows(kernel, TARGETS[architecture]) == architecture)
+
+
 def rows(device: Device) -> list[Row]:
     """Rows that the launcher can ask for on this GPU."""
     return [
@@ -119,6 +131,19 @@ _PRODUCTS: dict[str, _Sizes] = {
     ),
 }
 
+# W' on the right of wgmma, through shared memory: each step waits for its products, so two blocks should fit
+_PRODUCTS |= {
+    "half shared": (
+        *((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (32, 64, 64, 4, 4)),
+        *((256, 128, 64, 8, 3), (128, 64, 64, 4, 4), (128, 128, 64, 8, 4), (64, 64, 128, 4, 4), (128, 256, 64, 8, 3)),
+        *((16, 64, 128, 4, 4), (32, 64, 128, 4, 4), (64, 256, 64, 4, 3), (16, 64, 64, 4, 4)),
+    ),
+    "tf32 shared": (
+        *((128, 128, 32, 8, 3), (64, 64, 32, 4, 4), (128, 128, 32, 4, 3), (128, 64, 32, 4, 4), (32, 64, 32, 4, 4)),
+        *((64, 128, 32, 4, 4), (256, 128, 32, 8, 3), (16, 64, 64, 4, 4)),
+    ),
+}
+
 # features x depth of the tile of G, with the tokens of a step first
 _SCALES: dict[str, _Sizes] = {
     "half wgmma": (
@@ -140,7 +165,9 @@ _SPARE_BYTES = 4 * 1024
 
 def variants(kernel: Kernel, row: Row, device: Device) -> Iterator[Config]:
     """Tiles to try for a row, each with as many stages as fit."""
-    instructions = "wgmma" if device.has_wgmma else "mma"
+    instructions = (
+        "mma" if not device.has_wgmma else "wgmma" if kernel == "grad_scales" or device.weight_left else "shared"
+    )
     if row.path == "elements":
         key = "elements"
     elif row.kind == "ieee" or (row.kind == "tf32" and kernel == "grad_scales"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cuda_host.machine import PASSES, SOURCES
-from tests.cuda_host.sass import disassembled, disassembler
+from tests.sass import disassembled, disassembler
 
 #: Pass -> most instructions in the loop of whole tiles, the large one and the small one: what nvcc 13.0 made of it and
 #: 20 more. grad_input's hold the change to another group too, which most steps jump over, without its loads of v.

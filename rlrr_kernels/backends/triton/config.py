@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from rlrr_kernels.backends.triton import cost, tiles_table
+from rlrr_kernels.backends.triton import compiler, cost, tiles_table
 from rlrr_kernels.backends.triton.cost import Device, Prediction
 from rlrr_kernels.backends.triton.tiles_table import Arithmetic, Config, Kernel, Path, Product, Tile
 
@@ -76,7 +76,7 @@ def fitting_tiles(
     kernel: Kernel, kind: Arithmetic, path: Path, x_size: int, weight_size: int, device: Device
 ) -> tuple[Tile, ...]:
     """The table's candidates that fit in the device's shared memory; sizes of an element in bytes."""
-    table = tiles_table.tiles(cost.family(device).architecture, kernel, kind, path, weight_size)
+    table = tiles_table.tiles(cost.table_rows(kernel, device), kernel, kind, path, weight_size)
     fitted = [_fit(kernel, tile, x_size, weight_size, device) for tile in table]
     found = tuple(tile for tile in fitted if tile)
     if not found:
@@ -253,4 +253,5 @@ def cuda_device(index: int) -> Device:
         clock_hz=getattr(p, "clock_rate", 0) * 1e3,
         l2_bytes=getattr(p, "L2_cache_size", 0),
         memory_bandwidth=bus,
+        keeps_operands=compiler.keeps_operands(),
     )

@@ -26,6 +26,7 @@ class Device:
 
     ``shared_memory``: bytes one block may opt in to. ``clock_hz``: the highest clock of the multiprocessors.
     ``l2_bytes``: size of the L2 cache. ``memory_bandwidth``: bytes a second of the GPU's memory.
+    ``keeps_operands``: whether the installed compiler can be trusted with wgmma's register operand (``compiler.py``).
     """
 
     capability: tuple[int, int]
@@ -34,11 +35,20 @@ class Device:
     clock_hz: float = 0.0
     l2_bytes: int = 0
     memory_bandwidth: float = 0.0
+    keeps_operands: bool = True
 
     @property
     def has_wgmma(self) -> bool:
         """Hopper and data-centre Blackwell: tensor cores that read shared memory, fed by the copy engine (TMA)."""
         return 9 <= self.capability[0] < 12
+
+    @property
+    def weight_left(self) -> bool:
+        """Whether W' is the left operand of its products: then it goes from registers to such tensor cores.
+
+        On the right it goes through shared memory there; ``mma.sync`` takes both sides from registers.
+        """
+        return self.has_wgmma and (self.keeps_operands or self.capability[0] > 9)
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,13 @@ def family(device: Device) -> Family:
     """The newest known family that is not newer than the device: a GPU of tomorrow is served too."""
     known = [c for c in FAMILIES if c <= device.capability]
     return FAMILIES[max(known, default=(8, 0))]
+
+
+def table_rows(kernel: Kernel, device: Device) -> str:
+    """The part of the tile table that serves a kernel on a device: products differ with the side that W' is on."""
+    architecture = family(device).architecture
+    through_shared = kernel != "grad_scales" and device.has_wgmma and not device.weight_left
+    return f"{architecture} shared" if through_shared else architecture
 
 
 def _clock(device: Device) -> float:

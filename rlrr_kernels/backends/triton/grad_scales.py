@@ -24,8 +24,10 @@ def halves(tile):
 def reduce_against_weight(g, w, u_col, v, dv_row, offs_n, in_n, offs_k, K, stride_wn, stride_wk):
     """Store the partial dv of one tile of G and return its partial du ``[rows]``."""
     in_k = offs_k < K
+    inside = in_n[:, None] & in_k[None, :]
     w_ptrs = w + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
-    p = g * tl.load(w_ptrs, mask=in_n[:, None] & in_k[None, :], other=0.0).to(tl.float32)
+    # outside the group and the matrix G is infinite or NaN where dy or x is: times a 0 of W it would be NaN
+    p = tl.where(inside, g, 0.0) * tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32)
     v_row = tl.load(v + offs_k, mask=in_k, other=0.0).to(tl.float32)
     tl.store(dv_row + offs_k, tl.sum(p * u_col[:, None], axis=0), mask=in_k)
     return tl.sum(p * v_row[None, :], axis=1)

@@ -116,10 +116,13 @@ def _boxes(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 
 def _vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
-    """u ``[N, 1]`` and v ``[groups, 1, K]`` as contiguous ``[N]`` and ``[groups, K]``, 32 bits at most."""
-    u, v = scale_out.squeeze(1), scale_in.squeeze(1)
-    if u.dtype is torch.float64 or v.dtype is torch.float64:
-        u, v = u.float(), v.float()
+    """u ``[N, 1]`` and v ``[groups, 1, K]`` as contiguous ``[N]``, 32 bits at most, and ``[groups, K]`` in float32.
+
+    The stages of a box of 32 elements of v in 16 bits would lie 64 bytes apart, where the copy engine wants 128.
+    """
+    u, v = scale_out.squeeze(1), scale_in.squeeze(1).float()
+    if u.dtype is torch.float64:
+        u = u.float()
     return u.contiguous(), v.contiguous()
 
 
@@ -191,7 +194,7 @@ def forward(
                 "HAS_BIAS": has_bias and splits == 1,
                 "HAS_SHIFT": has_shift and splits == 1,
                 "SPLIT": splits > 1,
-                "WEIGHT_LEFT": device.has_wgmma,
+                "WEIGHT_LEFT": device.weight_left,
                 "EVEN_K": k % bk == 0,
                 "PAIRED_BF16": _paired(weight),
                 **_constants(config, x, kind, boxes),
@@ -241,7 +244,7 @@ def grad_input(
             {
                 "ONE_GROUP": groups == 1,
                 "SPLIT": splits > 1,
-                "WEIGHT_LEFT": device.has_wgmma,
+                "WEIGHT_LEFT": device.weight_left,
                 "EVEN_N": (n // groups) % bn == 0,
                 "PAIRED_BF16": _paired(weight),
                 **_constants(config, dy, kind, boxes),

@@ -43,12 +43,13 @@ def widen(tile, PAIRED_BF16: tl.constexpr):
     """A tile as float32.
 
     ``PAIRED_BF16``: for bfloat16 on a GPU, two neighbours by one shift and one mask of the register
-    that holds both; the compiler takes three instructions.
+    that holds both; the compiler takes three instructions. ``&``: the first is written before the input
+    is read for the second.
     """
     if PAIRED_BF16:
         tile = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r",
+            "=&r,=r,r",
             [tile],
             dtype=tl.float32,
             is_pure=True,

@@ -7,7 +7,7 @@ import torch
 
 from rlrr_kernels.backends.triton import launch
 from rlrr_kernels.backends.triton.config import Config, Device
-from tests.oracle import Answer, Problem, check, make_problem, strided
+from tests.oracle import Answer, Problem, check, differentiate, make_problem, strided
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 #: Of float16 the suite of all backends has every shape too; beside bfloat16 no kernel has code of its own for it.
@@ -80,6 +80,23 @@ def test_the_form_for_mma_sync(monkeypatch, m, n, k, groups, dtype):
     monkeypatch.setattr(launch, "INTERPRETED_DEVICE", Device((8, 0), 108, 166_912))
     assert not launch.INTERPRETED_DEVICE.has_wgmma
     check(p := make_problem(m, n, k, groups, dtype), solve(p, SMALL, "elements"))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("path", ["elements", "boxes"])
+def test_an_infinity_stays_out_of_padding_and_of_the_next_group(triton_device, path):
+    """Tiles of 16 rows and 32 columns over groups of 40 rows and 72 columns: half of each last tile is not its own."""
+    if triton_device == "cuda" and path == "boxes" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("descriptors are for compute capability 9.0 and later")
+    p = make_problem(9, 80, 72, 2, device=triton_device)
+    for name in ("x", "weight", "scale_out", "scale_in", "dy"):
+        setattr(p, name, getattr(p, name).abs())
+    p.dy[4, 40], p.x[5, 71] = float("inf"), float("inf")
+    got, formula = solve(p, SMALL, path), differentiate(p, torch.float64)
+    for name in ("y", "dx", "du", "dv", "df"):
+        assert torch.equal(getattr(got, name).isposinf(), getattr(formula, name).isposinf()), name
+        assert not getattr(got, name).isnan().any(), name
+    assert formula.dv.isfinite().sum() == 71, "the first group's columns but for the last"
 
 
 @pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])

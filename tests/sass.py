@@ -1,4 +1,4 @@
-"""Reading the machine code of kernels that nvcc compiled."""
+"""Reading the machine code of compiled kernels: what ``nvdisasm -c`` prints."""
 
 import re
 import shutil
@@ -17,15 +17,19 @@ def disassembler() -> str | None:
     return str(path) if path.exists() else None
 
 
-def disassembled(cubin: Path, tool: str) -> dict[str, list[str]]:
-    """Kernel -> its instructions and labels, in order."""
-    sass = subprocess.run([tool, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+def parsed(text: str) -> dict[str, list[str]]:
+    """Kernel -> its instructions and labels (``.L_x_3``, or ``$name`` of a function that it calls), in order."""
     kernels: dict[str, list[str]] = {}
-    for line in sass.splitlines():
+    for line in text.splitlines():
         if start := re.match(r"\.text\.(\S+):", line):
             lines = kernels.setdefault(start[1], [])
-        elif label := re.match(r"(\.L_x_\d+):", line):
+        elif label := re.match(r"(\.L_x_\d+|\$\S+):", line):
             lines.append(label[1])
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             lines.append(instruction[1])
     return kernels
+
+
+def disassembled(cubin: Path, tool: str) -> dict[str, list[str]]:
+    """Kernel -> its instructions and labels, in order."""
+    return parsed(subprocess.run([tool, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout)

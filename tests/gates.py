@@ -1,0 +1,129 @@
+"""What must hold of every compiled kernel before it may be launched, read from its code: ``make gates``.
+
+For each Triton asked for, ``python -m tests.gates VERSION...`` compiles every tile that the package would launch with
+it on Hopper and prints a line: how many have a hazard (``hazards.py``), spill, want more shared memory than there is,
+or have boxes where the copy engine cannot put them. It does the same for W' in registers, which says what belongs in
+``backends/triton/compiler.py``. The exit status is 1 if a kernel that would be launched fails, or if a Triton that is
+listed there is not clean.
+
+Each VERSION is installed into ``build/triton`` first, beside PyTorch, which it need not fit: nothing is launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.disassemble import probe
+from benchmarks.search import compile_cases
+from benchmarks.search_space import TARGETS, Row, rows
+from rlrr_kernels.backends.triton.config import Config, Device, fitting_tiles
+from tests.hazards import hazards
+from tests.sass import parsed
+
+#: Where the copy engine may begin: each stage of a box, so their sizes too.
+BOX_BYTES = 128
+ROOT = Path(__file__).parents[1]
+
+
+def tiles(architecture: str, kernel: str, row: Row) -> list[Config]:
+    """Every tile of a row of the table, and the first once more with its sum split."""
+    device = TARGETS[architecture]
+    found = fitting_tiles(kernel, row.kind, row.path, row.x_size, row.weight_size, device)  # type: ignore[arg-type]
+    configs = [tile.config() for tile in dict.fromkeys(found)]
+    return configs if kernel == "grad_scales" else [*configs, found[0].config(splits=2)]
+
+
+def cases(architecture: str, kernel: str, row: Row, config: Config) -> list[dict[str, Any]]:
+    """A tile at each of its shapes, as ``probe`` takes it; on Hopper with its machine code."""
+    tensors = {"dtype": row.dtype, "weight_dtype": row.weight_dtype, "path": row.path}
+    sass = TARGETS[architecture].capability[0] == 9
+    return compile_cases(kernel, row, config, sass=sass, **tensors)  # type: ignore[arg-type]
+
+
+def wrong(report: dict[str, Any], device: Device) -> list[str]:
+    """Why a compiled kernel may not be launched; reads hazards where the report has machine code."""
+    found = []
+    if report["stack"]:
+        found.append(f"spills {report['stack']} bytes")
+    if report["shared"] > device.shared_memory:
+        found.append(f"takes {report['shared']} of {device.shared_memory} bytes of shared memory")
+    found += [f"a box's stages lie {size} bytes apart" for size in sorted(set(report["boxes"])) if size % BOX_BYTES]
+    if "sass" in report:
+        (lines,) = parsed(report["sass"]).values()
+        found += [f"hazard: {hazard}" for hazard in hazards(lines)]
+    return found
+
+
+def judged(architecture: str, kernel: str, python: str) -> list[list[str]]:
+    """For each kernel compiled of a part of the table, by two processes, what is wrong with it."""
+    device = TARGETS[architecture]
+    wanted = [
+        case
+        for row in rows(device)
+        for config in tiles(architecture, kernel, row)
+        for case in cases(architecture, kernel, row, config)
+    ]
+    requests = [{"device": dataclasses.asdict(device), "cases": part} for part in (wanted[::2], wanted[1::2])]
+    with ThreadPoolExecutor(2) as pool:
+        return [wrong(report, device) for half in pool.map(lambda r: probe(r, python), requests) for report in half]
+
+
+def launched(keeps_operands: bool) -> list[tuple[str, str]]:
+    """(part of the table, kernel) that are launched on Hopper."""
+    products = "sm_90" if keeps_operands else "sm_90 shared"
+    return [(products, "forward"), (products, "grad_input"), ("sm_90", "grad_scales")]
+
+
+def trusted(python: str) -> bool:
+    """Whether the package puts W' into registers with an interpreter's Triton."""
+    question = "from rlrr_kernels.backends.triton.compiler import keeps_operands; print(keeps_operands())"
+    answer = subprocess.run([python, "-c", question], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return answer.strip() == "True"
+
+
+def interpreter(version: str, folder: Path) -> str:
+    """This Python with another Triton in front of its own, installed into ``folder`` if it is not there."""
+    target = folder / version
+    if not (target / "triton").exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
+        subprocess.run([*command, f"triton=={version}"], check=True)
+    script = target / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{target}:$PYTHONPATH" exec "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def main() -> int:
+    """Print a table; 1 if something that can be launched is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.gates", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("version", nargs="*", help="of Triton; default: the installed one")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "triton", help="default: build/triton")
+    arguments = parser.parse_args()
+    bad = 0
+    heads = ("Triton", "kernel", "W'", "compiled", "wrong", "hazards", "launched")
+    print(f"| {' | '.join(heads)} |\n| --- | --- | --- | ---: | ---: | ---: | --- |")
+    for version in arguments.version or [None]:
+        python = interpreter(version, arguments.folder) if version else sys.executable
+        now = launched(trusted(python))
+        for part, kernel in dict.fromkeys((*now, ("sm_90", "forward"), ("sm_90", "grad_input"))):
+            found = judged(part, kernel, python)
+            failed = [lines for lines in found if lines]
+            hazardous = sum(any(line.startswith("hazard") for line in lines) for lines in failed)
+            side = "" if kernel == "grad_scales" else "shared memory" if part.endswith("shared") else "registers"
+            used = (part, kernel) in now
+            bad += used and bool(failed)
+            counts = (len(found), len(failed), hazardous, "yes" if used else "no")
+            print(f"| {' | '.join(map(str, (version or 'installed', kernel, side, *counts)))} |", flush=True)
+            for line in sorted({line for lines in failed for line in lines}) if used else ():
+                print(f"    {line}", flush=True)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

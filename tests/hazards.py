@@ -1,0 +1,227 @@
+"""Registers of a Hopper kernel that are used while a ``wgmma`` product still needs them, read from its machine code.
+
+``wgmma`` runs on beside the instructions that follow it. Until a wait says that it is done, nobody may write to the
+registers of its left operand, nor read or write those of its sums; the hardware does not look. Products are counted
+in groups: ``HGMMA ..., gsb0`` ends one, and ``WARPGROUP.DEPBAR.LE gsb0, n`` waits until n groups at most run.
+
+:func:`hazards` walks every path through a kernel, the first and the last step of its loops and its exits too, with
+the products in flight as its state. What it cannot read it refuses: an unknown way to branch is a ValueError. It is on
+the safe side where code is ambiguous: a predicated instruction counts as executed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+#: Registers that hold the left operand of one product: 64 x 32 bytes over 128 threads.
+LEFT = 4
+
+_PREDICATE = re.compile(r"@(!?)(U?P(?:T|\d+)) ")
+_PRODUCT = re.compile(r"[HQI]GMMA\.64x(\d+)x\d+\.(F32|F16|S32)\S* R(\d+), (?:R(\d+)\S*, )?(?:gdesc|\!?U?P)")
+_REGISTER = re.compile(r"\bR(\d+)\b")
+
+#: First operand read, not written.
+_READERS = re.compile(
+    r"ST|\w?SETP|RED\b|RED\.|BAR|SYNCS\.ARR|UTMA|UBLKCP|CCTL|R2UR|R2P|MEMBAR|BPT|NANOSLEEP|B2R|WARPSYNC"
+)
+#: What can leave the straight path, as CUDA's list of Hopper's instructions has it; most of it no kernel here has.
+_JUMPS = re.compile(r"(EXIT|KILL|RET|BRA|CALL|BSSY|BSYNC|BREAK|BRX|BRXU|JMP|JMX|JMXU|RPCMOV|RTT|BPT)\b")
+_LABELS = (".L", "$")
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A product in flight: the registers of its sums, and of its left operand if that is in registers."""
+
+    sums: range
+    left: range
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where a path is, and what it has behind it."""
+
+    line: int
+    groups: tuple[tuple[_Running, ...], ...] = ((),)  # oldest first, the last still open
+    budget: int | None = None  # registers that it may use
+    returns: tuple[int, ...] = ()  # lines that calls go back to, the innermost last
+
+
+def hazards(lines: Sequence[str]) -> list[str]:
+    """What a kernel does wrong on some path: ``"instruction: why"``, in order of the code.
+
+    ``lines``: instructions and labels, as :func:`tests.sass.parsed` gives them. Raises ValueError for control flow
+    that it does not know.
+    """
+    labels = {text: place for place, text in enumerate(lines) if text.startswith(_LABELS)}
+    joins = {
+        match[1]: labels[match[2]]
+        for text in lines
+        if (match := re.search(r"\bBSSY(?:\.\S+)? (B\d+), `\((\.L_x_\d+)\)", text))
+    }
+    found: set[tuple[int, str]] = set()
+    start = _State(0)
+    seen, open_ = {start}, [start]
+    while open_:
+        state = open_.pop()
+        if state.line >= len(lines):
+            raise ValueError(f"a path runs past the last instruction, {lines[-1]!r}")
+        text = lines[state.line]
+        found |= {(state.line, why) for why in _wrong(text, state)}
+        groups, budget = _groups(text, state.groups), _budget(text, state.budget)
+        for line, returns in _next(text, state, labels, joins):
+            after = _State(line, groups, budget, returns)
+            if after not in seen:
+                seen.add(after)
+                open_.append(after)
+    return [f"{lines[line]}: {why}" for line, why in sorted(found)]
+
+
+def products(lines: Sequence[str]) -> list[bool]:
+    """For each product of a kernel in order, whether its left operand comes from registers."""
+    return [bool(match[4]) for text in lines if (match := _PRODUCT.search(text))]
+
+
+def _product(text: str) -> _Running | None:
+    if "GMMA" not in text:
+        return None
+    match = _PRODUCT.search(text)
+    if match is None:
+        raise ValueError(f"expected a product as wgmma's are written, got {text!r}")
+    columns, kind, sums, left = int(match[1]), match[2], int(match[3]), match[4]
+    count = columns // (4 if kind == "F16" else 2)
+    return _Running(range(sums, sums + count), range(int(left), int(left) + LEFT) if left else range(0))
+
+
+def _groups(text: str, groups: tuple[tuple[_Running, ...], ...]) -> tuple[tuple[_Running, ...], ...]:
+    """The groups in flight after an instruction."""
+    if product := _product(text):
+        groups = (*groups[:-1], (*groups[-1], product))
+        return (*groups, ()) if "gsb0" in text else groups
+    if wait := re.search(r"WARPGROUP\.DEPBAR\S* gsb0, (0x[0-9a-f]+)", text):
+        *closed, last = groups
+        return (*closed[max(0, len(closed) - int(wait[1], 16)) :], last)
+    return groups
+
+
+def _budget(text: str, budget: int | None) -> int | None:
+    match = re.search(r"\bUSETMAXREG\.\S* (?:UP\d, )?(0x[0-9a-f]+)", text)
+    return int(match[1], 16) if match else budget
+
+
+def _next(
+    text: str, state: _State, labels: dict[str, int], joins: dict[str, int]
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Where a path can go on, and where the calls that it is in then return."""
+    guard = _PREDICATE.match(text)
+    bare = text[guard.end() :] if guard else text
+    constant = guard is not None and guard[2].endswith("PT")
+    never, always = constant and guard[1] == "!", guard is None or constant  # type: ignore[index]
+    jump = _JUMPS.match(bare)
+    if jump is None or never:
+        yield state.line + 1, state.returns
+        return
+    name, targets = jump[1], [labels[t] for t in re.findall(r"`\(([^)]+)\)", bare) if t in labels]
+    if name == "RET":
+        if not state.returns:
+            raise ValueError(f"a return without a call: {text!r}")
+        yield state.returns[-1], state.returns[:-1]
+    elif name in ("BRA", "CALL"):
+        if len(targets) != 1:
+            raise ValueError(f"expected one label of this kernel to branch to, got {text!r}")
+        yield targets[0], (*state.returns, state.line + 1) if name == "CALL" else state.returns
+        # besides its predicate a branch can ask the warp: BRA.DIV UR4, BRA.U UP0
+        always = always and bool(re.fullmatch(r"(BRA|CALL\.REL\.NOINC) `\([^)]+\)", bare))
+    elif name in ("BRX", "BRXU") and (listed := re.search(r"BRANCH_TARGETS ([^\"]+)", bare)):
+        for target in listed[1].split(","):
+            yield labels[target.strip()], state.returns
+    elif name in ("BSSY", "BSYNC", "BREAK"):
+        barrier = re.search(r"\bB\d+\b", bare)
+        if name == "BSYNC" and barrier and barrier[0] in joins:
+            yield joins[barrier[0]], state.returns
+        always = False
+    elif name != "EXIT":
+        raise ValueError(f"control flow that is not known here: {text!r}")
+    if not always:
+        yield state.line + 1, state.returns
+
+
+def _wrong(text: str, state: _State) -> Iterator[str]:
+    """What an instruction does that the products in flight, or the registers set aside, forbid."""
+    if text.startswith((*_LABELS, "@!PT ", "@!UPT ")):
+        return
+    new = _product(text)
+    written, read = (set(new.sums), set(new.left)) if new else (_written(text), _read(text))
+    if state.budget is not None and (used := max(written | read, default=-1)) >= state.budget:
+        yield f"R{used} is beyond the {state.budget} registers of this warpgroup"
+    running = [product for group in state.groups for product in group]
+    if not running:
+        return
+    if new:
+        for old in running:
+            if new.sums != old.sums and set(new.sums) & set(old.sums):
+                yield "its sums are part of those of a product in flight"
+            if set(new.sums) & set(old.left):
+                yield "its sums are the left operand of a product in flight"
+            if set(new.left) & set(old.sums):
+                yield "its left operand is being written by a product in flight"
+        return
+    if re.match(r"EXIT\b", re.sub(_PREDICATE, "", text)):
+        yield "ends while a product is in flight"
+    for old in running:
+        if written & set(old.left):
+            yield "writes to the left operand of a product in flight"
+        if written & set(old.sums):
+            yield "writes to the sums of a product in flight"
+        if read & set(old.sums):
+            yield "reads the sums of a product in flight"
+
+
+def _parts(text: str) -> tuple[str, list[str]]:
+    """Opcode and operands, without the predicate and without predicates that are results."""
+    bare = re.sub(_PREDICATE, "", text)
+    opcode, _, rest = bare.partition(" ")
+    operands = [operand.strip() for operand in rest.split(",") if operand.strip()]
+    while operands and re.fullmatch(r"U?P(T|\d+)", operands[0]):
+        operands = operands[1:]
+    return opcode, operands
+
+
+def _width(opcode: str) -> int:
+    """Registers of the datum that an instruction moves or makes."""
+    if re.search(r"\.256\b", opcode):
+        return 8
+    if re.search(r"\.128\b", opcode) or opcode.endswith(".4"):
+        return 4
+    if re.search(r"\.64\b|\.WIDE\b|\.F64\b", opcode) or opcode.endswith(".2"):
+        return 2
+    if re.match(r"D(ADD|MUL|FMA)\b|CS2R\b(?!\.32)", opcode):
+        return 2
+    return 1
+
+
+def _written(text: str) -> set[int]:
+    """General registers that an instruction writes."""
+    opcode, operands = _parts(text)
+    if not operands or _READERS.match(opcode):
+        return set()
+    first = re.match(r"R(\d+)\b", operands[0])
+    if first is None:
+        return set()
+    return set(range(int(first[1]), int(first[1]) + _width(opcode)))
+
+
+def _read(text: str) -> set[int]:
+    """General registers that an instruction reads: of addresses and wide data both halves, or all parts."""
+    opcode, operands = _parts(text)
+    stores = _READERS.match(opcode)
+    if operands and not stores and re.match(r"R\d+\b", operands[0]):
+        operands = operands[1:]
+    found: set[int] = set()
+    for operand in operands:
+        wide = 2 if operand.startswith(("[", "desc")) else _width(opcode) if stores else min(_width(opcode), 2)
+        for number in map(int, _REGISTER.findall(operand)):
+            found |= set(range(number, number + wide))
+    return found
