@@ -180,6 +180,18 @@ def test_beyond_every_edge_an_infinity_finds_no_zero(hopper, shape, multiprocess
         assert_as_infinite(p, got, sum(passes.values(), ()), f"{name} at {place}")
 
 
+@pytest.mark.parametrize("address", [0x400, 0x3FC00, 0x40400, 0x1038400, 0xFFFFFC00], ids=hex)
+def test_a_matrix_of_any_address_changes_no_other_field_of_its_descriptor(hopper, address):
+    """14 bits of an address in units of 16 bytes: in a cluster, addresses go on beyond 256 KiB."""
+    box = 64 * 128
+    assert hopper.matrix_descriptor(address, box) == (
+        address // 16 % 2**14  # start
+        | box // 16 << 16  # from 64 columns to the next
+        | 8 * 128 // 16 << 32  # from 8 rows to the next
+        | 1 << 62  # the 128-byte swizzle
+    )
+
+
 def test_descriptions_are_made_once_for_each_matrix(hopper):
     # Sizes of no other test: memory that another test gave back, under a shape it had, is rightly found described.
     p = make_problem(44, 168, 104, dtype=BF16)
