@@ -192,6 +192,13 @@ def test_a_matrix_of_any_address_changes_no_other_field_of_its_descriptor(hopper
     )
 
 
+def test_a_wait_that_never_ends_names_the_barrier_and_who_waits(hopper):
+    assert hopper.hang() == (
+        "block 1: nobody can go on, and no box is under way"
+        "; warp 0 waits for phase 0 of empty[0]; warp 5 waits for phase 0 of full[1]"
+    )
+
+
 def test_descriptions_are_made_once_for_each_matrix(hopper):
     # Sizes of no other test: memory that another test gave back, under a shape it had, is rightly found described.
     p = make_problem(44, 168, 104, dtype=BF16)
