@@ -149,7 +149,7 @@ class WholeCopies {
   const float* depth_scale_;
 };
 
-// `depths`: how many of the stage's there are, if not kWhole.
+// `depths`: how many of the stage's exist, where not all do.
 template <class Math, Inner kInner, class Tile, bool kWhole, class Stage>
 RLRR_DEVICE void multiply_stage(typename Tile::Accumulator& acc, const Stage& stage,
                                 const float (&feature_scale)[Tile::kColTiles][Math::kColumns], int depths,
@@ -183,24 +183,23 @@ template <class Math, Inner kInner, class Tile, class Stage, class Copies>
 RLRR_DEVICE void accumulate_steps(typename Tile::Accumulator& acc, const Product& p) {
   const Lane l = lane();
   const Start<Tile::kDepth> start(p);
-  int segment = start.segment, left_in_segment = start.of_segment - start.step;
-  const int last_depths = p.segment - (start.of_segment - 1) * Tile::kDepth;
+  int segment = start.segment, left_in_segment = p.segment - start.step * Tile::kDepth;
   float feature_scale[Tile::kColTiles][Math::kColumns];
   load_feature_scales<Math, Tile>(feature_scale, p, segment, l);
   Copies copies(p);
   pipeline<Tile::kStages>(
       p.steps, [&](int stage) { copies.copy_next(Stage(stage)); },
       [&](int stage) {
-        const bool last = --left_in_segment == 0;
-        if (!Copies::kWholeSteps && last && last_depths < Tile::kDepth) {
-          multiply_stage<Math, kInner, Tile, false>(acc, Stage(stage), feature_scale, last_depths, l);
+        if (!Copies::kWholeSteps && left_in_segment < Tile::kDepth) {
+          multiply_stage<Math, kInner, Tile, false>(acc, Stage(stage), feature_scale, left_in_segment, l);
         } else {
           multiply_stage<Math, kInner, Tile, true>(acc, Stage(stage), feature_scale, Tile::kDepth, l);
         }
+        left_in_segment -= Tile::kDepth;
         // forward has one segment
-        if (kInner == Inner::depth || !last) return;
+        if (kInner == Inner::depth || left_in_segment > 0) return;
         if (++segment == p.segments) return;
-        left_in_segment = start.of_segment;
+        left_in_segment = p.segment;
         load_feature_scales<Math, Tile>(feature_scale, p, segment, l);
       });
 }
