@@ -10,6 +10,7 @@ Environment:
     RLRR_BUILD_CPU, RLRR_BUILD_CUDA   0: do not build; 1: fail where it cannot be built
     CUDA_HOME                         the toolkit to use, before the PATH and pip's packages
     TORCH_CUDA_ARCH_LIST              default "8.0;9.0a", and PTX of the lowest for later GPUs
+    RLRR_DEBUG_WAITS                  1: Hopper kernels that end, and name the barrier, where one waits for ever
     CXX, MAX_JOBS                     the compiler; how many files to compile at once
 """
 
@@ -71,12 +72,17 @@ def host_compiler(cxx: list[str]) -> str:
     return [word for word in cxx if not word.startswith("-")][-1]
 
 
+def switch(variable: str) -> bool | None:
+    """A variable of the environment that is 1, 0 or not set."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{variable}: expected 0 or 1, got {value!r}")
+    return None if value == "" else value == "1"
+
+
 def wanted(name: str) -> bool | None:
     """RLRR_BUILD_<NAME>: True must be built, False must not, None if it can."""
-    value = os.environ.get(f"RLRR_BUILD_{name.upper()}", "")
-    if value not in ("", "0", "1"):
-        raise SystemExit(f"RLRR_BUILD_{name.upper()}: expected 0 or 1, got {value!r}")
-    return None if value == "" else value == "1"
+    return switch(f"RLRR_BUILD_{name.upper()}")
 
 
 def cuda_home() -> Path | None:
@@ -204,8 +210,11 @@ def build_cuda(build: Build, out: Path) -> None:
         host.append("-Wno-unused-parameter")  # the switch for it has nothing to switch
     commands = {s: [*nvcc, *general] for s in sorted((CSRC / "cuda").glob("*.cu"))}
     if hopper:
-        ninety = "-gencode=arch=compute_90a,code=sm_90a"
-        commands |= {s: [*nvcc, ninety] for s in sorted((CSRC / "cuda" / "hopper").glob("*.cu"))}
+        ninety = [
+            "-gencode=arch=compute_90a,code=sm_90a",
+            *(["-DRLRR_DEBUG_WAITS"] if switch("RLRR_DEBUG_WAITS") else []),
+        ]
+        commands |= {s: [*nvcc, *ninety] for s in sorted((CSRC / "cuda" / "hopper").glob("*.cu"))}
     commands |= dict.fromkeys(sorted((CSRC / "cuda").glob("*.cpp")), host)
     build.compile(commands)
     # the runtime is linked in: the driver is all that must match

@@ -14,7 +14,8 @@ import torch
 from rlrr_kernels.backends import choice
 
 ROOT = Path(__file__).parents[1]
-VARIABLES = ("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "RLRR_BUILD_CPU", "RLRR_BUILD_CUDA", "MAX_JOBS")
+BUILD = ("RLRR_BUILD_CPU", "RLRR_BUILD_CUDA", "RLRR_DEBUG_WAITS", "MAX_JOBS")
+VARIABLES = ("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", *BUILD)
 
 
 @pytest.fixture
@@ -80,6 +81,38 @@ def test_switches(setup, monkeypatch):
     monkeypatch.setenv("RLRR_BUILD_CPU", "yes")
     with pytest.raises(SystemExit, match="RLRR_BUILD_CPU: expected 0 or 1, got 'yes'"):
         setup.wanted("cpu")
+
+
+class Commands:
+    """Stands for a build: takes down what would be run."""
+
+    def __init__(self, torch: Path) -> None:
+        self.torch, self.cxx, self.torch_flags = torch, ["g++"], []
+        self.given: dict[Path, list[str]] = {}
+
+    def compile(self, commands: dict[Path, list[str]]) -> None:
+        self.given = commands
+
+    def link(self, sources: list[Path], libraries: list[str], out: Path) -> None:
+        assert sources == list(self.given)
+
+
+@pytest.mark.parametrize(("value", "defined"), [("1", True), ("0", False), ("", False)])
+def test_waits_are_bounded_in_the_hopper_kernels_where_asked_for(setup, monkeypatch, tmp_path, value, defined):
+    for file in ("bin/nvcc", "lib64/libcudart_static.a", "lib/libtorch_cuda.so"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("RLRR_DEBUG_WAITS", value)
+    setup.build_cuda(build := Commands(tmp_path), tmp_path / "out")
+    having = {source for source, command in build.given.items() if "-DRLRR_DEBUG_WAITS" in command}
+    assert having == (set((ROOT / "csrc" / "cuda" / "hopper").glob("*.cu")) if defined else set())
+
+
+def test_debug_waits_that_are_no_switch(setup, monkeypatch):
+    monkeypatch.setenv("RLRR_DEBUG_WAITS", "yes")
+    with pytest.raises(SystemExit, match="RLRR_DEBUG_WAITS: expected 0 or 1, got 'yes'"):
+        setup.switch("RLRR_DEBUG_WAITS")
 
 
 @pytest.fixture

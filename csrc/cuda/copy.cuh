@@ -14,7 +14,8 @@ struct Source {
   bool vectors;
 };
 
-// Zero-filled beyond the edge, so that a sum over padded depth adds 0 * 0 and never 0 * garbage.
+// Zero-filled beyond the edge, so that a sum over padded depth adds 0 * 0 and never 0 * garbage. Where one side of a
+// product ends there and the other does not, 0 * infinity is NaN: what uses it must leave it out.
 template <class Shared>
 RLRR_DEVICE void copy_vectors(Shared to, const Source& from, int64_t row, int64_t col, int rows, int cols) {
   using T = typename Shared::Element;

@@ -88,7 +88,7 @@ RLRR_DEVICE void add_shares(const char* shares, float* to, int count) {
 }
 
 template <class Staged, class Tile>
-RLRR_DEVICE void reduce_tile(const typename Tile::Accumulator& g, const Patch& p, float* du, float* dv) {
+RLRR_DEVICE void reduce_tile(typename Tile::Accumulator& g, const Patch& p, float* du, float* dv) {
   static_assert(Tile::kRows <= kThreads && Tile::kCols <= kThreads);
   const PatchShared<Staged, Tile> s;
   ptx::barrier();  // the last stages of the pipeline lie here and must have been read
@@ -96,6 +96,7 @@ RLRR_DEVICE void reduce_tile(const typename Tile::Accumulator& g, const Patch& p
   copy_floats<Tile::kRows>(s.u, p.u, p.rows);
   copy_floats<Tile::kCols>(s.v, p.v, p.cols);
   ptx::commit_copies();
+  if (p.rows < Tile::kRows || p.cols < Tile::kCols) Tile::clear_outside(g, p.rows, p.cols);
   ptx::wait_copies<0>();
   ptx::barrier();
   reduce_warp<Staged, Tile>(g, s);

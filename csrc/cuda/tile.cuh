@@ -40,6 +40,20 @@ struct Tile {
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
   }
+  // The sums outside rows x cols: infinities made NaN of the zeros that stand there.
+  RLRR_DEVICE static void clear_outside(Accumulator& acc, int rows, int cols) {
+    const Lane l = lane();
+    const int first_row = warp_row() + l.g, first_col = warp_col() + 2 * l.t;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kColTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const bool inside = first_row + 16 * i + e / 2 * 8 < rows && first_col + 8 * j + e % 2 < cols;
+          if (!inside) acc[i][j][e] = 0.0f;
+        }
+  }
 };
 
 // Which index of an operand's tile runs along its rows in shared memory.

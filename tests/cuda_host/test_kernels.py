@@ -223,6 +223,33 @@ def test_infinity_and_nan_reach_only_what_they_should(machine, dtype):
     assert finite.sum() == 33
 
 
+def with_infinity(p: Problem, name: str, place: int) -> Problem:
+    """Positive numbers, among which the infinity at this place of one tensor's storage stays one in every result."""
+    for positive in ("x", "dy", "weight", "scale_out", "scale_in"):
+        setattr(p, positive, getattr(p, positive).abs() + 0.25)
+    getattr(p, name).view(-1)[place] = float("inf")
+    return p
+
+
+def assert_as_infinite(p: Problem, got: Answer, names: tuple[str, ...], context: object) -> None:
+    """The results of these names are infinite where the formula's are, finite elsewhere, and nowhere NaN."""
+    exact = differentiate(p, torch.float64)
+    for name in names:
+        ours, theirs = getattr(got, name), getattr(exact, name)
+        assert torch.equal(ours.isposinf(), theirs.isposinf()), f"{name}, {context}"
+        assert torch.equal(ours.isfinite(), theirs.isfinite()), f"{name}, {context}"
+
+
+@pytest.mark.parametrize("multiprocessors", [SMALL, LARGE], ids=["small tiles", "large tiles"])
+@pytest.mark.parametrize(("dtype", "tf32"), [(BF16, False), (SINGLE, False), (SINGLE, True)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 120, 72, 3), (35, 18, 21, 1)], ids=["vectors", "elements"])
+def test_beyond_every_edge_an_infinity_finds_no_zero(machine, shape, dtype, tf32, multiprocessors):
+    """Tokens, depth, rows of a group of 40 and columns all end inside a tile: padding must not make NaN of it."""
+    for name, place in itertools.product(("x", "dy", "weight", "scale_out", "scale_in"), (0, -1)):
+        p = with_infinity(make_problem(*shape, dtype), name, place)
+        assert_as_infinite(p, machine.solve(p, multiprocessors, tf32=tf32), NAMES, f"{name} at {place}")
+
+
 def test_df_is_skipped_unless_asked_for(machine):
     p = make_problem(40, 20, 24)
     with_df, without = machine.solve(p), machine.solve(p, need_shift=False)

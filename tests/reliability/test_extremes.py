@@ -1,8 +1,9 @@
 """Values and sizes at the ends of what tensors can hold, on every backend: what the formula gives, they give.
 
-Two things are not as in the formula, and are held here as they are. Where a term is infinite, the GPU kernels may
-give NaN in the very place of an infinity: they pad edges with zeros, and may add W's infinities share by share. And
-the CPU kernels for bfloat16 take subnormal numbers for zero, as the AVX-512 instructions for bfloat16 do by design.
+Three things are not as in the formula. Where a term is infinite, the Triton kernels may give NaN in the very place of
+an infinity: they pad edges with zeros; that is held here as it is. Where GPU kernels share the tokens out among
+blocks, an infinity in W meets shares of G, and their signs may differ: NaN, where the formula has an infinity. And the
+CPU kernels for bfloat16 take subnormal numbers for zero, as the AVX-512 instructions for bfloat16 do by design.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def test_infinity_and_nan_go_where_the_formula_takes_them(backend, dtype):
                 getattr(p, name).view(-1)[place] = value
                 formula = differentiate(p, DOUBLE)
                 assert not all(getattr(formula, result).isfinite().all() for result in RESULTS)
-                exactly = backend in ("reference", "cpu")
+                exactly = backend != "triton"
                 assert_kinds(solve(p, backend), formula, exactly, f"{name} {value} at {place}, {shape}")
                 seen += 1
     assert seen == (21 if backend == "triton" else 42)
@@ -162,7 +163,7 @@ def test_overflow_is_infinite_where_the_formulas_is(backend, dtype, what):
     formula, wide = differentiate(p, dtype, keep=("weight", "scale_out", "scale_in")), differentiate(p, SINGLE)
     formula = Answer(formula.y, formula.dx, wide.du, wide.dv, wide.df)
     assert not all(getattr(formula, name).isfinite().all() for name in RESULTS)
-    assert_kinds(solve(p, backend), formula, backend in ("reference", "cpu"), what)
+    assert_kinds(solve(p, backend), formula, backend != "triton", what)
 
 
 def test_float16_overflows_only_if_the_sum_with_its_offset_does():

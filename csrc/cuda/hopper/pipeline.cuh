@@ -35,12 +35,12 @@ struct Place {
 
   // For the fetching side: whoever waits for the phase before the first one goes straight on.
   RLRR_DEVICE Barrier* claim(Ring<kStages>& ring, int bytes) const {
-    ptx::wait(&ring.empty[stage], phase ^ 1);
+    ptx::wait(&ring.empty[stage], phase ^ 1, "empty", stage);
     ptx::arrive_and_expect(&ring.full[stage], bytes);
     return &ring.full[stage];
   }
   // For the reading side: one arrival a warp.
-  RLRR_DEVICE void await(Ring<kStages>& ring) const { ptx::wait(&ring.full[stage], phase); }
+  RLRR_DEVICE void await(Ring<kStages>& ring) const { ptx::wait(&ring.full[stage], phase, "full", stage); }
   RLRR_DEVICE void release(Ring<kStages>& ring) const {
     ptx::warp_barrier();
     if (ptx::thread() % 32 == 0) ptx::arrive(&ring.empty[stage]);

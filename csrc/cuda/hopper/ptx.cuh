@@ -4,6 +4,10 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#ifdef RLRR_DEBUG_WAITS
+#include <cstdio>
+#endif
+
 #define RLRR_HOPPER_KERNEL __global__ void __launch_bounds__(::rlrr::hopper::kBlockThreads, 1)
 
 namespace rlrr::ptx {
@@ -36,8 +40,36 @@ RLRR_DEVICE void arrive_and_expect(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
 }
 // Until the phase of this parity is complete. A new barrier is in phase 0; the one before it counts
-// as complete.
-RLRR_DEVICE void wait(Barrier* barrier, uint32_t parity) {
+// as complete. `name[index]` is the barrier's, for RLRR_DEBUG_WAITS.
+#ifdef RLRR_DEBUG_WAITS
+RLRR_DEVICE bool is_complete(Barrier* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(done)
+      : "r"(address(barrier)), "r"(parity)
+      : "memory");
+  return done;
+}
+// Whoever waits has its first lane wait too. All who hang say so before the first of them ends the kernel.
+RLRR_DEVICE void wait(Barrier* barrier, uint32_t parity, const char* name, int index) {
+  constexpr int64_t kLongest = int64_t{1} << 33;  // cycles, four seconds or more
+  bool said = false;
+  for (const int64_t start = clock64(); !is_complete(barrier, parity);) {
+    const int64_t waited = clock64() - start;
+    if (thread() % 32 || waited < kLongest) continue;
+    if (!said)
+      printf("block %d, warp %d waits for ever: phase %u of %s[%d]\n", block(), thread() / 32, parity, name, index);
+    said = true;
+    if (waited > 2 * kLongest) __trap();
+  }
+}
+#else
+RLRR_DEVICE void wait(Barrier* barrier, uint32_t parity, const char*, int) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -48,6 +80,7 @@ RLRR_DEVICE void wait(Barrier* barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+#endif
 
 // Of `threads` threads of the block; 0 is __syncthreads' own.
 RLRR_DEVICE void named_barrier(int id, int threads) {

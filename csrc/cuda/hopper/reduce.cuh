@@ -43,16 +43,18 @@ RLRR_DEVICE void reduce_half(const float* sums, const char* boxes, RowShare& row
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int col = first + 8 * j;
+      const bool col_inside = col < cols;  // K is a multiple of 8
       const float2 v_pair =
-          col + 2 * l.t < cols ? ptx::load(reinterpret_cast<const float2*>(v + col + 2 * l.t)) : float2{0.0f, 0.0f};
+          col_inside ? ptx::load(reinterpret_cast<const float2*>(v + col + 2 * l.t)) : float2{0.0f, 0.0f};
       float2 dv_pair = {0.0f, 0.0f};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = swizzled(16 * l.warp + l.g + 8 * i, col % kBox / 8) + 4 * l.t;
         const float2 w = ptx::widen2<T>(ptx::load_shared<uint32_t>(boxes + col / kBox * kBoxBytes + at));
         const float* g = sums + col / 2 + 2 * i;
-        // beyond the group's rows stands another's dy, which may even be infinite
-        const float2 p = {rows.inside[i] ? g[0] * w.x : 0.0f, rows.inside[i] ? g[1] * w.y : 0.0f};
+        // beyond the group's rows stands another's dy; beyond the matrix 0, which infinities make NaN
+        const bool inside = rows.inside[i] && col_inside;
+        const float2 p = {inside ? g[0] * w.x : 0.0f, inside ? g[1] * w.y : 0.0f};
         rows.du[i] = ptx::fma(p.y, v_pair.y, ptx::fma(p.x, v_pair.x, rows.du[i]));
         dv_pair.x = ptx::fma(p.x, rows.u[i], dv_pair.x);
         dv_pair.y = ptx::fma(p.y, rows.u[i], dv_pair.y);

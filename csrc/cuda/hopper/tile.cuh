@@ -25,7 +25,8 @@ RLRR_DEVICE int swizzled(int row, int chunk) { return row * kRowBytes + ((chunk 
 // a box, and the next 64 of them are in the next.
 RLRR_DEVICE uint64_t matrix_descriptor(const char* shared, int next_box) {
   constexpr uint64_t kSwizzle128 = 1;
-  return ptx::shared_address(shared) >> 4 | static_cast<uint64_t>(next_box >> 4) << 16 |
+  // the field has 14 bits, and in a cluster addresses go on beyond it
+  return (ptx::shared_address(shared) >> 4 & 0x3fff) | static_cast<uint64_t>(next_box >> 4) << 16 |
          static_cast<uint64_t>(8 * kRowBytes >> 4) << 32 | kSwizzle128 << 62;
 }
 

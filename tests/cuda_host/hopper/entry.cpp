@@ -5,12 +5,35 @@
 
 #include "../ranges.h"
 #include "hopper/launch.h"
+#include "hopper/pipeline.cuh"
 #include "hopper/plan.h"
 #include "hopper/tensor_map.h"
+#include "hopper/tile.cuh"
 
 namespace rlrr::model {
 extern int64_t maps_encoded;
 }
+
+namespace rlrr::hopper {
+namespace {
+
+// The second block's fetching thread claims stages, of which no box lands and no reader releases any.
+RLRR_HOPPER_KERNEL hanging_kernel(RLRR_PARAMETER int) {
+  auto& ring = *reinterpret_cast<Ring<2>*>(ptx::swizzled_shared_memory());
+  if (ptx::block() == 0) return;
+  if (ptx::thread() == 0) ring.init(1);
+  ptx::barrier();
+  Place<2> place;
+  if (ptx::thread() == 0) {
+    for (int step = 0; step < 4; ++step, place.next()) place.claim(ring, 1024);
+  } else if (ptx::thread() / 32 == 5) {
+    place.next();
+    place.await(ring);
+  }
+}
+
+}  // namespace
+}  // namespace rlrr::hopper
 
 extern "C" {
 
@@ -25,6 +48,18 @@ int model_describe(const rlrr::Matrix* matrix, int64_t rows, int64_t cols, int b
                                 : rlrr::hopper::describe(map, *matrix, rows, cols, box_rows);
   std::memcpy(to, &map, sizeof map);
   return error;
+}
+
+// Of a matrix at this address of the shared window, where the machine need have none.
+uint64_t model_matrix_descriptor(uint32_t address, int next_box) {
+  const auto base = reinterpret_cast<uintptr_t>(rlrr::ptx::swizzled_shared_memory());
+  return rlrr::hopper::matrix_descriptor(reinterpret_cast<const char*>(base + address), next_box);
+}
+
+int model_hang() {
+  using rlrr::hopper::Ring;
+  rlrr::model::set_options({});
+  return rlrr::ptx::launch_warpgroups<rlrr::hopper::hanging_kernel>(2, sizeof(Ring<2>), nullptr, 0);
 }
 
 bool model_forward_supported(const rlrr::Forward* f) { return rlrr::hopper::supports(*f); }

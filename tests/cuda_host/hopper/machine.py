@@ -56,6 +56,17 @@ class HopperMachine(base.Machine):
         assert self.library.model_describe(ctypes.byref(matrix), *sizes, box_rows, ctypes.byref(made)) == 0
         return made
 
+    def matrix_descriptor(self, address: int, next_box: int) -> int:
+        """What wgmma takes for a matrix in the 128-byte swizzle, of any address of the shared window."""
+        function = self.library.model_matrix_descriptor
+        function.restype = ctypes.c_uint64
+        return int(function(ctypes.c_uint32(address), next_box))
+
+    def hang(self) -> str:
+        """What is said of a kernel whose second block waits for ever."""
+        assert self.library.model_hang() != 0
+        return str(self.library.model_message().decode())
+
     def tile_tokens(self, tokens: int, row_tiles: int, steps: int, multiprocessors: int = 132) -> int:
         """Tokens of the tile that forward or grad_input takes."""
         sizes = map(ctypes.c_int64, (tokens, row_tiles, steps))

@@ -24,6 +24,8 @@ struct Thread {
   void* operands;
   hopper::Barrier* barrier;
   uint32_t parity;
+  const char* name;  // the barrier's
+  int index;
 };
 
 struct IssuedProduct {

@@ -63,6 +63,18 @@ bool run_warp(int warp) {
   return any;
 }
 
+// Of each warp, at mbarriers, by its first lane: whoever waits has it wait too.
+std::string waits() {
+  std::string all;
+  for (size_t i = 0; i < machine.threads.size(); i += 32) {
+    const Thread& thread = machine.threads[i];
+    if (thread.state != State::at_phase) continue;
+    all += "; warp " + std::to_string(i / 32) + " waits for phase " + std::to_string(thread.parity) + " of " +
+           thread.name + "[" + std::to_string(thread.index) + "]";
+  }
+  return all;
+}
+
 bool run_block(int threads) {
   machine.begin_block();
   machine.threads.resize(threads);
@@ -85,7 +97,8 @@ bool run_block(int threads) {
     if (any) continue;  // a thread that paused ran before it did
     if (std::all_of(machine.threads.begin(), machine.threads.end(), done)) break;
     if (!machine.land_a_box()) {
-      machine.failure = "nobody can go on, and no box is under way";
+      machine.failure =
+          "block " + std::to_string(machine.block) + ": nobody can go on, and no box is under way" + waits();
       return false;
     }
   }
@@ -160,12 +173,14 @@ void pause() {
   leave();
 }
 
-void wait(hopper::Barrier* barrier, uint32_t parity) {
+void wait(hopper::Barrier* barrier, uint32_t parity, const char* name, int index) {
   Thread& thread = machine.threads[machine.current];
   phase_of(barrier);  // must exist
   if (is_complete(barrier, parity)) return;
   thread.barrier = barrier;
   thread.parity = parity;
+  thread.name = name;
+  thread.index = index;
   thread.state = State::at_phase;
   leave();
 }

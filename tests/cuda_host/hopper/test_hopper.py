@@ -7,6 +7,7 @@ import torch
 
 from tests.cuda_host.hopper.machine import Unsupported
 from tests.cuda_host.machine import BACKWARDS, FORWARDS, SHUFFLED
+from tests.cuda_host.test_kernels import assert_as_infinite, with_infinity
 from tests.oracle import Answer, check, make_problem
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -164,6 +165,38 @@ def test_infinity_reaches_only_what_it_should(hopper):
     got = hopper.solve(p, FEW, passes=("grad_scales",))
     assert torch.isfinite(got.dv[:, 0]).all(1).tolist() == [True, False, True]
     assert torch.isfinite(got.du[:, 0]).sum() == torch.isfinite(got.df).sum() == 239
+
+
+@pytest.mark.parametrize("multiprocessors", [FEW, MANY])
+@pytest.mark.parametrize("shape", [(70, 240, 72, 3), (70, 200, 136, 1), (70, 64, 200, 1)], ids=str)
+def test_beyond_every_edge_an_infinity_finds_no_zero(hopper, shape, multiprocessors):
+    """Tokens, depth, rows of a group and columns all end inside a tile: padding must not make NaN of it."""
+    passes = {"forward": ("y",), "grad_input": ("dx",), "grad_scales": ("du", "dv", "df")}
+    if shape[-1] > 1:
+        del passes["grad_input"]  # groups of no whole steps, which it refuses
+    for name, place in itertools.product(("x", "dy", "weight", "scale_out", "scale_in"), (0, -1)):
+        p = with_infinity(make_problem(*shape, dtype=BF16), name, place)
+        got = hopper.solve(p, multiprocessors, passes=tuple(passes))
+        assert_as_infinite(p, got, sum(passes.values(), ()), f"{name} at {place}")
+
+
+@pytest.mark.parametrize("address", [0x400, 0x3FC00, 0x40400, 0x1038400, 0xFFFFFC00], ids=hex)
+def test_a_matrix_of_any_address_changes_no_other_field_of_its_descriptor(hopper, address):
+    """14 bits of an address in units of 16 bytes: in a cluster, addresses go on beyond 256 KiB."""
+    box = 64 * 128
+    assert hopper.matrix_descriptor(address, box) == (
+        address // 16 % 2**14  # start
+        | box // 16 << 16  # from 64 columns to the next
+        | 8 * 128 // 16 << 32  # from 8 rows to the next
+        | 1 << 62  # the 128-byte swizzle
+    )
+
+
+def test_a_wait_that_never_ends_names_the_barrier_and_who_waits(hopper):
+    assert hopper.hang() == (
+        "block 1: nobody can go on, and no box is under way"
+        "; warp 0 waits for phase 0 of empty[0]; warp 5 waits for phase 0 of full[1]"
+    )
 
 
 def test_descriptions_are_made_once_for_each_matrix(hopper):

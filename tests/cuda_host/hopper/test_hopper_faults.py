@@ -15,11 +15,14 @@ FAULTS = [
         "readers wait for the wrong phase",
         "forward",
         "hopper/pipeline.cuh",
-        "full[stage], phase)",
-        "full[stage], phase ^ 1)",
+        "full[stage], phase,",
+        "full[stage], phase ^ 1,",
     ),
     Fault(
-        "fetches without a claim", "forward", "hopper/pipeline.cuh", "    ptx::wait(&ring.empty[stage], phase ^ 1);\n"
+        "fetches without a claim",
+        "forward",
+        "hopper/pipeline.cuh",
+        '    ptx::wait(&ring.empty[stage], phase ^ 1, "empty", stage);\n',
     ),
     Fault(
         "reads before boxes land",

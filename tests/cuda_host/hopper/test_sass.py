@@ -59,6 +59,30 @@ def _columns(lines: list[str]) -> int:
     return found.pop()
 
 
+WAITING = """
+#include "hopper/pipeline.cuh"
+RLRR_HOPPER_KERNEL waiting() {
+  auto& ring = *reinterpret_cast<rlrr::hopper::Ring<2>*>(rlrr::ptx::swizzled_shared_memory());
+  rlrr::hopper::Place<2>().await(ring);
+}
+"""
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_debug_build_says_what_waits_for_ever_and_ends_the_kernel(tmp_path, debug):
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    (tmp_path / "waiting.cu").write_text(WAITING)
+    command = ["nvcc", "-std=c++20", "-arch=compute_90a", "-ptx", f"-I{SOURCES}", "-o", "waiting.ptx", "waiting.cu"]
+    subprocess.run(command + ["-DRLRR_DEBUG_WAITS"] * debug, check=True, cwd=tmp_path)
+    ptx = (tmp_path / "waiting.ptx").read_text()
+    texts = [bytes(map(int, found.split(","))) for found in re.findall(r"\.b8 \S+\[\d+\] = \{([\d, ]+)\}", ptx)]
+    assert "mbarrier.try_wait" in ptx
+    assert ("%clock64" in ptx, "trap;" in ptx, "vprintf" in ptx) == (debug, debug, debug)
+    assert (b"full" in texts) is debug
+    assert any(b"block %d, warp %d waits for ever: phase %u of %s[%d]" in text for text in texts) is debug
+
+
 @pytest.mark.slow
 def test_nothing_is_spilled_or_serialised(compiled):
     name, log, kernels = compiled

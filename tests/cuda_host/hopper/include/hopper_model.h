@@ -17,7 +17,7 @@ uint32_t shared_address(const char* shared);
 void init(hopper::Barrier* barrier, int arrivals);
 void publish_barriers();
 void arrive(hopper::Barrier* barrier, int bytes);
-void wait(hopper::Barrier* barrier, uint32_t parity);
+void wait(hopper::Barrier* barrier, uint32_t parity, const char* name, int index);
 void named_barrier(int id, int threads);
 void copy_box(char* shared, const CUtensorMap& map, int row, int col, hopper::Barrier* full);
 
@@ -60,7 +60,9 @@ inline void init(Barrier* barrier, int arrivals) { model::init(barrier, arrivals
 inline void publish_barriers() { model::publish_barriers(); }
 inline void arrive(Barrier* barrier) { model::arrive(barrier, 0); }
 inline void arrive_and_expect(Barrier* barrier, int bytes) { model::arrive(barrier, bytes); }
-inline void wait(Barrier* barrier, uint32_t parity) { model::wait(barrier, parity); }
+inline void wait(Barrier* barrier, uint32_t parity, const char* name, int index) {
+  model::wait(barrier, parity, name, index);
+}
 inline void named_barrier(int id, int threads) { model::named_barrier(id, threads); }
 inline void warp_barrier() { model::together(model::WarpBarrier{}); }
 
