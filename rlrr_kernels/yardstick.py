@@ -21,6 +21,10 @@ from rlrr_kernels import reference
 #: Tokens of one float64 product, which bounds what it takes besides its result.
 _CHUNK = 8192
 
+#: Roundings of the largest element, in eps, by the bytes of one: to nearest; in another order of a sum; and where the
+#: exact answer is no better than what it judges.
+_ELEMENT_ROUNDINGS = {2: 0.5, 4: 16, 8: 256}
+
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
     """||got - exact|| / ||exact|| in float64; infinite if anything is not finite."""
@@ -126,9 +130,7 @@ def _judge(got: Tensor, name: str, exact: Tensor, plain: Tensor, more: float) ->
     error, bound = relative_error(got, exact), allowed(plain, exact, more)
     largest = exact.abs().max().clamp_min(1e-300)
     element, theirs = (float((t.double() - exact).abs().max() / largest) for t in (got, plain))
-    # half a unit in the last place of the largest 16-bit value; longer sums than that end in wider ones
-    eps = torch.finfo(plain.dtype).eps
-    element_bound = 4 * theirs + (eps / 2 if plain.dtype.itemsize == 2 else 16 * eps) + more
+    element_bound = 4 * theirs + _ELEMENT_ROUNDINGS[plain.dtype.itemsize] * torch.finfo(plain.dtype).eps + more
     ratio = max(error / bound, element / element_bound)
     if error > bound:
         return Judgement(ratio, f"{name}: error {error:.1e}, allowed {bound:.1e}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from rlrr_kernels import cachefile
 from rlrr_kernels._version import __version__
 from rlrr_kernels.check import record
 from rlrr_kernels.check.processes import Outcome, Task, run
@@ -138,6 +139,7 @@ def _keep(outcomes: Iterable[Outcome]) -> Path:
         if o.where is not None and o.verdict in ("right", "wrong")
     ]
     if findings:
+        cachefile.check_writable(path, record.FORMAT)
         record.add(path, findings)
         record.kept.cache_clear()
     return path

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ Verdict = Literal["right", "wrong", "not here", "not tried"]
 
 #: Signals that no kernel causes: somebody, or a system short of memory, ended the process.
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = {number.value: number.name for number in signal.Signals}
 
 
 class Task(NamedTuple):
@@ -115,16 +116,14 @@ def understood(task: Task, status: int | None, out: str, err: str, seconds: floa
     if status is None:
         reason = f"no answer within {seconds:g} s"
     elif status < 0:
-        reason = f"ended by {signal.Signals(-status).name}: {said}"
+        reason = f"ended by {_SIGNALS.get(-status, f'signal {-status}')}: {said}"
     else:
         reason = f"exit status {status}: {said}"
     verdict: Verdict = "wrong" if where is not None and -(status or 0) not in _FROM_OUTSIDE else "not tried"
     return Outcome(task, verdict, where, reason=reason)
 
 
-def run(
-    tasks: Sequence[Task], seconds: float, at_once: int, start: Callable[[Task, float], _Running] = _Running
-) -> Iterator[Outcome]:
+def run(tasks: Sequence[Task], seconds: float, at_once: int) -> Iterator[Outcome]:
     """Check each task, ``at_once`` of them at a time and ``seconds`` each at most; outcomes as they come.
 
     Closing it, or an interrupt, ends the processes that still run.
@@ -133,7 +132,7 @@ def run(
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                running.append(start(waiting.pop(0), seconds))
+                running.append(_Running(waiting.pop(0), seconds))
             for one in list(running):
                 outcome = one.outcome()
                 if outcome is not None:
