@@ -216,10 +216,10 @@ def layer_norm_kernels(x: Tensor) -> Any:
     asked = name == "triton"
     if (not asked and (name is not None or x.device.type != "cuda")) or x.numel() == 0:
         return None
-    module = choice.load("triton")
-    gone = module if isinstance(module, str) else None
-    if gone is None and not asked:
-        gone = choice.failed("triton", x.device, "layer_norm")
+    gone = None if asked else choice.failed("triton", x.device, "layer_norm")
+    if gone is None:
+        module = choice.load("triton")
+        gone = module if isinstance(module, str) else None
     refusal = gone
     if gone is None:
         from rlrr_kernels.backends.triton import layer_norm as kernels

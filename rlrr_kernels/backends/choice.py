@@ -113,15 +113,18 @@ def failed(name: str, device: torch.device, *passes: str) -> str | None:
     # not at import: the package's other parts come after this one
     from rlrr_kernels.check import record
 
-    subject = "cuda-hopper" if name == "cuda" and getattr(load(name), "HOPPER", False) else name
+    subject = "cuda-hopper" if name == "cuda" and os.environ.get("RLRR_CUDA_HOPPER") == "1" else name
     why = record.failure(subject, device, passes or record.PRODUCTS)
     return None if why is None else f"failed its check on this device: {why}"
 
 
-def gone(name: str, device: torch.device, *passes: str) -> str | None:
-    """Why a free choice takes the backend for no tensors of this device: not here, or :func:`failed`; else None."""
+def gone(name: str, device: torch.device) -> str | None:
+    """Why a free choice takes the backend for no tensors of this device: :func:`failed`, or not here; else None."""
+    why = failed(name, device)
+    if why is not None:
+        return why
     module = load(name)
-    return module if isinstance(module, str) else failed(name, device, *passes)
+    return module if isinstance(module, str) else None
 
 
 @functools.cache
@@ -174,7 +177,8 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
     refused: list[str] = []
 
     def fits(name: str) -> bool:
-        if refusal(name, x, weight) is None and failed(name, x.device) is None:
+        # in this order: what failed may not even survive being loaded
+        if failed(name, x.device) is None and refusal(name, x, weight) is None:
             return True
         if name not in refused:
             refused.append(name)

@@ -37,6 +37,18 @@ def test_auto_leaves_out_what_failed_and_says_so(file, wrong):
     assert (chosen, why) == ("reference", f"cpu failed its check on this device: {wrong}: y: not finite")
 
 
+def test_what_failed_is_not_even_loaded(file, monkeypatch):
+    """Its library may be what ends the process."""
+    keep(file, findings(wrong="forward"))
+    monkeypatch.setattr(choice, "_loaded", {"reference": choice.load("reference"), "cpu": "loaded"})
+    monkeypatch.setattr(
+        choice, "load", lambda name: choice._loaded.pop(name) if name == "cpu" else choice._loaded[name]
+    )
+    with pytest.warns(UserWarning, match="'reference' serves"):
+        assert backend_for(X, X) == "reference"
+    assert choice._loaded["cpu"] == "loaded"
+
+
 def test_what_is_proven_or_unchecked_serves(file):
     require("cpu")
     with warnings.catch_warnings():
@@ -66,9 +78,9 @@ def test_a_measured_rule_does_not_bring_it_back(file, monkeypatch):
 def test_cuda_is_judged_by_the_kernels_that_it_uses(monkeypatch):
     asked = []
     monkeypatch.setattr(record, "failure", lambda subject, device, passes: asked.append(subject))
-    for hopper in (False, True):
+    for hopper in ("0", "1"):
         choice.failed.cache_clear()
-        monkeypatch.setattr(choice, "load", lambda name, hopper=hopper: type("cuda", (), {"HOPPER": hopper}))
+        monkeypatch.setenv("RLRR_CUDA_HOPPER", hopper)
         choice.failed("cuda", torch.device("cuda:0"))
     choice.failed.cache_clear()
     assert asked == ["cuda", "cuda-hopper"]
