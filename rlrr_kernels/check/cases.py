@@ -20,8 +20,9 @@ from rlrr_kernels import yardstick
 from rlrr_kernels.backends import choice
 from rlrr_kernels.yardstick import Expected
 
-#: Tokens of the ViT-B layers: 64 images on a GPU, 2 on a CPU, whose float64 answers take most of the time.
-_TOKENS = {"cuda": 64 * 197, "cpu": 2 * 197}
+#: Tokens of the ViT-B layers: 32 images on a GPU, so that four processes at once fit in 8 GB; 2 on a CPU, whose
+#: float64 answers take most of the time.
+_TOKENS = {"cuda": 32 * 197, "cpu": 2 * 197}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EPS = 1e-6
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -72,7 +71,7 @@ class Where(NamedTuple):
             _device_name(device),
             _driver() if on_gpu else "none",
             torch.__version__,
-            importlib.metadata.version("triton") if subject == "triton" else "none",
+            _triton_version() if subject == "triton" else "none",
             __version__,
             subject,
             build_of(subject),
@@ -83,6 +82,14 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__
 
 
 @functools.cache

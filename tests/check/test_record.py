@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 from rlrr_kernels import info
 from rlrr_kernels.backends import library
@@ -81,6 +82,7 @@ def test_what_decides_which_kernels_run_is_part_of_the_build(monkeypatch):
     where = Where.of("cpu", CPU)
     assert (where.driver, where.triton_version, where.torch_version) == ("none", "none", torch.__version__)
     assert torch.backends.cpu.get_cpu_capability() in where.device
+    assert Where.of("triton", CPU).triton_version == triton.__version__
 
 
 @pytest.mark.parametrize(
