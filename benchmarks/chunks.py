@@ -85,7 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    wrong = check.failures(torch.device("cuda", torch.cuda.current_device()))
+    try:
+        wrong = check.failures(torch.device("cuda", torch.cuda.current_device()))
+    except OSError as error:  # the chunks' processes would not know what is wrong
+        print(f"bench-gpu: what the check found cannot be kept: {error}", file=sys.stderr)
+        return 2
     for name, reason in wrong.items():
         print(f"backend {name} is not measured, its check failed: {reason}", file=sys.stderr)
     failed = run(chunks, start)

@@ -101,6 +101,22 @@ def test_chunks_are_listed_and_a_wrong_one_is_named(capsys):
     assert "prefix: expected the start of a chunk's name (see --list), got 'vit'" in capsys.readouterr().err
 
 
+def test_what_cannot_be_kept_or_is_wrong_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(chunks, "start", lambda command: 0)
+    monkeypatch.setattr(chunks.check, "failures", lambda device: {"triton": "forward: off"})
+    assert chunks.main(["norm"]) == 1
+    assert "backend triton is not measured, its check failed: forward: off" in capsys.readouterr().err
+
+    def full(device):
+        raise OSError("no room")
+
+    monkeypatch.setattr(chunks.check, "failures", full)
+    assert chunks.main(["norm"]) == 2
+    assert capsys.readouterr().err == "bench-gpu: what the check found cannot be kept: no room\n"
+
+
 def test_without_a_gpu_one_line_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chunks.main([]) == 2
