@@ -1,25 +1,24 @@
 """The whole suite on a GPU, a process and a results file for each chunk: ``python -m benchmarks.chunks [PREFIX]``.
 
 A chunk takes under ten minutes on an H200, by estimate, and is ended after fifteen. Each of this package's backends
-shows first that it is right at small shapes (:mod:`benchmarks.preflight`); one that is not is not run.
-A prefix, as ``layer-vit_b``, ``norm`` or
-``step``, selects the chunks whose names start so; ``--list`` prints them.
+is checked first, unless it was before (`python -m rlrr_kernels check`); one that is wrong is not run.
+A prefix, as ``layer-vit_b``, ``norm`` or ``step``, selects the chunks whose names start so; ``--list`` prints them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import cases, preflight
+from benchmarks import cases
+from rlrr_kernels.check import cli as check
 
 FOLDER = Path(__file__).parent
 SUITES = {"layer": "test_layer.py", "norm": "test_norm.py", "launch": "test_launch.py", "step": "test_vit_step.py"}
@@ -29,13 +28,12 @@ SUITES = {"layer": "test_layer.py", "norm": "test_norm.py", "launch": "test_laun
 SECONDS = 900.0
 
 
-def command(chunk: str, failed_preflight: Mapping[str, str] | None = None) -> list[str]:
+def command(chunk: str) -> list[str]:
     """What measures a chunk and writes its results."""
     suite = FOLDER / SUITES[chunk.partition("-")[0]]
     regenerates = f"make bench-gpu CHUNK={chunk}"
     return [
         *(sys.executable, "-m", "pytest", str(suite), "-q"),
-        *("--failed-preflight", json.dumps(dict(failed_preflight or {}))),
         *("--chunk", chunk, "--results", "--results-command", regenerates),
     ]
 
@@ -54,9 +52,7 @@ def start(command: list[str], seconds: float = SECONDS) -> int:
             process.wait()
 
 
-def run(
-    chunks: Sequence[str], start: Callable[[list[str]], int], failed_preflight: Mapping[str, str] | None = None
-) -> list[str]:
+def run(chunks: Sequence[str], start: Callable[[list[str]], int]) -> list[str]:
     """Run each chunk, whatever became of those before it, and return those that failed.
 
     ``start`` runs a command and returns its exit status.
@@ -64,7 +60,7 @@ def run(
     failed = []
     for number, chunk in enumerate(chunks, 1):
         print(f"chunk {number} of {len(chunks)}: {chunk}", flush=True)
-        if start(command(chunk, failed_preflight)) != 0:
+        if start(command(chunk)) != 0:
             failed.append(chunk)
     return failed
 
@@ -89,10 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    wrong = preflight.failures()
+    try:
+        wrong = check.failures(torch.device("cuda", torch.cuda.current_device()))
+    except OSError as error:  # the chunks' processes would not know what is wrong
+        print(f"bench-gpu: what the check found cannot be kept: {error}", file=sys.stderr)
+        return 2
     for name, reason in wrong.items():
-        print(f"{name} is not measured, its preflight failed: {reason}", file=sys.stderr)
-    failed = run(chunks, start, wrong)
+        print(f"backend {name} is not measured, its check failed: {reason}", file=sys.stderr)
+    failed = run(chunks, start)
     if failed:
         print(f"chunks with a failed case, or not at their end: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed or wrong else 0

@@ -75,10 +75,9 @@ def test_chunks_run_one_after_another_whatever_fails(capsys):
 
     def start(command: list[str]) -> int:
         started.append(command[command.index("--chunk") + 1])
-        assert json.loads(command[command.index("--failed-preflight") + 1]) == {results.CUDA: "why"}
         return int(started[-1] == "norm")
 
-    assert chunks.run(["launch", "norm", "step-vit_b-64"], start, {results.CUDA: "why"}) == ["norm"]
+    assert chunks.run(["launch", "norm", "step-vit_b-64"], start) == ["norm"]
     assert started == ["launch", "norm", "step-vit_b-64"]
     assert "chunk 2 of 3: norm" in capsys.readouterr().out
 
@@ -100,6 +99,22 @@ def test_chunks_are_listed_and_a_wrong_one_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         chunks.main(["vit"])
     assert "prefix: expected the start of a chunk's name (see --list), got 'vit'" in capsys.readouterr().err
+
+
+def test_what_cannot_be_kept_or_is_wrong_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(chunks, "start", lambda command: 0)
+    monkeypatch.setattr(chunks.check, "failures", lambda device: {"triton": "forward: off"})
+    assert chunks.main(["norm"]) == 1
+    assert "backend triton is not measured, its check failed: forward: off" in capsys.readouterr().err
+
+    def full(device):
+        raise OSError("no room")
+
+    monkeypatch.setattr(chunks.check, "failures", full)
+    assert chunks.main(["norm"]) == 2
+    assert capsys.readouterr().err == "bench-gpu: what the check found cannot be kept: no room\n"
 
 
 def test_without_a_gpu_one_line_says_so(capsys, monkeypatch):
