@@ -20,7 +20,9 @@ OPS = ("forward", "grad_input", "grad_scales", "layer_norm")
 
 @dataclass(frozen=True)
 class Case:
-    """A problem; ``config`` and ``path`` None leave the choice to the launcher. ``boxes``: whether maps are expected.
+    """A problem; ``config`` and ``path`` None leave the choice to the launcher.
+
+    ``boxes``: whether products are to load by tensor maps (``grad_scales`` does where K is a multiple of 16).
 
     ``layout``, of x and dy: ``rows``, ``transposed``, ``expanded`` (a row for all), ``sum`` (one element for all),
     ``offset`` (4 elements from 16 bytes), ``padded`` (rows apart). ``current``: PyTorch's current GPU.
@@ -95,9 +97,13 @@ GRID = (
     Case("odd sizes", boxes=False, shape=(131, 250, 131, 2), ops=PRODUCTS),
     Case("odd sizes, float32", boxes=False, shape=(131, 250, 131, 2), dtype="float32", config=NARROW, ops=PRODUCTS),
     Case("groups that are no whole steps", shape=(128, 240, 128, 3), ops=("forward", "grad_scales")),
-    Case("slices that do not start at 16 bytes", boxes=False, shape=(64, 3 * 4100, 1030, 3), ops=("grad_scales",)),
-    Case("slices", shape=(64, 8192, 4096, 2), config=None, ops=("grad_scales",)),
-    *(Case(layout, layout=layout, config=None) for layout in ("padded", "transposed", "expanded", "sum", "offset")),
+    Case("slices that do not start at 16 bytes", boxes=False, shape=(128, 3 * 4100, 1030, 3), ops=("grad_scales",)),
+    Case("slices", shape=(64, 16_384, 8192, 2), config=None, ops=("grad_scales",)),
+    *(
+        Case(layout, shape=(2048, 768, 768, 1), layout=layout, config=None)
+        for layout in ("padded", "transposed", "sum", "offset")
+    ),
+    Case("expanded", boxes=False, shape=(2048, 768, 768, 1), layout="expanded", config=None),
     Case("many tokens", shape=(2**25 + 5, 16, 16, 1), config=Config(16, 16, 16, num_warps=1, num_stages=2)),
     Case("ViT-L fc1", shape=(50_432, 4096, 1024, 1), config=None),
     Case("ViT-B qkv of few tokens", shape=(197, 2304, 768, 3), config=None),

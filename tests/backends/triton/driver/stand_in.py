@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +84,8 @@ class Machine(TorchFunctionMode):
         value = int(parameter, 16)
         for first, size in self._known if len(parameter) == 16 and value >= 2**32 else ():
             if first <= value < first + size:
+                if first == 0:
+                    return f"memory+{value % 16}"
                 name = named.setdefault(first, f"new {sum(name.startswith('new') for name in named.values())}")
                 return name if value == first else f"{name}+{value - first}"
         return value
@@ -92,6 +94,11 @@ class Machine(TorchFunctionMode):
         """A CUDA graph's capture begins or ends on every stream."""
         self.capturing = on
         self._library.stand_in_capture(on)
+
+    def all_memory(self) -> None:
+        """Any address is the device's from here on, and the log tells no more of it than what 16 leaves."""
+        self._known = {(0, 2**63): torch.UntypedStorage(0)}
+        self._library.stand_in_memory(0, 2**63)
 
     def forget(self) -> None:
         """All memory that was the device's so far is no longer."""
@@ -161,8 +168,3 @@ class Machine(TorchFunctionMode):
         if place[0] and place[0] not in given and place not in self._known:
             self._known[place] = storage
             self._library.stand_in_memory(*place)
-
-
-def launches(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What of a log was launched."""
-    return [line for line in lines if line["call"] == "cuLaunchKernelEx"]

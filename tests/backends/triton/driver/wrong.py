@@ -22,12 +22,16 @@ def _map(t: torch.Tensor, **changed: Any) -> Callable[[], Any]:
     # 3.6's is called otherwise
     encode = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor
     address = t.data_ptr() + changed.get("offset", 0)
-    box, shape, strides = changed.get("box", [64, 64]), changed.get("shape", [128, 128]), changed.get("strides", [128, 1])
+    box, shape, strides = (
+        changed.get("box", [64, 64]),
+        changed.get("shape", [128, 128]),
+        changed.get("strides", [128, 1]),
+    )
     return lambda: encode(address, changed.get("swizzle", SWIZZLE_128), 2, BF16, box, shape, strides, 0)
 
 
 def calls(machine: Machine) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """(name, part of the reason that the driver must give, call); no reason: it must be accepted."""
+    """(name, part of the reason that the driver or the launcher must give, call); no reason: it must be accepted."""
     machine.device = cases.HOPPER
     machine._exchange(cases.HOPPER)
     t = torch.empty(128, 128, dtype=torch.bfloat16)
@@ -84,9 +88,33 @@ def calls(machine: Machine) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     active.get_current_stream = lambda device: stream(device) + 1
     yield "a stream of another device", "is not one of device 0", again
     active.get_current_stream = stream
+    yield from _while_capturing(machine, forward, handle)
     machine._exchange(cases.BLACKWELL)
     yield "a kernel of another device", "the kernel was loaded on device 0, current is 2", again
     machine._exchange(cases.HOPPER)
+
+
+def _while_capturing(machine: Machine, forward: Any, handle: Any) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    m, n, k, _ = cases.Case("").shape
+    larger = torch.empty(m + 16, k, dtype=torch.bfloat16)
+    given = cases.tensors(cases.Case("", dtype="float16"))
+    cold = cases.calls(cases.Case("", dtype="float16", ops=("forward",)), given)["forward"]
+
+    def load() -> None:
+        utils: Any = driver.active.utils
+        utils.load_binary(handle.name, handle.kernel, handle.metadata.shared, cases.HOPPER)
+
+    machine.capture(True)
+    yield "capture: a module", "a stream is capturing", load
+    yield "capture: a kept handle", "", forward
+    yield "capture: another size, for which the kernel is there", "", lambda: forward(x=larger)
+    expected = f"forward_kernel is not on the GPU yet for [{m}, {k}] float16, [{n}, {k}] float16"
+    yield "capture: a first use", expected, cold
+    machine.capture(False)
+    yield "capture over: the first use", "", cold
+    machine.capture(True)
+    yield "capture: warmed up", "", cold
+    machine.capture(False)
 
 
 def caught(call: Callable[[], Any]) -> Any:
