@@ -83,9 +83,9 @@ def _captured(
     handle = kernel.run(*operands, *numbers, grid=grid, warmup=True, **constants, **options)
     if handle.module is None:
         raise RuntimeError(
-            f"rlrr_kernels: {kernel.__name__} is not on the GPU yet for {_shapes(operands)}, and a CUDA graph's capture "
-            "cannot load it. Run the layer once with inputs of these shapes and dtypes, forward and backward, before "
-            "the capture"
+            f"rlrr_kernels: {kernel.__name__} is not on the GPU yet for {_shapes(operands)}, and a CUDA graph's "
+            "capture cannot load it. Run the layer once with inputs of these shapes and dtypes, forward and backward, "
+            "before the capture"
         )
     handle[(*grid, 1, 1)](*operands, *numbers, *constants.values())
     return handle

@@ -15,6 +15,7 @@ from rlrr_kernels.backends.triton.config import Config, Device
 DEVICES = (Device((9, 0), 132, 232448), Device((8, 0), 108, 166912), Device((12, 0), 170, 101376))
 HOPPER, AMPERE, BLACKWELL = range(3)
 
+SMALL = Config(64, 64, 64, num_warps=4, num_stages=3)
 OPS = ("forward", "grad_input", "grad_scales", "layer_norm")
 
 
@@ -37,14 +38,13 @@ class Case:
     offsets: str = "float32"  # of b and f; b None if "no bias"
     tf32: bool = False
     layout: str = "rows"
-    config: Config | None = Config(64, 64, 64, num_warps=4, num_stages=3)
+    config: Config | None = SMALL
     path: str | None = None
     device: int = HOPPER
     current: int = HOPPER
     ops: tuple[str, ...] = OPS
 
 
-SMALL = Config(64, 64, 64, num_warps=4, num_stages=3)
 NARROW = Config(64, 32, 32, num_warps=4, num_stages=2)
 PRODUCTS = OPS[:3]
 

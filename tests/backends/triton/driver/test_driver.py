@@ -1,7 +1,6 @@
 """Triton's own launcher on a driver that says no: every pass, load path, dtype and odd shape, twice each."""
 
 import json
-import os
 import subprocess
 import sys
 
