@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PACKAGE = Path(str(importlib.util.find_spec("rlrr_kernels").origin)).parent  # type: ignore[union-attr]
+PACKAGE = Path(str(importlib.util.find_spec("rlrr_kernels").origin)).parent
 #: What is resolved at import, as the source says, and the two that are not functions of torch.
 PARTS = re.findall(r'_part\("([\w.]+)"', (PACKAGE / "ops.py").read_text())
 OTHERS = {"_current_level": forward_ad, "_AutoDispatchBelowAutograd": torch._C}
@@ -41,11 +41,11 @@ def without(name: str) -> Any:
         def lacking(path: str) -> Any:
             return attrgetter(f"{path}_renamed" if path == name else path)
 
-        operator.attrgetter = lacking  # type: ignore[assignment, misc]
+        operator.attrgetter = lacking
     try:
         import rlrr_kernels
     finally:
-        operator.attrgetter = attrgetter  # type: ignore[misc]
+        operator.attrgetter = attrgetter
         if owner is not None:
             setattr(owner, name, part)
     return rlrr_kernels

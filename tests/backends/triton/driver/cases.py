@@ -84,7 +84,7 @@ _DTYPES = {
 #: Odd shapes in every dtype that takes boxes, layouts, paths and GPUs; tiles of the launcher's choice.
 GRID = (
     *(
-        Case(f"{shape}, {dtype}", shape=sizes, ops=PRODUCTS, **given)  # type: ignore[arg-type]
+        Case(f"{shape}, {dtype}", shape=sizes, ops=PRODUCTS, **given)
         for shape, sizes in _SHAPES.items()
         for dtype, given in _DTYPES.items()
     ),
@@ -157,14 +157,14 @@ def calls(case: Case, t: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]
     args: Any = (w, u, v)
 
     def layer_norm_passes() -> None:
-        s = v[0, 0]  # type: ignore[index]
-        y, mean, rstd = layer_norm.forward(x, w[0], None, s, s, 1e-6, x.dtype)  # type: ignore[arg-type, index, union-attr]
-        layer_norm.backward(y, x, mean, rstd, w[0], None, s, True)  # type: ignore[arg-type, index]
+        s = v[0, 0]
+        y, mean, rstd = layer_norm.forward(x, w[0], None, s, s, 1e-6, x.dtype)
+        layer_norm.backward(y, x, mean, rstd, w[0], None, s, True)
 
     found: dict[str, Callable[[], Any]] = {
-        "forward": lambda: launch.forward(x, *args, b, f, **chosen),  # type: ignore[arg-type]
-        "grad_input": lambda: launch.grad_input(dy, *args, **chosen),  # type: ignore[arg-type]
-        "grad_scales": lambda: launch.grad_scales(dy, x, *args, True, **tokens, **chosen),  # type: ignore[arg-type]
+        "forward": lambda: launch.forward(x, *args, b, f, **chosen),
+        "grad_input": lambda: launch.grad_input(dy, *args, **chosen),
+        "grad_scales": lambda: launch.grad_scales(dy, x, *args, True, **tokens, **chosen),
         "layer_norm": layer_norm_passes,
     }
     return {op: found[op] for op in case.ops}

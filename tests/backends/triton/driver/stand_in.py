@@ -149,7 +149,7 @@ class Machine(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.device.__get__:
             real = func(*args)
             return torch.device("cuda", self.device) if real.type == "cpu" else real
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":

@@ -121,7 +121,7 @@ def caught(call: Callable[[], Any]) -> Any:
     """grid, operands, numbers and constants of the launch that a call makes, which is not made."""
     found: list[Any] = []
     before = launch.start
-    launch.start = lambda kernel, *args: found.append(args)  # type: ignore[assignment]
+    launch.start = lambda kernel, *args: found.append(args)
     try:
         call()
     finally:
