@@ -76,12 +76,7 @@ class _RescaledLinear(torch.autograd.Function):
         bias: Tensor | None,
         shift: Tensor | None,
     ) -> Tensor:
-        _, weight_needs, u_needs, v_needs, _, _ = ctx.needs_input_grad
-        # x serves the gradients of W, u and v alone
-        ctx.save_for_backward(x if weight_needs or u_needs or v_needs else None, weight, scale_out, scale_in)
-        ctx.x_shape = x.shape
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.shift_dtype = None if shift is None else shift.dtype
+        _save(ctx, (x, weight, scale_out, scale_in, bias, shift))
         u, v = _canonical(scale_out, scale_in)
         rows = ops.rows(x)
         passes = ops.backend(x, weight) if ops.unobserved(x, weight, scale_out, scale_in, bias, shift) else ops
@@ -120,6 +115,16 @@ class _RescaledLinear(torch.autograd.Function):
         )
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+    x, weight, scale_out, scale_in, bias, shift = inputs
+    _, weight_needs, u_needs, v_needs, *_ = ctx.needs_input_grad
+    # x serves the gradients of W, u and v alone
+    ctx.save_for_backward(x if weight_needs or u_needs or v_needs else None, weight, scale_out, scale_in)
+    ctx.x_shape = x.shape
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.shift_dtype = None if shift is None else shift.dtype
+
+
 def _op(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
@@ -135,7 +140,10 @@ def _op(
         return ops.forward(*given)
 
 
-ops._library.impl("forward", _op, "Autograd")
+if hasattr(torch._C, "_AutoDispatchBelowAutograd"):
+    ops._library.impl("forward", _op, "Autograd")
+else:  # what torch promises to keep, tens of microseconds slower
+    torch.library.register_autograd("rlrr::forward", _RescaledLinear.backward, setup_context=_save, lib=ops._library)
 
 
 def _like(grad: Tensor | None, shape: torch.Size | None, dtype: torch.dtype) -> Tensor | None:

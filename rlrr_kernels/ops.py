@@ -19,7 +19,10 @@ the rest, under every backend's name but ``triton``.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +32,61 @@ from torch.autograd import forward_ad
 
 from rlrr_kernels.backends import choice
 from rlrr_kernels.reference import accumulation_dtype
+
+
+class _Probe(torch.autograd.Function):
+    """Refused under any transform of ``torch.func``, for which it lacks a ``setup_context``."""
+
+    @staticmethod
+    def forward(ctx: Any) -> None: ...
+
+
+def _transform() -> bool | None:
+    try:
+        _Probe.apply()
+    except RuntimeError:
+        return True
+    return None
+
+
+def _level() -> int:
+    try:
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+    except RuntimeError:  # no level has been entered
+        return -1
+    return 0
+
+
+def _without_memory(t: Tensor) -> bool:
+    try:
+        t.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _perhaps(*_: Any) -> bool:
+    """Where this torch cannot be asked, the op is called: microseconds slower, and always right."""
+    return True
+
+
+def _part(path: str, instead: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of torch that it does not promise to keep; ``instead`` of it, slower, what it promises."""
+    try:
+        return operator.attrgetter(path)(torch)  # type: ignore[no-any-return]
+    except AttributeError:
+        return instead
+
+
+_dispatch_modes = _part("_C._len_torch_dispatch_stack", _perhaps)
+_function_modes = _part("_C._len_torch_function_stack", _perhaps)
+_pre_dispatch_modes = _part("_ops._len_torch_dispatch_stack_pre_dispatch", _perhaps)
+_profiled = _part("_C._autograd._profiler_enabled", _perhaps)
+_traced = _part("_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+_zero = _part("Tensor._is_zerotensor", _perhaps)
+_transforms = _part("_C._functorch.peek_interpreter_stack", _transform)
+_mapped = _part("_C._functorch.is_legacy_batchedtensor", _without_memory)
+_dual = functools.partial(getattr, forward_ad, "_current_level") if hasattr(forward_ad, "_current_level") else _level
 
 
 def backend(x: Tensor, weight: Tensor) -> ModuleType:
@@ -49,23 +107,23 @@ def unobserved(*tensors: Tensor | None) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._is_tracing()
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms() is not None
+        or _profiled()
+        or _traced()
+        or _pre_dispatch_modes()
     ):
         return False
-    for t in tensors:
-        if t is not None and (type(t) not in PLAIN or t.is_meta or t.is_neg() or t._is_zerotensor()):
+    for t in tensors:  # noqa: SIM110 - a generator costs as much as all else here
+        if t is not None and (type(t) not in PLAIN or t.is_meta or t.is_neg() or _zero(t)):
             return False
     return True
 
 
 def transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode AD is at work, which only plain PyTorch is right under."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _transforms() is not None or _dual() >= 0
 
 
 # torch.compiler.assume_constant_result, which would import TorchDynamo and everything under it: traced, the first call
@@ -77,7 +135,7 @@ def recorded_for_others() -> bool:
     """Whether TorchScript's tracer or an ONNX exporter records, which know neither the ops nor autograd.Functions."""
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
-    return torch._C._is_tracing()
+    return _traced()  # type: ignore[no-any-return]
 
 
 def in_plain_torch(grad: Tensor) -> bool:
@@ -85,7 +143,7 @@ def in_plain_torch(grad: Tensor) -> bool:
     if torch.is_grad_enabled() or transformed():
         return True
     # what is_grads_batched=True maps by is no transform of torch.func's, and shows on the tensor alone
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
+    return not torch.compiler.is_compiling() and _mapped(grad)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -1,5 +1,9 @@
 """The registered ops: schemas, fakes, and what torch.library.opcheck says of them."""
 
+import json
+import re
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -9,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlrr_kernels import ops, rescaled_linear, use_backend
 from tests.oracle import BACKENDS, backends_with, make_problem, require
+from tests.without_probe import OTHERS, PACKAGE, PARTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -179,3 +184,38 @@ def test_backward_calls_the_backend_itself():
     ):
         y.backward(p.dy)
     assert p.x.grad is not None
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["_C._functorch.peek_interpreter_stack", "_AutoDispatchBelowAutograd"],
+        pytest.param(["none", *PARTS, *OTHERS], marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_without_any_one_private_part_of_torch_all_is_right(parts):
+    """Modes, profilers, tracers, transforms, gradients, dual numbers, on a torch that lacks one part after another."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.without_probe", *parts]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert list(found) == parts
+    for part, failure in found.items():
+        assert failure == "", f"without {part}: {failure}"
+
+
+def test_no_private_part_of_torch_is_asked_but_those_that_can_be_missing():
+    used = {
+        (path.name, part)
+        for path in PACKAGE.rglob("*.py")
+        for part in re.findall(r"\btorch\._(?!_)[\w.]+", path.read_text())
+    }
+    assert len(PARTS) == 8
+    assert used == {
+        ("functional.py", "torch._C"),
+        ("functional.py", "torch._C._AutoDispatchBelowAutograd"),
+        # not at a call: a type; assigning to a parameter; averaging weights
+        ("export.py", "torch._ops"),
+        ("linear.py", "torch._has_compatible_shallow_copy_type"),
+        ("ema.py", "torch._foreach_lerp_"),
+    }

@@ -17,7 +17,6 @@ from unittest import mock
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from rlrr_kernels import rescaled_linear
@@ -25,7 +24,8 @@ from rlrr_kernels.backends import choice
 from rlrr_kernels.backends.triton import launch, tuned
 from rlrr_kernels.backends.triton.config import Config, Device
 from rlrr_kernels.backends.triton.start import start
-from tests.backends.triton import start_probe
+from tests.backends.triton.driver import log as driver_log
+from tests.backends.triton.driver.stand_in import Machine
 from tests.oracle import make_problem
 
 #: Problems of several sizes, dtypes and groups: (M, N, K, groups, dtype of x, dtype of W).
@@ -136,24 +136,27 @@ def kernel_calls() -> list[Callable[[], None]]:
 
 def handles(found: dict[str, Any]) -> None:
     """Kernels' handles on a GPU that is not there: threads race to the first launch, a child inherits them."""
-    driver.set_active(start_probe.Driver())
     asked, run = [0], JITFunction.run
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked[0] += 1
         return run(self, *args, **kwargs)
 
-    def launches(act: Callable[[], Any]) -> list[str]:
-        start_probe.launches.clear()
-        act()
-        return sorted(map(repr, start_probe.launches))
-
     device = Device((9, 0), 132, 232_448)
+    machine = Machine([device])
+
+    def launches(act: Callable[[], Any]) -> list[str]:
+        machine.log()
+        act()
+        return sorted(map(repr, driver_log.launches(machine.log())))
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", counting))
+        stack.enter_context(machine)
+        stack.enter_context(torch._C.DisableTorchFunction())  # threads would not see the machine's tensors
+        machine.all_memory()
         for name, value in (("_device", device), ("_guard", contextlib.nullcontext())):
             stack.enter_context(mock.patch.object(launch, name, lambda *_, value=value: value))
-        stack.enter_context(mock.patch.object(launch, "interpreting", return_value=False))
         stack.enter_context(mock.patch.object(launch, "start", lambda *a: start(*a[:-1], None)))
         calls = kernel_calls()
         raced = launches(lambda: at_once(calls * 6))

@@ -56,6 +56,7 @@ class GPUs:
         # what a tensor without data cannot be asked for
         monkeypatch.setattr(launch, "_fits_boxes", lambda t: False)
         monkeypatch.setattr(launch, "_fits_vectors", lambda t: True)
+        monkeypatch.setattr(launch, "_copied", lambda path, *given, **_: (path, given[6]))
 
 
 @pytest.fixture
@@ -128,6 +129,7 @@ def test_choices_are_looked_up_for_the_tensors_device(gpus, name):
 def test_compiled_kernels_are_kept_for_each_device(monkeypatch):
     """One loaded on another GPU would fault there."""
     monkeypatch.setattr(start_module, "_handles", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     asked, started = [], []
 
     class Handle:

@@ -34,6 +34,7 @@ __all__ = [
     "arithmetic",
     "candidates",
     "choices",
+    "copy_pays",
     "cuda_device",
     "fitting_tiles",
     "forward_config",
@@ -155,6 +156,28 @@ def ranked(
         for choice in choices(kernel, tile, m, n, k, groups, kind, x_size, weight_size, device)
     ]
     return tuple(sorted(found, key=lambda choice: choice.prediction.seconds))
+
+
+def copy_pays(
+    kernel: Kernel,
+    m: int,
+    n: int,
+    k: int,
+    groups: int,
+    kind: Arithmetic,
+    path: Path,
+    better: Path,
+    x_size: int,
+    weight_size: int,
+    elements: int,
+    device: Device,
+) -> bool:
+    """Whether copying so many elements of x and dy first, to load tiles by ``better`` and not ``path``, is faster."""
+    now, then = (
+        ranked(kernel, m, n, k, groups, kind, by, x_size, weight_size, device)[0].prediction.seconds
+        for by in (path, better)
+    )
+    return then + cost.copy_seconds(elements * x_size, device) < now
 
 
 def forward_config(

@@ -217,6 +217,11 @@ def _from_l2(size: int, device: Device) -> float:
     return size / (L2_BYTES_PER_CYCLE * device.multiprocessors * _clock(device))
 
 
+def copy_seconds(size: int, device: Device) -> float:
+    """Seconds of a kernel of its own that reads and writes ``size`` bytes."""
+    return 2 * size / (device.memory_bandwidth or family(device).memory_bandwidth) + LAUNCH_SECONDS
+
+
 def _weight_passes(weight_bytes: int, waves: int, device: Device) -> int:
     """How often W comes from memory: once if half the L2 holds it, otherwise with each wave."""
     return 1 if weight_bytes <= (device.l2_bytes or family(device).l2_bytes) // 2 else max(1, waves)

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton import tuned
-from rlrr_kernels.backends.triton.config import Arithmetic, Config, Device, Path
+from rlrr_kernels.backends.triton.config import Arithmetic, Config, Device, Kernel, Path
 from rlrr_kernels.backends.triton.forward import forward_kernel
 from rlrr_kernels.backends.triton.grad_input import grad_input_kernel
 from rlrr_kernels.backends.triton.grad_scales import grad_scales_kernel, sum_partials_kernel
@@ -111,6 +111,38 @@ def _path(device: Device, kind: Arithmetic, *tensors: Tensor, boxes: bool = True
     return "vectors" if all(map(_fits_vectors, tensors)) else "elements"
 
 
+def _copied(
+    path: Path,
+    kernel: Kernel,
+    n: int,
+    k: int,
+    groups: int,
+    kind: Arithmetic,
+    device: Device,
+    activations: tuple[Tensor, ...],
+    others: tuple[Tensor, ...],
+    boxes: bool = True,
+) -> tuple[Path, tuple[Tensor, ...]]:
+    """A better path than ``path`` and the activations ``[M, K]`` or ``[M, N]``, copied; or both as they are.
+
+    They are copied where that pays: one number for all (a gradient of ``y.sum()``) or a transposed x would be
+    loaded by the element. W, which no copy would serve for long, is among the others.
+    """
+    if all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in activations):
+        return path, activations
+    copies = (t.new_empty(t.shape, device="meta") for t in activations)
+    better = _path(device, kind, *copies, *others, boxes=boxes)
+    if better == path:
+        return path, activations
+    fits = _fits_boxes if better == "boxes" else _fits_vectors
+    x, weight = activations[-1], others[0]
+    elements = sum(t.numel() for t in activations if not fits(t))
+    sizes = (x.element_size(), weight.element_size())
+    if not configs.copy_pays(kernel, x.shape[0], n, k, groups, kind, path, better, *sizes, elements, device):
+        return path, activations
+    return better, tuple(t if fits(t) else t.clone(memory_format=torch.contiguous_format) for t in activations)
+
+
 def _boxes(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(t, t.shape, t.stride(), [rows, cols])
 
@@ -172,6 +204,8 @@ def forward(
     device, kind = _device(x), _arithmetic(x.dtype)
     if path is None:
         path = _path(device, kind, x, weight, v)
+        if path != ("boxes" if device.has_wgmma else "vectors"):
+            path, (x,) = _copied(path, "forward", n, k, groups, kind, device, (x,), (weight, v))
     if config is None:
         problem = (m, n, k, groups, kind, path, x.element_size(), weight.element_size())
         config = tuned.find("forward", *problem, x.device.index) or configs.forward_config(*problem, device)
@@ -226,6 +260,8 @@ def grad_input(
         # a box that ran into the next group would bring its rows into the sum
         whole = groups == 1 or (n // groups) % configs.GROUP_STEP == 0
         path = _path(device, kind, dy, weight, boxes=whole)
+        if path != ("boxes" if device.has_wgmma else "vectors"):
+            path, (dy,) = _copied(path, "grad_input", n, k, groups, kind, device, (dy,), (weight,), boxes=whole)
     if config is None:
         problem = (m, n, k, groups, kind, path, dy.element_size(), weight.element_size())
         config = tuned.find("grad_input", *problem, dy.device.index) or configs.grad_input_config(*problem, device)
@@ -303,7 +339,10 @@ def grad_scales(
     given: dict[str, Any] = {"config": config, "split_tokens": split_tokens, "path": path}
     if path is None:
         # W is read once, after the loop, but into the same registers: boxes do not help it
-        path = _path(device, kind, dy, x, weight, boxes=_fits_vectors(weight))
+        boxed = _fits_vectors(weight)
+        path = _path(device, kind, dy, x, weight, boxes=boxed)
+        if path != ("boxes" if device.has_wgmma else "vectors"):
+            path, (dy, x) = _copied(path, "grad_scales", n, k, groups, kind, device, (dy, x), (weight,), boxes=boxed)
     if config is None or split_tokens is None:
         problem = (m, n, k, groups, kind, path, x.element_size())
         found = tuned.find("grad_scales", *problem, weight.element_size(), x.device.index)

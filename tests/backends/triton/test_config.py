@@ -15,6 +15,7 @@ from rlrr_kernels.backends.triton.config import (
     WORKSPACE_BYTES,
     Device,
     candidates,
+    copy_pays,
     fitting_tiles,
     forward_config,
     grad_input_config,
@@ -202,6 +203,18 @@ def test_the_workspace_bounds_the_token_splits_of_a_huge_gpu():
         assert math.ceil(50_432 / choice.split_tokens) * split <= WORKSPACE_BYTES
     chosen = every("grad_scales", 50_432, 4096, 1024, device=huge)[0]
     assert math.ceil(50_432 / chosen.split_tokens) > 1
+
+
+def test_a_copy_first_pays_for_many_tokens_and_not_for_few():
+    """At ViT-B's sizes loading by the element takes four times as long; a kernel that copies is a launch more."""
+    what = {"kind": "half", "path": "elements", "better": "boxes", "x_size": 2, "weight_size": 2, "device": H100}
+    for kernel in ("forward", "grad_input", "grad_scales"):
+        width = 3072 if kernel == "forward" else 768
+        assert copy_pays(kernel, 12_608, 768, 3072, 1, elements=12_608 * width, **what)
+        # the copy alone takes longer than the slow kernel: 3.35 TB/s, read and written
+        assert not copy_pays(kernel, 12_608, 768, 3072, 1, elements=450_000_000, **what)
+    assert not copy_pays("grad_scales", 16, 768, 768, 1, elements=16 * 768, **what)
+    assert cost.copy_seconds(3_350_000, H100) == pytest.approx(2e-6 + cost.LAUNCH_SECONDS)
 
 
 def test_arithmetic_follows_dtype_and_flag():

@@ -108,6 +108,36 @@ def test_strides(triton_device, how):
     check(p, solve(p, SMALL, None))
 
 
+@pytest.mark.parametrize("how", ["transposed", "expanded"])
+def test_strided_activations_are_copied_first_where_the_model_says_that_it_pays(triton_device, how, monkeypatch):
+    """What ``y.sum().backward()`` gives is one number, and would be loaded by the element."""
+    p = make_problem(64, 32, 48, 2, HALF, device=triton_device)
+    p.x, p.dy = strided(p.x, how), strided(p.dy, how)
+    asked, loaded = [], []
+    monkeypatch.setattr(launch, "_device", lambda _: Device((8, 0), 108, 166_912))
+    monkeypatch.setattr(
+        launch, "_constants", lambda *a, real=launch._constants: (loaded.append(a[1].is_contiguous()), real(*a))[1]
+    )
+    for pays in (False, True):
+        monkeypatch.setattr(launch.configs, "copy_pays", lambda *a, pays=pays: (asked.append(a), pays)[1])
+        check(p, solve(p, SMALL, None))
+    assert loaded == [False] * 3 + [True] * 3
+    # kernel, shape, groups, arithmetic, now, then, sizes, elements to be copied
+    x, dy = 64 * 48, 64 * 32
+    assert [(a[0], *a[5:8], a[-2]) for a in asked[3:]] == [
+        ("forward", "half", "elements", "vectors", x),
+        ("grad_input", "half", "elements", "vectors", dy),
+        ("grad_scales", "half", "elements", "vectors", x + dy),
+    ]
+
+
+def test_what_no_copy_would_load_better_is_not_copied(triton_device, monkeypatch):
+    monkeypatch.setattr(launch.configs, "copy_pays", lambda *_: pytest.fail("the rows of W are odd"))
+    p = make_problem(64, 33, 47, dtype=HALF, device=triton_device)
+    p.x, p.dy = strided(p.x, "transposed"), strided(p.dy, "transposed")
+    check(p, solve(p, SMALL, None))
+
+
 def test_offset_storage_is_not_taken_for_aligned(triton_device):
     """A view that starts 2 bytes into its storage cannot be loaded by the copy engine."""
     p = make_problem(40, 32, 32, dtype=HALF, device=triton_device)

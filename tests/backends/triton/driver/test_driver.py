@@ -1,0 +1,118 @@
+"""Triton's own launcher on a driver that says no: every pass, load path, dtype and odd shape, twice each."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.backends.triton.driver.log import launches, misaligned
+from tests.once import once
+
+KERNELS = {
+    "forward": ["forward_kernel"],
+    "grad_input": ["grad_input_kernel"],
+    "grad_scales": ["grad_scales_kernel", "sum_partials_kernel"],
+    "layer_norm": ["forward_kernel", "backward_kernel", "sum_partials_kernel"],
+}
+
+
+def _run(tmp_path_factory, *groups):
+    """What ``python -m tests.backends.triton.driver`` prints, parsed; a process of its own, not for the interpreter."""
+
+    def probe(folder):
+        command = [sys.executable, "-m", "tests.backends.triton.driver", *groups]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+        (folder / "lines").write_text(done.stdout)
+        (folder / "end").write_text(done.stderr[-3000:])
+
+    folder = once(tmp_path_factory, "driver " + " ".join(groups), probe)
+    lines = [json.loads(line) for line in (folder / "lines").read_text().splitlines()]
+    end = (folder / "end").read_text()
+    assert end.endswith("cases refused\n"), end
+    return lines
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return _run(tmp_path_factory, "quick", "wrong")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    return _run(tmp_path_factory, "variants", "grid")
+
+
+def _accepted(cases):
+    for found in cases:
+        what = found["case"], found["op"]
+        for call in (found["first"], found["second"]):
+            assert not call["error"], (*what, call["error"])
+            assert not [line for line in call["log"] if line["refused"]], what
+        first, second = launches(found["first"]["log"]), launches(found["second"]["log"])
+        maps = any(isinstance(p, list) for line in second for p in line["parameters"])
+        assert maps == found["boxes"], what
+        assert first == second, what
+        # an operand that is not aligned changes the code, and only the binder looks at each
+        assert found["second"]["asked"] == sum(map(misaligned, second)), what
+        names = list(dict.fromkeys(line["kernel"] for line in second))
+        split = any(line["grid"][1] > 1 for line in second)
+        assert names == KERNELS[found["op"]] + (["sum_splits_kernel"] if split else []), what
+
+
+def test_every_launch_is_accepted(quick):
+    _accepted([found for found in quick if "case" in found])
+
+
+@pytest.mark.slow
+def test_every_launch_is_accepted_in_every_dtype_and_shape(full):
+    _accepted(full)
+
+
+def test_what_a_driver_refuses_is_refused(quick):
+    wrong = [found for found in quick if "wrong" in found]
+    assert sum(bool(found["expected"]) for found in wrong) == 19
+    for found in wrong:
+        said = [line["refused"] for line in found["log"] if line["refused"]]
+        if found["expected"]:
+            assert found["expected"] in " ".join([*said, found["error"]]), found["wrong"]
+        else:
+            assert (said, found["error"]) == ([], ""), found["wrong"]
+
+
+def test_a_first_use_while_a_graph_is_captured_is_one_clear_error_that_leaves_the_capture_whole(quick):
+    (cold,) = [found for found in quick if found.get("wrong") == "capture: a first use"]
+    assert cold["log"] == [], "the driver was asked, which ends the capture"
+    assert cold["error"].startswith("RuntimeError: rlrr_kernels: forward_kernel is not on the GPU yet for [128, 128]")
+    assert "Run the layer once" in cold["error"]
+    (warm,) = [found for found in quick if found.get("wrong") == "capture: warmed up"]
+    assert [line["kernel"] for line in launches(warm["log"])] == ["forward_kernel"]
+
+
+def test_a_launch_is_given_its_operands_and_numbers_in_order(quick):
+    cases = {(found["case"], found["op"]): launches(found["first"]["log"]) for found in quick if "case" in found}
+    (vectors,) = cases["another GPU", "forward"]
+    assert (vectors["device"], vectors["grid"], vectors["threads"]) == (1, [8, 1, 1], 128)
+    # M, N, K, rows of a group, depth of a split, strides of x, W, v and y; strides of 1 are compiled in
+    numbers = [128, 256, 128, 128, 128, 128, 128, 128, 256]
+    assert vectors["parameters"][:16] == ["x", "w", "v", "u", "b", "f", "new 0", *numbers]
+    split, added = cases["split", "forward"]
+    assert (split["grid"], split["threads"]) == ([8, 2, 1], 128)
+    maps = [p[:4] for p in split["parameters"] if isinstance(p, list)]
+    # dimensions and boxes from the inside out, bytes from a row to the next
+    assert maps == [
+        ["x", [128, 128], 256, [64, 64]],
+        ["w", [128, 256], 256, [64, 64]],
+        ["v", [128, 2], 512, [64, 1]],
+    ]
+    assert added["parameters"][:7] == ["new 0", "b", "f", "new 1", 128, 256, 2]
+
+
+@pytest.mark.slow
+def test_what_the_compiled_code_depends_on_is_asked_of_the_binder(full):
+    asked = {(found["case"], found["op"]): found["first"]["asked"] for found in full}
+    for case in ("vectors", "another M", "float16", "8 warps", "2 stages", "split all", "bfloat16 offsets"):
+        assert asked[case, "forward"] > 0, case
+    assert asked["no bias", "forward"] == 1
+    assert asked["no bias", "layer_norm"] == 0, "it has been launched so, with another M in between"
+    assert asked["bfloat16 offsets", "grad_input"] == 0, "it has no offsets"
