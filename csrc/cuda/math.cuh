@@ -26,7 +26,6 @@ struct HalfMath {
   };
 
   RLRR_DEVICE static int column(const Lane& l, int) { return l.g; }
-  RLRR_DEVICE static int depth(const Lane& l, int i) { return 2 * l.t + i % 2 + i / 2 * 8; }
   RLRR_DEVICE static void depth_values(float (&to)[kDepths], const char* vector, const Lane& l) {
     const float2 near = ptx::load_shared<float2>(vector + 4 * (2 * l.t));
     const float2 far = ptx::load_shared<float2>(vector + 4 * (2 * l.t + 8));
@@ -54,7 +53,6 @@ struct Tf32Math {
   };
 
   RLRR_DEVICE static int column(const Lane& l, int) { return l.g; }
-  RLRR_DEVICE static int depth(const Lane& l, int i) { return l.t + 4 * i; }
   RLRR_DEVICE static void depth_values(float (&to)[kDepths], const char* vector, const Lane& l) {
     to[0] = ptx::load_shared<float>(vector + 4 * l.t);
     to[1] = ptx::load_shared<float>(vector + 4 * (l.t + 4));
@@ -86,7 +84,6 @@ struct PlainMath {
   };
 
   RLRR_DEVICE static int column(const Lane& l, int i) { return 2 * l.t + i; }
-  RLRR_DEVICE static int depth(const Lane&, int i) { return i; }
   RLRR_DEVICE static void depth_values(float (&to)[kDepths], const char* vector, const Lane&) {
     const float4 all = ptx::load_shared<float4>(vector);
     to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;

@@ -48,21 +48,16 @@ struct ProductStage {
         depth_scale{weight.data + Weight::kBytes} {}
 };
 
-// W * S in float32, rounded once. `inside`: whether there is such a depth; the zeros beyond would not do where the
-// feature's scale is infinite.
+// W * S in float32, rounded once.
 template <class Math>
 RLRR_DEVICE typename Math::Right rescale(const float (&w)[Math::kColumns][Math::kDepths],
                                          const float (&feature_scale)[Math::kColumns],
-                                         const float (&depth_scale)[Math::kDepths],
-                                         const bool (&inside)[Math::kDepths]) {
+                                         const float (&depth_scale)[Math::kDepths]) {
   float rescaled[Math::kColumns][Math::kDepths];
 #pragma unroll
   for (int c = 0; c < Math::kColumns; ++c)
 #pragma unroll
-    for (int d = 0; d < Math::kDepths; ++d) {
-      const float value = w[c][d] * ptx::fma(feature_scale[c], depth_scale[d], 1.0f);
-      rescaled[c][d] = inside[d] ? value : 0.0f;
-    }
+    for (int d = 0; d < Math::kDepths; ++d) rescaled[c][d] = w[c][d] * ptx::fma(feature_scale[c], depth_scale[d], 1.0f);
   return Math::right(rescaled);
 }
 
@@ -93,8 +88,6 @@ struct Start {
 template <Inner kInner, class Stage, class Tile>
 class EdgeCopies {
  public:
-  static constexpr bool kWholeSteps = false;
-
   RLRR_DEVICE explicit EdgeCopies(const Product& p) : p_(p) {
     const Start<Tile::kDepth> start(p);
     segment_ = start.segment, offset_ = start.step * Tile::kDepth;
@@ -122,8 +115,6 @@ class EdgeCopies {
 template <Inner kInner, class Stage, class Tile>
 class WholeCopies {
  public:
-  static constexpr bool kWholeSteps = true;
-
   RLRR_DEVICE static bool suit(const Product& p) {
     return p.left.vectors && p.weight.vectors && p.tokens >= Tile::kRows && p.features >= Tile::kCols &&
            p.segment % Tile::kDepth == 0;
@@ -149,25 +140,20 @@ class WholeCopies {
   const float* depth_scale_;
 };
 
-// `depths`: how many of the stage's exist, where not all do.
-template <class Math, Inner kInner, class Tile, bool kWhole, class Stage>
+template <class Math, Inner kInner, class Tile, class Stage>
 RLRR_DEVICE void multiply_stage(typename Tile::Accumulator& acc, const Stage& stage,
-                                const float (&feature_scale)[Tile::kColTiles][Math::kColumns], int depths,
-                                const Lane& l) {
+                                const float (&feature_scale)[Tile::kColTiles][Math::kColumns], const Lane& l) {
 #pragma unroll
   for (int depth = 0; depth < Tile::kDepth; depth += Math::kDepth) {
     float depth_scale[Math::kDepths];
     Math::depth_values(depth_scale, stage.depth_scale + 4 * depth, l);
-    bool inside[Math::kDepths];
-#pragma unroll
-    for (int d = 0; d < Math::kDepths; ++d) inside[d] = kWhole || depth + Math::depth(l, d) < depths;
     typename Math::Right right[Tile::kColTiles];
 #pragma unroll
     for (int j = 0; j < Tile::kColTiles; j += 2) {
       Values<Math> w;
       load_values<kInner>(Math{}, w, stage.weight, Tile::warp_col() + 8 * j, depth, l);
-      right[j] = rescale<Math>(w[0], feature_scale[j], depth_scale, inside);
-      right[j + 1] = rescale<Math>(w[1], feature_scale[j + 1], depth_scale, inside);
+      right[j] = rescale<Math>(w[0], feature_scale[j], depth_scale);
+      right[j + 1] = rescale<Math>(w[1], feature_scale[j + 1], depth_scale);
     }
 #pragma unroll
     for (int i = 0; i < Tile::kRowTiles; ++i) {
@@ -183,23 +169,18 @@ template <class Math, Inner kInner, class Tile, class Stage, class Copies>
 RLRR_DEVICE void accumulate_steps(typename Tile::Accumulator& acc, const Product& p) {
   const Lane l = lane();
   const Start<Tile::kDepth> start(p);
-  int segment = start.segment, left_in_segment = p.segment - start.step * Tile::kDepth;
+  int segment = start.segment, left_in_segment = start.of_segment - start.step;
   float feature_scale[Tile::kColTiles][Math::kColumns];
   load_feature_scales<Math, Tile>(feature_scale, p, segment, l);
   Copies copies(p);
   pipeline<Tile::kStages>(
       p.steps, [&](int stage) { copies.copy_next(Stage(stage)); },
       [&](int stage) {
-        if (!Copies::kWholeSteps && left_in_segment < Tile::kDepth) {
-          multiply_stage<Math, kInner, Tile, false>(acc, Stage(stage), feature_scale, left_in_segment, l);
-        } else {
-          multiply_stage<Math, kInner, Tile, true>(acc, Stage(stage), feature_scale, Tile::kDepth, l);
-        }
-        left_in_segment -= Tile::kDepth;
+        multiply_stage<Math, kInner, Tile>(acc, Stage(stage), feature_scale, l);
         // forward has one segment
-        if (kInner == Inner::depth || left_in_segment > 0) return;
+        if (kInner == Inner::depth || --left_in_segment > 0) return;
         if (++segment == p.segments) return;
-        left_in_segment = p.segment;
+        left_in_segment = start.of_segment;
         load_feature_scales<Math, Tile>(feature_scale, p, segment, l);
       });
 }

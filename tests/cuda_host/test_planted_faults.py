@@ -120,8 +120,8 @@ FAULTS = [
             "v of the next group too late",
             "grad_input",
             "product.cuh",
-            "left_in_segment = p.segment - start.step * Tile::kDepth",
-            "left_in_segment = p.segment",
+            "start.of_segment - start.step",
+            "start.of_segment",
         ),
         (
             "whole steps from the start",

@@ -42,14 +42,6 @@ struct Multiplication {
     rescaled_weight<T, kWeight>(a[part], s.weight[place.stage][l.consumer], weight_at, part, row_scales,
                                 s.depth_scales[place.stage], l);
   }
-  // Beyond the end of the depth W is 0, of which an infinite row scale makes NaN. Only a tile's last step may reach
-  // there, and depths end with a multiple of 8.
-  RLRR_DEVICE void cut_operand(int part) {
-    const int depths = p.segment - (segment_steps(p) - 1) * kBox;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (16 * part + i / 2 * 8 >= depths) a[part][i] = 0;
-  }
   RLRR_DEVICE void enter_stage() {
     if (segment_left == 0) {
       load_row_scales(row_scales, p, segment++, row, row_end);
@@ -70,7 +62,6 @@ struct Multiplication {
   template <bool kFirst, bool kLast>
   RLRR_DEVICE void multiply_step() {
     const uint64_t tokens = matrix_descriptor(s.tokens[place.stage], 0);
-    if constexpr (kLast) cut_operand(0);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       ptx::multiply<T>(sums, a[part], tokens + part * kAlongRow);
@@ -78,7 +69,6 @@ struct Multiplication {
       // what still runs is of this step
       if (part == kInFlight - 1 && !kFirst) release_stage();
       if (part + 1 < kParts) make_operand(part + 1);
-      if (kLast && part + 1 < kParts) cut_operand(part + 1);
     }
     place.next();
     if constexpr (!kLast) enter_stage();
