@@ -1,10 +1,10 @@
 """The whole suite on a GPU, a process and a results file for each chunk: ``python -m benchmarks.chunks [PREFIX]``.
 
-A chunk takes under ten minutes on an H200, by estimate, and is ended after ``--seconds``. Each of this package's backends
-shows first that it is right at small shapes (:mod:`benchmarks.preflight`); one that is not is not run.
-A prefix, as ``layer-vit_b``, ``norm`` or
-``step``, selects the chunks whose names start so; ``--list`` prints them. What stands behind ``--`` goes to pytest:
-``-- -k "not autotune"`` leaves out the rival that searches tiles for a minute a shape.
+A chunk takes under ten minutes on an H200, by estimate, and is ended after ``--seconds``. Each of this package's
+backends shows first that it is right at small shapes (:mod:`benchmarks.preflight`); one that is not is not run.
+A prefix, as ``layer-vit_b``, ``norm`` or ``step``, selects the chunks whose names start so; ``--list`` prints them.
+What stands behind ``--`` goes to pytest: ``-- -k "not autotune"`` leaves out the rival that searches tiles for a
+minute a shape.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -80,33 +80,50 @@ class Running:
         process = self._process
         if process is None:
             return
+        left = []
         if process.poll() is None:
-            _signal(process.pid, signal.SIGTERM)
+            left = _descendants(process.pid)  # some may be in groups of their own
+            _signal(os.killpg, process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
-        _signal(process.pid, signal.SIGKILL)
+        _signal(os.killpg, process.pid, signal.SIGKILL)
+        for pid in left:
+            _signal(os.kill, pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds cannot be waited for
             process.wait(GRACE)
 
 
-def _signal(group: int, number: signal.Signals) -> None:
+def _signal(send: Callable[[int, int], None], to: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
+        send(to, number)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that a process has started, those of these included, by Linux's /proc; none elsewhere."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = list(children.get(pid, ()))
+    for one in found:
+        found += children.get(one, ())
+    return found
 
 
 @contextlib.contextmanager
-def ended(running: Sequence[Running]) -> Iterator[None]:
-    """Whatever ends the block, these end with it."""
+def ended(running: Mapping[str, Running]) -> Iterator[None]:
+    """Whatever ends the block, these end with it, and so do those added in it."""
     try:
         yield
     finally:
-        for one in running:
+        for one in running.values():
             one.end()
 
 
 def run(command: Sequence[str], seconds: float) -> int:
     """Run a command and return its exit status, :data:`TIME_OUT` where it was ended after ``seconds``."""
     running = Running(command, seconds)
-    with ended([running]):
+    with ended({"": running}):
         running.start()
         return running.wait()

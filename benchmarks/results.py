@@ -6,10 +6,11 @@ A chunk is what one command measures in one go::
      "commit", "dirty", "environment", "tf32", "tuned", "rounds", "complete", "results": [one object a line]}
 
 ``commit`` and ``dirty`` (whether the sources differ from it) are what git says of the checkout; where there is none,
-the commit is RLRR_COMMIT's, or null, and ``dirty`` null. ``environment`` holds the variables RLRR_*; ``tf32`` whether float32 products may be TF32; ``tuned`` whether a table of ``rlrr-tune`` was in
-use; ``rounds`` the least and most that were asked for. ``complete`` is true only where every case of the chunk was
-tried. A run that is not complete is kept beside one that is, as ``<chunk>-partial.json``, or
-``<chunk>-partial-<what was asked for>.json``, so that sessions narrowed in different ways keep what each measured.
+the commit is RLRR_COMMIT's, or null, and ``dirty`` null. ``environment`` holds the variables RLRR_*; ``tf32`` whether
+float32 products may be TF32; ``tuned`` whether a table of ``rlrr-tune`` was in use; ``rounds`` the least and most that
+were asked for. ``complete`` is true only where every case of the chunk was tried. A run that is not complete is kept
+beside one that is, as ``<chunk>-partial.json``, or ``<chunk>-partial-<what was asked for>.json``: sessions narrowed in
+different ways keep what each measured.
 
 Each object of ``results`` holds a case's fields (:class:`LayerCase`, :class:`LaunchCase`,
 :class:`StepCase`), then ``seconds`` (one value a round), ``median``, ``q1``, ``q3``, ``clock``, ``copies`` (of the

@@ -129,7 +129,7 @@ def narrowed(config: pytest.Config) -> bool:
 
 
 def narrowing(config: pytest.Config) -> str:
-    """What else than all of a chunk is asked for, as a part of a file's name: ``images-64-k-not-autotune``; else empty."""
+    """What else than all of a chunk is asked for, for a file's name: ``images-64-k-not-autotune``; empty for all."""
     asked = {name: config.getoption(f"--{name}") for name in ("images", "rounds")}
     asked["dtype"] = None if set(config.getoption("--dtype")) == set(cases.DTYPES) else config.getoption("--dtype")
     asked["k"] = config.getoption("keyword") or None

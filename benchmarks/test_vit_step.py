@@ -51,7 +51,7 @@ def _slice(images: Sequence[int] | None) -> list[tuple[str, Model, int, str]]:
 
 
 def _chunks(prefix: str, images: Sequence[int] | None) -> list[tuple[str, Model, int, str]]:
-    """Name of the chunk, model, batch size and dtype; ``images`` in place of the batch size that a chunk is named by."""
+    """Chunk's name, model, batch size and dtype; ``images`` in place of the batch size that a chunk is named by."""
     found: dict[tuple[str, int], tuple[str, Model, int, str]] = {}
     for key, name in cases.STEP_MODELS.items():
         for planned in cases.STEP_BATCHES:

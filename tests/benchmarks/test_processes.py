@@ -17,10 +17,10 @@ from benchmarks import processes
 ROOT = Path(__file__).parents[2]
 
 
-def _holds(lock: Path) -> list[str]:
-    """A command whose child's child holds a lock as long as it lives."""
+def _holds(lock: Path, own_group: bool = False) -> list[str]:
+    """A command whose child holds a lock as long as it lives, in a process group of its own if asked for."""
     child = f"import fcntl, time; held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX); time.sleep(600)"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session={own_group})"
     return [sys.executable, "-c", code]
 
 
@@ -34,9 +34,10 @@ def _held(lock: Path) -> bool:
     return False
 
 
-def test_what_hangs_is_ended_with_all_that_it_started(tmp_path):
+@pytest.mark.parametrize("own_group", [False, True])
+def test_what_hangs_is_ended_with_all_that_it_started(tmp_path, own_group):
     lock = tmp_path / "lock"
-    assert processes.run(_holds(lock), 1.5) == processes.TIME_OUT
+    assert processes.run(_holds(lock, own_group), 1.5) == processes.TIME_OUT
     FileLock(lock).acquire(timeout=120).lock.release()
     assert processes.run([sys.executable, "-c", "import sys; sys.exit(3)"], 600) == 3
 
@@ -66,7 +67,7 @@ print("out")
 print("err", file=sys.stderr)
 """
     running = processes.Running([sys.executable, "-c", code], 600, log, os.environ | {"PYTHONUNBUFFERED": "1"})
-    with processes.ended([running]):
+    with processes.ended({"": running}):
         running.start()
         assert running.wait() == 0
     assert log.read_text().split() == ["out", "err"]
