@@ -88,6 +88,8 @@ class Day:
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         self.environment = _environment(self.rehearse)
+        if self.rehearse:  # what is found of a pretended GPU is not kept for real ones
+            self.environment["RLRR_CHECKED_FILE"] = str(self.out / "checked.json")
 
     @property
     def left(self) -> float:

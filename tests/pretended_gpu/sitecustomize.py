@@ -2,7 +2,7 @@
 
 "cuda" is the CPU, a CUDA graph replays nothing, and both GPU backends are the formula: plumbing only, no number means
 anything. ``PRETENDED_FAULT=BACKEND.PASS=KIND,...`` makes a pass of "triton", "cuda" or "hopper" hang, die (a signal),
-lose the GPU (every later call fails) or compute something wrong, at 37 tokens.
+lose the GPU (every later call fails) or compute something wrong, at ``PRETENDED_TOKENS`` tokens, by default 37.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 NAME, CAPABILITY = "pretended GPU", (9, 0)
-#: Where a fault shows: one of the small shapes that are checked first.
-TOKENS = 37
+#: Where a fault shows; the default is one of the small shapes that are checked first.
+TOKENS = int(os.environ.get("PRETENDED_TOKENS", "37"))
 
 
 def _on_cpu(value: Any) -> Any:
@@ -32,6 +32,8 @@ def _on_cpu(value: Any) -> Any:
 
 class _CudaIsCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return _on_cpu(func(*args, **(kwargs or {})))
         return func(*map(_on_cpu, args), **{name: _on_cpu(value) for name, value in (kwargs or {}).items()})
 
 
