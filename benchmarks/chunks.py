@@ -1,7 +1,7 @@
 """The whole suite on a GPU, a process and a results file for each chunk: ``python -m benchmarks.chunks [PREFIX]``.
 
 A chunk takes under ten minutes on an H200, by estimate, and is ended after ``--seconds``. Each of this package's
-backends shows first that it is right at small shapes (:mod:`benchmarks.preflight`); one that is not is not run.
+backends is checked first, unless it was before (`python -m rlrr_kernels check`); one that is wrong is not run.
 A prefix, as ``layer-vit_b``, ``norm`` or ``step``, selects the chunks whose names start so; ``--list`` prints them.
 What stands behind ``--`` goes to pytest: ``-- -k "not autotune"`` leaves out the rival that searches tiles for a
 minute a shape.
@@ -10,14 +10,14 @@ minute a shape.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import cases, preflight, processes
+from benchmarks import cases, processes
+from rlrr_kernels.check import cli as check
 
 FOLDER = Path(__file__).parent
 SUITES = {"layer": "test_layer.py", "norm": "test_norm.py", "launch": "test_launch.py", "step": "test_vit_step.py"}
@@ -27,24 +27,18 @@ SUITES = {"layer": "test_layer.py", "norm": "test_norm.py", "launch": "test_laun
 SECONDS = 900.0
 
 
-def command(chunk: str, failed_preflight: Mapping[str, str] | None = None, options: Sequence[str] = ()) -> list[str]:
+def command(chunk: str, options: Sequence[str] = ()) -> list[str]:
     """What measures a chunk and writes its results; ``options``: more of pytest's."""
     suite = FOLDER / SUITES[chunk.partition("-")[0]]
     regenerates = f"make bench-gpu CHUNK={chunk}"
     return [
         *(sys.executable, "-m", "pytest", str(suite), "-q"),
-        *("--failed-preflight", json.dumps(dict(failed_preflight or {}))),
         *options,
         *("--chunk", chunk, "--results", "--results-command", regenerates),
     ]
 
 
-def run(
-    chunks: Sequence[str],
-    start: Callable[[list[str]], int],
-    failed_preflight: Mapping[str, str] | None = None,
-    options: Sequence[str] = (),
-) -> list[str]:
+def run(chunks: Sequence[str], start: Callable[[list[str]], int], options: Sequence[str] = ()) -> list[str]:
     """Run each chunk, whatever became of those before it, and return those that failed.
 
     ``start`` runs a command and returns its exit status; ``options`` go to pytest.
@@ -52,7 +46,7 @@ def run(
     failed = []
     for number, chunk in enumerate(chunks, 1):
         print(f"chunk {number} of {len(chunks)}: {chunk}", flush=True)
-        status = start(command(chunk, failed_preflight, options))
+        status = start(command(chunk, options))
         if status == processes.TIME_OUT:
             print(f"{chunk}: its time was up", file=sys.stderr)
         if status != 0:
@@ -88,11 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    wrong = preflight.failures()
+    wrong = check.failures(torch.device("cuda", torch.cuda.current_device()))
     for name, reason in wrong.items():
-        print(f"{name} is not measured, its preflight failed: {reason}", file=sys.stderr)
+        print(f"backend {name} is not measured, its check failed: {reason}", file=sys.stderr)
     processes.exit_on_signals()
-    failed = run(chunks, lambda command: processes.run(command, args.seconds), wrong, options)
+    failed = run(chunks, lambda command: processes.run(command, args.seconds), options)
     if failed:
         print(f"chunks with a failed case, or not at their end: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed or wrong else 0

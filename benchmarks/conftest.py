@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
-from benchmarks import implementations, ratios, results
+from benchmarks import ratios, results
 from benchmarks.cases import DTYPES
 from benchmarks.groups import groups
 from benchmarks.suite import SLICE_MINUTES, Recorder, planned, recorder_of
@@ -41,16 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--images", type=int, nargs="+", help="batch sizes of the suites layer, norm and step")
     group.addoption("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="of the suites layer and norm")
-    group.addoption(
-        "--failed-preflight", type=json.loads, default={}, help="JSON: implementation -> why it must not be run"
-    )
     group.addoption("--rounds", type=int, help="rounds of every group, in place of as many as fit the time")
 
 
 @pytest.fixture(scope="session")
 def recorder(pytestconfig: pytest.Config) -> Recorder:
     """Where groups of this session are measured once and written."""
-    implementations.FAILED_PREFLIGHT.update(pytestconfig.getoption("--failed-preflight"))
     pytestconfig.stash[_RECORDER] = recorder_of(pytestconfig)
     return pytestconfig.stash[_RECORDER]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from benchmarks.cases import MODELS
 from benchmarks.timing import Call, Rejected, Unavailable
 from rlrr_kernels import backend_for, ops, reference, rescaled_linear, use_backend
 from rlrr_kernels.backends import choice
+from rlrr_kernels.check import record
 
 #: ViT-B/16: tokens of one image, and (N, K, groups) of the four linears of a block
 TOKENS = MODELS["vit_b"][0].tokens
@@ -26,8 +26,8 @@ LAYERS = {shape.layer: (shape.n, shape.k, shape.groups) for shape in MODELS["vit
 
 #: Implementation -> the backend that it asks for.
 BACKENDS = {results.TRITON: "triton", results.CUDA: "cuda", results.CUDA_HOPPER: "cuda", results.CPU: "cpu"}
-#: Of these -> why :mod:`benchmarks.preflight` found that it must not run here.
-FAILED_PREFLIGHT: dict[str, str] = {}
+#: Of these -> what `python -m rlrr_kernels check` calls it.
+CHECKED = {results.TRITON: "triton", results.CUDA: "cuda", results.CUDA_HOPPER: "cuda-hopper", results.CPU: "cpu"}
 
 
 @dataclass
@@ -312,7 +312,7 @@ def served_by(name: str, x: Tensor, weight: Tensor) -> str | None:
 
     Raises:
         Unavailable: the backend that it asks for cannot serve these tensors.
-        Rejected: the preflight of that backend has failed.
+        Rejected: that backend has failed its check on this device.
     """
     if name == results.CUDA_HOPPER and torch.cuda.get_device_capability(x.device)[0] != 9:
         raise Unavailable(f"{torch.cuda.get_device_name(x.device)}: the path is for compute capability 9.x")
@@ -320,25 +320,22 @@ def served_by(name: str, x: Tensor, weight: Tensor) -> str | None:
         why = choice.refusal(BACKENDS[name], x, weight)
         if why is not None:
             raise Unavailable(f"backend {BACKENDS[name]!r} cannot serve {why}")
-        require_preflight(name)
+        require_check(name, x.device)
         return BACKENDS[name]
     if name not in (results.OURS, results.OURS_COMPILED, results.THREE_OPS, results.GRAD_SCALES):
         return None
-    chosen = backend_for(x, weight)
-    for asking, backend in BACKENDS.items():
-        if backend == chosen and (asking != results.CUDA_HOPPER or os.environ.get("RLRR_CUDA_HOPPER") == "1"):
-            require_preflight(asking)
-    return chosen
+    return backend_for(x, weight)
 
 
-def require_preflight(name: str) -> None:
-    """Refuse an implementation of ours whose preflight has failed.
+def require_check(name: str, device: torch.device) -> None:
+    """Refuse an implementation of ours whose backend has failed `python -m rlrr_kernels check`.
 
     Raises:
-        Rejected: it has.
+        Rejected: it has, on this device.
     """
-    if name in FAILED_PREFLIGHT:
-        raise Rejected(f"preflight: {FAILED_PREFLIGHT[name]}")
+    why = record.failure(CHECKED[name], device)
+    if why is not None:
+        raise Rejected(f"check: {why}")
 
 
 def step(i: Inputs, implementation: Callable[[Inputs], Tensor]) -> tuple[Tensor, ...]:

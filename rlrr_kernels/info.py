@@ -1,4 +1,4 @@
-"""``python -m rlrr_kernels.info``: versions, what is built, and which backend serves what here, and why."""
+"""``python -m rlrr_kernels.info``: versions, what is built, which backend serves what here and why, what is proven."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from rlrr_kernels._version import __version__
 from rlrr_kernels.backends import choice
+from rlrr_kernels.check import cases, record
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,6 +61,13 @@ def lines() -> Iterator[str]:
             yield f"    {str(dtype).removeprefix('torch.'):<10} {backend:<10} {why}"
     if not torch.cuda.is_available():
         yield "  no CUDA device"
+    yield ""
+    yield "Proof on this machine, by `python -m rlrr_kernels check`"
+    for place in map(torch.device, _devices()):
+        yield f"  {place}"
+        for subject, (kind, _) in record.SUBJECTS.items():
+            if kind == place.type and not isinstance(cases.module_of(subject, place), str):
+                yield f"    {subject:<12} {record.state(subject, place)}"
 
 
 def main() -> None:

@@ -208,6 +208,8 @@ def layer_norm_sums(
 def layer_norm_kernels(x: Tensor) -> Any:
     """The module whose kernels are to serve LayerNorm over x ``[..., D]``, or None where plain PyTorch is.
 
+    The latter also where the kernels have failed ``python -m rlrr_kernels check`` on x's device.
+
     Raises ``RuntimeError`` if ``triton`` is asked for and cannot, saying why.
     """
     name = choice.requested()
@@ -215,9 +217,11 @@ def layer_norm_kernels(x: Tensor) -> Any:
     if (not asked and (name is not None or x.device.type != "cuda")) or x.numel() == 0:
         return None
     module = choice.load("triton")
-    if isinstance(module, str):
-        refusal: str | None = module
-    else:
+    gone = module if isinstance(module, str) else None
+    if gone is None and not asked:
+        gone = choice.failed("triton", x.device, "layer_norm")
+    refusal = gone
+    if gone is None:
         from rlrr_kernels.backends.triton import layer_norm as kernels
 
         refusal = kernels.unsupported(x)
@@ -228,8 +232,7 @@ def layer_norm_kernels(x: Tensor) -> Any:
             f"backend 'triton' cannot serve LayerNorm: {refusal}. Leave the choice open "
             "(RLRR_BACKEND=auto, use_backend('auto')) or name another: " + ", ".join(choice.BACKENDS)
         )
-    if isinstance(module, str):
-        choice._without("triton", "reference")
+    choice.say_once("triton", "reference", gone)
     return None
 
 

@@ -1,12 +1,4 @@
-"""Problems, their float64 answers, and the yardstick every backend is measured with.
-
-A result passes if its error against float64 is at most twice the error of the
-plain PyTorch formula in the same dtype, plus one rounding of that dtype: eps, or
-eps / sqrt(count) for 16-bit values, over which independent roundings average. Scale
-gradients are float32 by contract whatever x is, so their yardstick is the formula
-in float32 on the same values; on a GPU the tensor cores' own way of adding is
-allowed for.
-"""
+"""Problems, their float64 answers, and the yardstick every backend is measured with (:mod:`rlrr_kernels.yardstick`)."""
 
 from __future__ import annotations
 
@@ -20,6 +12,7 @@ from torch import Tensor
 
 from rlrr_kernels import reference
 from rlrr_kernels.backends import choice
+from rlrr_kernels.yardstick import allowed, cut, relative_error
 
 #: Every backend; tests that need a GPU, or a library that is not built, are skipped with the reason.
 BACKENDS = [
@@ -161,27 +154,12 @@ def differentiate(p: Problem, dtype: torch.dtype, keep: tuple[str, ...] = ()) ->
     return Answer(y.detach(), dx, du, dv, dy.sum(0))
 
 
-def error(got: Tensor, exact: Tensor) -> float:
-    """||got - exact|| / ||exact|| in float64; infinite if anything is not finite."""
-    got, exact = got.double(), exact.double()
-    if not torch.isfinite(got).all():
-        return float("inf")
-    return float((got - exact).norm() / exact.norm().clamp_min(1e-300))
-
-
 def assert_close(name: str, got: Tensor, plain: Tensor, exact: Tensor, more: float = 0.0) -> None:
     """The yardstick; ``plain`` also says which shape and dtype are right. ``more`` is allowed beyond it."""
     assert got.shape == plain.shape, f"{name}: shape {list(got.shape)}, expected {list(plain.shape)}"
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
-    ours, theirs = error(got, exact), error(plain, exact)
-    # one rounding more than the formula's averages out over many narrow values; float32 results
-    # differ in the order of their sums as well, which does not
-    rounding = torch.finfo(plain.dtype).eps
-    if plain.dtype.itemsize == 2:
-        rounding /= max(plain.numel(), 1) ** 0.5
-    if plain.dtype is torch.float64:
-        rounding *= 16  # the exact answer is no better than a float64 sum itself
-    bound = 2 * theirs + rounding + more
+    ours, bound = relative_error(got, exact), allowed(plain, exact, more)
+    theirs = relative_error(plain, exact)
     assert ours <= bound, f"{name}: error {ours:.2e}, the plain formula's {theirs:.2e}, allowed {bound:.2e}"
 
 
@@ -193,8 +171,5 @@ def check(p: Problem, got: Answer) -> None:
     plain_wide = differentiate(p, wide)
     assert_close("y", got.y, plain.y, exact.y)
     assert_close("dx", got.dx, plain.dx, exact.dx)
-    # tensor cores cut, not round, when they add to a float32 sum, once every 16 products: half a unit
-    # in the last place each time on average, and always towards zero
-    cut = p.x.shape[0] / 16 * torch.finfo(wide).eps / 2 if p.x.is_cuda and p.x.dtype.itemsize == 2 else 0.0
     for name in ("du", "dv", "df"):
-        assert_close(name, getattr(got, name), getattr(plain_wide, name), getattr(exact, name), cut)
+        assert_close(name, getattr(got, name), getattr(plain_wide, name), getattr(exact, name), cut(p.x))

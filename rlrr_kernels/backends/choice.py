@@ -2,7 +2,8 @@
 
 ``auto`` takes what was measured fastest for the device, dtype and number of tokens
 (``measured.json``), else the first of the backends that are tried for the device
-type without being asked; in both cases one that can serve the tensors.
+type without being asked; in both cases one that can serve the tensors, and that has
+not failed ``python -m rlrr_kernels check`` on this device.
 
 ``measured.json`` is a list of rules, the first that fits counts::
 
@@ -104,6 +105,26 @@ def refusal(name: str, x: Tensor, weight: Tensor) -> str | None:
 
 
 @functools.cache
+def failed(name: str, device: torch.device, *passes: str) -> str | None:
+    """Why no free choice takes the backend here: how it failed its check on this device; None where it did not.
+
+    ``passes``: those that count, by default the three of the linear layer. Read once a process.
+    """
+    # not at import: the package's other parts come after this one
+    from rlrr_kernels.check import record
+
+    subject = "cuda-hopper" if name == "cuda" and getattr(load(name), "HOPPER", False) else name
+    why = record.failure(subject, device, passes or record.PRODUCTS)
+    return None if why is None else f"failed its check on this device: {why}"
+
+
+def gone(name: str, device: torch.device, *passes: str) -> str | None:
+    """Why a free choice takes the backend for no tensors of this device: not here, or :func:`failed`; else None."""
+    module = load(name)
+    return module if isinstance(module, str) else failed(name, device, *passes)
+
+
+@functools.cache
 def _rules(device: str, dtype: str) -> tuple[dict[str, Any], ...]:
     rules = json.loads(resources.files("rlrr_kernels.backends").joinpath("measured.json").read_text())
     return tuple(rule for rule in rules if rule["device"] == device and rule["dtype"] == dtype)
@@ -114,12 +135,11 @@ def _device_name(kind: str, index: int | None) -> str:
     return torch.cuda.get_device_name(index) if kind == "cuda" else kind
 
 
-def _without(name: str, instead: str) -> None:
-    """Say once that a preferred backend is not here."""
-    reason = load(name)
-    if isinstance(reason, str) and name not in _warned:
+def say_once(name: str, instead: str, why: str | None) -> None:
+    """Say once why a preferred backend is :func:`gone`."""
+    if why is not None and name not in _warned:
         _warned.add(name)
-        warnings.warn(f"rlrr_kernels: backend {name!r} is not available, {instead!r} serves: {reason}", stacklevel=2)
+        warnings.warn(f"rlrr_kernels: backend {name!r} is not available, {instead!r} serves: {why}", stacklevel=2)
 
 
 #: Every number of tokens, as a rule writes it.
@@ -152,22 +172,27 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
         return (_entry(_ALL, name, "asked for"),)
     entries = []
     refused: list[str] = []
+
+    def fits(name: str) -> bool:
+        if refusal(name, x, weight) is None and failed(name, x.device) is None:
+            return True
+        if name not in refused:
+            refused.append(name)
+        return False
+
     for rule in _rules(_device_name(x.device.type, x.device.index), str(x.dtype).removeprefix("torch.")):
-        if refusal(rule["backend"], x, weight) is None:
+        if fits(rule["backend"]):
             first, last = rule["tokens"]
             tokens = (first or 0, math.inf if last is None else last)
             entries.append(_entry(tokens, rule["backend"], "measured fastest"))
-        else:
-            refused.append(rule["backend"])
     for name, (_, devices) in BACKENDS.items():
-        if x.device.type not in devices or name in refused:
+        if x.device.type not in devices or name in refused or not fits(name):
             continue
-        if refusal(name, x, weight) is None:
-            for other in refused:
-                _without(other, name)
-            why = f"default for {x.device.type}" if not refused else f"{', '.join(refused)} cannot serve it"
-            return (*entries, _entry(_ALL, name, why))
-        refused.append(name)
+        for other in refused:
+            say_once(other, name, gone(other, x.device))
+        whys = [f"{other} {failed(other, x.device) or 'cannot serve it'}" for other in refused]
+        why = "; ".join(whys) or f"default for {x.device.type}"
+        return (*entries, _entry(_ALL, name, why))
     return (*entries, _entry(_ALL, "reference", f"serves every device, {x.device.type} too"))
 
 

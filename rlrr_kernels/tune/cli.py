@@ -7,18 +7,17 @@ import datetime
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from rlrr_kernels import cachefile, yardstick
 from rlrr_kernels.backends.triton import launch
 from rlrr_kernels.backends.triton.config import Device
 from rlrr_kernels.backends.triton.tuned import Choice, default_file
-from rlrr_kernels.backends.triton.tuned_file import Where, parse, read
+from rlrr_kernels.backends.triton.tuned_file import FORMAT, Where, parse, read
 from rlrr_kernels.tune import report, shapes, store
-from rlrr_kernels.tune.check import expected, misfit
 from rlrr_kernels.tune.gpu import Machine, this_machine
 from rlrr_kernels.tune.measure import DeviceLostError, Result, contest, first_line, require
 from rlrr_kernels.tune.problem import KERNELS, Task, copies_of, make_tensors, run, task_of
@@ -103,7 +102,7 @@ def _main(arguments: argparse.Namespace, machine: Machine | None) -> int:
     if path is None:
         raise ValueError("there is no home folder for the table; name a file by --out or RLRR_TUNED_FILE")
     if arguments.clear:
-        print(f"deleted {path}" if store.clear(path) else f"there is no {path}")
+        print(f"deleted {path}" if cachefile.clear(path) else f"there is no {path}")
         return 0
     if arguments.show:
         _show(path)
@@ -125,7 +124,7 @@ def _main(arguments: argparse.Namespace, machine: Machine | None) -> int:
     # what would fail for one of them, or at the end, fails before minutes of measuring
     for task in tasks:
         task.choices(machine.device, arguments.limit)
-    store.check_writable(path)
+    cachefile.check_writable(path, FORMAT)
     return _tune(arguments, path, machine, tasks)
 
 
@@ -217,7 +216,8 @@ def measure(task: Task, machine: Machine, limit: int, rounds: int) -> Result:
     """The contest of one task on a machine."""
     copies = copies_of(task, machine.l2_bytes)
     tensors = make_tensors(task, copies, machine.torch_device)
-    wanted = expected(task, tensors[0])
+    t = tensors[0]
+    wanted = yardstick.expected(task.layer.kernel, t.x, t.weight, t.scale_out, t.scale_in, t.bias, t.shift, t.dy)
 
     def launch_one(choice: Choice, copy: int) -> tuple[torch.Tensor, ...]:
         return run(task, tensors[copy], choice)
@@ -226,7 +226,7 @@ def measure(task: Task, machine: Machine, limit: int, rounds: int) -> Result:
         task,
         task.choices(machine.device, limit),
         launch_one,
-        partial(misfit, wanted=wanted),
+        lambda got: yardstick.judge(got, wanted).reason,
         machine.timer,
         copies=copies,
         rounds=rounds,

@@ -1,19 +1,18 @@
-"""Wrong results are not timed: neither those off the formula's, nor those of a backend that fails its preflight."""
+"""Wrong results are not timed: neither those off the formula's, nor those of a backend that failed its check."""
 
 from __future__ import annotations
 
 import math
-import sys
-import time
 
 import pytest
 import torch
 
-from benchmarks import agreement, implementations, preflight, results, test_layer
+from benchmarks import implementations, results, test_layer
 from benchmarks.agreement import Formula, relative_error
 from benchmarks.cases import Shape
 from benchmarks.suite import Rivals
-from benchmarks.timing import Rejected, Unavailable
+from benchmarks.timing import Rejected
+from rlrr_kernels.check import record
 
 TINY = Shape("vit_b", "tiny", "qkv", 5, 24, 16, 3)
 
@@ -84,75 +83,20 @@ def test_a_layer_that_is_wrong_is_not_timed(direction, dtype, monkeypatch):
     assert "error_vs_formula" not in rows[results.PLAIN]
 
 
-def test_a_failed_preflight_is_the_result_and_nothing_runs(monkeypatch):
-    monkeypatch.setattr(implementations, "FAILED_PREFLIGHT", {results.CPU: "forward is off"})
+def test_a_backend_that_failed_its_check_is_not_run(monkeypatch):
+    monkeypatch.setattr(record, "failure", lambda subject, device: "forward: off" if subject == "cpu" else None)
     x = torch.randn(4, 16)
-    # what chooses that backend itself, and the ops alone, are as wrong as the backend by name
-    for name in (results.CPU, results.OURS, results.OURS_COMPILED, results.THREE_OPS, results.GRAD_SCALES):
-        with pytest.raises(Rejected, match=r"^preflight: forward is off$"):
-            implementations.served_by(name, x, x)
+    with pytest.raises(Rejected, match=r"^check: forward: off$"):
+        implementations.served_by(results.CPU, x, x)
+    # what the free choice does without it is in the package's own tests
     assert implementations.served_by(results.FORMULA, x, x) is None
     names = [results.CPU, results.FORMULA]
     found = test_layer._measure(Rivals("layer", "c", (TINY, 2, "float32", "both"), "label"), (2, 2), names)
-    assert found[results.CPU].result.error == "preflight: forward is off"
+    assert found[results.CPU].result.error == "check: forward: off"
     assert not found[results.CPU].unavailable  # it is written
     assert len(found[results.FORMULA].result.seconds) == 2
 
 
-def test_a_right_backend_passes_its_preflight(monkeypatch):
-    monkeypatch.setattr(preflight, "LIMITS", {d: preflight.LIMITS[d] for d in (torch.bfloat16, torch.float32)})
-    preflight.check(results.CPU, "cpu")
-    with pytest.raises(Unavailable, match="backend 'cuda' cannot serve"):
-        preflight.check(results.CUDA, "cpu")
-
-
-@pytest.mark.parametrize("which", preflight.PASSES)
-def test_each_pass_that_is_wrong_fails_the_preflight(which, monkeypatch):
-    monkeypatch.setattr(preflight, "LIMITS", {torch.float32: preflight.LIMITS[torch.float32]})
-    right = getattr(preflight.ops, which)
-
-    def wrong(*arguments):
-        found = right(*arguments)
-        if which == "grad_scales":
-            found[1][..., -1] = 0  # the last column of dv
-        else:
-            found[-1, -1] = float("nan")
-        return found
-
-    monkeypatch.setattr(preflight.ops, which, wrong)
-    with pytest.raises(ValueError, match=rf"^{which} at M 256, N 384, K 128, groups 3, float32: expected"):
-        preflight.check(results.CPU, "cpu")
-
-
-def test_the_preflight_outlives_what_crashes_hangs_and_fails():
-    scripts = {
-        "fine": "print('ok')",
-        "wrong": "import sys; sys.exit('noise\\nValueError: forward is off')",
-        "crash": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
-        "hangs": "import time; time.sleep(600)",
-    }
-    started = time.monotonic()
-    found = preflight.failures(tuple(scripts), lambda name: [sys.executable, "-c", scripts[name]], 5.0)
-    assert found == {
-        "wrong": "ValueError: forward is off",
-        "crash": "signal 11: it said nothing",
-        "hangs": "no answer within 5 s",
-    }
-    assert time.monotonic() - started < 600
-
-
-def test_the_preflights_command_names_what_is_wrong(capsys, monkeypatch):
-    assert preflight.main(["cpu"]) == 2
-    assert "expected one of rlrr_kernels/triton, rlrr_kernels/cuda, rlrr_kernels/cuda-hopper, got cpu" in (
-        capsys.readouterr().err
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert preflight.main([results.TRITON]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
-    assert agreement.LIMITS.keys() == preflight.LIMITS.keys()
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_on_a_gpu_every_backend_passes_its_preflight(gpu):
-    assert preflight.failures() == {}
+def test_every_backend_that_is_timed_has_a_check():
+    assert implementations.CHECKED.keys() == implementations.BACKENDS.keys()
+    assert set(implementations.CHECKED.values()) == set(record.SUBJECTS)

@@ -86,10 +86,9 @@ def test_chunks_run_one_after_another_whatever_fails(capsys):
 
     def start(command: list[str]) -> int:
         started.append(command[command.index("--chunk") + 1])
-        assert json.loads(command[command.index("--failed-preflight") + 1]) == {results.CUDA: "why"}
         return int(started[-1] == "norm")
 
-    assert chunks.run(["launch", "norm", "step-vit_b-64"], start, {results.CUDA: "why"}) == ["norm"]
+    assert chunks.run(["launch", "norm", "step-vit_b-64"], start) == ["norm"]
     assert started == ["launch", "norm", "step-vit_b-64"]
     assert "chunk 2 of 3: norm" in capsys.readouterr().out
 
@@ -106,7 +105,8 @@ def test_a_chunks_time_and_more_options_are_asked_for(monkeypatch):
     """Each chunk in a process of its own, with the time and pytest's options that the command line gives."""
     started: list[tuple[list[str], float]] = []
     monkeypatch.setattr(chunks.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(chunks.preflight, "failures", lambda: {})
+    monkeypatch.setattr(chunks.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(chunks.check, "failures", lambda device: {})
     monkeypatch.setattr(chunks.processes, "exit_on_signals", lambda: None)
     monkeypatch.setattr(chunks.processes, "run", lambda command, seconds: started.append((command, seconds)) or 124)
     assert chunks.main(["step-vit_b-64", "--seconds", "12", "--", "-k", "not autotune"]) == 1

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlrr_kernels.yardstick import relative_error
 from tests.cuda_host.machine import BACKWARDS, FORWARDS, LARGE, PASSES, SHUFFLED, SMALL, Machine, rows_apart
-from tests.oracle import Answer, Problem, assert_close, check, differentiate, error, make_problem, strided
+from tests.oracle import Answer, Problem, assert_close, check, differentiate, make_problem, strided
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 NAMES = ("y", "dx", "du", "dv", "df")
@@ -75,7 +76,7 @@ def test_tf32_follows_the_flag(machine, tf32):
     p = make_problem(50, 40, 64)
     s = 1 + p.scale_out.double() @ p.scale_in[0].double()
     exact = p.x.double() @ (p.weight.double() * s).mT + p.bias.double() + p.shift.double()
-    got = error(machine.solve(p, tf32=tf32).y, exact)
+    got = relative_error(machine.solve(p, tf32=tf32).y, exact)
     # rounded operands are wrong by 2**-11 at most, each
     assert (2**-13 < got < 2**-11) if tf32 else got < 1e-6
 
@@ -87,7 +88,7 @@ def test_tf32_is_not_biased_on_values_of_one_sign(machine):
     p.weight = p.weight.abs()
     got, exact = machine.solve(p, tf32=True), differentiate(p, torch.float64)
     for name in ("y", "dx", "du", "dv"):
-        assert error(getattr(got, name), getattr(exact, name)) < 2**-13, name
+        assert relative_error(getattr(got, name), getattr(exact, name)) < 2**-13, name
 
 
 @pytest.mark.parametrize("multiprocessors", [SMALL, LARGE], ids=["small tiles", "large tiles"])

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from rlrr_kernels import yardstick
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton import launch, tuned
 from rlrr_kernels.backends.triton.tuned_file import Where, parse, read
@@ -123,8 +124,8 @@ def test_a_candidate_that_computes_wrong_cannot_win(file, monkeypatch, capsys):
 def quick(monkeypatch, run=lambda task, tensors, choice: ()):
     """Nothing is launched or checked."""
     monkeypatch.setattr(cli, "run", run)
-    monkeypatch.setattr(cli, "expected", lambda task, tensors: [])
-    monkeypatch.setattr(cli, "misfit", lambda got, wanted: None)
+    monkeypatch.setattr(yardstick, "expected", lambda *tensors: [])
+    monkeypatch.setattr(yardstick, "judge", lambda got, wanted: yardstick.Judgement(0.0, None))
 
 
 def test_where_nothing_is_faster_the_heuristic_stays(file, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rlrr_kernels import cachefile
 from rlrr_kernels.backends.triton import tuned_file
 from rlrr_kernels.backends.triton.tuned_file import parse, read
 from rlrr_kernels.tune import store
@@ -109,7 +110,7 @@ def test_a_file_that_is_no_table_is_set_aside(tmp_path):
 
 def test_a_writer_waits_for_another(tmp_path):
     path = tmp_path / "tuned.json"
-    with store._alone(path):
+    with cachefile.alone(path):
         start = FORK.Barrier(2)
         writer = FORK.Process(target=write_many, args=(path, start, 1, 1))
         writer.start()
@@ -124,9 +125,9 @@ def test_a_writer_waits_for_another(tmp_path):
 
 def test_clear(tmp_path):
     path = tmp_path / "tuned.json"
-    assert not store.clear(path)
+    assert not cachefile.clear(path)
     store.add(path, [entry()])
-    assert store.clear(path)
+    assert cachefile.clear(path)
     assert not path.exists()
     assert read(path) == []
 
@@ -134,10 +135,10 @@ def test_clear(tmp_path):
 def test_what_cannot_be_written_is_said_beforehand(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        store.check_writable(tmp_path / "file" / "tuned.json")
+        cachefile.check_writable(tmp_path / "file" / "tuned.json", tuned_file.FORMAT)
     with pytest.raises(IsADirectoryError, match="expected a file"):
-        store.check_writable(tmp_path)
-    store.check_writable(tmp_path / "tuned.json")
+        cachefile.check_writable(tmp_path, tuned_file.FORMAT)
+    cachefile.check_writable(tmp_path / "tuned.json", tuned_file.FORMAT)
     assert not (tmp_path / "tuned.json").exists()
 
 
@@ -153,7 +154,7 @@ def test_damaged_files_are_set_aside_one_beside_the_other(tmp_path):
 def test_a_table_of_another_version_is_refused_before_anything_is_measured(tmp_path):
     path = tmp_path / "tuned.json"
     path.write_text('{"format": 99, "entries": []}')
-    for attempt in (lambda: store.check_writable(path), lambda: store.add(path, [entry(3)])):
+    for attempt in (lambda: cachefile.check_writable(path, tuned_file.FORMAT), lambda: store.add(path, [entry(3)])):
         with pytest.raises(OSError, match=r"another version of rlrr_kernels wrote it \(format: expected 1, got 99\)"):
             attempt()
     assert path.read_text() == '{"format": 99, "entries": []}'

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import threading
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, overload
 
 import torch
 
+from rlrr_kernels import cachefile
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton.config import Arithmetic, Config, Device, Product
 from rlrr_kernels.backends.triton.config import Path as LoadPath
@@ -104,16 +103,7 @@ def _loads(entry: Entry, device: Device) -> bool:
 
 def default_file() -> Path | None:
     """Where choices are kept: ``RLRR_TUNED_FILE``, else in the user's cache folder; None where there is no home."""
-    named = os.environ.get("RLRR_TUNED_FILE")
-    if named:
-        return Path(named)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():  # the standard says to ignore those
-        try:
-            cache = Path.home() / ".cache"
-        except RuntimeError:
-            return None
-    return cache / "rlrr_kernels" / "tuned.json"
+    return cachefile.default_file("RLRR_TUNED_FILE", "tuned.json")
 
 
 def load() -> Table:
@@ -124,31 +114,8 @@ def load() -> Table:
     path = default_file()
     if path is None or os.environ.get("RLRR_TUNED") == "0":
         return Table()
-    entries, bad = [], []
-    try:
-        raw = read(path)
-        if not raw and os.environ.get("RLRR_TUNED_FILE") and not path.exists():
-            bad.append("there is no such file, though RLRR_TUNED_FILE names it")
-    except (OSError, ValueError) as error:
-        raw = []
-        bad.append(str(error))
-    for index, one in enumerate(raw):
-        try:
-            entries.append(parse(one))
-        except ValueError as error:
-            bad.append(f"entry {index}: {error}")
-    if bad:
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        _warn(f"rlrr_kernels: {path}: {bad[0]}{more}; left out, the heuristic chooses there")
-    return Table(entries)
-
-
-def _warn(message: str) -> None:
-    # a filter that makes errors of warnings would stop a training run for a cache
-    try:
-        warnings.warn(message, stacklevel=2)
-    except UserWarning:
-        print(message, file=sys.stderr)
+    missing = "there is no such file, though RLRR_TUNED_FILE names it" if os.environ.get("RLRR_TUNED_FILE") else None
+    return Table(cachefile.load(path, read, parse, "left out, the heuristic chooses there", missing))
 
 
 _loading = threading.Lock()

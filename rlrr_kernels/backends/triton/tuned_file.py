@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import os
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,10 +16,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import triton
 
+from rlrr_kernels import cachefile
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton.config import Arithmetic, Config
 from rlrr_kernels.backends.triton.config import Path as LoadPath
 from rlrr_kernels.backends.triton.start import ceil_div
+from rlrr_kernels.cachefile import text
 
 Kernel = Literal["forward", "grad_input", "grad_scales"]
 
@@ -40,7 +39,6 @@ _NOT_KERNELS = {
     "tuned_file.py",
 }
 
-_MAX_FILE_BYTES = 64 * 2**20
 _MAX_SPLITS = 1024
 _BLOCKS = tuple(2**i for i in range(4, 10))
 _CONFIG: Mapping[str, Iterable[int]] = {
@@ -120,38 +118,9 @@ def kernels_digest(folder: Path = Path(__file__).parent) -> str:
     return digest.hexdigest()[:16]
 
 
-class OtherFormat(ValueError):
-    """A table of another version of the package: whole, but not for this one to read or change."""
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON's")
-
-
 def read(path: Path) -> list[Any]:
-    """The raw entries of a file; none if there is no file.
-
-    Raises:
-        OSError: it cannot be read.
-        OtherFormat: another version of the package wrote it.
-        ValueError: it holds something else, and what.
-    """
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return []
-    # a pipe would wait for its writer
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_FILE_BYTES:
-        raise ValueError(f"expected a file of up to {_MAX_FILE_BYTES // 2**20} MiB")
-    try:
-        content = json.loads(path.read_bytes(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("entries"), list):
-        raise ValueError('expected {"format": ..., "entries": [...]}')
-    if content.get("format") != FORMAT:
-        raise OtherFormat(f"format: expected {FORMAT}, got {content.get('format')!r}")
-    return content["entries"]
+    """The raw entries of a file, as :func:`rlrr_kernels.cachefile.read`."""
+    return cachefile.read(path, FORMAT)
 
 
 def parse(raw: Any) -> Entry:
@@ -179,9 +148,7 @@ def parse(raw: Any) -> Entry:
     )
     if layer.n % layer.groups:
         raise ValueError(f"groups: expected a divisor of n = {layer.n}, got {layer.groups}")
-    where = Where(
-        _text(values, "gpu"), (capability[0], capability[1]), _text(values, "triton"), _text(values, "kernels")
-    )
+    where = Where(text(values, "gpu"), (capability[0], capability[1]), text(values, "triton"), text(values, "kernels"))
     if not isinstance(values["measured"], dict):
         raise ValueError(f"measured: expected an object, got {values['measured']!r:.40}")
     if values.get("config", 0) is None:
@@ -240,13 +207,6 @@ def _count(values: Mapping[str, Any], name: str) -> int:
     value = values.get(name)
     if type(value) is not int or not 1 <= value < 2**40:
         raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r:.40}")
-    return value
-
-
-def _text(values: Mapping[str, Any], name: str) -> str:
-    value = values.get(name)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}: expected a name, got {value!r:.40}")
     return value
 
 

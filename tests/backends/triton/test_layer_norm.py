@@ -11,7 +11,8 @@ from benchmarks.search_space import TARGETS
 from rlrr_kernels import ops, use_backend
 from rlrr_kernels.backends import choice
 from rlrr_kernels.backends.triton import launch, layer_norm
-from tests.oracle import Answer, error, strided
+from rlrr_kernels.yardstick import relative_error
+from tests.oracle import Answer, strided
 from tests.test_norm_numerics import check
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -90,8 +91,8 @@ def test_the_statistics_are_those_of_layer_norm_even_far_from_zero(triton_device
     _, mean, rstd = layer_norm.forward(x, w, b, s, t, EPS, SINGLE)
     exact = x.double()
     assert mean.shape == rstd.shape == (30, 1)
-    assert error(mean, exact.mean(1, keepdim=True)) < 1e-6
-    assert error(rstd, (exact.var(1, keepdim=True, correction=0) + EPS).rsqrt()) < 1e-5
+    assert relative_error(mean, exact.mean(1, keepdim=True)) < 1e-6
+    assert relative_error(rstd, (exact.var(1, keepdim=True, correction=0) + EPS).rsqrt()) < 1e-5
 
 
 def test_eps_is_added_to_the_variance(triton_device):

@@ -1,13 +1,11 @@
-"""The check before a candidate may win: the plain formula passes, and small faults do not."""
+"""The yardstick of tests, check and tuner: the plain formula passes, and small faults do not."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from rlrr_kernels import reference
-from rlrr_kernels.tune import check
-from rlrr_kernels.tune.check import expected, misfit
+from rlrr_kernels import reference, yardstick
 from rlrr_kernels.tune.problem import KERNELS, make_tensors, task_of
 from rlrr_kernels.tune.shapes import Shape
 from tests.oracle import Problem, differentiate
@@ -20,6 +18,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def a_task(kernel, dtype=torch.float32, shape=SMALL):
     task = task_of(kernel, shape, dtype, dtype, DEVICE)
     return task, make_tensors(task, 1, torch.device("cpu"))[0]
+
+
+def expected(task, t):
+    return yardstick.expected(task.layer.kernel, t.x, t.weight, t.scale_out, t.scale_in, t.bias, t.shift, t.dy)
+
+
+def misfit(got, wanted):
+    judgement = yardstick.judge(got, wanted)
+    assert (judgement.ratio > 1) == (judgement.reason is not None)
+    return judgement.reason
 
 
 def served(kernel, t):
@@ -54,7 +62,7 @@ def test_small_errors_everywhere_do_not_pass(kernel):
 
 
 def test_what_is_expected_is_the_formula_and_its_gradients(monkeypatch):
-    monkeypatch.setattr(check, "_CHUNK", 33)  # 100 tokens in four uneven parts
+    monkeypatch.setattr(yardstick, "_CHUNK", 33)  # 100 tokens in four uneven parts
     for kernel in KERNELS:
         task, t = a_task(kernel)
         m, (n, k) = task.m, t.weight.shape

@@ -1,0 +1,189 @@
+"""What is computed to prove a backend, and the judgement: passes at the shapes that matter, twice each.
+
+ViT-B's four linears at a batch of images; sizes that no tile divides, in several groups; one token; and few tokens at
+a deep layer, whose sums GPUs split. On a GPU each shape and dtype is a Triton kernel to compile at most, and the
+four layers mostly share theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlrr_kernels import yardstick
+from rlrr_kernels.backends import choice
+from rlrr_kernels.yardstick import Expected
+
+#: Tokens of the ViT-B layers: 64 images on a GPU, 2 on a CPU, whose float64 answers take most of the time.
+_TOKENS = {"cuda": 64 * 197, "cpu": 2 * 197}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """x ``[m, k]``, W ``[n, k]`` of another dtype where ``weight_dtype`` is given; LayerNorm has x ``[m, k]`` alone."""
+
+    m: int
+    n: int
+    k: int
+    groups: int
+    dtype: torch.dtype
+    weight_dtype: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        sizes = f"M {self.m}, N {self.n}, K {self.k}" + (f", groups {self.groups}" if self.groups > 1 else "")
+        mixed = f" with W in {_short(self.weight_dtype)}" if self.weight_dtype else ""
+        return f"{_short(self.dtype)}{mixed}, {sizes}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def module_of(subject: str, device: torch.device) -> ModuleType | str:
+    """The backend behind one of :data:`rlrr_kernels.check.record.SUBJECTS`, or why it is not here."""
+    if subject == "cuda-hopper" and torch.cuda.get_device_capability(device)[0] != 9:
+        return "it is for compute capability 9.x"
+    return choice.load("cuda" if subject == "cuda-hopper" else subject)
+
+
+def cases(which: str, device_type: str) -> Iterator[Case]:
+    """Of a pass, the quick ones first."""
+    tokens = _TOKENS[device_type]
+    small = [(37, 51, 45, 3), (1, 768, 768, 1), (64, 768, 3072, 1)]
+    layers = [(tokens, 768, 768, 1), (tokens, 2304, 768, 3), (tokens, 3072, 768, 1), (tokens, 768, 3072, 1)]
+    if which == "layer_norm":  # its rows are the layers' inputs
+        small, layers = [(37, 0, 45, 1), (1, 0, 768, 1)], [(tokens, 0, 768, 1)]
+    for dtype in _DTYPES:
+        yield from (Case(*sizes, dtype) for sizes in (*small, *layers))
+        if dtype.itemsize == 2:  # as under autocast
+            yield Case(*layers[0], dtype, torch.float32)
+
+
+@dataclass
+class Report:
+    """What became of a pass's cases.
+
+    Attributes:
+        tried: how many of them the backend serves.
+        ratio: the largest error by what it may be, and ``worst`` the case that has it.
+        reason: what is not right, or None; nothing is tried after it.
+        refusal: why the last case that it does not serve is not served.
+    """
+
+    tried: int = 0
+    ratio: float = 0.0
+    worst: Case | None = None
+    reason: str | None = None
+    refusal: str | None = None
+
+
+def run(module: ModuleType, which: str, device: torch.device, chosen: Iterable[Case]) -> Report:
+    """Compute a pass twice for each case that the backend serves, and judge it.
+
+    Args:
+        module: a backend (see :mod:`rlrr_kernels.ops`), or LayerNorm's kernels for ``layer_norm``.
+        which: a pass of :data:`rlrr_kernels.check.record.SUBJECTS`.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for it now; anything else that is raised is the report's reason.
+    """
+    prepare = _layer_norm if which == "layer_norm" else _product
+    report = Report()
+    for case in chosen:
+        try:
+            compute, wanted, refusal = prepare(module, which, case, device)
+            if refusal is not None:
+                report.refusal = refusal
+                continue
+            got, again = compute(), compute()
+            ratio, wrong = yardstick.judge(got, wanted())
+            wrong = wrong or _difference(got, again)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a kernel does wrong is the answer; a GPU may do no more after it
+            ratio, wrong = math.inf, f"{type(error).__name__}: {error}"
+        report.tried += 1
+        if report.worst is None or ratio > report.ratio:
+            report.ratio, report.worst = ratio, case
+        if wrong is not None:
+            report.reason = f"{case}: {wrong}"
+            break
+    return report
+
+
+_Prepared = tuple[Callable[[], Sequence[Tensor]], Callable[[], list[Expected]], str | None]
+
+
+def _difference(got: Sequence[Tensor], again: Sequence[Tensor]) -> str | None:
+    for one, other in zip(got, again, strict=True):
+        if not torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)):
+            return "a second run gave other bits"
+    return None
+
+
+def _draws(case: Case, device: torch.device) -> Callable[..., Tensor]:
+    generator = torch.Generator(device).manual_seed(7919 * case.m + 104729 * case.n + 1299709 * case.k)
+
+    def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.randn(shape, generator=generator, device=device, dtype=wide).to(dtype)
+
+    return draw
+
+
+def _product(module: ModuleType, which: str, case: Case, device: torch.device) -> _Prepared:
+    draw, wide = _draws(case, device), torch.promote_types(case.dtype, torch.float32)
+    weight_dtype = case.weight_dtype or case.dtype
+    x, dy = draw(case.m, case.k, dtype=case.dtype), draw(case.m, case.n, dtype=case.dtype)
+    weight = draw(case.n, case.k, dtype=weight_dtype) * case.k**-0.5
+    u, v = draw(case.n, 1, dtype=wide), 0.5 * draw(case.groups, 1, case.k, dtype=wide)
+    bias, shift = draw(case.n, dtype=weight_dtype), draw(case.n, dtype=wide)
+
+    def compute() -> Sequence[Tensor]:
+        if which == "forward":
+            return (module.forward(x, weight, u, v, bias, shift),)
+        if which == "grad_input":
+            return (module.grad_input(dy, weight, u, v),)
+        # df comes from a pass of its own too, where neither u nor v trains
+        return (*module.grad_scales(dy, x, weight, u, v, True), module.grad_shift(dy))
+
+    def wanted() -> list[Expected]:
+        found = yardstick.expected(which, x, weight, u, v, bias, shift, dy)
+        return [*found, found[-1]._replace(name="df alone")] if which == "grad_scales" else found
+
+    return compute, wanted, module.unsupported(x, weight)
+
+
+def _layer_norm(module: ModuleType, which: str, case: Case, device: torch.device) -> _Prepared:
+    draw, wide = _draws(case, device), torch.promote_types(case.dtype, torch.float32)
+    # with a large mean: the variance must not be a difference of large numbers
+    x, dy = draw(case.m, case.k, dtype=case.dtype) + 8, draw(case.m, case.k, dtype=case.dtype)
+    weight, bias = (draw(case.k, dtype=case.weight_dtype or case.dtype) for _ in range(2))
+    scale, shift = (draw(case.k, dtype=wide) for _ in range(2))
+
+    def compute() -> Sequence[Tensor]:
+        y, mean, rstd = module.forward(x, weight, bias, scale, shift, _EPS, x.dtype)
+        return y, *module.backward(dy, x, mean, rstd, weight, bias, scale, True)
+
+    def formula(dtype: torch.dtype, wide: torch.dtype) -> tuple[Tensor, ...]:
+        """y, dx, ds, dt as SSF writes it, by autograd."""
+        rows, s, t = x.to(dtype).requires_grad_(), scale.to(wide).requires_grad_(), shift.to(wide).requires_grad_()
+        normalised = F.layer_norm(rows, rows.shape[-1:], weight.to(dtype), bias.to(dtype), _EPS)
+        y = (normalised * s + t).to(dtype)
+        return y.detach(), *torch.autograd.grad(y, (rows, s, t), dy.to(dtype))
+
+    def wanted() -> list[Expected]:
+        exact = formula(torch.float64, torch.float64)
+        narrow, sums = formula(case.dtype, wide)[:2], formula(wide, wide)[2:]
+        names = ("y", "dx", "ds", "dt")
+        return [Expected(*one) for one in zip(names, exact, (*narrow, *sums), strict=True)]
+
+    return compute, wanted, module.unsupported(x)

@@ -1,0 +1,65 @@
+"""One pass of one backend, in a process of its own: ``python -m rlrr_kernels.check.worker SUBJECT PASS DEVICE``.
+
+It says on standard output, each in a line after :data:`MARK`, first what it is about to check (so that a process
+that hangs or dies leaves a finding), then what came of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rlrr_kernels.check import cases, record
+
+MARK = "rlrr_kernels check: "
+
+
+def one_line(words: object) -> str:
+    """The first line of some text, fit for a table in a terminal."""
+    line = next((line.strip() for line in str(words).splitlines() if line.strip()), "it said nothing")
+    return "".join(c if c.isprintable() else " " for c in line)[:300]
+
+
+def say(values: Mapping[str, Any]) -> None:
+    """To the process that waits; flushed, for what comes next may be the end."""
+    print(f"\n{MARK}{json.dumps(values)}", flush=True)
+
+
+def answer(subject: str, which: str, device: torch.device) -> dict[str, Any]:
+    """What came of it: ``verdict``, with ``ratio``, ``worst`` and ``reason`` where there are any."""
+    module = cases.module_of(subject, device)
+    if isinstance(module, str):
+        return {"verdict": "not here", "reason": one_line(module)}
+    if which == "layer_norm":
+        from rlrr_kernels.backends.triton import layer_norm as module
+    try:
+        report = cases.run(module, which, device, cases.cases(which, device.type))
+    except torch.OutOfMemoryError as error:
+        return {"verdict": "not tried", "reason": one_line(error)}
+    if not report.tried:
+        return {"verdict": "not here", "reason": one_line(report.refusal)}
+    return {
+        "verdict": "right" if report.reason is None else "wrong",
+        "ratio": report.ratio if math.isfinite(report.ratio) else None,
+        "worst": str(report.worst),
+        "reason": "" if report.reason is None else one_line(report.reason),
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0 once it has answered."""
+    subject, which, device = arguments[0], arguments[1], torch.device(arguments[2])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    say(record.Where.of(subject, device)._asdict())
+    say(answer(subject, which, device))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,187 @@
+"""What the check computes, and that it notices what is wrong."""
+
+from __future__ import annotations
+
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlrr_kernels import ops, reference
+from rlrr_kernels.backends.triton import config as configs
+from rlrr_kernels.backends.triton import launch, layer_norm
+from rlrr_kernels.backends.triton.config import Device
+from rlrr_kernels.check import cases
+from rlrr_kernels.check.cases import Case
+from rlrr_kernels.check.record import PRODUCTS
+from tests.oracle import require
+
+CPU = torch.device("cpu")
+ODD = Case(37, 51, 45, 3, torch.float32)
+BF16 = Case(37, 51, 45, 3, torch.bfloat16)
+#: An A100 and an H100.
+GPUS = Device((8, 0), 108, 166_912), Device((9, 0), 132, 232_448)
+
+
+def module(**changes):
+    """The reference as a backend, with some of its functions replaced."""
+    names = ("forward", "grad_input", "grad_scales", "grad_shift", "unsupported")
+    return SimpleNamespace(**{name: getattr(reference, name) for name in names} | changes)
+
+
+def norms(**changes):
+    """LayerNorm's kernels, in plain PyTorch."""
+    kernels = {
+        "forward": ops.layer_norm_plain,
+        "backward": ops.layer_norm_backward_plain,
+        "unsupported": lambda x: None,
+    }
+    return SimpleNamespace(**kernels | changes)
+
+
+@pytest.mark.parametrize("which", PRODUCTS)
+def test_the_cpu_backend_is_right(which, monkeypatch):
+    require("cpu")
+    monkeypatch.setitem(cases._TOKENS, "cpu", 20)
+    backend = cases.module_of("cpu", CPU)
+    chosen = [case for case in cases.cases(which, "cpu") if case.n * case.k < 2**20]
+    report = cases.run(backend, which, CPU, chosen)
+    assert report.reason is None
+    assert 0 < report.ratio <= 1
+    assert report.worst in chosen
+    half = [case for case in chosen if case.dtype is torch.float16]
+    assert report.tried == len(chosen) - len(half)
+    assert "float16" in report.refusal
+
+
+@pytest.mark.parametrize("case", [ODD, BF16, Case(5, 6, 48, 1, torch.bfloat16, torch.float32)], ids=str)
+def test_layer_norms_plain_formula_and_its_kernels_are_right(case):
+    for kernels in (norms(), layer_norm):
+        if kernels is layer_norm and not launch.interpreting():
+            continue  # they run on the GPU there
+        report = cases.run(kernels, "layer_norm", CPU, [case])
+        assert (report.tried, report.reason) == (1, None)
+
+
+def test_the_shapes_are_those_that_matter():
+    for kind, tokens in (("cuda", 12608), ("cpu", 394)):
+        found = {which: list(cases.cases(which, kind)) for which in (*PRODUCTS, "layer_norm")}
+        for which, chosen in found.items():
+            assert {c.dtype for c in chosen} >= {torch.bfloat16, torch.float16, torch.float32}
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                of = [c for c in chosen if c.dtype is dtype]
+                assert {c.m for c in of} >= {1, 37, tokens}, which
+                assert any(c.weight_dtype is torch.float32 for c in of) == (dtype.itemsize == 2)
+        layers = {(c.n, c.k, c.groups) for c in found["forward"] if c.m == tokens}
+        assert layers == {(2304, 768, 3), (768, 768, 1), (3072, 768, 1), (768, 3072, 1)}
+
+
+@pytest.mark.parametrize("device", GPUS, ids=lambda device: f"sm_{device.capability[0]}0")
+def test_on_gpus_sums_are_split_and_kernels_to_compile_are_few(device):
+    path = "boxes" if device.has_wgmma else "vectors"
+    split = set()
+    for which in PRODUCTS:
+        compiled = set()
+        for c in cases.cases(which, "cuda"):
+            if c.dtype is not torch.bfloat16:
+                continue
+            how = "elements" if c.k % 16 else path
+            size = (c.weight_dtype or c.dtype).itemsize
+            choose = getattr(configs, f"{which}_config")
+            last = (device, size) if which == "grad_scales" else (size, device)
+            chosen = choose(c.m, c.n, c.k, c.groups, "half", how, 2, *last)
+            config, tokens = chosen if isinstance(chosen, tuple) else (chosen, None)
+            compiled.add((config, how, size, c.groups, c.m == 1))
+            if config.splits > 1 or (tokens is not None and tokens < c.m):
+                split.add(which)
+        assert len(compiled) <= 9
+    assert split == set(PRODUCTS)
+
+
+def _nan(t):
+    t.view(-1)[-1] = math.nan
+    return t
+
+
+def _last_column(found):
+    found[1][..., -1] = 0
+    return found
+
+
+WRONG = {
+    "a NaN": ("forward", lambda f: lambda *a: _nan(f(*a)), r"^bfloat16, M 37, N 51, K 45, groups 3: y: not finite"),
+    "2% more": ("grad_input", lambda f: lambda *a: f(*a) * 1.02, r"^bfloat16, .*: dx: error 2.1e-02, allowed 5.1e-03"),
+    "dv's last column": ("grad_scales", lambda f: lambda *a: _last_column(f(*a)), r"^bfloat16, .*: dv: error"),
+    "one element of df": (
+        "grad_shift",
+        lambda f: lambda dy: f(dy).index_add(0, torch.tensor([3]), torch.tensor([1e-3])),
+        r"^bfloat16, .*: df alone: error",
+    ),
+    "a narrow df": (
+        "grad_shift",
+        lambda f: lambda dy: f(dy).to(dy.dtype),
+        r"df alone: torch.bfloat16 \[51\], expected",
+    ),
+    "an error": ("forward", lambda f: lambda *a: 1 / 0, r"^bfloat16, .*: ZeroDivisionError: division by zero"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_planted_fault_is_noticed(fault):
+    name, change, words = WRONG[fault]
+    which = "grad_scales" if name == "grad_shift" else name
+    assert cases.run(module(), which, CPU, [BF16, ODD]).reason is None
+    report = cases.run(module(**{name: change(getattr(reference, name))}), which, CPU, [BF16, ODD])
+    assert report.tried == 1  # a GPU may do no more after it
+    assert report.worst == BF16
+    assert re.search(words, report.reason), report.reason
+    assert report.ratio > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("forward", lambda y, mean, rstd: (y * 1.02, mean, rstd), "y: error 2.1e-02"),
+        ("backward", lambda dx, ds, dt: (dx, ds, dt * 1.001), "dt: error 1.0e-03"),
+    ],
+)
+def test_a_fault_planted_in_layer_norm_is_noticed(name, change, words):
+    right = getattr(norms(), name)
+    report = cases.run(norms(**{name: lambda *a: change(*right(*a))}), "layer_norm", CPU, [BF16])
+    assert words in report.reason
+
+
+@pytest.mark.parametrize("which", PRODUCTS)
+def test_bits_that_differ_between_two_runs_are_noticed(which):
+    """By one unit in the last place of one element, which no yardstick would mind."""
+    runs = []
+
+    def sometimes(*arguments):
+        found = getattr(reference, which)(*arguments)
+        runs.append(found)
+        last = found[-1] if isinstance(found, tuple) else found
+        if len(runs) == 2:
+            bits = last.view(-1).view(torch.int32)
+            bits[-1] += 1
+        return found
+
+    report = cases.run(module(**{which: sometimes}), which, CPU, [ODD])
+    assert report.reason == "float32, M 37, N 51, K 45, groups 3: a second run gave other bits"
+    assert report.ratio <= 1
+    zeros = torch.tensor([0.0, -0.0])
+    assert cases._difference([zeros[:1]], [zeros[1:]]) is not None
+
+
+def test_no_room_is_nobodys_fault():
+    def no_room(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        cases.run(module(forward=no_room), "forward", CPU, [ODD])
+
+
+def test_what_is_not_served_is_not_tried():
+    report = cases.run(module(unsupported=lambda x, weight: "x: no"), "forward", CPU, [ODD])
+    assert (report.tried, report.refusal, report.reason) == (0, "x: no", None)

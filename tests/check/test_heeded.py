@@ -1,0 +1,130 @@
+"""A free choice never takes what failed here; a backend that is named serves all the same."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+
+from rlrr_kernels import backend_for, ops, rescaled_linear, use_backend
+from rlrr_kernels.backends import choice
+from rlrr_kernels.backends.triton import launch, layer_norm
+from rlrr_kernels.check import record
+from tests.check.conftest import forget
+from tests.check.findings import findings
+from tests.oracle import make_problem, require
+
+X = torch.zeros(2, 4)
+
+
+def keep(file, found):
+    record.add(file, found)
+    forget()
+
+
+@pytest.mark.parametrize("wrong", record.PRODUCTS)
+def test_auto_leaves_out_what_failed_and_says_so(file, wrong):
+    require("cpu")
+    keep(file, findings(wrong=wrong))
+    words = rf"'cpu' is not available, 'reference' serves: failed its check on this device: {wrong}: y: not finite"
+    with pytest.warns(UserWarning, match=words):
+        chosen, why = choice.explain(X, X)
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        assert backend_for(X.bfloat16(), X.bfloat16()) == "reference"
+    assert (chosen, why) == ("reference", f"cpu failed its check on this device: {wrong}: y: not finite")
+
+
+def test_what_is_proven_or_unchecked_serves(file):
+    require("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choice.explain(X, X) == ("cpu", "default for cpu")
+        keep(file, findings())
+        assert choice.explain(X, X) == ("cpu", "default for cpu")
+
+
+def test_a_named_backend_is_used_whatever_it_did(file):
+    require("cpu")
+    keep(file, findings(wrong="forward"))
+    with use_backend("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choice.explain(X, X) == ("cpu", "asked for")
+
+
+def test_a_measured_rule_does_not_bring_it_back(file, monkeypatch):
+    require("cpu")
+    rule = {"device": "cpu", "dtype": "float32", "tokens": [1, None], "backend": "cpu", "source": "-"}
+    monkeypatch.setattr(choice, "_rules", lambda device, dtype: (rule,))
+    keep(file, findings(wrong="grad_scales"))
+    with pytest.warns(UserWarning, match="'reference' serves"):
+        assert backend_for(X, X) == "reference"
+
+
+def test_cuda_is_judged_by_the_kernels_that_it_uses(monkeypatch):
+    asked = []
+    monkeypatch.setattr(record, "failure", lambda subject, device, passes: asked.append(subject))
+    for hopper in (False, True):
+        choice.failed.cache_clear()
+        monkeypatch.setattr(choice, "load", lambda name, hopper=hopper: type("cuda", (), {"HOPPER": hopper}))
+        choice.failed("cuda", torch.device("cuda:0"))
+    choice.failed.cache_clear()
+    assert asked == ["cuda", "cuda-hopper"]
+
+
+def test_the_record_is_read_once_and_no_call_asks_again(file, monkeypatch):
+    require("cpu")
+    keep(file, findings())
+    read, asked = [], []
+    monkeypatch.setattr(record.cachefile, "read", lambda path, layout: read.append(path) or [])
+    failure = record.failure
+    monkeypatch.setattr(record, "failure", lambda *a: asked.append(a) or failure(*a))
+    p = make_problem(3, 4, 5)
+    for _ in range(3):
+        rescaled_linear(*p.forward_args)
+    threads = [threading.Thread(target=rescaled_linear, args=p.forward_args) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (read, len(asked)) == ([file], 1)
+
+
+def test_it_is_chosen_behind_a_compiler_too(file):
+    require("cpu")
+    keep(file, findings(wrong="forward"))
+    p = make_problem(3, 4, 5)
+    served = []
+    forward = choice.load("reference").forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice.load("reference"), "forward", lambda *a: served.append(1) or forward(*a))
+        with pytest.warns(UserWarning, match="'reference' serves"):
+            torch.compile(rescaled_linear, fullgraph=True, backend="eager")(*p.forward_args)
+    assert served == [1]
+
+
+class OnGPU:
+    """Stands for a tensor of a GPU that is not here."""
+
+    device = torch.device("cuda:0")
+    shape = (2, 8)
+
+    def numel(self):
+        return 16
+
+
+@pytest.mark.parametrize("wrong", [None, "forward", "layer_norm"])
+def test_layer_norms_kernels_are_judged_by_their_own_pass(file, monkeypatch, wrong):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(launch, "unsupported", lambda x, weight: None)
+    keep(file, findings("triton", wrong, OnGPU.device))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert ops.layer_norm_kernels(OnGPU()) is (None if wrong == "layer_norm" else layer_norm)
+    assert len(said) == (wrong == "layer_norm")
+    assert (choice.failed("triton", OnGPU.device) is None) == (wrong != "forward")
+    with use_backend("triton"):
+        assert ops.layer_norm_kernels(OnGPU()) is layer_norm
