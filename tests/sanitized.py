@@ -48,7 +48,7 @@ def wrong(backend: str, which: str) -> list[str]:
             with implementations.context(NAMES[backend])():
                 got = getattr(ops, which)(*args, *((True,) if which == "grad_scales" else ()))
             for field, value in zip(fields, got if isinstance(got, tuple) else (got,), strict=True):
-                off = relative_error(value.cpu(), getattr(exact, field))
+                off = relative_error([value.cpu()], [getattr(exact, field)])
                 if not off <= limit:
                     found.append(f"{field} at {shape}, {dtype}: expected an error of {limit:g} at most, got {off:.3g}")
     return found
