@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from benchmarks import implementations, results
+from benchmarks.agreement import relative_error
 from benchmarks.timing import Unavailable
 from rlrr_kernels import ops
-from tests.oracle import differentiate, error, make_problem
+from tests.oracle import differentiate, make_problem
 
 NAMES = {"triton": results.TRITON, "cuda": results.CUDA, "hopper": results.CUDA_HOPPER}
 #: M, N, K, groups: odd edges everywhere, groups that end within a tile, split sums, whole tiles and one row more.
@@ -47,7 +48,7 @@ def wrong(backend: str, which: str) -> list[str]:
             with implementations.context(NAMES[backend])():
                 got = getattr(ops, which)(*args, *((True,) if which == "grad_scales" else ()))
             for field, value in zip(fields, got if isinstance(got, tuple) else (got,), strict=True):
-                off = error(value.cpu(), getattr(exact, field))
+                off = relative_error([value.cpu()], [getattr(exact, field)])
                 if not off <= limit:
                     found.append(f"{field} at {shape}, {dtype}: expected an error of {limit:g} at most, got {off:.3g}")
     return found
