@@ -55,7 +55,9 @@ def build(day: Day) -> None:
 def correct(day: Day) -> None:
     """``python -m rlrr_kernels check``: every pass of every backend against float64; what fails is never timed."""
     _precompile(day, "correct", [TOKENS * IMAGES[0]], "--dtype", "bfloat16", "float16", "float32")
-    done = day.python("correct", 240, "-m", "rlrr_kernels", "check")
+    # a GPU's shapes would take a CPU an hour
+    options = ["--device", "cpu"] if day.rehearse else ["--seconds", "90"]
+    done = day.python("correct", 280, "-m", "rlrr_kernels", "check", *options)
     day.note(done, done.outcome())
     day.rows(done.lines[-24:])
 
@@ -151,14 +153,15 @@ def norm(day: Day) -> None:
 
 def tune(day: Day) -> None:
     """Whether ``rlrr-tune`` beats the model's choices, for ViT-B/16 at one batch size."""
-    limit = 10
-    if day.rehearse:
-        options = ["--shape", "64,64,64", "--dry-run"]
+    limit, environment = 10, {}
+    if day.rehearse:  # a plan alone, which needs no GPU, not even a pretended one
+        options, environment = ["--shape", "64,64,64", "--dry-run"], {"PYTHONPATH": str(ROOT)}
     else:
         _precompile(day, "tune", [TOKENS * IMAGES[0]], "--candidates", str(limit))
         options = ["--model", "vit_base_patch16_224", "--batch", str(IMAGES[0]), "--rounds", "20"]
     table = str(day.out / "tuned.json")
-    done = day.python("tune", 240, "-m", "rlrr_kernels.tune.cli", "--out", table, "--limit", str(limit), *options)
+    options += ["--out", table, "--limit", str(limit)]
+    done = day.python("tune", 240, "-m", "rlrr_kernels.tune.cli", *options, **environment)
     day.note(done, table)
     day.rows(done.lines[-24:])
 

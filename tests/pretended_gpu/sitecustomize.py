@@ -32,8 +32,8 @@ def _on_cpu(value: Any) -> Any:
 
 class _CudaIsCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.device:
-            return _on_cpu(func(*args, **(kwargs or {})))
+        if func is torch.device:  # what is asked of it before a tensor is made is the GPU's
+            return func(*args, **(kwargs or {}))
         return func(*map(_on_cpu, args), **{name: _on_cpu(value) for name, value in (kwargs or {}).items()})
 
 
@@ -74,6 +74,8 @@ def _nothing(*_: Any, **__: Any) -> None: ...
 
 def _pretend() -> None:
     _CudaIsCpu().__enter__()
+    generator = torch.Generator
+    torch.Generator = lambda device="cpu": generator(_on_cpu(device))  # type: ignore
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.compile = lambda model=None, **_: model if model is not None else (lambda model: model)  # type: ignore
     answers: dict[str, Any] = {
