@@ -37,6 +37,16 @@ class _CudaIsCpu(TorchFunctionMode):
         return func(*map(_on_cpu, args), **{name: _on_cpu(value) for name, value in (kwargs or {}).items()})
 
 
+class _IsGenerator(type):
+    def __instancecheck__(cls, value: Any, real: type = torch.Generator) -> bool:
+        return isinstance(value, real)
+
+
+class _Generator(metaclass=_IsGenerator):
+    def __new__(cls, device: Any = "cpu", real: type = torch.Generator) -> Any:
+        return real(_on_cpu(device))
+
+
 class _Properties:
     name = NAME
     major, minor = CAPABILITY
@@ -74,8 +84,7 @@ def _nothing(*_: Any, **__: Any) -> None: ...
 
 def _pretend() -> None:
     _CudaIsCpu().__enter__()
-    generator = torch.Generator
-    torch.Generator = lambda device="cpu": generator(_on_cpu(device))  # type: ignore
+    torch.Generator = _Generator  # type: ignore
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.compile = lambda model=None, **_: model if model is not None else (lambda model: model)  # type: ignore
     answers: dict[str, Any] = {

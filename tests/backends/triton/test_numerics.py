@@ -203,3 +203,20 @@ def test_offsets_beyond_int32(gpu, path):
     x[-64:] = flipped.x
     y = launch.forward(x, *flipped.forward_args[1:], path=path)
     assert torch.equal(y[-64:], launch.forward(*flipped.forward_args, path=path))
+
+
+def test_a_numpy_that_the_interpreter_does_not_take_is_said_in_one_sentence(monkeypatch):
+    x = torch.zeros(1, 1)
+    monkeypatch.setattr(launch, "interpreting", lambda: True)
+    found = {}
+    for triton_version, numpy_version in (("3.6.0", "2.5.5"), ("3.6.0", "2.3.9"), ("3.7.1", "2.5.5")):
+        monkeypatch.setattr(launch.triton, "__version__", triton_version)
+        monkeypatch.setattr("numpy.__version__", numpy_version)
+        launch.interpreter_misfit.cache_clear()
+        found[triton_version, numpy_version] = launch.unsupported(x, x)
+    launch.interpreter_misfit.cache_clear()
+    assert found == {
+        ("3.6.0", "2.5.5"): "TRITON_INTERPRET=1 with Triton 3.6.0 needs NumPy before 2.4, got 2.5.5",
+        ("3.6.0", "2.3.9"): None,
+        ("3.7.1", "2.5.5"): None,
+    }
