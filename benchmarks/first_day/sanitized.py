@@ -1,7 +1,7 @@
-"""One pass of a backend at tiny shapes for compute-sanitizer: ``python -m benchmarks.first_day.sanitized BACKEND PASS``.
+"""One pass of a backend at tiny shapes for compute-sanitizer: ``python -m benchmarks.first_day.sanitized NAME PASS``.
 
 Nothing but our kernels and copies runs on the GPU: what is right is computed on the CPU, as a BLAS under the tool takes
-minutes and reports its own. ``BACKEND``: triton, cuda or hopper. Ends with status 1 where a value is wrong.
+minutes and reports its own. ``NAME``: triton, cuda or hopper. Ends with status 1 where a value is wrong.
 """
 
 from __future__ import annotations
