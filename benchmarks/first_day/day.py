@@ -126,7 +126,7 @@ class Day:
                 if self.left < LEAST:
                     done[piece.name] = Done(piece.name, None, 0.0, log)
                     continue
-                environment = self.environment | piece.environment
+                environment = {**self.environment, **piece.environment}
                 running = processes.Running(piece.command, min(piece.seconds, self.left), log, environment)
                 running.start()
                 started[piece.name] = running

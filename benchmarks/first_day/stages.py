@@ -18,10 +18,9 @@ from pathlib import Path
 
 from benchmarks import groups, ratios, results
 from benchmarks.choose import CLASSES
-from benchmarks.first_day import passes, reports
+from benchmarks.first_day import passes, reports, sanitized
 from benchmarks.first_day.day import ROOT, Day, Done, Piece
 from benchmarks.implementations import LAYERS, TOKENS
-from tests import sanitized
 
 #: Batch sizes that a pass is timed at, besides the suites' own.
 IMAGES = (64, 256, 1)
@@ -102,7 +101,7 @@ def sanitize(day: Day) -> None:
             command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20"]
             # racecheck is not made for the copy engine's barriers: what it says of Hopper's kernels is to be read
             command += [] if (tool, backend) == ("racecheck", "hopper") else ["--error-exitcode", "9"]
-            command += [sys.executable, "-m", "tests.sanitized", backend, which]
+            command += [sys.executable, "-m", "benchmarks.first_day.sanitized", backend, which]
             pieces[backend, which] = Piece(f"{tool}-{backend}-{which}", 240, command, uncached)
         found = dict(zip(pieces, day.run(*pieces.values()), strict=True))
         for backend in sanitized.NAMES:

@@ -68,6 +68,7 @@ def test_weight_of_another_dtype(triton_device, dtype, weight_dtype, path):
     check(p, solve(p, SMALL, path if triton_device == "cpu" else None))
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("m", "n", "k", "groups"),
@@ -133,6 +134,7 @@ def test_negative_powers_of_two_equal_a_prescaled_weight_bit_for_bit(triton_devi
     assert torch.equal(a.dx, b.dx)
 
 
+@pytest.mark.triton
 def test_the_order_of_programs_does_not_matter(monkeypatch):
     """Two programs that wrote one place differently would race on a GPU; run backwards, they would show here."""
     if not launch.interpreting():

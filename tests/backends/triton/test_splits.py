@@ -57,6 +57,7 @@ def test_bias_and_shift_are_added_once(triton_device, bias, shift):
     check(p, solve(p, dataclasses.replace(SMALL, splits=3), "elements"))
 
 
+@pytest.mark.triton
 def test_the_form_for_mma_sync_splits_too(monkeypatch):
     if not launch.interpreting():
         pytest.skip("a GPU runs the form that it needs itself")
