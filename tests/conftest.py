@@ -68,11 +68,18 @@ def triton_device(request: pytest.FixtureRequest) -> str:
     """Device of tensors for the Triton backend: interpreted here, real where there is a GPU."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    if request.param == "cpu" and not launch.interpreting():
-        pytest.skip("the kernels were compiled for the GPU that is here, not interpreted")
-    if request.param == "cpu" and launch.interpreter_misfit():
-        pytest.skip(launch.interpreter_misfit())
+    if request.param == "cpu":
+        request.getfixturevalue("interpreted")
     return request.param
+
+
+@pytest.fixture
+def interpreted() -> None:
+    """Skips where the kernels do not run in Triton's interpreter."""
+    if not launch.interpreting():
+        pytest.skip("the kernels were compiled for the GPU that is here, not interpreted")
+    if (misfit := launch.interpreter_misfit()) is not None:
+        pytest.skip(misfit)
 
 
 @pytest.fixture

@@ -62,6 +62,9 @@ class _Stream:
     def wait_stream(self, other: Any) -> None: ...
     def synchronize(self) -> None: ...
 
+    def is_capturing(self) -> bool:
+        return False
+
 
 class _Event:
     def __init__(self, enable_timing: bool = False) -> None: ...
@@ -100,7 +103,7 @@ def _pretend() -> None:
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     for name, stands in {"Stream": _Stream, "Event": _Event, "CUDAGraph": _Graph}.items():
         setattr(torch.cuda, name, stands)
-    torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore
+    torch.cuda.current_stream = torch.accelerator.current_stream = lambda device=None: _Stream()  # type: ignore
     for name in ("stream", "device", "graph"):
         setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
 
