@@ -64,19 +64,34 @@ def rules(results: list[dict[str, Any]], device: str, source: str) -> list[dict[
     return found
 
 
+def _save(folder: Path, command: str, results: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "choice.json").write_text(json.dumps({"command": command, "results": results}, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choose", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--write", action="store_true", help="change measured.json for this device")
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtype", choices=names, nargs="+", default=names)
+    tokens_of = [tokens for *_, tokens in CLASSES]
+    parser.add_argument(
+        "--tokens", type=int, choices=tokens_of, nargs="+", default=tokens_of, help="what stands for a class"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--write", action="store_true", help="change measured.json for this device")
+    where.add_argument("--out", type=Path, metavar="FOLDER", help="write the times to FOLDER/choice.json as they come")
     args = parser.parse_args()
+    command = " ".join(["python -m benchmarks.choose", *sys.argv[1:]])
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = device_name()
     results = []
-    for dtype in tqdm(DTYPES, leave=False):
+    for dtype, name in tqdm([pair for pair in zip(DTYPES, names, strict=True) if pair[1] in args.dtype], leave=False):
         for first, last, tokens in CLASSES:
+            if tokens not in args.tokens:
+                continue
             best = measure(dtype, tokens, kind, args.rounds)
-            name = str(dtype).removeprefix("torch.")
             if len(best) < 2:
                 tqdm.write(f"{name:<9} M = {tokens:<5} {next(iter(best))} alone serves it")
                 continue
@@ -84,13 +99,13 @@ def main() -> None:
             fastest = min(best.values())
             ratios = ", ".join(f"{b} {t / fastest:.2f}" for b, t in sorted(best.items(), key=lambda item: item[1]))
             tqdm.write(f"{name:<9} M = {tokens:<5} {ratios}")
+            if args.out:
+                _save(args.out, command, results)
     folder = results_folder()
     found = rules(results, device, str((folder / "choice.json").relative_to(ROOT)))
     print(json.dumps(found, indent=1))
     if args.write:
-        folder.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["python -m benchmarks.choose", *sys.argv[1:]])
-        (folder / "choice.json").write_text(json.dumps({"command": command, "results": results}, indent=1) + "\n")
+        _save(folder, command, results)
         path = Path(choice.__file__).parent / "measured.json"
         others = [rule for rule in json.loads(path.read_text()) if rule["device"] != device]
         path.write_text(json.dumps(others + found, indent=1) + "\n")

@@ -1,23 +1,22 @@
 """The whole suite on a GPU, a process and a results file for each chunk: ``python -m benchmarks.chunks [PREFIX]``.
 
-A chunk takes under ten minutes on an H200, by estimate, and is ended after fifteen. Each of this package's backends
-is checked first, unless it was before (`python -m rlrr_kernels check`); one that is wrong is not run.
+A chunk takes under ten minutes on an H200, by estimate, and is ended after ``--seconds``. Each of this package's
+backends is checked first, unless it was before (`python -m rlrr_kernels check`); one that is wrong is not run.
 A prefix, as ``layer-vit_b``, ``norm`` or ``step``, selects the chunks whose names start so; ``--list`` prints them.
+What stands behind ``--`` goes to pytest: ``-- -k "not autotune"`` leaves out the rival that searches tiles for a
+minute a shape.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import cases
+from benchmarks import cases, processes
 from rlrr_kernels.check import cli as check
 
 FOLDER = Path(__file__).parent
@@ -28,41 +27,37 @@ SUITES = {"layer": "test_layer.py", "norm": "test_norm.py", "launch": "test_laun
 SECONDS = 900.0
 
 
-def command(chunk: str) -> list[str]:
-    """What measures a chunk and writes its results."""
+def command(chunk: str, options: Sequence[str] = ()) -> list[str]:
+    """What measures a chunk and writes its results; ``options``: more of pytest's."""
     suite = FOLDER / SUITES[chunk.partition("-")[0]]
     regenerates = f"make bench-gpu CHUNK={chunk}"
     return [
         *(sys.executable, "-m", "pytest", str(suite), "-q"),
+        *options,
         *("--chunk", chunk, "--results", "--results-command", regenerates),
     ]
 
 
-def start(command: list[str], seconds: float = SECONDS) -> int:
-    """Run a command, end it and all that it started after ``seconds``, and return its exit status, 124 then."""
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        print(f"ended after {seconds:g} s", file=sys.stderr)
-        return 124
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def run(chunks: Sequence[str], start: Callable[[list[str]], int]) -> list[str]:
+def run(chunks: Sequence[str], start: Callable[[list[str]], int], options: Sequence[str] = ()) -> list[str]:
     """Run each chunk, whatever became of those before it, and return those that failed.
 
-    ``start`` runs a command and returns its exit status.
+    ``start`` runs a command and returns its exit status; ``options`` go to pytest.
     """
     failed = []
     for number, chunk in enumerate(chunks, 1):
         print(f"chunk {number} of {len(chunks)}: {chunk}", flush=True)
-        if start(command(chunk)) != 0:
+        status = start(command(chunk, options))
+        if status == processes.TIME_OUT:
+            print(f"{chunk}: its time was up", file=sys.stderr)
+        if status != 0:
             failed.append(chunk)
     return failed
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before and behind ``--``."""
+    at = [*arguments, "--"].index("--")
+    return list(arguments[:at]), list(arguments[at + 1 :])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("prefix", nargs="?", default="", help="of the names of the chunks to run; default: all")
     parser.add_argument("--list", action="store_true", help="print the names and run nothing")
-    args = parser.parse_args(arguments)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for a chunk; default: %(default)g")
+    own, options = _split(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(own)
     chunks = [name for name in cases.chunks() if name.startswith(args.prefix)]
     if not chunks:
         parser.error(f"prefix: expected the start of a chunk's name (see --list), got {args.prefix!r}")
@@ -92,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for name, reason in wrong.items():
         print(f"backend {name} is not measured, its check failed: {reason}", file=sys.stderr)
-    failed = run(chunks, start)
+    processes.exit_on_signals()
+    failed = run(chunks, lambda command: processes.run(command, args.seconds), options)
     if failed:
         print(f"chunks with a failed case, or not at their end: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed or wrong else 0

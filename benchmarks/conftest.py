@@ -10,7 +10,7 @@ import pytest
 from benchmarks import ratios, results
 from benchmarks.cases import DTYPES
 from benchmarks.groups import groups
-from benchmarks.suite import SLICE_MINUTES, Recorder, recorder_of
+from benchmarks.suite import SLICE_MINUTES, Recorder, planned, recorder_of
 
 _RECORDER = pytest.StashKey[Recorder]()
 
@@ -30,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--minutes",
         type=float,
-        help=f"leave out what would end later; default: {SLICE_MINUTES:g}, none where everything is measured",
+        help="leave out groups that would end later, and rivals of a training step that are not compiled by then; "
+        f"default: {SLICE_MINUTES:g}, none where everything is measured",
     )
     group.addoption(
         "--everything",
@@ -56,8 +57,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_quiet = True
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups by their place; tests of one stay together."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Groups by their place; tests of one stay together.
+
+    Raises:
+        pytest.UsageError: the options together ask for nothing: a run of no tests would look like one without faults.
+    """
+    chunk = config.getoption("--chunk")
+    if chunk is not None and not planned(config):
+        raise pytest.UsageError(
+            f"--chunk: expected the start of a chunk's name (python -m benchmarks.chunks --list) in these files, with "
+            f"the dtypes {', '.join(config.getoption('--dtype'))}, got {chunk!r}"
+        )
     calls = {item: getattr(item, "callspec", None) for item in items}
     items.sort(key=lambda item: getattr(call.params.get("group"), "place", 0) if (call := calls[item]) else 0)
 

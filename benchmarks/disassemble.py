@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -91,6 +92,29 @@ class CompileOnly:
         return lambda *args, **kwargs: self.compiled.append(self.kernel.run(*args, grid=grid, warmup=True, **kwargs))
 
 
+@contextlib.contextmanager
+def without_gpu(device: Any, compiled: list[Any]) -> Iterator[None]:
+    """The launchers take tensors without data as those of a GPU ``device`` (a ``config.Device``), and only compile.
+
+    ``compiled`` gets what each launch compiled. Triton's cache on disk is filled as by a launch on such a GPU.
+    """
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from rlrr_kernels.backends.triton import launch, layer_norm
+
+    major, minor = device.capability
+    driver.set_active(NoGPU(10 * major + minor))
+    with contextlib.ExitStack() as stack:
+        for module in (launch, layer_norm):
+            for name, kernel in vars(module).copy().items():
+                if isinstance(kernel, JITFunction) and name.endswith("_kernel"):  # not what kernels call
+                    stack.enter_context(mock.patch.object(module, name, CompileOnly(kernel, compiled)))
+        for name, value in (("interpreting", False), ("_device", device), ("_guard", contextlib.nullcontext())):
+            stack.enter_context(mock.patch.object(launch, name, lambda *_, value=value: value))
+        yield
+
+
 def _tool(name: str, *arguments: str) -> str:
     import triton
 
@@ -156,24 +180,14 @@ def product_loop(sass: str) -> tuple[list[str], int]:
 
 def main() -> None:
     import torch
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
 
     from rlrr_kernels.backends.triton import config as configs
     from rlrr_kernels.backends.triton import launch, layer_norm
 
     request = json.load(sys.stdin)
     device = configs.Device(**request["device"] | {"capability": tuple(request["device"]["capability"])})
-    major, minor = device.capability
-    driver.set_active(NoGPU(10 * major + minor))
     compiled: list[Any] = []
-    with contextlib.ExitStack() as stack:
-        for module in (launch, layer_norm):
-            for name, kernel in vars(module).copy().items():
-                if isinstance(kernel, JITFunction) and name.endswith("_kernel"):  # not what kernels call
-                    stack.enter_context(mock.patch.object(module, name, CompileOnly(kernel, compiled)))
-        for name, value in (("interpreting", False), ("_device", device), ("_guard", contextlib.nullcontext())):
-            stack.enter_context(mock.patch.object(launch, name, lambda *_, value=value: value))
+    with without_gpu(device, compiled):
         print(json.dumps(READY), flush=True)
         for index, case in enumerate(request["cases"]):
             del compiled[:]

@@ -118,6 +118,8 @@ def groups(chunks: Iterable[Mapping[str, Any]]) -> list[Group]:
             case = {name: row[name] for name in fields}
             key = (chunk["device"], chunk["suite"], *case.values())
             group = found.setdefault(key, Group(chunk, case, {}))
+            if group.chunk is not chunk and group.chunk["chunk"] == chunk["chunk"]:
+                continue  # of two incomplete files of a chunk the first counts: what others took turns with is there
             name = row["implementation"]
             if group.chunk is not chunk or name in group.rows:
                 other = group.chunk["chunk"]

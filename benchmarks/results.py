@@ -5,10 +5,12 @@ A chunk is what one command measures in one go::
     {"suite", "chunk", "date", "device", "processor", "versions", "command",
      "commit", "dirty", "environment", "tf32", "tuned", "rounds", "complete", "results": [one object a line]}
 
-``commit`` and ``dirty`` (whether the sources differ from it) are null without git; ``environment`` holds the
-variables RLRR_*; ``tf32`` whether float32 products may be TF32; ``tuned`` whether a table of ``rlrr-tune`` was in
-use; ``rounds`` the least and most that were asked for. ``complete`` is true only where every case of the chunk was
-tried. A run that is not complete is kept beside one that is, as ``<chunk>-partial.json``.
+``commit`` and ``dirty`` (whether the sources differ from it) are what git says of the checkout; where there is none,
+the commit is RLRR_COMMIT's, or null, and ``dirty`` null. ``environment`` holds the variables RLRR_*; ``tf32`` whether
+float32 products may be TF32; ``tuned`` whether a table of ``rlrr-tune`` was in use; ``rounds`` the least and most that
+were asked for. ``complete`` is true only where every case of the chunk was tried. A run that is not complete is kept
+beside one that is, as ``<chunk>-partial.json``, or ``<chunk>-partial-<what was asked for>.json``: sessions narrowed in
+different ways keep what each measured.
 
 Each object of ``results`` holds a case's fields (:class:`LayerCase`, :class:`LaunchCase`,
 :class:`StepCase`), then ``seconds`` (one value a round), ``median``, ``q1``, ``q3``, ``clock``, ``copies`` (of the
@@ -193,6 +195,7 @@ def write(
     results: Iterable[Result],
     complete: bool = True,
     rounds: Sequence[int] | None = None,
+    narrowing: str = "",
 ) -> Path:
     """Write ``<folder>/<chunk>.json``, whole or not at all, and return its path.
 
@@ -202,6 +205,7 @@ def write(
         complete: whether every case of the chunk was tried; the file is named ``<chunk>-partial.json`` otherwise,
             and goes away once the complete one is written.
         rounds: least and most that a group was measured for.
+        narrowing: what of the chunk was asked for, of letters, digits and hyphens: a part of an incomplete file's name.
     """
     own = {
         "suite": suite,
@@ -212,11 +216,11 @@ def write(
         "rounds": rounds,
         "complete": complete,
     }
-    partial = folder / f"{chunk}{PARTIAL}.json"
-    path = folder / f"{chunk}.json" if complete else partial
+    path = folder / (f"{chunk}.json" if complete else f"{chunk}{PARTIAL}{narrowing and f'-{narrowing}'}.json")
     save(path, own, (result.to_dict() for result in results))
     if complete:
-        partial.unlink(missing_ok=True)
+        for partial in (*folder.glob(f"{chunk}{PARTIAL}.json"), *folder.glob(f"{chunk}{PARTIAL}-*.json")):
+            partial.unlink(missing_ok=True)
     return path
 
 
@@ -250,7 +254,7 @@ def save(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]])
 def load(folder: Path) -> list[dict[str, Any]]:
     """Chunks in a folder, by file name; a JSON file without "suite" is another kind of result and left out.
 
-    Of a chunk with a complete file the partial one is left out too.
+    Of a chunk with a complete file the partial ones are left out too.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -260,7 +264,8 @@ def load(folder: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"folder: expected a folder of results, got {folder}")
     chunks = []
     for path in sorted(folder.glob("*.json")):
-        if path.stem.endswith(PARTIAL) and path.with_stem(path.stem.removesuffix(PARTIAL)).exists():
+        whole, partial, _ = path.stem.partition(PARTIAL)
+        if partial and path.with_stem(whole).exists():
             continue
         try:
             chunk = json.loads(path.read_text())
@@ -288,19 +293,23 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def source() -> dict[str, Any]:
-    """``commit`` and ``dirty`` of the checkout when first asked; None without git. Results and pages do not count."""
+    """``commit`` and ``dirty`` of the checkout when first asked; results and pages do not count as changes.
+
+    A copy without git's folder has the commit that RLRR_COMMIT names, or None, and None for ``dirty``.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
+    copied = {"commit": os.environ.get("RLRR_COMMIT") or None, "dirty": None}
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT.resolve():
-            return {"commit": None, "dirty": None}
+            return copied
         changed = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
+        return copied
 
 
 def _environment() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -104,11 +105,16 @@ def parametrize(metafunc: pytest.Metafunc, tests: Sequence[tuple[Rivals, str]]) 
     """Make these tests, and note that a chunk is complete with all that it has here, whatever is selected later."""
     if not everything(metafunc.config):
         tests = [(group, name) for group, name in tests if name in STRONGEST]
-    planned = metafunc.config.stash.setdefault(_PLANNED, {})
+    found = metafunc.config.stash.setdefault(_PLANNED, {})
     for group, name in tests:
-        planned.setdefault(group.chunk, set()).add((group, name))
+        found.setdefault(group.chunk, set()).add((group, name))
     parameters = [pytest.param(group, name, id=f"{group.label}-{name}") for group, name in tests]
     metafunc.parametrize(("group", "implementation"), parameters)
+
+
+def planned(config: pytest.Config) -> bool:
+    """Whether the options leave any test of the files that were collected."""
+    return bool(config.stash.get(_PLANNED, {}))
 
 
 def everything(config: pytest.Config) -> bool:
@@ -122,6 +128,15 @@ def narrowed(config: pytest.Config) -> bool:
     return any(o is not None for o in asked) or set(config.getoption("--dtype")) != set(cases.DTYPES)
 
 
+def narrowing(config: pytest.Config) -> str:
+    """What else than all of a chunk is asked for, for a file's name: ``images-64-k-not-autotune``; empty for all."""
+    asked = {name: config.getoption(f"--{name}") for name in ("images", "rounds")}
+    asked["dtype"] = None if set(config.getoption("--dtype")) == set(cases.DTYPES) else config.getoption("--dtype")
+    asked["k"] = config.getoption("keyword") or None
+    words = (f"{name} {value}" for name, value in asked.items() if value is not None)
+    return re.sub(r"[^A-Za-z0-9]+", "-", " ".join(words)).strip("-")
+
+
 @dataclass
 class Recorder:
     """Everything measured in a pytest session, each group once.
@@ -130,8 +145,10 @@ class Recorder:
         folder: where the chunks are written after each group, or None. command: what regenerates them.
         planned: chunk -> tests with which its file is complete; a chunk that is not here is never complete.
         rounds: least and most of each group, where the command line asks for them.
-        minutes: groups that would not end within these are left out.
-        left_out: those.
+        minutes: groups that would not end within these are left out, and so are rivals of a step that are not made
+            yet when they are up.
+        narrowing: what else than all of a chunk is asked for, as a part of a file's name.
+        left_out: those groups.
     """
 
     folder: Path | None
@@ -139,6 +156,7 @@ class Recorder:
     planned: dict[str, set[tuple[Rivals, str]]] = field(default_factory=dict)
     rounds: tuple[int, int] | None = None
     minutes: float = math.inf
+    narrowing: str = ""
     left_out: set[Rivals] = field(default_factory=set)
     _groups: dict[Rivals, dict[str, Outcome]] = field(default_factory=dict)
     _began: float = field(default_factory=lambda: time.monotonic())
@@ -168,6 +186,19 @@ class Recorder:
                 pytest.exit(f"the GPU failed under {group.label}, chunk {group.chunk} ends here: {fault}", returncode=3)
         return self._groups[group]
 
+    def keep(self, group: Rivals, found: dict[str, Outcome]) -> None:
+        """Write what there is of a group that is being measured: it is all that is left if the session is killed."""
+        self._groups[group] = found
+        try:
+            self._write(group.suite, group.chunk, ended=False)
+        finally:
+            del self._groups[group]
+
+    @property
+    def until(self) -> float:
+        """When the minutes are up, on ``time.monotonic``'s clock."""
+        return self._began + 60 * self.minutes
+
     def _late(self, group: Rivals) -> bool:
         """Whether it would end too late, by what the last group of its suite, or else the longest, took."""
         work, seconds = self._last.get(group.suite, (group.work, self._longest))
@@ -188,14 +219,14 @@ class Recorder:
         of_chunk = (found for group, found in self._groups.items() if group.chunk == chunk)
         return [outcome.result for found in of_chunk for outcome in found.values() if not outcome.unavailable]
 
-    def _write(self, suite: str, chunk: str) -> None:
+    def _write(self, suite: str, chunk: str, ended: bool = True) -> None:
         if self.folder is None:
             return
         kept = self._kept(chunk)
         tried = {(group, name) for group, found in self._groups.items() if group.chunk == chunk for name in found}
-        complete = tried == self.planned.get(chunk)
+        complete = ended and tried == self.planned.get(chunk)
         rounds = self.rounds or ROUNDS.get(suite, timing.ROUNDS)
-        results.write(self.folder, suite, chunk, self.command, kept, complete, rounds)
+        results.write(self.folder, suite, chunk, self.command, kept, complete, rounds, self.narrowing)
 
 
 def recorder_of(config: pytest.Config) -> Recorder:
@@ -209,8 +240,9 @@ def recorder_of(config: pytest.Config) -> Recorder:
     minutes = config.getoption("--minutes")
     if minutes is None:
         minutes = math.inf if everything(config) else SLICE_MINUTES
-    rounds = config.getoption("--rounds")
-    return Recorder(folder, command, planned, None if rounds is None else (rounds, rounds), minutes)
+    count = config.getoption("--rounds")
+    rounds = None if count is None else (count, count)
+    return Recorder(folder, command, planned, rounds, minutes, narrowing(config))
 
 
 def selected(session: pytest.Session, group: Rivals) -> list[str]:
@@ -233,10 +265,11 @@ def play(benchmark: Any, group: Rivals, found: Outcome) -> None:
     benchmark.pedantic(lambda: None, rounds=len(found.result.seconds))
 
 
-def turn_by_turn(
-    measure: Callable[[Rivals, tuple[int, int] | None, list[str]], dict[str, Outcome]],
-) -> Callable[..., None]:
-    """The test of a suite: ``measure`` (of a group, rounds, names) lets all rivals of a group take turns, once."""
+def turn_by_turn(measure: Callable[..., dict[str, Outcome]], minutes_each: bool = False) -> Callable[..., None]:
+    """The test of a suite: ``measure`` (of a group, rounds, names) lets all rivals of a group take turns, once.
+
+    ``minutes_each``: a group takes minutes; ``measure`` has the recorder too, for its clock and to keep results early.
+    """
 
     @pytest.mark.benchmark(timer=REPLAY)
     def test(
@@ -247,9 +280,9 @@ def turn_by_turn(
         implementation: str,
     ) -> None:
         """One implementation of a group; the group's first test measures all of them."""
-        own = functools.partial(measure, group, recorder.rounds)
+        own = functools.partial(measure, group, recorder.rounds, **({"recorder": recorder} if minutes_each else {}))
         found = recorder.outcomes(group, selected(request.session, group), own)
-        if not found:
+        if implementation not in found:
             benchmark.skipped = True
             pytest.skip("left out, as the time is up: see --minutes")
         play(benchmark, group, found[implementation])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from benchmarks.agreement import Formula
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.results import STEP_IMPLEMENTATIONS, StepCase
 from benchmarks.steps import CLASSES, Step, build
-from benchmarks.suite import Outcome, Rivals, outcome, parametrize, turn_by_turn
-from benchmarks.timing import Call, Variant
+from benchmarks.suite import Outcome, Recorder, Rivals, outcome, parametrize, turn_by_turn
+from benchmarks.timing import Call, Rounds, Variant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = 224
@@ -36,24 +37,33 @@ SLICE = Model("ViT-B/16, 2 blocks", cases.STEP_MODELS["vit_b"], 2)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     chunk, images = option("--chunk"), option("--images")
-    if chunk is None:
-        planned = [("step-slice", SLICE, batch, dtype) for batch in images or (4,) for dtype in cases.DTYPES]
-    else:
-        planned = [
-            (f"step-{key}-{batch}", Model(cases.MODELS[key][0].model, name), batch, "bfloat16")
-            for key, name in cases.STEP_MODELS.items()
-            for batch in images or cases.STEP_BATCHES
-        ]
     tests: list[tuple[Rivals, str]] = []
-    for name, model, batch, dtype in planned:
-        if name.startswith(chunk or "") and dtype in option("--dtype"):
+    for name, model, batch, dtype in _slice(images) if chunk is None else _chunks(chunk, images):
+        if dtype in option("--dtype"):
             label = f"{name}-{batch}-{dtype}"
             group = Rivals("step", name, (model, batch, dtype), label, place=2)
             tests += [(group, name) for name in STEP_IMPLEMENTATIONS]
     parametrize(metafunc, tests)
 
 
-def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) -> dict[str, Outcome]:
+def _slice(images: Sequence[int] | None) -> list[tuple[str, Model, int, str]]:
+    return [("step-slice", SLICE, batch, dtype) for batch in images or (4,) for dtype in cases.DTYPES]
+
+
+def _chunks(prefix: str, images: Sequence[int] | None) -> list[tuple[str, Model, int, str]]:
+    """Chunk's name, model, batch size and dtype; ``images`` in place of the batch size that a chunk is named by."""
+    found: dict[tuple[str, int], tuple[str, Model, int, str]] = {}
+    for key, name in cases.STEP_MODELS.items():
+        for planned in cases.STEP_BATCHES:
+            chunk = f"step-{key}-{planned}"
+            if chunk.startswith(prefix):
+                for batch in images or (planned,):  # once, though all chunks of a model would have the same
+                    model = Model(cases.MODELS[key][0].model, name)
+                    found.setdefault((key, batch), (chunk, model, batch, "bfloat16"))
+    return list(found.values())
+
+
+def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str], recorder: Recorder) -> dict[str, Outcome]:
     model, batch, dtype = group.key
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -78,24 +88,32 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
         memory[name] = step.resident_bytes() + peak_extra_bytes(lambda: (step(),))
         return Variant([Call(step)])
 
+    def outcomes(found: Mapping[str, Rounds]) -> dict[str, Outcome]:
+        """Of those that have rounds or failed."""
+        results_of = {}
+        for name, rival in found.items():
+            if not rival.seconds and rival.error is None:
+                continue
+            case = StepCase(model.title, batch, SIZE, dtype, name, name not in results.OTHER_FUNCTIONS)
+            more: dict[str, Any] = {}
+            if rival.error is None:
+                _, median, _ = results.quartiles(rival.seconds)
+                more = {"images_per_second": round(batch / median, 3), "peak_bytes": memory[name]}
+            if name in errors:
+                more["error_vs_formula"] = errors[name]
+            results_of[name] = outcome(case, rival, more)
+        return results_of
+
     found = timing.interleaved(
         {name: functools.partial(variant, name) for name in names},
         timing.Batches(4 if DEVICE == "cuda" else 1, wait=True, settle=True),
         20.0 if DEVICE == "cuda" else 10.0,
         rounds or timing.ROUNDS,
         warm_seconds=1.0 if DEVICE == "cuda" and rounds is None else 0.0,
+        until=recorder.until,
+        after_each=lambda found: recorder.keep(group, outcomes(found)),
     )
-    outcomes = {}
-    for name in names:
-        case = StepCase(model.title, batch, SIZE, dtype, name, name not in results.OTHER_FUNCTIONS)
-        more: dict[str, Any] = {}
-        if found[name].error is None:
-            _, median, _ = results.quartiles(found[name].seconds)
-            more = {"images_per_second": round(batch / median, 3), "peak_bytes": memory[name]}
-        if name in errors:
-            more["error_vs_formula"] = errors[name]
-        outcomes[name] = outcome(case, found[name], more)
-    return outcomes
+    return outcomes(found)
 
 
-test_step = turn_by_turn(_measure)
+test_step = turn_by_turn(_measure, minutes_each=True)

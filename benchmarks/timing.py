@@ -118,6 +118,8 @@ def interleaved(
     budget: float,
     rounds: tuple[int, int] = ROUNDS,
     warm_seconds: float = 0.0,
+    until: float = math.inf,
+    after_each: Callable[[dict[str, Rounds]], Any] = lambda found: None,
 ) -> dict[str, Rounds]:
     """Time rivals in turns: what else the machine does, and its clock, then hit all of them alike.
 
@@ -130,6 +132,9 @@ def interleaved(
         stopwatch: of all of them.
         budget: seconds after which no further round begins, within ``rounds``, (least, most).
         warm_seconds: for how long all take turns before it counts; once each at least.
+        until: a time of ``time.monotonic`` after which no rival is made any more and no round begins but the first;
+            those not made have neither seconds nor an error.
+        after_each: called, untimed, with what was found when a rival could not be made and after each round.
     """
     found = {name: Rounds() for name in variants}
     turns: dict[str, Turn] = {}
@@ -153,9 +158,13 @@ def interleaved(
         return None
 
     for name, make in variants.items():
+        if turns and time.monotonic() > until:
+            break
         made = attempt(name, lambda make=make: stopwatch(make()))  # type: ignore[misc]
         if made is not None:
             turns[name] = made
+        elif found[name].error is not None:
+            after_each(found)
     shuffle = random.Random(0).shuffle
     with _no_collection():
         started = time.perf_counter()
@@ -170,16 +179,19 @@ def interleaved(
             # not foretold from one round: on a busy machine some take ten times as long as others
             if count >= least and time.perf_counter() - started >= budget:
                 break
+            if count and time.monotonic() > until:
+                break
             order = list(turns)
             shuffle(order)  # nobody always comes after the same one
             for name in order:
                 took = attempt(name, turns[name])
                 if took is not None:
                     found[name].seconds.append(took)
+                    found[name].clock = stopwatch.clock
+            after_each(found)
     for rival in found.values():
-        if rival.seconds:
-            rival.clock = stopwatch.clock
-        elif rival.error is None:
+        rival.clock = stopwatch.clock if rival.seconds else None
+        if rival.error is None and not rival.seconds:
             rival.error = fault
     return found
 

@@ -7,6 +7,7 @@ or have boxes where the copy engine cannot put them. It does the same for W' in 
 listed there is not clean.
 
 Each VERSION is installed into ``build/triton`` first, beside PyTorch, which it need not fit: nothing is launched.
+It takes about ten minutes a VERSION on two cores.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.disassemble import probe
-from benchmarks.search import compile_cases
+from benchmarks.search import compile_cases, triton_version
 from benchmarks.search_space import TARGETS, Row, rows
 from rlrr_kernels.backends.triton.config import Config, Device, fitting_tiles
 from tests.hazards import hazards
@@ -60,12 +61,12 @@ def wrong(report: dict[str, Any], device: Device) -> list[str]:
     return found
 
 
-def judged(architecture: str, kernel: str, python: str) -> list[list[str]]:
-    """For each kernel compiled of a part of the table, by two processes, what is wrong with it."""
+def judged(architecture: str, kernel: str, python: str, found: list[Row]) -> list[list[str]]:
+    """For each kernel compiled of these rows of a part of the table, by two processes, what is wrong with it."""
     device = TARGETS[architecture]
     wanted = [
         case
-        for row in rows(device)
+        for row in found
         for config in tiles(architecture, kernel, row)
         for case in cases(architecture, kernel, row, config)
     ]
@@ -90,9 +91,9 @@ def trusted(python: str) -> bool:
 def interpreter(version: str, folder: Path) -> str:
     """This Python with another Triton in front of its own, installed into ``folder`` if it is not there."""
     target = folder / version
-    if not (target / "triton").exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
-        subprocess.run([*command, f"triton=={version}"], check=True)
+    if version == "newest" or not (target / "triton").exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(target)]
+        subprocess.run([*command, "triton" if version == "newest" else f"triton=={version}"], check=True)
     script = target / "python"
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{target}:$PYTHONPATH" exec "{sys.executable}" "$@"\n')
     script.chmod(0o755)
@@ -102,24 +103,27 @@ def interpreter(version: str, folder: Path) -> str:
 def main() -> int:
     """Print a table; 1 if something that can be launched is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.gates", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("version", nargs="*", help="of Triton; default: the installed one")
+    parser.add_argument("version", nargs="*", help="of Triton, or newest; default: the installed one")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "triton", help="default: build/triton")
     arguments = parser.parse_args()
     bad = 0
     heads = ("Triton", "kernel", "W'", "compiled", "wrong", "hazards", "launched")
     print(f"| {' | '.join(heads)} |\n| --- | --- | --- | ---: | ---: | ---: | --- |")
-    for version in arguments.version or [None]:
-        python = interpreter(version, arguments.folder) if version else sys.executable
+    for version in arguments.version or ["installed"]:
+        python = sys.executable if version == "installed" else interpreter(version, arguments.folder)
+        name = f"{triton_version(python)}{f' ({version})' if version.isalpha() else ''}"
         now = launched(trusted(python))
         for part, kernel in dict.fromkeys((*now, ("sm_90", "forward"), ("sm_90", "grad_input"))):
-            found = judged(part, kernel, python)
+            used, everything = (part, kernel) in now, rows(TARGETS[part])
+            # what is not launched is read for its hazards alone, which only products by wgmma have
+            wgmma = [row for row in everything if row.kind != "ieee" and row.path != "elements"]
+            found = judged(part, kernel, python, everything if used else wgmma)
             failed = [lines for lines in found if lines]
             hazardous = sum(any(line.startswith("hazard") for line in lines) for lines in failed)
             side = "" if kernel == "grad_scales" else "shared memory" if part.endswith("shared") else "registers"
-            used = (part, kernel) in now
             bad += used and bool(failed)
-            counts = (len(found), len(failed), hazardous, "yes" if used else "no")
-            print(f"| {' | '.join(map(str, (version or 'installed', kernel, side, *counts)))} |", flush=True)
+            cells = (name, kernel, side, len(found), len(failed), hazardous, "yes" if used else "no")
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
             for line in sorted({line for lines in failed for line in lines}) if used else ():
                 print(f"    {line}", flush=True)
     return 1 if bad else 0

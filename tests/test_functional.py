@@ -209,6 +209,7 @@ def _largest_allocation(backend: str, groups: int) -> tuple[int, int, list[int]]
     return max(watch.sizes), 4 * m * max(n, k), [t.numel() for t in saved if t.data_ptr() not in own]
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("groups", [1, 3])
 def test_triton_allocates_nothing_of_the_weights_size_and_keeps_only_x(groups):
     largest, expected, saved = _largest_allocation("triton", groups)

@@ -159,6 +159,7 @@ def test_the_layers_first_and_second_derivatives_are_right():
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.triton
 def test_second_derivatives_through_the_kernels_are_those_of_plain_pytorch():
     device = require("triton")
     layer = SSFLayerNorm(12, device=device)

@@ -103,6 +103,17 @@ def test_the_sources_revision_and_whether_they_differ_from_it(tmp_path, monkeypa
         results.source.cache_clear()
 
 
+def test_a_copy_without_git_has_the_commit_that_a_variable_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    for given, expected in (("0123abc", "0123abc"), ("", None)):
+        monkeypatch.setenv("RLRR_COMMIT", given)
+        results.source.cache_clear()
+        try:
+            assert results.source() == {"commit": expected, "dirty": None}
+        finally:
+            results.source.cache_clear()
+
+
 def test_a_partial_run_lies_beside_a_complete_one_and_is_read_only_without_it(tmp_path):
     def write(seconds, complete):
         return results.write(tmp_path, "layer", "a", "c", [Result(LAYER, [seconds])], complete)

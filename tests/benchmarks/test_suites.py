@@ -12,11 +12,22 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from filelock import FileLock
 from torch import nn
 
-from benchmarks import cases, chunks, implementations, results, suite, test_layer, test_norm, timing
+from benchmarks import (
+    cases,
+    chunks,
+    conftest,
+    implementations,
+    results,
+    suite,
+    test_layer,
+    test_norm,
+    test_vit_step,
+    timing,
+)
 from benchmarks.cases import MODELS, Shape
+from benchmarks.groups import groups
 from benchmarks.memory import peak_extra_bytes, saved_for_backward
 from benchmarks.results import LaunchCase, Result
 from benchmarks.suite import Outcome, Recorder, Rivals
@@ -82,17 +93,6 @@ def test_chunks_run_one_after_another_whatever_fails(capsys):
     assert "chunk 2 of 3: norm" in capsys.readouterr().out
 
 
-def test_a_chunk_that_hangs_is_ended_with_all_that_it_started(tmp_path, capsys):
-    """The child of the child too: as long as it lives it holds a lock."""
-    lock = tmp_path / "lock"
-    child = f"import fcntl, time; held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX); time.sleep(600)"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert chunks.start([sys.executable, "-c", code], 1.5) == 124
-    assert "ended after 1.5 s" in capsys.readouterr().err
-    FileLock(lock).acquire(timeout=120).lock.release()
-    assert chunks.start([sys.executable, "-c", "import sys; sys.exit(3)"]) == 3
-
-
 def test_chunks_are_listed_and_a_wrong_one_is_named(capsys):
     assert chunks.main(["step-vit_b", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["step-vit_b-64", "step-vit_b-256"]
@@ -104,7 +104,7 @@ def test_chunks_are_listed_and_a_wrong_one_is_named(capsys):
 def test_what_cannot_be_kept_or_is_wrong_is_said(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(chunks, "start", lambda command: 0)
+    monkeypatch.setattr(chunks.processes, "run", lambda command, seconds: 0)
     monkeypatch.setattr(chunks.check, "failures", lambda device: {"triton": "forward: off"})
     assert chunks.main(["norm"]) == 1
     assert "backend triton is not measured, its check failed: forward: off" in capsys.readouterr().err
@@ -115,6 +115,20 @@ def test_what_cannot_be_kept_or_is_wrong_is_said(capsys, monkeypatch):
     monkeypatch.setattr(chunks.check, "failures", full)
     assert chunks.main(["norm"]) == 2
     assert capsys.readouterr().err == "bench-gpu: what the check found cannot be kept: no room\n"
+
+
+def test_a_chunks_time_and_more_options_are_asked_for(monkeypatch):
+    """Each chunk in a process of its own, with the time and pytest's options that the command line gives."""
+    started: list[tuple[list[str], float]] = []
+    monkeypatch.setattr(chunks.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(chunks.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(chunks.check, "failures", lambda device: {})
+    monkeypatch.setattr(chunks.processes, "exit_on_signals", lambda: None)
+    monkeypatch.setattr(chunks.processes, "run", lambda command, seconds: started.append((command, seconds)) or 124)
+    assert chunks.main(["step-vit_b-64", "--seconds", "12", "--", "-k", "not autotune"]) == 1
+    ((command, seconds),) = started
+    assert seconds == 12
+    assert command[command.index("-k") + 1] == "not autotune"
 
 
 def test_without_a_gpu_one_line_says_so(capsys, monkeypatch):
@@ -286,6 +300,78 @@ def test_a_plain_session_has_the_strongest_rivals_only(option):
     assert {results.OURS, results.FORMULA, results.RECOMPUTE_COMPILED, results.PLAIN} <= set(found)
     assert (results.HIRA in found) == (results.FACTORED in found) == (option is not None)
     assert bool(suite.everything(config)) == (option is not None)
+
+
+def _asked(**options) -> SimpleNamespace:
+    """A session's config with these options, ``chunk="a"`` for ``--chunk a``."""
+    asked = {"--dtype": cases.DTYPES} | {f"--{name}": value for name, value in options.items()}
+    asked["keyword"] = options.get("keyword", "")
+    return SimpleNamespace(getoption=asked.get, stash=pytest.Stash(), invocation_params=SimpleNamespace(args=()))
+
+
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        ({"chunk": "step-vit_b-64"}, [("step-vit_b-64", 64)]),
+        ({"chunk": "step-vit_b"}, [("step-vit_b-64", 64), ("step-vit_b-256", 256)]),
+        # in place of the batch size that names the chunk, once
+        ({"chunk": "step-vit_b-64", "images": [1]}, [("step-vit_b-64", 1)]),
+        ({"chunk": "step-vit_b", "images": [1, 2]}, [("step-vit_b-64", 1), ("step-vit_b-64", 2)]),
+        ({"chunk": "step-vit_b-64", "dtype": ["float32"]}, []),
+        ({"images": [2]}, [("step-slice", 2)]),
+    ],
+)
+def test_images_change_what_a_chunk_measures_and_not_which_it_is(options, groups):
+    config = _asked(**options)
+    found: list[Rivals] = []
+    metafunc = SimpleNamespace(config=config, parametrize=lambda _, tests: found.extend(t.values[0] for t in tests))
+    test_vit_step.pytest_generate_tests(metafunc)
+    bfloat16 = [group for group in dict.fromkeys(found) if group.key[2] == "bfloat16"]
+    assert [(group.chunk, group.key[1]) for group in bfloat16] == groups
+    assert suite.planned(config) == bool(found)
+
+
+def test_a_chunk_of_which_nothing_is_left_is_an_error():
+    config = _asked(chunk="step-vit_b-64", dtype=["float32"])
+    with pytest.raises(pytest.UsageError, match=r"--chunk: expected the start .* dtypes float32, got 'step-vit_b-64'"):
+        conftest.pytest_collection_modifyitems(config, [])
+
+
+def test_sessions_narrowed_in_different_ways_keep_what_each_measured(tmp_path):
+    """And of a group that two of them measured the report has one, not an error."""
+    group = Rivals("launch", "a", ("forward",), "label")
+    for seconds, options in ((1.0, {}), (2.0, {"images": [64, 1]}), (3.0, {"keyword": "not autotune"})):
+        recorder = suite.recorder_of(_asked(results=tmp_path, **options))
+        case = LaunchCase("forward", "float32", results.OURS, "cpu")
+        recorder.outcomes(group, [results.OURS], lambda _, s=seconds, c=case: {results.OURS: Outcome(Result(c, [s]))})
+    names = ["a-partial-images-64-1.json", "a-partial-k-not-autotune.json", "a-partial.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    (found,) = groups(results.load(tmp_path))
+    assert found.median(results.OURS) == 2.0  # of the first in order
+    results.write(tmp_path, "launch", "a", "command", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_training_step_is_written_as_its_rounds_go(tmp_path, monkeypatch):
+    """A group of minutes leaves what it has, not yet complete, when its process is killed in between."""
+    names = [results.OURS, results.OFFICIAL, results.PROBE]
+    model = test_vit_step.Model("tiny", "vit_tiny_patch16_224", 1)
+    group = Rivals("step", "step-slice", (model, 1, "float32"), "label")
+    recorder = Recorder(tmp_path, "command", {"step-slice": {(group, name) for name in names}}, rounds=(3, 3))
+    kept: list[tuple[bool, dict[str, int]]] = []
+
+    def kill_in_the_second_round(group, found):
+        keep(group, found)
+        (chunk,) = results.load(tmp_path)
+        kept.append((chunk["complete"], {row["implementation"]: len(row["seconds"]) for row in chunk["results"]}))
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    keep = recorder.keep
+    monkeypatch.setattr(recorder, "keep", kill_in_the_second_round)
+    with pytest.raises(KeyboardInterrupt):
+        recorder.outcomes(group, names, lambda names: test_vit_step._measure(group, (3, 3), names, recorder))
+    assert kept == [(False, dict.fromkeys(names, 1)), (False, dict.fromkeys(names, 2))]
 
 
 def test_groups_that_would_end_too_late_are_left_out(tmp_path, monkeypatch):

@@ -136,6 +136,25 @@ def _broken() -> None:
     raise RuntimeError("sticky")
 
 
+def test_no_rival_is_made_when_the_time_is_up_and_those_that_are_have_a_round(monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(timing.time, "monotonic", lambda: next(now))  # asked before each rival but the first
+    rivals = {name: Rival(name, []) for name in "abcd"}
+    seen = []
+    found = timing.interleaved(
+        {name: lambda rival=rival: Variant([Call(rival.turn)]) for name, rival in rivals.items()},
+        Counted(),
+        1e9,
+        (3, 3),
+        until=0.5,
+        after_each=lambda found: seen.append({name: len(rival.seconds) for name, rival in found.items()}),
+    )
+    # b is made at 0; c would be at 1
+    assert {name: len(rival.seconds) for name, rival in found.items()} == {"a": 1, "b": 1, "c": 0, "d": 0}
+    assert seen == [{"a": 1, "b": 1, "c": 0, "d": 0}]
+    assert not any(rival.error for rival in found.values())
+
+
 def test_an_interrupt_is_no_result():
     with pytest.raises(KeyboardInterrupt):
         interleave([], 1, stopped=KeyboardInterrupt())  # type: ignore[arg-type]

@@ -227,9 +227,8 @@ def test_an_adapter_stays_as_it_was_where_the_disk_fills_while_it_is_replaced(tm
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted if wanted[name].requires_grad)
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_tuning_shows_what_it_measured_where_the_table_cannot_be_written(tmp_path, monkeypatch, capsys):
-    if not tune.launch.interpreting():
-        pytest.skip("the kernels were compiled for the GPU that is here, not interpreted")
     file, add, calls = tmp_path / "t.json", tune.store.add, []
 
     def full(path, entries):

@@ -49,12 +49,6 @@ def file(tmp_path, monkeypatch):
     tuned.reload()
 
 
-@pytest.fixture
-def interpreted():
-    if not launch.interpreting():
-        pytest.skip("the kernels were compiled for the GPU that is here, not interpreted")
-
-
 def entries(path):
     return [parse(raw) for raw in read(path)]
 

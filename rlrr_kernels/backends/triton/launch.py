@@ -8,6 +8,7 @@ tests pass their own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import Any
 
@@ -37,12 +38,24 @@ def interpreting() -> bool:
     return not isinstance(forward_kernel, triton.JITFunction)
 
 
+@functools.cache
+def interpreter_misfit() -> str | None:
+    """Why the installed Triton's interpreter cannot run kernels with the installed NumPy, or None if it can."""
+    import numpy
+
+    # its interpreter makes Python numbers of arrays of one element, which NumPy refuses since 2.4
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    if old and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        return f"TRITON_INTERPRET=1 with Triton {triton.__version__} needs NumPy before 2.4, got {numpy.__version__}"
+    return None
+
+
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
     """Why this backend cannot serve these tensors, or None if it can."""
     if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
         return f"x {x.dtype} with weight {weight.dtype}: it computes in float32, float16 and bfloat16"
     if interpreting():
-        return None if x.device.type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors only"
+        return interpreter_misfit() if x.device.type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors only"
     if x.device.type != "cuda" or torch.version.hip is not None:
         return f"device {x.device}: it runs on NVIDIA GPUs"
     capability = configs.cuda_device(x.device.index).capability

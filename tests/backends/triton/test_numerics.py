@@ -68,6 +68,7 @@ def test_weight_of_another_dtype(triton_device, dtype, weight_dtype, path):
     check(p, solve(p, SMALL, path if triton_device == "cpu" else None))
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("m", "n", "k", "groups"),
@@ -75,8 +76,6 @@ def test_weight_of_another_dtype(triton_device, dtype, weight_dtype, path):
 )
 def test_the_form_for_mma_sync(monkeypatch, m, n, k, groups, dtype):
     """GPUs without wgmma keep W' on the right in grad_input: other code, the same results."""
-    if not launch.interpreting():
-        pytest.skip("a GPU runs the form that it needs itself")
     monkeypatch.setattr(launch, "INTERPRETED_DEVICE", Device((8, 0), 108, 166_912))
     assert not launch.INTERPRETED_DEVICE.has_wgmma
     check(p := make_problem(m, n, k, groups, dtype), solve(p, SMALL, "elements"))
@@ -180,10 +179,9 @@ def test_negative_powers_of_two_equal_a_prescaled_weight_bit_for_bit(triton_devi
     assert torch.equal(a.dx, b.dx)
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_the_order_of_programs_does_not_matter(monkeypatch):
     """Two programs that wrote one place differently would race on a GPU; run backwards, they would show here."""
-    if not launch.interpreting():
-        pytest.skip("only the interpreter runs programs in an order that can be chosen")
     from triton.runtime.interpreter import interpreter_builder as builder
 
     p = make_problem(70, 30, 72, 3)  # tiles that are cut short by their group's end
@@ -250,3 +248,20 @@ def test_offsets_beyond_int32(gpu, path):
     x[-64:] = flipped.x
     y = launch.forward(x, *flipped.forward_args[1:], path=path)
     assert torch.equal(y[-64:], launch.forward(*flipped.forward_args, path=path))
+
+
+def test_a_numpy_that_the_interpreter_does_not_take_is_said_in_one_sentence(monkeypatch):
+    x = torch.zeros(1, 1)
+    monkeypatch.setattr(launch, "interpreting", lambda: True)
+    found = {}
+    for triton_version, numpy_version in (("3.6.0", "2.5.5"), ("3.6.0", "2.3.9"), ("3.7.1", "2.5.5")):
+        monkeypatch.setattr(launch.triton, "__version__", triton_version)
+        monkeypatch.setattr("numpy.__version__", numpy_version)
+        launch.interpreter_misfit.cache_clear()
+        found[triton_version, numpy_version] = launch.unsupported(x, x)
+    launch.interpreter_misfit.cache_clear()
+    assert found == {
+        ("3.6.0", "2.5.5"): "TRITON_INTERPRET=1 with Triton 3.6.0 needs NumPy before 2.4, got 2.5.5",
+        ("3.6.0", "2.3.9"): None,
+        ("3.7.1", "2.5.5"): None,
+    }

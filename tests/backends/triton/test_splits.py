@@ -57,9 +57,8 @@ def test_bias_and_shift_are_added_once(triton_device, bias, shift):
     check(p, solve(p, dataclasses.replace(SMALL, splits=3), "elements"))
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_the_form_for_mma_sync_splits_too(monkeypatch):
-    if not launch.interpreting():
-        pytest.skip("a GPU runs the form that it needs itself")
     monkeypatch.setattr(launch, "INTERPRETED_DEVICE", configs.Device((8, 0), 108, 166_912))
     p = make_problem(70, 90, 72, 3, BF16)
     check(p, solve(p, dataclasses.replace(SMALL, splits=2), "elements"))

@@ -1,0 +1,129 @@
+"""Commands in processes of their own, which end in time and with all that they started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+#: Exit status of what was ended because its time was up, as of ``timeout``.
+TIME_OUT = 124
+#: Seconds that a process has to end by itself what it started, before all of its group is killed.
+GRACE = 3.0
+
+
+def exit_on_signals() -> None:
+    """Let SIGTERM and SIGHUP raise SystemExit in this process, so that what it waits for is ended with it."""
+
+    def leave(number: int, _: Any) -> NoReturn:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+
+
+@dataclass
+class Running:
+    """A command in a process group of its own.
+
+    Attributes:
+        command: what runs. seconds: after how many it is ended.
+        log: a file for its output, standard error included; None: where this process writes.
+        environment: of the process; None: this one's.
+        status: its exit status once it has one; :data:`TIME_OUT` where it was ended.
+        took: seconds.
+    """
+
+    command: Sequence[str]
+    seconds: float
+    log: Path | None = None
+    environment: Mapping[str, str] | None = None
+    status: int | None = None
+    took: float = 0.0
+    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _began: float = 0.0
+
+    def start(self) -> None:
+        """Begin; its time starts here."""
+        self._began = time.monotonic()
+        out: IO[bytes] | None = None if self.log is None else self.log.open("ab")
+        with out or contextlib.nullcontext():
+            self._process = subprocess.Popen(
+                self.command,
+                env=self.environment,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=None if out is None else subprocess.STDOUT,
+            )
+
+    def wait(self) -> int:
+        """Its exit status, within its time and the grace."""
+        assert self._process is not None
+        try:
+            self.status = self._process.wait(max(0.0, self._began + self.seconds - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.status = TIME_OUT
+        self.took = time.monotonic() - self._began
+        self.end()
+        return self.status
+
+    def end(self) -> None:
+        """End the process and its group, those that it left behind included."""
+        process = self._process
+        if process is None:
+            return
+        left = []
+        if process.poll() is None:
+            left = _descendants(process.pid)  # some may be in groups of their own
+            _signal(os.killpg, process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        _signal(os.killpg, process.pid, signal.SIGKILL)
+        for pid in left:
+            _signal(os.kill, pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds cannot be waited for
+            process.wait(GRACE)
+
+
+def _signal(send: Callable[[int, int], None], to: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        send(to, number)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that a process has started, those of these included, by Linux's /proc; none elsewhere."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = list(children.get(pid, ()))
+    for one in found:
+        found += children.get(one, ())
+    return found
+
+
+@contextlib.contextmanager
+def ended(running: Mapping[str, Running]) -> Iterator[None]:
+    """Whatever ends the block, these end with it, and so do those added in it."""
+    try:
+        yield
+    finally:
+        for one in running.values():
+            one.end()
+
+
+def run(command: Sequence[str], seconds: float) -> int:
+    """Run a command and return its exit status, :data:`TIME_OUT` where it was ended after ``seconds``."""
+    running = Running(command, seconds)
+    with ended({"": running}):
+        running.start()
+        return running.wait()

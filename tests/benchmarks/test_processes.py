@@ -1,0 +1,74 @@
+"""A process that runs too long, or whose parent is told to end, ends with all that it started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from benchmarks import processes
+
+ROOT = Path(__file__).parents[2]
+
+
+def _holds(lock: Path, own_group: bool = False) -> list[str]:
+    """A command whose child holds a lock as long as it lives, in a process group of its own if asked for."""
+    child = f"import fcntl, time; held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX); time.sleep(600)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session={own_group})"
+    return [sys.executable, "-c", code]
+
+
+def _held(lock: Path) -> bool:
+    own = FileLock(lock, blocking=False)
+    try:
+        own.acquire()
+    except TimeoutError:
+        return True
+    own.release()
+    return False
+
+
+@pytest.mark.parametrize("own_group", [False, True])
+def test_what_hangs_is_ended_with_all_that_it_started(tmp_path, own_group):
+    lock = tmp_path / "lock"
+    assert processes.run(_holds(lock, own_group), 1.5) == processes.TIME_OUT
+    FileLock(lock).acquire(timeout=120).lock.release()
+    assert processes.run([sys.executable, "-c", "import sys; sys.exit(3)"], 600) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_parent_that_is_told_to_end_takes_them_with_it(tmp_path, number):
+    lock = tmp_path / "lock"
+    code = f"from benchmarks import processes; processes.exit_on_signals(); processes.run({_holds(lock)!r}, 600)"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not (lock.exists() and _held(lock)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.send_signal(number)
+    assert parent.wait(120) == 128 + number
+    FileLock(lock).acquire(timeout=120).lock.release()
+
+
+def test_output_goes_to_the_log_and_what_a_process_leaves_behind_ends_with_it(tmp_path):
+    lock, log = tmp_path / "lock", tmp_path / "log"
+    code = f"""
+import os, subprocess, sys, time
+subprocess.Popen({_holds(lock)!r})
+while not os.path.exists({str(lock)!r}):
+    time.sleep(0.05)
+print("out")
+print("err", file=sys.stderr)
+"""
+    running = processes.Running([sys.executable, "-c", code], 600, log, os.environ | {"PYTHONUNBUFFERED": "1"})
+    with processes.ended({"": running}):
+        running.start()
+        assert running.wait() == 0
+    assert log.read_text().split() == ["out", "err"]
+    FileLock(lock).acquire(timeout=120).lock.release()
