@@ -20,7 +20,6 @@ LEFT = 4
 
 _PREDICATE = re.compile(r"@(!?)(U?P(?:T|\d+)) ")
 _PRODUCT = re.compile(r"[HQI]GMMA\.64x(\d+)x\d+\.(F32|F16|S32)\S* R(\d+), (?:R(\d+)\S*, )?(?:gdesc|\!?U?P)")
-_REGISTER = re.compile(r"\bR(\d+)\b")
 
 #: First operand read, not written.
 _READERS = re.compile(
@@ -214,14 +213,14 @@ def _written(text: str) -> set[int]:
 
 
 def _read(text: str) -> set[int]:
-    """General registers that an instruction reads: of addresses and wide data both halves, or all parts."""
+    """General registers that an instruction reads; of wide data and of addresses in 64 bits all of them."""
     opcode, operands = _parts(text)
     stores = _READERS.match(opcode)
     if operands and not stores and re.match(r"R\d+\b", operands[0]):
         operands = operands[1:]
     found: set[int] = set()
     for operand in operands:
-        wide = 2 if operand.startswith(("[", "desc")) else _width(opcode) if stores else min(_width(opcode), 2)
-        for number in map(int, _REGISTER.findall(operand)):
-            found |= set(range(number, number + wide))
+        data = 1 if operand.startswith(("[", "desc")) else _width(opcode) if stores else min(_width(opcode), 2)
+        for number, pair in re.findall(r"\bR(\d+)(\.64)?", operand):
+            found |= set(range(int(number), int(number) + (2 if pair else data)))
     return found

@@ -35,6 +35,8 @@ def found(*lines: str) -> list[str]:
         ("FADD R1, R55, R2", "reads the sums"),
         ("STG.E.128 desc[UR8][R2.64], R52", "reads the sums"),
         ("STSM.16.M88.4 [R1], R21", "reads the sums"),
+        ("LDS.64 R2, [R23+UR13+0x100]", None),  # shared memory's addresses have 32 bits
+        ("LDG.E R2, desc[UR8][R23.64]", "reads the sums"),
         ("STS [R60], R61", None),  # the left operand may be read
         ("FADD R56, R57, R68", None),
         ("ISETP.GE.AND P0, PT, R23, R56, PT", None),

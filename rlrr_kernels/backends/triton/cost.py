@@ -162,7 +162,10 @@ def resident(tile: Tile, device: Device) -> int:
 
 @dataclass(frozen=True)
 class _Work:
-    """A launch, as the multiprocessor sees it. Bytes are of one block; ``memory_bytes`` of all."""
+    """A launch, as the multiprocessor sees it. Bytes are of one block; ``memory_bytes`` of all.
+
+    ``in_step``: a block's warps all wait for its products before the next step, as they do for W' in shared memory.
+    """
 
     programs: int
     steps: int
@@ -170,6 +173,7 @@ class _Work:
     step_bytes: int
     end_bytes: int
     memory_bytes: int
+    in_step: bool = False
 
 
 def _busiest(tile: Tile, work: _Work, kind: Arithmetic, device: Device) -> tuple[float, float, str]:
@@ -182,8 +186,9 @@ def _busiest(tile: Tile, work: _Work, kind: Arithmetic, device: Device) -> tuple
         "L2": work.step_bytes / L2_BYTES_PER_CYCLE,
     }
     busy, name = max((cycles, name) for name, cycles in rates.items())
-    # a warp's own chain: its instructions, its waits, and its share of the products, which no other takes over
-    chain = tile.slots * CYCLES_PER_INSTRUCTION + tile.waits * WAIT_CYCLES + tensor * SCHEDULERS / tile.num_warps
+    # a warp's own chain: its instructions, its waits, and its share of the products, or all that it waits for
+    products = tensor if work.in_step else tensor * SCHEDULERS / tile.num_warps
+    chain = tile.slots * CYCLES_PER_INSTRUCTION + tile.waits * WAIT_CYCLES + products
     chain = max(chain, MEMORY_LATENCY / (tile.num_stages - 1))
     outside = tile.outside * max(CYCLES_PER_INSTRUCTION, tile.num_warps / SCHEDULERS)
     end = 2 * MEMORY_LATENCY + outside + work.end_bytes / L2_BYTES_PER_CYCLE
@@ -272,6 +277,8 @@ def predict_product(
         step_bytes=step_bytes,
         end_bytes=tile.block_m * block_out * out_size,
         memory_bytes=m * (in_width + out_width) * x_size + weight_bytes * _weight_passes(weight_bytes, waves, device),
+        # wgmma takes 64 tokens at least on that side; fewer go by mma.sync, W' in registers
+        in_step=device.has_wgmma and not device.weight_left and tile.block_m >= 64,
     )
     after = 0.0
     if splits > 1:

@@ -11,6 +11,7 @@ import torch
 
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton import cost, tiles_table
+from rlrr_kernels.backends.triton.compiler import keeps_operands
 from rlrr_kernels.backends.triton.config import (
     WORKSPACE_BYTES,
     Device,
@@ -261,14 +262,16 @@ def test_a_gpus_properties_are_read_with_their_units(monkeypatch):
         configs.cuda_device.cache_clear()
     assert device.memory_bandwidth == pytest.approx(3.35e12, rel=0.01)
     assert (device.clock_hz, device.l2_bytes) == (1.98e9, 50 * 2**20)
-    assert unknown == Device((13, 1), 9, 200_000)
+    assert device.keeps_operands is unknown.keeps_operands is keeps_operands()
+    assert unknown == Device((13, 1), 9, 200_000, keeps_operands=keeps_operands())
     assert forward_config(197, 768, 768, 1, "half", "vectors", 2, 2, unknown).num_warps in (4, 8)
 
 
 def test_the_shipped_table_says_how_it_was_searched():
     table = json.loads(tiles_table.FILE.read_text())
-    for architecture in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"):
-        for kernel in ("forward", "grad_input", "grad_scales"):
+    for architecture, kernels in table["tiles"].items():
+        assert architecture in ("sm_80", "sm_89", "sm_90", "sm_90 shared", "sm_100", "sm_120")
+        for kernel in kernels:
             assert len(table["searched"][architecture][kernel]["triton"]) >= 1
             for row in table["tiles"][architecture][kernel].values():
                 assert 1 <= len(row) <= 6
