@@ -3,8 +3,8 @@
 For every kernel and architecture it compiles many tiles, reads their registers, stack,
 shared memory and loops, lets the model of ``cost.py`` predict a list of shapes on each
 GPU of the architecture, and keeps the few tiles that together lose least. A tile that
-spills or ends the compiler is never kept; ``--floor PYTHON`` names an interpreter with
-the oldest supported Triton, which must compile what is kept as well.
+spills or ends the compiler is never kept; each ``--floor PYTHON`` names an interpreter with
+an older Triton, which must compile what is kept as well.
 
 The result is ``rlrr_kernels/backends/triton/tiles_table.json``. What was compiled is
 remembered in ``--cache`` under the text of the kernels, so a search that was
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from typing import Any, get_args
 
 from benchmarks.disassemble import CompilerEnded, as_case, probe
 from benchmarks.instructions import mix
-from benchmarks.search_space import GPUS, LAYERS, TARGETS, TOKENS, Row, kernels, rows, shapes, variants
+from benchmarks.search_space import GPUS, LAYERS, TARGETS, TOKENS, Row, rows, shapes, variants
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton import cost, tiles_table
 from rlrr_kernels.backends.triton.config import Config, Device
@@ -197,7 +198,7 @@ def choose(seconds: dict[Config, list[float]], most: int = MOST, gain: float = G
 
 
 def search(
-    cache: Cache, floor: Cache | None, limit: int | None, recount: Path | None = None
+    cache: Cache, floors: Sequence[Cache], limit: int | None, recount: Path | None = None
 ) -> tuple[dict[str, list[Tile]], list[str]]:
     """Row -> tiles to ship, and remarks on where the oldest Triton makes much of a difference.
 
@@ -215,7 +216,7 @@ def search(
     usable = {row: {c: tile for c in some if (tile := cache.tile(row, c))} for row, some in wanted.items()}
     seconds = {row: {c: times(kernel, row, t, devices) for c, t in some.items()} for row, some in usable.items()}
     splits = (1,) if kernel == "grad_scales" else (1, 2)
-    checks = [check for check in (cache, floor) if check]
+    checks = [cache, *floors]
     while True:
         chosen = {row: list(some) if recount else choose(some) for row, some in seconds.items()}
         shipped = [(row, config, s) for row, some in chosen.items() for config in some for s in splits]
@@ -229,9 +230,10 @@ def search(
     if empty := [row.name for row, some in chosen.items() if not some]:
         raise SystemExit(f"no tile of {kernel} for {architecture} compiles without spills for: {', '.join(empty)}")
     remarks = []
-    for row, config in ((row, config) for row, some in chosen.items() for config in some if floor):
-        new, old = usable[row][config].slots, floor and floor.tile(row, config)
-        if floor and old and old.slots > 1.2 * new:
+    kept = [(row, config) for row, some in chosen.items() for config in some]
+    for floor, (row, config) in itertools.product(floors, kept):
+        new, old = usable[row][config].slots, floor.tile(row, config)
+        if old and old.slots > 1.2 * new:
             blocks = list(_blocks(config).values())
             remarks.append(f"{row.name} {blocks}: {old.slots} slots with Triton {floor.version}, {new} here")
     return {row.name: [usable[row][config] for config in some] for row, some in chosen.items()}, remarks
@@ -263,7 +265,7 @@ def stale(file: Path) -> list[str]:
     return [
         f"{architecture} {kernel}"
         for architecture in TARGETS
-        for kernel in kernels(architecture)
+        for kernel in get_args(Kernel)
         if searched.get(architecture, {}).get(kernel, {}).get("kernel") != kernel_text(kernel)
     ]
 
@@ -272,7 +274,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="repeatable; default: all")
     parser.add_argument("--kernel", action="append", choices=get_args(Kernel), help="repeatable; default: all")
-    parser.add_argument("--floor", metavar="PYTHON", help="interpreter with the oldest supported Triton")
+    parser.add_argument(
+        "--floor", action="append", default=[], metavar="PYTHON", help="interpreter with an older Triton; repeatable"
+    )
     parser.add_argument("--limit", type=int, help="tiles to try for a row, the promising first; default: all")
     parser.add_argument("--recount", action="store_true", help="keep the table's tiles, count them anew")
     parser.add_argument("--cache", type=Path, default=Path("build/search"), help="default: build/search")
@@ -284,11 +288,11 @@ def main() -> None:
         print("\n".join(f"stale: {name}" for name in old) or "the table is that of these kernels")
         sys.exit(1 if old else 0)
     for architecture in arguments.arch or TARGETS:
-        for kernel in (k for k in kernels(architecture) if k in (arguments.kernel or get_args(Kernel))):
+        for kernel in arguments.kernel or get_args(Kernel):
             cache = Cache(arguments.cache, architecture, kernel, sys.executable)
-            floor = Cache(arguments.cache, architecture, kernel, arguments.floor) if arguments.floor else None
-            tiles, remarks = search(cache, floor, arguments.limit, arguments.out if arguments.recount else None)
-            versions = [c.version for c in (cache, floor) if c]
+            floors = [Cache(arguments.cache, architecture, kernel, python) for python in arguments.floor]
+            tiles, remarks = search(cache, floors, arguments.limit, arguments.out if arguments.recount else None)
+            versions = [c.version for c in (cache, *floors)]
             result = {"kernel": kernel_text(kernel), "triton": versions, "remarks": remarks}
             as_json = {row: [dataclasses.asdict(tile) for tile in some] for row, some in tiles.items()}
             write(architecture, kernel, result, as_json, arguments.out)

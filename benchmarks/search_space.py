@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import get_args
 
 from rlrr_kernels.backends.triton.config import Config, Device
-from rlrr_kernels.backends.triton.cost import table_rows
 from rlrr_kernels.backends.triton.tiles_table import Arithmetic, Kernel, Path, row_name
 
 #: One GPU for each part of the table to compile for, with the least shared memory among those its rows serve.
-#: On Hopper products have two, for compilers that can be trusted with W' in registers and for those that cannot.
+#: Hopper has two, for compilers that can be trusted with wgmma's register operand and for those that cannot.
 TARGETS: dict[str, Device] = {
     "sm_80": Device((8, 0), 108, 166_912),
     "sm_89": Device((8, 9), 142, 101_376),
@@ -85,12 +84,6 @@ KINDS: tuple[tuple[Arithmetic, str, str], ...] = (
 )
 
 
-def kernels(architecture: str) -> tuple[Kernel, ...]:
-    """Kernels that have a part of the table of their own for a key of :data:`TARGETS`."""
-    found: tuple[Kernel, ...] = get_args(Kernel)
-    return tuple(kernel for kernel in found if table_rows(kernel, TARGETS[architecture]) == architecture)
-
-
 def rows(device: Device) -> list[Row]:
     """Rows that the launcher can ask for on this GPU."""
     return [
@@ -155,6 +148,11 @@ _SCALES: dict[str, _Sizes] = {
         *((64, 64, 64, 4, 3), (32, 128, 256, 8, 3)),
     ),
     "tf32": ((32, 128, 128, 8, 3), (32, 64, 64, 4, 3), (32, 128, 64, 8, 3), (16, 128, 128, 8, 4), (32, 64, 64, 8, 3)),
+    # wgmma transposes no float32, so one side would come from registers: 32 features go by mma.sync
+    "tf32 shared": (
+        *((32, 32, 128, 4, 3), (32, 32, 64, 4, 4), (32, 32, 128, 8, 3), (16, 32, 128, 4, 4), (64, 32, 64, 4, 3)),
+        *((32, 32, 256, 8, 3), (16, 32, 256, 8, 4)),
+    ),
     "ieee": ((16, 128, 64, 8, 3), (16, 64, 64, 4, 3), (16, 128, 128, 8, 3), (32, 64, 64, 8, 2)),
     "elements": ((16, 64, 64, 8, 2), (32, 64, 64, 8, 2), (16, 64, 32, 4, 2), (16, 32, 64, 4, 2), (32, 64, 32, 4, 2)),
 }

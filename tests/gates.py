@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.disassemble import probe
 from benchmarks.search import compile_cases, triton_version
 from benchmarks.search_space import TARGETS, Row, rows
-from rlrr_kernels.backends.triton.config import Config, Device, fitting_tiles
+from rlrr_kernels.backends.triton.config import Config, Device, Kernel, fitting_tiles
 from tests.hazards import hazards
 from tests.sass import parsed
 
@@ -75,10 +76,9 @@ def judged(architecture: str, kernel: str, python: str, found: list[Row]) -> lis
         return [wrong(report, device) for half in pool.map(lambda r: probe(r, python), requests) for report in half]
 
 
-def launched(keeps_operands: bool) -> list[tuple[str, str]]:
-    """(part of the table, kernel) that are launched on Hopper."""
-    products = "sm_90" if keeps_operands else "sm_90 shared"
-    return [(products, "forward"), (products, "grad_input"), ("sm_90", "grad_scales")]
+def launched(keeps_operands: bool) -> str:
+    """The part of the table that is launched from on Hopper."""
+    return "sm_90" if keeps_operands else "sm_90 shared"
 
 
 def trusted(python: str) -> bool:
@@ -107,24 +107,24 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "triton", help="default: build/triton")
     arguments = parser.parse_args()
     bad = 0
-    heads = ("Triton", "kernel", "W'", "compiled", "wrong", "hazards", "launched")
+    heads = ("Triton", "W'", "kernel", "compiled", "wrong", "hazards", "launched")
     print(f"| {' | '.join(heads)} |\n| --- | --- | --- | ---: | ---: | ---: | --- |")
     for version in arguments.version or ["installed"]:
         python = sys.executable if version == "installed" else interpreter(version, arguments.folder)
         name = f"{triton_version(python)}{f' ({version})' if version.isalpha() else ''}"
         now = launched(trusted(python))
-        for part, kernel in dict.fromkeys((*now, ("sm_90", "forward"), ("sm_90", "grad_input"))):
-            used, everything = (part, kernel) in now, rows(TARGETS[part])
+        for part, kernel in itertools.product(dict.fromkeys((now, "sm_90")), get_args(Kernel)):
             # what is not launched is read for its hazards alone, which only products by wgmma have
+            everything = rows(TARGETS[part])
             wgmma = [row for row in everything if row.kind != "ieee" and row.path != "elements"]
-            found = judged(part, kernel, python, everything if used else wgmma)
+            found = judged(part, kernel, python, everything if part == now else wgmma)
             failed = [lines for lines in found if lines]
             hazardous = sum(any(line.startswith("hazard") for line in lines) for lines in failed)
-            side = "" if kernel == "grad_scales" else "shared memory" if part.endswith("shared") else "registers"
-            bad += used and bool(failed)
-            cells = (name, kernel, side, len(found), len(failed), hazardous, "yes" if used else "no")
+            bad += part == now and bool(failed)
+            side, used = "shared memory" if part.endswith("shared") else "registers", "yes" if part == now else "no"
+            cells = (name, side, kernel, len(found), len(failed), hazardous, used)
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
-            for line in sorted({line for lines in failed for line in lines}) if used else ():
+            for line in sorted({line for lines in failed for line in lines}) if part == now else ():
                 print(f"    {line}", flush=True)
     return 1 if bad else 0
 

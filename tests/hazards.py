@@ -219,8 +219,11 @@ def _read(text: str) -> set[int]:
     if operands and not stores and re.match(r"R\d+\b", operands[0]):
         operands = operands[1:]
     found: set[int] = set()
-    for operand in operands:
-        data = 1 if operand.startswith(("[", "desc")) else _width(opcode) if stores else min(_width(opcode), 2)
-        for number, pair in re.findall(r"\bR(\d+)(\.64)?", operand):
+    for place, operand in enumerate(operands):
+        data = _width(opcode) if stores else min(_width(opcode), 2)
+        # of a wide product only what is added has both halves; an address has them if it says so
+        if operand.startswith(("[", "desc")) or (".WIDE" in opcode and place < len(operands) - 1):
+            data = 1
+        for number, pair in re.findall(r"\bR(\d+)(?:\.reuse)?(\.64)?", operand):
             found |= set(range(int(number), int(number) + (2 if pair else data)))
     return found

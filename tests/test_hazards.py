@@ -36,6 +36,8 @@ def found(*lines: str) -> list[str]:
         ("STG.E.128 desc[UR8][R2.64], R52", "reads the sums"),
         ("STSM.16.M88.4 [R1], R21", "reads the sums"),
         ("LDS.64 R2, [R23+UR13+0x100]", None),  # shared memory's addresses have 32 bits
+        ("IMAD.WIDE.U32 R2, R23, UR17, RZ", None),
+        ("IMAD.WIDE.U32 R2, R4, R5, R23", "reads the sums"),
         ("LDG.E R2, desc[UR8][R23.64]", "reads the sums"),
         ("STS [R60], R61", None),  # the left operand may be read
         ("FADD R56, R57, R68", None),

@@ -177,16 +177,16 @@ def test_a_tile_that_the_oldest_triton_cannot_compile_is_not_shipped(tmp_path, c
     monkeypatch.setattr(search, "rows", lambda device: [ROW])
     monkeypatch.setattr(search, "variants", lambda kernel, row, device: [B, C])
     cache, floor = (search.Cache(tmp_path, "sm_80", "forward", version) for version in ("3.9", "3.6"))
-    both, _ = search.search(cache, floor, None)
+    both, _ = search.search(cache, (floor,), None)
     kept = {tile.config() for tile in both[ROW.name]}
     refused = kept.pop()
     floor.known[floor._key(ROW, refused, 1)] = None
-    tiles, remarks = search.search(cache, floor, None)
+    tiles, remarks = search.search(cache, (floor,), None)
     assert [tile.config() for tile in tiles[ROW.name]] == [({B, C} - {refused}).pop()]
     assert remarks == []
     slower = floor.known[floor._key(ROW, *kept or ({B, C} - {refused}), 1)]
     slower["slots"] *= 3
-    _, remarks = search.search(cache, floor, None)
+    _, remarks = search.search(cache, (floor,), None)
     assert len(remarks) == 1
     assert "with Triton 3.6" in remarks[0]
 

@@ -77,7 +77,7 @@ def fitting_tiles(
     kernel: Kernel, kind: Arithmetic, path: Path, x_size: int, weight_size: int, device: Device
 ) -> tuple[Tile, ...]:
     """The table's candidates that fit in the device's shared memory; sizes of an element in bytes."""
-    table = tiles_table.tiles(cost.table_rows(kernel, device), kernel, kind, path, weight_size)
+    table = tiles_table.tiles(cost.table_part(device), kernel, kind, path, weight_size)
     fitted = [_fit(kernel, tile, x_size, weight_size, device) for tile in table]
     found = tuple(tile for tile in fitted if tile)
     if not found:

@@ -122,11 +122,10 @@ def family(device: Device) -> Family:
     return FAMILIES[max(known, default=(8, 0))]
 
 
-def table_rows(kernel: Kernel, device: Device) -> str:
-    """The part of the tile table that serves a kernel on a device: products differ with the side that W' is on."""
+def table_part(device: Device) -> str:
+    """The part of the tile table that serves a device: Hopper has one for compilers that cannot be trusted."""
     architecture = family(device).architecture
-    through_shared = kernel != "grad_scales" and device.has_wgmma and not device.weight_left
-    return f"{architecture} shared" if through_shared else architecture
+    return f"{architecture} shared" if device.has_wgmma and not device.weight_left else architecture
 
 
 def _clock(device: Device) -> float:

@@ -371,8 +371,9 @@ def grad_scales(
     new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     du, dv = torch.empty((n, 1), **new), torch.empty((groups, 1, k), **new)
     df = torch.empty(n if need_shift else 0, **new)
-    # one allocation for the three kinds of partial sums
-    sizes = (splits * k_tiles * n, groups * splits * group_tiles * k, splits * n if need_shift else 0)
+    # one allocation for the three kinds of partial sums, each from a multiple of 16 bytes on: others are other code
+    parts = (splits * k_tiles * n, groups * splits * group_tiles * k, splits * n if need_shift else 0)
+    sizes = tuple(4 * ceil_div(part, 4) for part in parts)
     du_partial, dv_partial, df_partial = torch.empty(sum(sizes), **new).split(sizes)
     block = 128
     operands: tuple[Any, ...] = (dy, dy, x)

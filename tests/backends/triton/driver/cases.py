@@ -9,10 +9,15 @@ from typing import Any
 import torch
 
 from rlrr_kernels.backends.triton import launch, layer_norm
+from rlrr_kernels.backends.triton.compiler import keeps_operands
 from rlrr_kernels.backends.triton.config import Config, Device
 
 #: The machine's GPUs: data sheets' multiprocessors and shared memory.
-DEVICES = (Device((9, 0), 132, 232448), Device((8, 0), 108, 166912), Device((12, 0), 170, 101376))
+DEVICES = (
+    Device((9, 0), 132, 232448, keeps_operands=keeps_operands()),
+    Device((8, 0), 108, 166912),
+    Device((12, 0), 170, 101376),
+)
 HOPPER, AMPERE, BLACKWELL = range(3)
 
 SMALL = Config(64, 64, 64, num_warps=4, num_stages=3)

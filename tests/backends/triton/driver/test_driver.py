@@ -55,6 +55,8 @@ def _accepted(cases):
         assert first == second, what
         # an operand that is not aligned changes the code, and only the binder looks at each
         assert found["second"]["asked"] == sum(map(misaligned, second)), what
+        own = [p for line in second for p in line["parameters"] if isinstance(p, str) and p.startswith("new")]
+        assert not misaligned({"parameters": own}), (*what, own)
         names = list(dict.fromkeys(line["kernel"] for line in second))
         split = any(line["grid"][1] > 1 for line in second)
         assert names == KERNELS[found["op"]] + (["sum_splits_kernel"] if split else []), what
