@@ -148,7 +148,7 @@ _SCALES: dict[str, _Sizes] = {
         *((64, 64, 64, 4, 3), (32, 128, 256, 8, 3)),
     ),
     "tf32": ((32, 128, 128, 8, 3), (32, 64, 64, 4, 3), (32, 128, 64, 8, 3), (16, 128, 128, 8, 4), (32, 64, 64, 8, 3)),
-    # wgmma transposes no float32, so one side would come from registers: 32 features go by mma.sync
+    # wgmma transposes no float32, so one side would come from registers; fewer than 64 features go by mma.sync
     "tf32 shared": (
         *((32, 32, 128, 4, 3), (32, 32, 64, 4, 4), (32, 32, 128, 8, 3), (16, 32, 128, 4, 4), (64, 32, 64, 4, 3)),
         *((32, 32, 256, 8, 3), (16, 32, 256, 8, 4)),
@@ -163,18 +163,22 @@ _SPARE_BYTES = 4 * 1024
 
 def variants(kernel: Kernel, row: Row, device: Device) -> Iterator[Config]:
     """Tiles to try for a row, each with as many stages as fit."""
-    instructions = (
-        "mma" if not device.has_wgmma else "wgmma" if kernel == "grad_scales" or device.weight_left else "shared"
-    )
+    untrusted = device.has_wgmma and not device.weight_left
     if row.path == "elements":
         key = "elements"
-    elif row.kind == "ieee" or (row.kind == "tf32" and kernel == "grad_scales"):
-        key = row.kind
+    elif row.kind == "ieee":
+        key = "ieee"
+    elif kernel == "grad_scales" and row.kind == "tf32":
+        key = "tf32 shared" if untrusted else "tf32"
+    elif kernel == "grad_scales" or not untrusted:
+        key = f"{row.kind} {'wgmma' if device.has_wgmma else 'mma'}"
     else:
-        key = f"{row.kind} {instructions}"
+        key = f"{row.kind} shared"
     seen = set()
     for tokens, features, depth, warps, most in (_SCALES if kernel == "grad_scales" else _PRODUCTS)[key]:
         if kernel == "grad_scales":
+            if untrusted and row.kind == "tf32" and features >= 64:
+                continue
             m, n, k = tokens, features, depth
             stage = m * (n + k) * row.x_size
         elif kernel == "forward":

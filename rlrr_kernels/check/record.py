@@ -115,7 +115,7 @@ def build_of(subject: str) -> str:
     if subject == "triton":
         folder = Path(__file__).parent.parent / "backends" / "triton"
         paths = sorted(path for path in folder.iterdir() if path.suffix in (".py", ".json"))
-        switches = os.environ.get("RLRR_TRITON_DESCRIPTORS", "")
+        switches = " ".join(os.environ.get(name, "") for name in ("RLRR_TRITON_DESCRIPTORS", "TRITON_PTXAS_PATH"))
     else:
         paths = [library.FOLDER / f"librlrr_{subject.partition('-')[0]}.so"]
         switches = f"{os.environ.get('RLRR_CPU_CAPABILITY', '')} {_cpu_flags()}" if subject == "cpu" else ""

@@ -12,10 +12,15 @@ from __future__ import annotations
 import triton
 from triton import knobs
 
-#: Triton, and the ptxas that it brings, whose Hopper tiles all are clean with W' in registers.
-CLEAN = frozenset({("3.9.0", "12.9")})
+#: Compilers whose Hopper tiles all are clean.
+CLEAN = frozenset({"3.9.0, ptxas 12.9"})
+
+
+def name() -> str:
+    """Triton and its ptxas, as ``3.9.0, ptxas 12.9``; ``TRITON_PTXAS_PATH`` may name another ptxas."""
+    return f"{triton.__version__}, ptxas {knobs.nvidia.ptxas.version}"
 
 
 def keeps_operands() -> bool:
-    """Whether ``wgmma`` may have an operand in registers. With another ptxas (``TRITON_PTXAS_PATH``) it may not."""
-    return (triton.__version__, knobs.nvidia.ptxas.version) in CLEAN
+    """Whether ``wgmma`` may have an operand in registers."""
+    return name() in CLEAN

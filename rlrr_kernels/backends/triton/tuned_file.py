@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import triton
-
 from rlrr_kernels import cachefile
+from rlrr_kernels.backends.triton import compiler
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton.config import Arithmetic, Config
 from rlrr_kernels.backends.triton.config import Path as LoadPath
@@ -52,7 +51,7 @@ _CONFIG: Mapping[str, Iterable[int]] = {
 
 
 class Where(NamedTuple):
-    """What a measurement holds for: GPU, compute capability, Triton, and a digest of the kernels' sources."""
+    """What a measurement holds for: GPU, compute capability, Triton and ptxas, and a digest of the kernels' sources."""
 
     gpu: str
     capability: tuple[int, int]
@@ -62,7 +61,7 @@ class Where(NamedTuple):
     @classmethod
     def on(cls, gpu: str, capability: tuple[int, int]) -> Where:
         """A GPU with the Triton and the kernels that are installed."""
-        return cls(gpu, capability, triton.__version__, kernels_digest())
+        return cls(gpu, capability, compiler.name(), kernels_digest())
 
 
 class Layer(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,6 +85,11 @@ def test_w_in_registers_is_for_compilers_that_leave_them_alone():
 def test_w_goes_through_shared_memory_with_a_compiler_that_is_not_known_to_be_clean(monkeypatch, version):
     monkeypatch.setattr(compiler.triton, "__version__", version)
     assert not keeps_operands()
+    monkeypatch.setattr(compiler.triton, "__version__", "3.9.0")
+    for ptxas, clean in (("12.9", True), ("12.8", False)):  # TRITON_PTXAS_PATH may name another
+        nvidia = SimpleNamespace(ptxas=SimpleNamespace(version=ptxas))
+        monkeypatch.setattr(compiler, "knobs", SimpleNamespace(nvidia=nvidia))
+        assert keeps_operands() is clean
     assert not Device((9, 0), 132, 232_448, keeps_operands=False).weight_left
     assert Device((10, 0), 148, 232_448, keeps_operands=False).weight_left
 
