@@ -18,6 +18,7 @@ import itertools
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +26,7 @@ from benchmarks.disassemble import probe
 from benchmarks.search import compile_cases, triton_version
 from benchmarks.search_space import TARGETS, Row, rows
 from rlrr_kernels.backends.triton.config import Config, Device, Kernel, fitting_tiles
-from tests.hazards import hazards
+from tests.hazards import hazards, products
 from tests.sass import parsed
 
 #: Where the copy engine may begin: each stage of a box, so their sizes too.
@@ -48,6 +49,20 @@ def cases(architecture: str, kernel: str, row: Row, config: Config) -> list[dict
     return compile_cases(kernel, row, config, sass=sass, **tensors)  # type: ignore[arg-type]
 
 
+def others(architecture: str, kernel: str, row: Row) -> list[dict[str, Any]]:
+    """What else a row of Hopper's serves, by its first tile: other dtypes, and sizes that its blocks do not divide."""
+    if TARGETS[architecture].capability[0] != 9 or row.kind == "ieee":
+        return []
+    config, *_ = tiles(architecture, kernel, row)
+    pairs = {"half/2": ("float16", "float16"), "half/4": ("bfloat16", "float32"), "tf32/4": ("float32", "bfloat16")}
+    dtype, weight_dtype = pairs[row.name.partition(" ")[0]]
+    found = cases(architecture, kernel, replace(row, dtype=dtype, weight_dtype=weight_dtype), config)
+    if row.path == "vectors":
+        odd = {"m": 6301, "n": 2320, "k": 784, "groups": 1}
+        found += [case | odd for case in cases(architecture, kernel, row, config)[:1]]
+    return found
+
+
 def wrong(report: dict[str, Any], device: Device) -> list[str]:
     """Why a compiled kernel may not be launched; reads hazards where the report has machine code."""
     found = []
@@ -57,20 +72,23 @@ def wrong(report: dict[str, Any], device: Device) -> list[str]:
         found.append(f"takes {report['shared']} of {device.shared_memory} bytes of shared memory")
     found += [f"a box's stages lie {size} bytes apart" for size in sorted(set(report["boxes"])) if size % BOX_BYTES]
     if "sass" in report:
-        (lines,) = parsed(report["sass"]).values()
+        lines = parsed(report["sass"])[report["name"]]
         found += [f"hazard: {hazard}" for hazard in hazards(lines)]
+        if not device.weight_left and any(products(lines)):
+            found.append("a product takes an operand from registers, for a compiler that is not trusted with it")
     return found
+
+
+def every(architecture: str, kernel: str, row: Row) -> list[dict[str, Any]]:
+    """All cases of a row."""
+    whole = [case for tile in tiles(architecture, kernel, row) for case in cases(architecture, kernel, row, tile)]
+    return whole + others(architecture, kernel, row)
 
 
 def judged(architecture: str, kernel: str, python: str, found: list[Row]) -> list[list[str]]:
     """For each kernel compiled of these rows of a part of the table, by two processes, what is wrong with it."""
     device = TARGETS[architecture]
-    wanted = [
-        case
-        for row in found
-        for config in tiles(architecture, kernel, row)
-        for case in cases(architecture, kernel, row, config)
-    ]
+    wanted = [case for row in found for case in every(architecture, kernel, row)]
     requests = [{"device": dataclasses.asdict(device), "cases": part} for part in (wanted[::2], wanted[1::2])]
     with ThreadPoolExecutor(2) as pool:
         return [wrong(report, device) for half in pool.map(lambda r: probe(r, python), requests) for report in half]

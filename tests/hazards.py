@@ -6,15 +6,18 @@ in groups: ``HGMMA ..., gsb0`` ends one, and ``WARPGROUP.DEPBAR.LE gsb0, n`` wai
 
 :func:`hazards` walks every path through a kernel, the first and the last step of its loops and its exits too, with
 the products in flight as its state. What it cannot read it refuses: an unknown way to branch is a ValueError. It is on
-the safe side where code is ambiguous: a predicated instruction counts as executed.
+the safe side where code is ambiguous: a predicated instruction may be executed or not.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+#: Beyond any code's: a loop that starts products and waits for none would be walked for ever.
+MOST_GROUPS = 64
 #: Registers that hold the left operand of one product: 64 x 32 bytes over 128 threads.
 LEFT = 4
 
@@ -22,9 +25,7 @@ _PREDICATE = re.compile(r"@(!?)(U?P(?:T|\d+)) ")
 _PRODUCT = re.compile(r"[HQI]GMMA\.64x(\d+)x\d+\.(F32|F16|S32)\S* R(\d+), (?:R(\d+)\S*, )?(?:gdesc|\!?U?P)")
 
 #: First operand read, not written.
-_READERS = re.compile(
-    r"ST|\w?SETP|RED\b|RED\.|BAR|SYNCS\.ARR|UTMA|UBLKCP|CCTL|R2UR|R2P|MEMBAR|BPT|NANOSLEEP|B2R|WARPSYNC"
-)
+_READERS = re.compile(r"ST|\w?SETP|RED\b|BAR|SYNCS\.ARR|UTMA|UBLKCP|CCTL|R2UR|R2P|FCHK|NANOSLEEP|WARPSYNC")
 #: What can leave the straight path, as CUDA's list of Hopper's instructions has it; most of it no kernel here has.
 _JUMPS = re.compile(r"(EXIT|KILL|RET|BRA|CALL|BSSY|BSYNC|BREAK|BRX|BRXU|JMP|JMX|JMXU|RPCMOV|RTT|BPT)\b")
 _LABELS = (".L", "$")
@@ -38,12 +39,15 @@ class _Running:
     left: range
 
 
+_Groups = tuple[tuple[_Running, ...], ...]
+
+
 @dataclass(frozen=True)
 class _State:
     """Where a path is, and what it has behind it."""
 
     line: int
-    groups: tuple[tuple[_Running, ...], ...] = ((),)  # oldest first, the last still open
+    groups: _Groups = ((),)  # oldest first, the last still open
     budget: int | None = None  # registers that it may use
     returns: tuple[int, ...] = ()  # lines that calls go back to, the innermost last
 
@@ -55,11 +59,10 @@ def hazards(lines: Sequence[str]) -> list[str]:
     that it does not know.
     """
     labels = {text: place for place, text in enumerate(lines) if text.startswith(_LABELS)}
-    joins = {
-        match[1]: labels[match[2]]
-        for text in lines
-        if (match := re.search(r"\bBSSY(?:\.\S+)? (B\d+), `\((\.L_x_\d+)\)", text))
-    }
+    joins: dict[str, set[int]] = {}  # a barrier's name serves many
+    for text in lines:
+        if match := re.search(r"\bBSSY(?:\.\S+)? (B\d+), `\((\.L_x_\d+)\)", text):
+            joins.setdefault(match[1], set()).add(labels[match[2]])
     found: set[tuple[int, str]] = set()
     start = _State(0)
     seen, open_ = {start}, [start]
@@ -69,9 +72,14 @@ def hazards(lines: Sequence[str]) -> list[str]:
             raise ValueError(f"a path runs past the last instruction, {lines[-1]!r}")
         text = lines[state.line]
         found |= {(state.line, why) for why in _wrong(text, state)}
-        groups, budget = _groups(text, state.groups), _budget(text, state.budget)
-        for line, returns in _next(text, state, labels, joins):
-            after = _State(line, groups, budget, returns)
+        executed, skipped = _executed(text)
+        groups = {_groups(text, state.groups)} if executed else set[_Groups]()
+        groups |= {state.groups} if skipped else set()
+        if any(len(some) > MOST_GROUPS for some in groups):
+            raise ValueError(f"more than {MOST_GROUPS} groups of products in flight at {text!r}")
+        budget = _budget(text, state.budget)
+        for (line, returns), some in itertools.product(_next(text, state, labels, joins), groups):
+            after = _State(line, some, budget, returns)
             if after not in seen:
                 seen.add(after)
                 open_.append(after)
@@ -94,7 +102,17 @@ def _product(text: str) -> _Running | None:
     return _Running(range(sums, sums + count), range(int(left), int(left) + LEFT) if left else range(0))
 
 
-def _groups(text: str, groups: tuple[tuple[_Running, ...], ...]) -> tuple[tuple[_Running, ...], ...]:
+def _executed(text: str) -> tuple[bool, bool]:
+    """Whether an instruction may be executed, and whether it may be skipped."""
+    guard = _PREDICATE.match(text)
+    if guard is None:
+        return True, False
+    if guard[2].endswith("PT"):
+        return guard[1] == "", guard[1] == "!"
+    return True, True
+
+
+def _groups(text: str, groups: _Groups) -> _Groups:
     """The groups in flight after an instruction."""
     if product := _product(text):
         groups = (*groups[:-1], (*groups[-1], product))
@@ -111,15 +129,15 @@ def _budget(text: str, budget: int | None) -> int | None:
 
 
 def _next(
-    text: str, state: _State, labels: dict[str, int], joins: dict[str, int]
+    text: str, state: _State, labels: dict[str, int], joins: dict[str, set[int]]
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Where a path can go on, and where the calls that it is in then return."""
     guard = _PREDICATE.match(text)
     bare = text[guard.end() :] if guard else text
-    constant = guard is not None and guard[2].endswith("PT")
-    never, always = constant and guard[1] == "!", guard is None or constant  # type: ignore[index]
+    executed, skipped = _executed(text)
+    always = not skipped
     jump = _JUMPS.match(bare)
-    if jump is None or never:
+    if jump is None or not executed:
         yield state.line + 1, state.returns
         return
     name, targets = jump[1], [labels[t] for t in re.findall(r"`\(([^)]+)\)", bare) if t in labels]
@@ -138,8 +156,8 @@ def _next(
             yield labels[target.strip()], state.returns
     elif name in ("BSSY", "BSYNC", "BREAK"):
         barrier = re.search(r"\bB\d+\b", bare)
-        if name == "BSYNC" and barrier and barrier[0] in joins:
-            yield joins[barrier[0]], state.returns
+        for join in joins.get(barrier[0], ()) if name == "BSYNC" and barrier else ():
+            yield join, state.returns
         always = False
     elif name != "EXIT":
         raise ValueError(f"control flow that is not known here: {text!r}")
@@ -149,7 +167,7 @@ def _next(
 
 def _wrong(text: str, state: _State) -> Iterator[str]:
     """What an instruction does that the products in flight, or the registers set aside, forbid."""
-    if text.startswith((*_LABELS, "@!PT ", "@!UPT ")):
+    if text.startswith(_LABELS) or not _executed(text)[0]:
         return
     new = _product(text)
     written, read = (set(new.sums), set(new.left)) if new else (_written(text), _read(text))
@@ -192,7 +210,7 @@ def _width(opcode: str) -> int:
     """Registers of the datum that an instruction moves or makes."""
     if re.search(r"\.256\b", opcode):
         return 8
-    if re.search(r"\.128\b", opcode) or opcode.endswith(".4"):
+    if re.search(r"\.128\b", opcode) or opcode.endswith(".4") or re.match(r"[HI]MMA\b", opcode):
         return 4
     if re.search(r"\.64\b|\.WIDE\b|\.F64\b", opcode) or opcode.endswith(".2"):
         return 2

@@ -29,6 +29,10 @@ def found(*lines: str) -> list[str]:
         ("IMAD.WIDE.U32 R59, R1, R2, R4", "writes to the left operand"),
         ("CS2R R62, SRZ", "writes to the left operand"),
         ("@!P3 F2FP.BF16.F32.PACK_AB R61, R1, R2", "writes to the left operand"),
+        ("HMMA.16816.F32.BF16 R60, R4, R8, R12", "writes to the left operand"),
+        ("HMMA.16816.F32.BF16 R62, R4, R8, R12", "writes to the left operand"),
+        ("B2R.RESULT RZ, P0", None),
+        ("B2R.RESULT R61, P0", "writes to the left operand"),
         ("SHFL.IDX PT, R65, R1, R2, 0x1f", "writes to the left operand"),
         ("@!PT MOV R60, R1", None),
         ("FADD R55, R1, R2", "writes to the sums"),
@@ -65,6 +69,19 @@ def test_products_are_waited_for_by_groups():
     assert found(SECOND, ONE_LEFT, writes[1], WAIT) == [writes[1]]
 
 
+@pytest.mark.parametrize("guard", ["@P0 ", "@!UP3 ", "@!PT "])
+def test_a_guarded_wait_or_product_may_not_be_executed(guard):
+    other = "HGMMA.64x64x16.F32.BF16 R100, R140, gdesc[UR4], R100, gsb0"
+    assert found(SECOND, guard + WAIT, "MOV R64, R1", WAIT) == ["MOV R64, R1"]
+    assert found(SECOND, guard + other, ONE_LEFT, "MOV R64, R1", WAIT) == ["MOV R64, R1"]
+    assert found("@PT " + SECOND, "@PT " + WAIT, "MOV R64, R1") == []
+
+
+def test_products_that_nobody_waits_for_are_refused():
+    with pytest.raises(ValueError, match="more than 64 groups"):
+        found(".L_x_0", SECOND, "@P0 BRA `(.L_x_0)", WAIT)
+
+
 def test_sums_in_float16_take_half_the_registers():
     half = "HGMMA.64x64x16.F16 R24, gdesc[UR4], R24, gsb0"
     assert found(half, "MOV R39, R1", "MOV R40, R1", WAIT) == ["MOV R39, R1"]
@@ -94,7 +111,8 @@ def test_an_exit_leaves_no_product_running():
 
 def test_a_join_can_be_reached_from_where_threads_parted():
     lines = ["BSSY B0, `(.L_x_2)", SECOND, "BSYNC B0", WAIT, "EXIT", ".L_x_2", "MOV R64, R1", WAIT]
-    assert found(*lines) == ["MOV R64, R1"]
+    again = ["BSSY B0, `(.L_x_3)", "BSYNC B0", ".L_x_3", WAIT]  # the barrier's name serves another join
+    assert found(*lines, *again) == ["MOV R64, R1"]
 
 
 def test_a_call_is_followed_and_returns_to_where_it_was_made():

@@ -21,6 +21,7 @@ from benchmarks.choose import CLASSES
 from benchmarks.first_day import passes, reports, sanitized
 from benchmarks.first_day.day import ROOT, Day, Done, Piece
 from benchmarks.implementations import LAYERS, TOKENS
+from rlrr_kernels.check.cases import TOKENS as CHECKED
 
 #: Batch sizes that a pass is timed at, besides the suites' own.
 IMAGES = (64, 256, 1)
@@ -53,9 +54,9 @@ def build(day: Day) -> None:
 
 def correct(day: Day) -> None:
     """``python -m rlrr_kernels check``: every pass of every backend against float64; what fails is never timed."""
-    _precompile(day, "correct", [TOKENS * IMAGES[0]], "--dtype", "bfloat16", "float16", "float32")
+    _precompile(day, "correct", [CHECKED["cuda"]], "--dtype", "bfloat16", "float16", "float32")
     # a GPU's shapes would take a CPU an hour
-    options = ["--device", "cpu"] if day.rehearse else ["--seconds", "90"]
+    options = ["--device", "cpu"] if day.rehearse else []
     done = day.python("correct", 280, "-m", "rlrr_kernels", "check", *options)
     day.note(done, done.outcome())
     day.rows(done.lines[-24:])

@@ -22,7 +22,7 @@ from rlrr_kernels.yardstick import Expected
 
 #: Tokens of the ViT-B layers: 32 images on a GPU, so that four processes at once fit in 8 GB; 2 on a CPU, whose
 #: float64 answers take most of the time.
-_TOKENS = {"cuda": 32 * 197, "cpu": 2 * 197}
+TOKENS = {"cuda": 32 * 197, "cpu": 2 * 197}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EPS = 1e-6
 
@@ -57,7 +57,7 @@ def module_of(subject: str, device: torch.device) -> ModuleType | str:
 
 def cases(which: str, device_type: str) -> Iterator[Case]:
     """Of a pass, the quick ones first."""
-    tokens = _TOKENS[device_type]
+    tokens = TOKENS[device_type]
     small = [(37, 51, 45, 3), (1, 768, 768, 1), (64, 768, 3072, 1)]
     layers = [(tokens, 768, 768, 1), (tokens, 2304, 768, 3), (tokens, 3072, 768, 1), (tokens, 768, 3072, 1)]
     if which == "layer_norm":  # its rows are the layers' inputs

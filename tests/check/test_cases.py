@@ -44,7 +44,7 @@ def norms(**changes):
 @pytest.mark.parametrize("which", PRODUCTS)
 def test_the_cpu_backend_is_right(which, monkeypatch):
     require("cpu")
-    monkeypatch.setitem(cases._TOKENS, "cpu", 20)
+    monkeypatch.setitem(cases.TOKENS, "cpu", 20)
     backend = cases.module_of("cpu", CPU)
     chosen = [case for case in cases.cases(which, "cpu") if case.n * case.k < 2**20]
     report = cases.run(backend, which, CPU, chosen)

@@ -116,6 +116,15 @@ def test_what_does_not_fit_in_shared_memory_is_not_used():
     assert lookup(Table([entry()]), 1000, device=replace(DEVICE, shared_memory=98303)) is None
 
 
+def test_an_operand_in_registers_is_not_for_a_compiler_that_is_not_trusted():
+    layer = GRAD_SCALES._replace(kind="tf32", x_size=4, weight_size=4)
+    wide, narrow = Config(32, 64, 64, 4, 3), Config(32, 32, 64, 4, 3)
+    for config, trusted in ((wide, True), (wide, False), (narrow, False)):
+        table = Table([entry(1024, layer, config, split_tokens=512)])
+        found = lookup(table, 1024, layer, replace(DEVICE, keeps_operands=trusted))
+        assert found == ((config, 512) if trusted or config is narrow else None)
+
+
 @pytest.fixture
 def table_file(tmp_path, monkeypatch):
     """A file with one entry for a made-up GPU, which is the one that is here."""

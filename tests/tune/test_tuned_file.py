@@ -89,6 +89,13 @@ def test_a_missing_field_is_named(field):
         parse(raw)
 
 
+def test_a_box_of_v_whose_stages_would_lie_too_close_is_refused():
+    raw = entry(config=CONFIG).to_json()
+    raw["config"]["block_k"] = 16
+    with pytest.raises(ValueError, match="block_k: expected 32 or more with boxes, got 16"):
+        parse(raw)
+
+
 def test_more_splits_than_anything_needs_are_refused():
     raw = entry(2**20, GRAD_SCALES, CONFIG, split_tokens=128).to_json()
     with pytest.raises(ValueError, match="split_tokens: 8192 splits"):

@@ -9,6 +9,8 @@ shared memory, and grad_scales in TF32 by ``mma.sync``.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import triton
 from triton import knobs
 
@@ -17,8 +19,10 @@ CLEAN = frozenset({"3.9.0, ptxas 12.9"})
 
 
 def name() -> str:
-    """Triton and its ptxas, as ``3.9.0, ptxas 12.9``; ``TRITON_PTXAS_PATH`` may name another ptxas."""
-    return f"{triton.__version__}, ptxas {knobs.nvidia.ptxas.version}"
+    """Triton and its ptxas, as ``3.9.0, ptxas 12.9``; with the place of one that ``TRITON_PTXAS_PATH`` names."""
+    ptxas = knobs.nvidia.ptxas
+    own = Path(ptxas.path).is_relative_to(Path(triton.__file__).parent)
+    return f"{triton.__version__}, ptxas {ptxas.version}" + ("" if own else f" in {ptxas.path}")
 
 
 def keeps_operands() -> bool:

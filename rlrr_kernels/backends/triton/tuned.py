@@ -89,9 +89,15 @@ def _divided(entry: Entry, m: int) -> tuple[Config, int] | None:
 
 
 def _loads(entry: Entry, device: Device) -> bool:
-    """Whether the stages in flight fit in the device's shared memory: a file that was edited may ask for more."""
+    """Whether the device can take it, which a file that was edited need not ask.
+
+    The stages in flight fit in its shared memory; no ``wgmma`` has an operand in registers where that is not safe.
+    """
     layer, c = entry.layer, entry.config
     assert c is not None
+    from_registers = layer.kernel == "grad_scales" and layer.kind == "tf32" and c.block_n >= 64
+    if from_registers and device.has_wgmma and not device.weight_left:
+        return False
     if layer.kernel == "forward":
         stage = c.block_k * (c.block_m * layer.x_size + c.block_n * layer.weight_size)
     elif layer.kernel == "grad_input":

@@ -187,6 +187,9 @@ def _check_choice(entry: Entry) -> None:
         if splits > _MAX_SPLITS:
             raise ValueError(f"split_tokens: {splits} splits at m = {entry.m}, expected {_MAX_SPLITS} at most")
         return
+    # the copy engine wants the stages of a box of v, which is float32, 128 bytes apart
+    if layer.kernel == "forward" and layer.path == "boxes" and config.block_k < 32:
+        raise ValueError(f"config.block_k: expected 32 or more with boxes, got {config.block_k}")
     # a box may not run into the next group's rows
     across = layer.kernel == "grad_input" and layer.path == "boxes" and layer.groups > 1
     if across and configs.GROUP_STEP % config.block_n:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,16 +26,24 @@ KERNELS = ("forward", "grad_input", "grad_scales")
 HOPPER = gates.launched(keeps_operands())
 
 
-def _sample(arch: str, kernel: str, row: Row) -> list[Config]:
+def _cases(arch: str, kernel: str, row: Row, configs: list[Config]) -> list[dict]:
+    return [case for config in configs for case in gates.cases(arch, kernel, row, config)]
+
+
+def _sample(arch: str, kernel: str, row: Row) -> list[dict]:
     """The tile that serves most shapes, the one kept last, and of 16-bit products the first with its sum split."""
     tiles = gates.tiles(arch, kernel, row)
     whole = [tile for tile in tiles if tile.splits == 1]
     split = [tile for tile in tiles if tile.splits > 1 and row.kind == "half" and row.path != "elements"]
-    return [*dict.fromkeys((whole[0], whole[-1])), *split]
+    return _cases(arch, kernel, row, [*dict.fromkeys((whole[0], whole[-1])), *split])
 
 
-def _widest(arch: str, kernel: str, row: Row) -> list[Config]:
-    return [max(gates.tiles(arch, kernel, row), key=lambda tile: tile.block_m * tile.block_n * tile.block_k)]
+def _widest_tile(arch: str, kernel: str, row: Row) -> Config:
+    return max(gates.tiles(arch, kernel, row), key=lambda tile: tile.block_m * tile.block_n * tile.block_k)
+
+
+def _widest(arch: str, kernel: str, row: Row) -> list[dict]:
+    return _cases(arch, kernel, row, [_widest_tile(arch, kernel, row)])
 
 
 @pytest.mark.parametrize(
@@ -49,7 +58,7 @@ def _widest(arch: str, kernel: str, row: Row) -> list[Config]:
             for kernel in KERNELS
         ),
         *(
-            pytest.param(HOPPER, (kernel,), None, gates.tiles, id=f"hopper-{kernel}", marks=pytest.mark.slow)
+            pytest.param(HOPPER, (kernel,), None, gates.every, id=f"hopper-{kernel}", marks=pytest.mark.slow)
             for kernel in KERNELS
         ),
     ],
@@ -57,13 +66,7 @@ def _widest(arch: str, kernel: str, row: Row) -> list[Config]:
 def test_configurations_may_be_launched(arch, kernels, first, choose):
     """No spills, no more shared memory than there is, no box out of place, and on Hopper no hazard."""
     device = TARGETS[arch]
-    wanted = [
-        case
-        for kernel in kernels
-        for row in rows(device)[:first]
-        for config in choose(arch, kernel, row)
-        for case in gates.cases(arch, kernel, row, config)
-    ]
+    wanted = [case for kernel in kernels for row in rows(device)[:first] for case in choose(arch, kernel, row)]
     reports = probe({"device": dataclasses.asdict(device), "cases": wanted})
     second_kernels = sum(case["kernel"] == "grad_scales" or case["config"]["splits"] > 1 for case in wanted)
     assert len(reports) == len(wanted) + second_kernels
@@ -74,8 +77,7 @@ def test_configurations_may_be_launched(arch, kernels, first, choose):
 def test_w_in_registers_is_for_compilers_that_leave_them_alone():
     """The tile that serves most tokens: its hazards are seen where the installed Triton makes some."""
     row = Row("half", "boxes", "bfloat16", "bfloat16")
-    (config,) = _widest("sm_90", "forward", row)
-    cases = gates.cases("sm_90", "forward", row, config)
+    cases = _widest("sm_90", "forward", row)
     reports = probe({"device": dataclasses.asdict(H100), "cases": cases})
     found = [why for report in reports for why in gates.wrong(report, H100)]
     assert not found if keeps_operands() else any("writes to the left operand" in why for why in found)
@@ -86,8 +88,9 @@ def test_w_goes_through_shared_memory_with_a_compiler_that_is_not_known_to_be_cl
     monkeypatch.setattr(compiler.triton, "__version__", version)
     assert not keeps_operands()
     monkeypatch.setattr(compiler.triton, "__version__", "3.9.0")
-    for ptxas, clean in (("12.9", True), ("12.8", False)):  # TRITON_PTXAS_PATH may name another
-        nvidia = SimpleNamespace(ptxas=SimpleNamespace(version=ptxas))
+    own = str(Path(compiler.triton.__file__).with_name("ptxas"))
+    for ptxas, path, clean in (("12.9", own, True), ("12.8", own, False), ("12.9", "/usr/bin/ptxas", False)):
+        nvidia = SimpleNamespace(ptxas=SimpleNamespace(version=ptxas, path=path))
         monkeypatch.setattr(compiler, "knobs", SimpleNamespace(nvidia=nvidia))
         assert keeps_operands() is clean
     assert not Device((9, 0), 132, 232_448, keeps_operands=False).weight_left

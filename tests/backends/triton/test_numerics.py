@@ -81,6 +81,17 @@ def test_the_form_for_mma_sync(monkeypatch, m, n, k, groups, dtype):
     check(p := make_problem(m, n, k, groups, dtype), solve(p, SMALL, "elements"))
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "groups"), [(70, 40, 72, 1), (33, 64, 32, 2)])
+def test_the_form_for_compilers_that_are_not_trusted(monkeypatch, m, n, k, groups, dtype):
+    """On Hopper W' then stands on the right, of tiles that come in boxes."""
+    device = Device((9, 0), 132, 232_448, keeps_operands=False)
+    monkeypatch.setattr(launch, "INTERPRETED_DEVICE", device)
+    assert not device.weight_left
+    check(p := make_problem(m, n, k, groups, dtype), solve(p, SMALL, "boxes"))
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize("path", ["elements", "boxes"])
 def test_an_infinity_stays_out_of_padding_and_of_the_next_group(triton_device, path):
