@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -77,20 +77,30 @@ class Running:
 
     def end(self) -> None:
         """End the process and its group, those that it left behind included."""
-        process = self._process
-        if process is None:
-            return
-        left = []
-        if process.poll() is None:
-            left = _descendants(process.pid)  # some may be in groups of their own
-            _signal(os.killpg, process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+        end([self])
+
+
+def end(running: Iterable[Running]) -> None:
+    """End processes and their groups, those that they left behind included; one time of grace serves all."""
+    started = [one._process for one in running if one._process is not None]
+    alive = [process for process in started if process.poll() is None]
+    left = [pid for process in alive for pid in _descendants(process.pid)]  # some may be in groups of their own
+    for process in alive:
+        _signal(os.killpg, process.pid, signal.SIGTERM)
+    _wait(alive)
+    for process in started:
         _signal(os.killpg, process.pid, signal.SIGKILL)
-        for pid in left:
-            _signal(os.kill, pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds cannot be waited for
-            process.wait(GRACE)
+    for pid in left:
+        _signal(os.kill, pid, signal.SIGKILL)
+    _wait(alive)
+
+
+def _wait(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended, or the grace is over: one that a driver holds cannot be waited for."""
+    over = time.monotonic() + GRACE
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, over - time.monotonic()))
 
 
 def _signal(send: Callable[[int, int], None], to: int, number: signal.Signals) -> None:
@@ -117,8 +127,7 @@ def ended(running: Mapping[str, Running]) -> Iterator[None]:
     try:
         yield
     finally:
-        for one in running.values():
-            one.end()
+        end(running.values())
 
 
 def run(command: Sequence[str], seconds: float) -> int:
