@@ -94,12 +94,19 @@ class Report:
     refusal: str | None = None
 
 
-def run(module: ModuleType, which: str, device: torch.device, chosen: Iterable[Case]) -> Report:
+def run(
+    module: ModuleType,
+    which: str,
+    device: torch.device,
+    chosen: Iterable[Case],
+    launched: Callable[[Case], object] = lambda case: None,
+) -> Report:
     """Compute a pass twice for each case that the backend serves, and judge it.
 
     Args:
         module: a backend (see :mod:`rlrr_kernels.ops`), or LayerNorm's kernels for ``layer_norm``.
         which: a pass of :data:`rlrr_kernels.check.record.SUBJECTS`.
+        launched: called once a case's kernels are compiled and launched; a GPU may still be at them.
 
     Raises:
         torch.OutOfMemoryError: there is no room for it now; anything else that is raised is the report's reason.
@@ -112,7 +119,9 @@ def run(module: ModuleType, which: str, device: torch.device, chosen: Iterable[C
             if refusal is not None:
                 report.refusal = refusal
                 continue
-            got, again = compute(), compute()
+            got = compute()
+            launched(case)
+            again = compute()
             ratio, wrong = yardstick.judge(got, wanted())
             wrong = wrong or _difference(got, again)
         except Exception as error:  # whatever a kernel does wrong is the answer; a GPU may do no more after it

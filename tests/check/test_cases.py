@@ -213,6 +213,17 @@ def test_the_hopper_kernels_are_not_those_of_a_library_built_without_them(monkey
         assert (found is library) if here else ("90a" in found)
 
 
+def test_it_tells_what_it_has_launched_before_it_waits_for_it():
+    said = []
+
+    def forward(*arguments):
+        said.append("forward")
+        return reference.forward(*arguments)
+
+    cases.run(module(forward=forward), "forward", CPU, [ODD, BF16], said.append)
+    assert said == ["forward", ODD, "forward", "forward", BF16, "forward"]
+
+
 def test_what_is_not_served_is_not_tried():
     report = cases.run(module(unsupported=lambda x, weight: "x: no"), "forward", CPU, [ODD])
     assert (report.tried, report.refusal, report.reason) == (0, "x: no", None)
