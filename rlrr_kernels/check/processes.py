@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, NoReturn
 
 from rlrr_kernels.check import worker
 from rlrr_kernels.check.record import Where
@@ -26,6 +26,17 @@ Verdict = Literal["right", "wrong", "not here", "not tried"]
 #: Signals that no kernel causes: somebody, or a system short of memory, ended the process.
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SIGNALS = {number.value: number.name for number in signal.Signals}
+
+
+def exit_on_signals() -> None:
+    """Let SIGTERM and SIGHUP raise SystemExit in this process, so that what it waits for is ended with it."""
+
+    def leave(number: int, _: Any) -> NoReturn:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, leave)
 
 
 class Task(NamedTuple):

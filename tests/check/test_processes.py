@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 import time
 
@@ -12,7 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from rlrr_kernels.check import cases, worker
-from rlrr_kernels.check.processes import Task, run, understood
+from rlrr_kernels.check.processes import Task, exit_on_signals, run, understood
 from rlrr_kernels.check.record import Where
 from tests.oracle import require
 
@@ -109,6 +110,20 @@ def test_an_interrupt_ends_what_runs(scripts, tmp_path):
         time.sleep(0.05)
     outcomes.close()
     FileLock(lock).acquire(timeout=120).lock.release()
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    """As under nohup."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        exit_on_signals()
+        signal.raise_signal(signal.SIGHUP)
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_cuda_kernels_of_each_kind_have_processes_of_their_own(monkeypatch):
