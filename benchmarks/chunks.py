@@ -82,18 +82,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    processes.exit_on_signals()
     try:
-        wrong = check.failures(torch.device("cuda", torch.cuda.current_device()))
+        wrong, untried = check.failures(torch.device("cuda", torch.cuda.current_device()))
     except OSError as error:  # the chunks' processes would not know what is wrong
         print(f"bench-gpu: what the check found cannot be kept: {error}", file=sys.stderr)
         return 2
     for name, reason in wrong.items():
         print(f"backend {name} is not measured, its check failed: {reason}", file=sys.stderr)
-    processes.exit_on_signals()
+    for name, reason in untried.items():
+        print(f"backend {name} is measured unchecked, its check could not be made: {reason}", file=sys.stderr)
     failed = run(chunks, lambda command: processes.run(command, args.seconds), options)
     if failed:
         print(f"chunks with a failed case, or not at their end: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed or wrong else 0
+    return 1 if failed or wrong or untried else 0
 
 
 if __name__ == "__main__":

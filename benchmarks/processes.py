@@ -6,27 +6,18 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO
+
+from rlrr_kernels.check.processes import exit_on_signals as exit_on_signals
 
 #: Exit status of what was ended because its time was up, as of ``timeout``.
 TIME_OUT = 124
 #: Seconds that a process has to end by itself what it started, before all of its group is killed.
 GRACE = 3.0
-
-
-def exit_on_signals() -> None:
-    """Let SIGTERM and SIGHUP raise SystemExit in this process, so that what it waits for is ended with it."""
-
-    def leave(number: int, _: Any) -> NoReturn:
-        sys.exit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
 
 
 @dataclass

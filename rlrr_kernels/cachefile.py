@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import stat
 import sys
@@ -46,8 +47,12 @@ def default_file(variable: str, name: str) -> Path | None:
     return cache / "rlrr_kernels" / name
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON's")
+def _finite(digits: str) -> float:
+    """Also of the words ``NaN`` and ``Infinity``. Raises ValueError for what :func:`add` could not write again."""
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {digits:.40}")
+    return number
 
 
 def read(path: Path, layout: int) -> list[Any]:
@@ -66,7 +71,7 @@ def read(path: Path, layout: int) -> list[Any]:
     if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
         raise ValueError(f"expected a file of up to {_MAX_BYTES // 2**20} MiB")
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_no_constant)
+        content = json.loads(path.read_bytes(), parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("entries"), list):

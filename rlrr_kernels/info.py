@@ -34,6 +34,27 @@ def _describe(device: str) -> str:
     return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
 
 
+def _backend(name: str) -> str:
+    # the record first: what failed may not even survive being loaded
+    why = next(filter(None, (choice.failed(name, torch.device(device)) for device in _devices())), None)
+    if why is not None:
+        return f"not loaded: it {why}"
+    module = choice.load(name)
+    if isinstance(module, str):
+        return f"not available: {module}"
+    return "available" + (f": {module.build()}" if hasattr(module, "build") else "")
+
+
+def _state(subject: str, device: torch.device) -> str | None:
+    """Of a backend on a device of its kind; None where it is not here, or its library is not to be loaded."""
+    if record.failure(subject, device, record.SUBJECTS[subject][1]) is None and (
+        choice.failed("cuda" if subject == "cuda-hopper" else subject, device) is not None
+        or isinstance(cases.module_of(subject, device), str)
+    ):
+        return None
+    return record.state(subject, device)
+
+
 def lines() -> Iterator[str]:
     """The report, line by line."""
     yield f"rlrr_kernels {__version__}"
@@ -43,11 +64,7 @@ def lines() -> Iterator[str]:
     yield ""
     yield "Backends"
     for name in choice.BACKENDS:
-        module = choice.load(name)
-        if isinstance(module, str):
-            yield f"  {name:<10} not available: {module}"
-        else:
-            yield f"  {name:<10} available" + (f": {module.build()}" if hasattr(module, "build") else "")
+        yield f"  {name:<10} {_backend(name)}"
     yield ""
     yield "Which backend serves what (W of x's dtype)"
     for device in _devices():
@@ -66,8 +83,9 @@ def lines() -> Iterator[str]:
     for place in map(torch.device, _devices()):
         yield f"  {place}"
         for subject, (kind, _) in record.SUBJECTS.items():
-            if kind == place.type and not isinstance(cases.module_of(subject, place), str):
-                yield f"    {subject:<12} {record.state(subject, place)}"
+            state = _state(subject, place) if kind == place.type else None
+            if state is not None:
+                yield f"    {subject:<12} {state}"
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ four layers mostly share theirs.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,6 +26,8 @@ from rlrr_kernels.yardstick import Expected
 TOKENS = {"cuda": 32 * 197, "cpu": 2 * 197}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EPS = 1e-6
+#: How cuBLAS, the driver (by torch or Triton) and torch on a CPU say that others have the memory, in RuntimeErrors.
+_NO_ROOM = re.compile("CUBLAS_STATUS_ALLOC_FAILED|out of memory|can't allocate memory")
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,14 @@ def _short(dtype: torch.dtype) -> str:
 
 def module_of(subject: str, device: torch.device) -> ModuleType | str:
     """The backend behind one of :data:`rlrr_kernels.check.record.SUBJECTS`, or why it is not here."""
-    if subject == "cuda-hopper" and torch.cuda.get_device_capability(device)[0] != 9:
+    if subject != "cuda-hopper":
+        return choice.load(subject)
+    if torch.cuda.get_device_capability(device)[0] != 9:
         return "it is for compute capability 9.x"
-    return choice.load("cuda" if subject == "cuda-hopper" else subject)
+    library = choice.load("cuda")
+    if not isinstance(library, str) and "90a" not in library.build():  # its plain kernels would serve
+        return f"it is not built: the library has no 90a ({library.build()})"
+    return library
 
 
 def cases(which: str, device_type: str) -> Iterator[Case]:
@@ -86,12 +94,19 @@ class Report:
     refusal: str | None = None
 
 
-def run(module: ModuleType, which: str, device: torch.device, chosen: Iterable[Case]) -> Report:
+def run(
+    module: ModuleType,
+    which: str,
+    device: torch.device,
+    chosen: Iterable[Case],
+    launched: Callable[[Case], object] = lambda case: None,
+) -> Report:
     """Compute a pass twice for each case that the backend serves, and judge it.
 
     Args:
         module: a backend (see :mod:`rlrr_kernels.ops`), or LayerNorm's kernels for ``layer_norm``.
         which: a pass of :data:`rlrr_kernels.check.record.SUBJECTS`.
+        launched: called once a case's kernels are compiled and launched; a GPU may still be at them.
 
     Raises:
         torch.OutOfMemoryError: there is no room for it now; anything else that is raised is the report's reason.
@@ -104,12 +119,14 @@ def run(module: ModuleType, which: str, device: torch.device, chosen: Iterable[C
             if refusal is not None:
                 report.refusal = refusal
                 continue
-            got, again = compute(), compute()
+            got = compute()
+            launched(case)
+            again = compute()
             ratio, wrong = yardstick.judge(got, wanted())
             wrong = wrong or _difference(got, again)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever a kernel does wrong is the answer; a GPU may do no more after it
+            if isinstance(error, torch.OutOfMemoryError) or _NO_ROOM.search(str(error)):
+                raise torch.OutOfMemoryError(str(error)) from error
             ratio, wrong = math.inf, f"{type(error).__name__}: {error}"
         report.tried += 1
         if report.worst is None or ratio > report.ratio:

@@ -14,7 +14,7 @@ import torch
 from rlrr_kernels import cachefile
 from rlrr_kernels._version import __version__
 from rlrr_kernels.check import record
-from rlrr_kernels.check.processes import Outcome, Task, run
+from rlrr_kernels.check.processes import Outcome, Task, exit_on_signals, run
 from rlrr_kernels.check.record import SUBJECTS, Finding
 
 DESCRIPTION = """\
@@ -40,7 +40,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Exit status: 0 all is right, 1 something is wrong, or nothing could be checked, 2 bad arguments, 130 Ctrl-C."""
+    """Exit status: 0 all is right, 1 something is wrong, or nothing could be checked, 2 bad arguments, 130 Ctrl-C.
+
+    SIGTERM and SIGHUP end it with its processes, as Ctrl-C does; 128 and their number is the status then.
+    """
     try:
         device = _device(arguments.device)
         tasks = _tasks(device, arguments.backend)
@@ -49,9 +52,15 @@ def main(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"rlrr_kernels check: error: {error}", file=sys.stderr)
         return 2
+    exit_on_signals()
+    path = None
+    try:
+        path = _place()
+    except OSError as error:
+        print(f"rlrr_kernels check: what is found will not be kept: {error}", file=sys.stderr)
     print(f"rlrr_kernels {__version__}, torch {torch.__version__}, on {device}; error: the largest, by what it may be")
     print(_COLUMNS.format("backend", "pass", "error", "verdict", ""), flush=True)
-    outcomes, absent, interrupted = list[Outcome](), set[str](), False
+    outcomes, absent, interrupted = list[Outcome](), set[str](), 0
     try:
         for outcome in run(tasks, arguments.seconds, _at_once(device)):
             outcomes.append(outcome)
@@ -60,33 +69,42 @@ def main(arguments: argparse.Namespace) -> int:
             if outcome.verdict == "not here":
                 absent.add(outcome.task.subject)
     except KeyboardInterrupt:
-        interrupted = True
+        interrupted = 130
+    except SystemExit as signalled:
+        interrupted = int(signalled.code or 0)
     try:
-        print(f"kept in {_keep(outcomes)}")
+        if path is not None and _keep(path, outcomes):
+            print(f"kept in {path}")
     except OSError as error:
         print(f"rlrr_kernels check: not kept: {error}", file=sys.stderr)
     if interrupted:
         print("rlrr_kernels check: interrupted", file=sys.stderr)
-        return 130
+        return interrupted
     verdicts = {outcome.verdict for outcome in outcomes}
     return 0 if "right" in verdicts and verdicts <= {"right", "not here"} else 1
 
 
-def failures(device: torch.device, seconds: float = SECONDS) -> dict[str, str]:
-    """Backends that must not be trusted on a device -> why; what has not been checked there is, now, and kept.
+def failures(device: torch.device, seconds: float = SECONDS) -> tuple[dict[str, str], dict[str, str]]:
+    """Backends that failed on a device, and others that could not be checked -> why; what was not yet checked is now.
+
+    What is found is kept.
 
     Raises:
         OSError: it cannot be kept.
     """
     tasks = [task for task in _tasks(device, None) if task.which not in record.found(task.subject, device)]
+    path = _place()
     outcomes = list(run(tasks, seconds, _at_once(device)))
-    _keep(outcomes)
-    found = {o.task.subject: f"{o.task.which}: {o.reason}" for o in outcomes if o.verdict in ("wrong", "not tried")}
+    _keep(path, outcomes)
+    wrong, untried = (
+        {o.task.subject: f"{o.task.which}: {o.reason}" for o in outcomes if o.verdict == verdict}
+        for verdict in ("wrong", "not tried")
+    )
     for subject, (_, passes) in SUBJECTS.items():
         why = record.failure(subject, device, passes)
         if why is not None:
-            found[subject] = why
-    return found
+            wrong[subject] = why
+    return wrong, {subject: why for subject, why in untried.items() if subject not in wrong}
 
 
 def _device(name: str | None) -> torch.device:
@@ -127,11 +145,17 @@ def _row(outcome: Outcome) -> str:
     return _COLUMNS.format(outcome.task.subject, which, ratio, outcome.verdict, words)
 
 
-def _keep(outcomes: Iterable[Outcome]) -> Path:
-    """Add what was found to the record, and return its place."""
+def _place() -> Path:
+    """Where findings are kept. Raises OSError where they cannot be: before minutes of checking, not after."""
     path = record.default_file()
     if path is None:
         raise OSError("there is no home folder; name a file by RLRR_CHECKED_FILE")
+    cachefile.check_writable(path, record.FORMAT)
+    return path
+
+
+def _keep(path: Path, outcomes: Iterable[Outcome]) -> bool:
+    """Add what was found to the record; whether anything was."""
     today = datetime.date.today().isoformat()
     findings = [
         Finding(o.where, o.task.which, o.verdict == "right", o.ratio, o.reason, today)
@@ -139,7 +163,6 @@ def _keep(outcomes: Iterable[Outcome]) -> Path:
         if o.where is not None and o.verdict in ("right", "wrong")
     ]
     if findings:
-        cachefile.check_writable(path, record.FORMAT)
         record.add(path, findings)
         record.kept.cache_clear()
-    return path
+    return bool(findings)

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, NoReturn
 
 from rlrr_kernels.check import worker
 from rlrr_kernels.check.record import Where
@@ -26,6 +26,17 @@ Verdict = Literal["right", "wrong", "not here", "not tried"]
 #: Signals that no kernel causes: somebody, or a system short of memory, ended the process.
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SIGNALS = {number.value: number.name for number in signal.Signals}
+
+
+def exit_on_signals() -> None:
+    """Let SIGTERM and SIGHUP raise SystemExit in this process, so that what it waits for is ended with it."""
+
+    def leave(number: int, _: Any) -> NoReturn:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, leave)
 
 
 class Task(NamedTuple):
@@ -108,13 +119,17 @@ def understood(task: Task, status: int | None, out: str, err: str, seconds: floa
             with contextlib.suppress(ValueError):  # a line that its process did not live to end
                 answers.append(json.loads(line[len(worker.MARK) :]))
     where = Where(**answers[0]) if answers else None
-    found = Outcome(task, **answers[1], where=where) if len(answers) > 1 else None
+    last = answers[-1] if answers else {}
+    found = Outcome(task, **last, where=where) if "verdict" in last else None
     if found is not None and (status == 0 or found.verdict != "right"):
         return found
     lines = [line for line in err.splitlines() if line.strip()]
     said = worker.one_line(lines[-1] if lines else "")
+    if status is None and len(answers) < 2:  # on a cold cache kernels compile for minutes, which is no fault of theirs
+        reason = f"it had computed nothing within {seconds:g} s: it was still compiling, or starting"
+        return Outcome(task, "not tried", where, reason=reason)
     if status is None:
-        reason = f"no answer within {seconds:g} s"
+        reason = f"no answer within {seconds:g} s, last seen at {last.get('launched', 'its end')}"
     elif status < 0:
         reason = f"ended by {_SIGNALS.get(-status, f'signal {-status}')}: {said}"
     else:

@@ -105,9 +105,20 @@ def test_what_cannot_be_kept_or_is_wrong_is_said(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(chunks.processes, "run", lambda command, seconds: 0)
-    monkeypatch.setattr(chunks.check, "failures", lambda device: {"triton": "forward: off"})
+    order: list[str] = []
+    monkeypatch.setattr(chunks.processes, "exit_on_signals", lambda: order.append("signals"))
+
+    def found(device):
+        order.append("check")
+        return {"triton": "forward: off"}, {"cuda": "forward: no memory"}
+
+    monkeypatch.setattr(chunks.check, "failures", found)
     assert chunks.main(["norm"]) == 1
-    assert "backend triton is not measured, its check failed: forward: off" in capsys.readouterr().err
+    assert order == ["signals", "check"]  # a signal would leave the check's processes behind
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "backend triton is not measured, its check failed: forward: off",
+        "backend cuda is measured unchecked, its check could not be made: forward: no memory",
+    ]
 
     def full(device):
         raise OSError("no room")
@@ -122,7 +133,7 @@ def test_a_chunks_time_and_more_options_are_asked_for(monkeypatch):
     started: list[tuple[list[str], float]] = []
     monkeypatch.setattr(chunks.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(chunks.torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(chunks.check, "failures", lambda device: {})
+    monkeypatch.setattr(chunks.check, "failures", lambda device: ({}, {}))
     monkeypatch.setattr(chunks.processes, "exit_on_signals", lambda: None)
     monkeypatch.setattr(chunks.processes, "run", lambda command, seconds: started.append((command, seconds)) or 124)
     assert chunks.main(["step-vit_b-64", "--seconds", "12", "--", "-k", "not autotune"]) == 1

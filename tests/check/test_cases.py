@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlrr_kernels import ops, reference
+from rlrr_kernels.backends import choice
 from rlrr_kernels.backends.triton import config as configs
 from rlrr_kernels.backends.triton import launch, layer_norm
 from rlrr_kernels.backends.triton.config import Device
@@ -174,12 +175,53 @@ def test_bits_that_differ_between_two_runs_are_noticed(which):
     assert cases._difference([zeros[:1]], [zeros[1:]]) is not None
 
 
-def test_no_room_is_nobodys_fault():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported at some other API call"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_no_room_is_nobodys_fault(error):
     def no_room(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match=re.escape(str(error))):
         cases.run(module(forward=no_room), "forward", CPU, [ODD])
+
+
+def test_a_kernel_that_wants_too_much_of_the_gpu_is_wrong():
+    def too_wide(*arguments):
+        raise RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448")
+
+    report = cases.run(module(forward=too_wide), "forward", CPU, [ODD])
+    assert "RuntimeError: out of resource: shared memory" in report.reason
+
+
+def test_the_hopper_kernels_are_not_those_of_a_library_built_without_them(monkeypatch):
+    """It would run its plain kernels in their place."""
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for built, here in (("80 90", False), ("80 90a", True)):
+        library = SimpleNamespace(build=lambda built=built: f"GCC, CUDA 13.0, compute capabilities {built}")
+        monkeypatch.setitem(choice._loaded, "cuda", library)
+        assert cases.module_of("cuda", gpu) is library
+        found = cases.module_of("cuda-hopper", gpu)
+        assert (found is library) if here else ("90a" in found)
+
+
+def test_it_tells_what_it_has_launched_before_it_waits_for_it():
+    said = []
+
+    def forward(*arguments):
+        said.append("forward")
+        return reference.forward(*arguments)
+
+    cases.run(module(forward=forward), "forward", CPU, [ODD, BF16], said.append)
+    assert said == ["forward", ODD, "forward", "forward", BF16, "forward"]
 
 
 def test_what_is_not_served_is_not_tried():

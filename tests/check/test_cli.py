@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from rlrr_kernels import __main__ as package
 from rlrr_kernels.check import cli, record
@@ -27,11 +30,12 @@ def made_up(file, monkeypatch):
         asked.append((tasks, seconds, at_once))
         for task in tasks:
             found = outcomes.get(task.which, {"verdict": "right", "ratio": 0.5, "worst": "float32, M 1"})
-            if found is KeyboardInterrupt:
-                raise KeyboardInterrupt
+            if isinstance(found, BaseException):
+                raise found
             yield Outcome(task, where=Where.of(task.subject, torch.device(task.device)), **found)
 
     monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(cli, "exit_on_signals", lambda: None)
     return outcomes, asked
 
 
@@ -64,28 +68,64 @@ def test_what_is_not_right_is_the_exit_status(made_up, capsys, found, status, st
 def test_where_nothing_is_there_to_check_it_says_so_once_and_fails(made_up, capsys):
     made_up[0].update({which: {"verdict": "not here", "reason": "not built"} for which in record.PRODUCTS})
     assert package.main(["check", "--device", "cpu"]) == 1
-    assert capsys.readouterr().out.count("not built") == 1
+    out = capsys.readouterr().out
+    assert (out.count("not built"), "kept in" in out) == (1, False)
 
 
-def test_an_interrupt_keeps_what_was_found(made_up, capsys):
-    made_up[0]["grad_scales"] = KeyboardInterrupt
-    assert package.main(["check", "--device", "cpu"]) == 130
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_an_interrupt_keeps_what_was_found(made_up, capsys, stop, status):
+    made_up[0]["grad_scales"] = stop
+    assert package.main(["check", "--device", "cpu"]) == status
     assert "interrupted" in capsys.readouterr().err
     assert set(record.found("cpu", CPU)) == {"forward", "grad_input"}
 
 
-def test_a_place_that_cannot_be_written_is_said(made_up, tmp_path, capsys, monkeypatch):
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_checked(made_up, tmp_path, capsys, monkeypatch):
     for place, words in (("folder", "is a folder; expected a file"), ("folder/file/checked.json", "File exists")):
         monkeypatch.setenv("RLRR_CHECKED_FILE", str(tmp_path / place))
         (tmp_path / "folder").mkdir(exist_ok=True)
         (tmp_path / "folder" / "file").write_text("")
-        assert package.main(["check", "--device", "cpu"]) == 0
+        made_up[0]["forward"] = AssertionError("it is at work")
+        with pytest.raises(AssertionError, match="at work"):
+            package.main(["check", "--device", "cpu"])
         said = capsys.readouterr().err
-        assert said.startswith("rlrr_kernels check: not kept: ")
+        assert said.startswith("rlrr_kernels check: what is found will not be kept: ")
         assert words in said
         with pytest.warns(UserWarning, match="left out"), pytest.raises(OSError, match=words):
             cli.failures(CPU)
         forget()
+        made_up[0].clear()  # the table is shown all the same
+        assert package.main(["check", "--device", "cpu"]) == 0
+        assert "kept in" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_the_workers_with_the_command(file, tmp_path, number):
+    lock = tmp_path / "lock"
+    hang = f"import fcntl, time; held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX); time.sleep(600)"
+    code = (
+        "import sys; from rlrr_kernels import __main__ as package; from rlrr_kernels.check.processes import Task\n"
+        f"Task.command = lambda task: [sys.executable, '-c', {hang!r}]\n"
+        "sys.exit(package.main(['check', '--device', 'cpu']))"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (lock.exists() and _held(lock)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    command.send_signal(number)
+    said = command.communicate(timeout=120)[1].decode()
+    assert (command.returncode, said) == (128 + number, "rlrr_kernels check: interrupted\n")
+    FileLock(lock).acquire(timeout=120).lock.release()
+    assert not file.exists()
+
+
+def _held(lock):
+    try:
+        FileLock(lock).acquire(timeout=0).lock.release()
+    except Timeout:
+        return True
+    return False
 
 
 @pytest.mark.parametrize(
@@ -124,12 +164,12 @@ def test_the_gpu_is_checked_where_there_is_one(made_up, monkeypatch):
 def test_programs_check_only_what_was_not(made_up, file):
     record.add(file, findings(wrong="forward")[:2])
     forget()
-    assert cli.failures(CPU) == {"cpu": "forward: y: not finite"}
+    assert cli.failures(CPU) == ({"cpu": "forward: y: not finite"}, {})
     assert [task.which for task in made_up[1][0][0]] == ["grad_scales"]
     made_up[0]["grad_input"] = {"verdict": "not tried", "reason": "no memory"}
     file.unlink()
     forget()
-    assert cli.failures(CPU) == {"cpu": "grad_input: no memory"}
+    assert cli.failures(CPU) == ({}, {"cpu": "grad_input: no memory"})
 
 
 def test_info_is_a_subcommand(capsys):

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from rlrr_kernels import backend_for, ops, rescaled_linear, use_backend
+from rlrr_kernels import backend_for, info, ops, rescaled_linear, use_backend
 from rlrr_kernels.backends import choice
 from rlrr_kernels.backends.triton import launch, layer_norm
 from rlrr_kernels.check import record
@@ -47,6 +47,17 @@ def test_what_failed_is_not_even_loaded(file, monkeypatch):
     with pytest.warns(UserWarning, match="'reference' serves"):
         assert backend_for(X, X) == "reference"
     assert choice._loaded["cpu"] == "loaded"
+
+
+def test_nor_is_it_loaded_to_tell_what_is_here(file, monkeypatch):
+    keep(file, findings(wrong="forward"))
+    loaded, load = [], choice.load
+    monkeypatch.setattr(choice, "load", lambda name: loaded.append(name) or load(name))
+    with pytest.warns(UserWarning, match="'reference' serves"):
+        report = list(info.lines())
+    assert "cpu" not in loaded
+    assert "  cpu        not loaded: it failed its check on this device: forward: y: not finite" in report
+    assert "    cpu          failed: forward: y: not finite" in report
 
 
 def test_what_is_proven_or_unchecked_serves(file):

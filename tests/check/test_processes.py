@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import sys
 import time
 
@@ -11,7 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from rlrr_kernels.check import cases, worker
-from rlrr_kernels.check.processes import Task, run, understood
+from rlrr_kernels.check.processes import Task, exit_on_signals, run, understood
 from rlrr_kernels.check.record import Where
 from tests.oracle import require
 
@@ -25,6 +27,7 @@ def says(*answers):
 
 RIGHT = {"verdict": "right", "ratio": 0.5, "worst": "float32, M 1", "reason": ""}
 BEGUN = says(WHERE._asdict())
+LAUNCHED = says(WHERE._asdict(), {"launched": "float32, M 1"}, {"launched": "float32, M 2"})
 #: name of a pass -> what its process does, its verdict, what is said of it
 SCRIPTS = {
     "fine": (says(WHERE._asdict(), RIGHT), "right", ""),
@@ -39,6 +42,8 @@ SCRIPTS = {
     "exit": (BEGUN + "raise SystemExit('lost')", "wrong", "exit status 1: lost"),
     "never began": ("import os; os.abort()", "not tried", "ended by SIGABRT: it said nothing"),
     "right, then dead": (says(WHERE._asdict(), RIGHT) + "import os; os.abort()", "wrong", "ended by SIGABRT: it said"),
+    "right at last": (LAUNCHED + says(RIGHT), "right", ""),
+    "dead in between": (LAUNCHED + "raise SystemExit('lost')", "wrong", "exit status 1: lost"),
     "half a line": (f"print({worker.MARK + '{'!r})", "not tried", "exit status 0: it said nothing"),
 }
 
@@ -69,18 +74,27 @@ def test_one_that_hangs_is_ended_with_all_that_it_started_and_the_others_go_on(s
     """The child of the child too: as long as it lives it holds a lock."""
     lock = tmp_path / "lock"
     child = hold(lock) + "print(1, flush=True)\ntime.sleep(600)"
-    scripts["hang"] = BEGUN + (
+    scripts["hang"] = LAUNCHED + (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
         "child.stdout.readline(), time.sleep(600)"
     )
     began = time.monotonic()
     found = {o.task.which: o for o in run([FORWARD._replace(which=name) for name in ("hang", "fine")], 2.5, 1)}
-    assert (found["hang"].verdict, found["hang"].reason) == ("wrong", "no answer within 2.5 s")
+    words = "no answer within 2.5 s, last seen at float32, M 2"
+    assert (found["hang"].verdict, found["hang"].reason) == ("wrong", words)
     assert found["hang"].where == WHERE
     assert found["fine"].verdict == "right"
     assert time.monotonic() - began < 300
     FileLock(lock).acquire(timeout=120).lock.release()
+
+
+@pytest.mark.parametrize("begun", ["", BEGUN], ids=["nothing", "where it is"])
+def test_one_that_may_still_compile_when_its_time_is_up_has_not_failed(begun):
+    outcome = understood(FORWARD, None, begun and f"{worker.MARK}{json.dumps(WHERE._asdict())}\n", "", 180)
+    words = "it had computed nothing within 180 s: it was still compiling, or starting"
+    assert (outcome.verdict, outcome.reason) == ("not tried", words)
+    assert outcome.where == (WHERE if begun else None)
 
 
 def test_an_interrupt_ends_what_runs(scripts, tmp_path):
@@ -98,6 +112,20 @@ def test_an_interrupt_ends_what_runs(scripts, tmp_path):
     FileLock(lock).acquire(timeout=120).lock.release()
 
 
+def test_a_hangup_that_is_ignored_stays_so():
+    """As under nohup."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        exit_on_signals()
+        signal.raise_signal(signal.SIGHUP)
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_the_cuda_kernels_of_each_kind_have_processes_of_their_own(monkeypatch):
     monkeypatch.setenv("RLRR_CUDA_HOPPER", "1")
     for subject, hopper in (("cuda", "0"), ("cuda-hopper", "1"), ("triton", "0")):
@@ -111,7 +139,9 @@ def test_a_worker_says_where_it_is_and_what_came_of_it(capsys, monkeypatch):
     few = list(cases.cases("forward", "cpu"))[:2]
     monkeypatch.setattr(cases, "cases", lambda which, kind: few)
     assert worker.main(FORWARD) == 0
-    outcome = understood(FORWARD, 0, capsys.readouterr().out, "", 1)
+    out = capsys.readouterr().out
+    assert re.findall(r'{"launched": "(.*)"}', out) == list(map(str, few))
+    outcome = understood(FORWARD, 0, out, "", 1)
     assert outcome.verdict == "right"
     assert outcome.where == Where.of("cpu", torch.device("cpu"))
     assert 0 < outcome.ratio <= 1

@@ -105,6 +105,7 @@ HOSTILE = {
     "a number": '{"format": 1, "entries": [7]}',
     "an empty object": '{"format": 1, "entries": [{}]}',
     "NaN": '{"format": 1, "entries": [NaN]}',
+    "1e999": json.dumps({"format": 1, "entries": [{**ENTRY, "right": False}]}).replace("0.5", "1e999"),
     "another format": '{"format": 2, "entries": []}',
     "not UTF-8": b"\xff\xfe\x00",
     **{

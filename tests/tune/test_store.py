@@ -144,7 +144,9 @@ def test_what_cannot_be_written_is_said_beforehand(tmp_path):
 
 def test_damaged_files_are_set_aside_one_beside_the_other(tmp_path):
     path = tmp_path / "tuned.json"
-    for number, content in enumerate(("{", '{"format": 1, "entries": [{"gpu": NaN}]}'), 1):
+    rows = ("NaN", "-Infinity", "1e999", "-1e999")  # the last two are JSON, but nothing that could be written again
+    contents = ("{", *(f'{{"format": 1, "entries": [{{"gpu": {row}}}]}}' for row in rows))
+    for number, content in enumerate(contents, 1):
         path.write_text(content)
         aside = store.add(path, [entry(3)])
         assert aside == tmp_path / f"tuned.json.damaged-{number}"
