@@ -99,14 +99,15 @@ def run(
     which: str,
     device: torch.device,
     chosen: Iterable[Case],
-    launched: Callable[[Case], object] = lambda case: None,
+    tell: Callable[[str, Case], object] = lambda stage, case: None,
 ) -> Report:
     """Compute a pass twice for each case that the backend serves, and judge it.
 
     Args:
         module: a backend (see :mod:`rlrr_kernels.ops`), or LayerNorm's kernels for ``layer_norm``.
         which: a pass of :data:`rlrr_kernels.check.record.SUBJECTS`.
-        launched: called once a case's kernels are compiled and launched; a GPU may still be at them.
+        tell: called with ``"launched"`` once a case's kernels are compiled and launched, when a GPU may still be at
+            them, and with ``"done"`` once it has been judged.
 
     Raises:
         torch.OutOfMemoryError: there is no room for it now; anything else that is raised is the report's reason.
@@ -120,10 +121,11 @@ def run(
                 report.refusal = refusal
                 continue
             got = compute()
-            launched(case)
+            tell("launched", case)
             again = compute()
             ratio, wrong = yardstick.judge(got, wanted())
             wrong = wrong or _difference(got, again)
+            tell("done", case)
         except Exception as error:  # whatever a kernel does wrong is the answer; a GPU may do no more after it
             if isinstance(error, torch.OutOfMemoryError) or _NO_ROOM.search(str(error)):
                 raise torch.OutOfMemoryError(str(error)) from error

@@ -125,11 +125,12 @@ def understood(task: Task, status: int | None, out: str, err: str, seconds: floa
         return found
     lines = [line for line in err.splitlines() if line.strip()]
     said = worker.one_line(lines[-1] if lines else "")
-    if status is None and len(answers) < 2:  # on a cold cache kernels compile for minutes, which is no fault of theirs
-        reason = f"it had computed nothing within {seconds:g} s: it was still compiling, or starting"
-        return Outcome(task, "not tried", where, reason=reason)
+    # kernels may compile for minutes, and a CPU be slow: only a GPU that does not come back from a launch hangs
+    if status is None and ("launched" not in last or task.device == "cpu"):
+        seen = last.get("done", last.get("launched", "none of its cases"))
+        return Outcome(task, "not tried", where, reason=f"its {seconds:g} s were up, last seen at {seen}")
     if status is None:
-        reason = f"no answer within {seconds:g} s, last seen at {last.get('launched', 'its end')}"
+        reason = f"no answer within {seconds:g} s from {last['launched']}"
     elif status < 0:
         reason = f"ended by {_SIGNALS.get(-status, f'signal {-status}')}: {said}"
     else:

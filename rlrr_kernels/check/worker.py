@@ -1,7 +1,7 @@
 """One pass of one backend, in a process of its own: ``python -m rlrr_kernels.check.worker SUBJECT PASS DEVICE``.
 
 It says on standard output, each in a line after :data:`MARK`, first what it is about to check (so that a process
-that hangs or dies leaves a finding), then each case that it has launched, and what came of it all.
+that hangs or dies leaves a finding), then each case that it has launched and is done with, and what came of it all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def answer(subject: str, which: str, device: torch.device) -> dict[str, Any]:
         from rlrr_kernels.backends.triton import layer_norm as module
     try:
         report = cases.run(
-            module, which, device, cases.cases(which, device.type), lambda case: say({"launched": str(case)})
+            module, which, device, cases.cases(which, device.type), lambda stage, case: say({stage: str(case)})
         )
     except torch.OutOfMemoryError as error:
         return {"verdict": "not tried", "reason": one_line(error)}

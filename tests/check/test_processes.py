@@ -80,8 +80,9 @@ def test_one_that_hangs_is_ended_with_all_that_it_started_and_the_others_go_on(s
         "child.stdout.readline(), time.sleep(600)"
     )
     began = time.monotonic()
-    found = {o.task.which: o for o in run([FORWARD._replace(which=name) for name in ("hang", "fine")], 2.5, 1)}
-    words = "no answer within 2.5 s, last seen at float32, M 2"
+    on_gpu = FORWARD._replace(device="cuda:0")
+    found = {o.task.which: o for o in run([on_gpu._replace(which=name) for name in ("hang", "fine")], 2.5, 1)}
+    words = "no answer within 2.5 s from float32, M 2"
     assert (found["hang"].verdict, found["hang"].reason) == ("wrong", words)
     assert found["hang"].where == WHERE
     assert found["fine"].verdict == "right"
@@ -89,12 +90,19 @@ def test_one_that_hangs_is_ended_with_all_that_it_started_and_the_others_go_on(s
     FileLock(lock).acquire(timeout=120).lock.release()
 
 
-@pytest.mark.parametrize("begun", ["", BEGUN], ids=["nothing", "where it is"])
-def test_one_that_may_still_compile_when_its_time_is_up_has_not_failed(begun):
-    outcome = understood(FORWARD, None, begun and f"{worker.MARK}{json.dumps(WHERE._asdict())}\n", "", 180)
-    words = "it had computed nothing within 180 s: it was still compiling, or starting"
-    assert (outcome.verdict, outcome.reason) == ("not tried", words)
-    assert outcome.where == (WHERE if begun else None)
+@pytest.mark.parametrize(
+    ("device", "told", "seen"),
+    [
+        ("cuda:0", [], "none of its cases"),
+        ("cuda:0", [WHERE._asdict()], "none of its cases"),
+        ("cuda:0", [WHERE._asdict(), {"launched": "M 1"}, {"done": "M 1"}], "M 1"),
+        ("cpu", [WHERE._asdict(), {"done": "M 1"}, {"launched": "M 2"}], "M 2"),
+    ],
+)
+def test_one_that_may_still_compile_or_is_slow_when_its_time_is_up_has_not_failed(device, told, seen):
+    out = "".join(f"{worker.MARK}{json.dumps(line)}\n" for line in told)
+    outcome = understood(FORWARD._replace(device=device), None, out, "", 180)
+    assert (outcome.verdict, outcome.reason) == ("not tried", f"its 180 s were up, last seen at {seen}")
 
 
 def test_an_interrupt_ends_what_runs(scripts, tmp_path):
