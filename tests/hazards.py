@@ -50,6 +50,7 @@ class _State:
     groups: _Groups = ((),)  # oldest first, the last still open
     budget: int | None = None  # registers that it may use
     returns: tuple[int, ...] = ()  # lines that calls go back to, the innermost last
+    joins: tuple[tuple[str, int], ...] = ()  # where threads that part here meet again, by barrier
 
 
 def hazards(lines: Sequence[str]) -> list[str]:
@@ -59,10 +60,6 @@ def hazards(lines: Sequence[str]) -> list[str]:
     that it does not know.
     """
     labels = {text: place for place, text in enumerate(lines) if text.startswith(_LABELS)}
-    joins: dict[str, set[int]] = {}  # a barrier's name serves many
-    for text in lines:
-        if match := re.search(r"\bBSSY(?:\.\S+)? (B\d+), `\((\.L_x_\d+)\)", text):
-            joins.setdefault(match[1], set()).add(labels[match[2]])
     found: set[tuple[int, str]] = set()
     start = _State(0)
     seen, open_ = {start}, [start]
@@ -78,8 +75,9 @@ def hazards(lines: Sequence[str]) -> list[str]:
         if any(len(some) > MOST_GROUPS for some in groups):
             raise ValueError(f"more than {MOST_GROUPS} groups of products in flight at {text!r}")
         budget = _budget(text, state.budget)
-        for (line, returns), some in itertools.product(_next(text, state, labels, joins), groups):
-            after = _State(line, some, budget, returns)
+        joins = _joins(text, state.joins, labels)
+        for (line, returns), some in itertools.product(_next(text, state, labels), groups):
+            after = _State(line, some, budget, returns, joins)
             if after not in seen:
                 seen.add(after)
                 open_.append(after)
@@ -128,9 +126,12 @@ def _budget(text: str, budget: int | None) -> int | None:
     return int(match[1], 16) if match else budget
 
 
-def _next(
-    text: str, state: _State, labels: dict[str, int], joins: dict[str, set[int]]
-) -> Iterator[tuple[int, tuple[int, ...]]]:
+def _joins(text: str, joins: tuple[tuple[str, int], ...], labels: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    match = re.search(r"\bBSSY(?:\.\S+)? (B\d+), `\((\.L_x_\d+)\)", text)
+    return tuple(sorted((dict(joins) | {match[1]: labels[match[2]]}).items())) if match else joins
+
+
+def _next(text: str, state: _State, labels: dict[str, int]) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Where a path can go on, and where the calls that it is in then return."""
     guard = _PREDICATE.match(text)
     bare = text[guard.end() :] if guard else text
@@ -156,7 +157,7 @@ def _next(
             yield labels[target.strip()], state.returns
     elif name in ("BSSY", "BSYNC", "BREAK"):
         barrier = re.search(r"\bB\d+\b", bare)
-        for join in joins.get(barrier[0], ()) if name == "BSYNC" and barrier else ():
+        if name == "BSYNC" and barrier and (join := dict(state.joins).get(barrier[0])) is not None:
             yield join, state.returns
         always = False
     elif name != "EXIT":

@@ -192,8 +192,9 @@ def test_the_cheapest_stages_run_on_a_pretended_gpu(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_stage_runs_on_a_pretended_gpu(tmp_path):
-    rest = [name for name in STAGES if name not in ("env", "build")]
+def test_the_other_stages_run_on_a_pretended_gpu(tmp_path):
+    # what "correct" rehearses is the CPU's check, which has tests of its own
+    rest = [name for name in STAGES if name not in ("env", "build", "correct")]
     status, table = _rehearse(tmp_path, *rest, "--limit", "3000")
     assert status == 0, table
     rows = [row for row in table.splitlines() if not row.startswith(" ")]

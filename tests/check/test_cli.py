@@ -104,6 +104,7 @@ def test_a_signal_ends_the_workers_with_the_command(file, tmp_path, number):
     lock = tmp_path / "lock"
     hang = f"import fcntl, time; held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX); time.sleep(600)"
     code = (
+        f"import signal; signal.signal({int(number)}, signal.SIG_DFL)\n"  # as it is, but where nohup runs the tests
         "import sys; from rlrr_kernels import __main__ as package; from rlrr_kernels.check.processes import Task\n"
         f"Task.command = lambda task: [sys.executable, '-c', {hang!r}]\n"
         "sys.exit(package.main(['check', '--device', 'cpu']))"
