@@ -27,6 +27,7 @@ def _pytest(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_tritons_cases_are_the_gpus_where_there_is_one():
     """What is parametrised by backend, and what is marked; the CPU's are not."""
     done = _pytest("--collect-only", "-m", "gpu", "tests/backends/test_numerics.py", "tests/test_norm_numerics.py")
