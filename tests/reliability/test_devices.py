@@ -56,7 +56,7 @@ class GPUs:
         # what a tensor without data cannot be asked for
         monkeypatch.setattr(launch, "_fits_boxes", lambda t: False)
         monkeypatch.setattr(launch, "_fits_vectors", lambda t: True)
-        monkeypatch.setattr(launch, "_copied", lambda path, *given, **_: (path, given[6]))
+        monkeypatch.setattr(launch, "_loaded", lambda *given, **_: ("vectors", given[6]))
 
 
 @pytest.fixture

@@ -124,8 +124,7 @@ def _path(device: Device, kind: Arithmetic, *tensors: Tensor, boxes: bool = True
     return "vectors" if all(map(_fits_vectors, tensors)) else "elements"
 
 
-def _copied(
-    path: Path,
+def _loaded(
     kernel: Kernel,
     n: int,
     k: int,
@@ -136,12 +135,13 @@ def _copied(
     others: tuple[Tensor, ...],
     boxes: bool = True,
 ) -> tuple[Path, tuple[Tensor, ...]]:
-    """A better path than ``path`` and the activations ``[M, K]`` or ``[M, N]``, copied; or both as they are.
+    """The path for tiles of all these tensors, and the activations ``[M, K]`` or ``[M, N]``, copied where that pays.
 
-    They are copied where that pays: one number for all (a gradient of ``y.sum()``) or a transposed x would be
-    loaded by the element. W, which no copy would serve for long, is among the others.
+    One number for all (a gradient of ``y.sum()``) or a transposed x would be loaded by the element. W, which no copy
+    would serve for long, is among the others.
     """
-    if all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in activations):
+    path = _path(device, kind, *activations, *others, boxes=boxes)
+    if path == "boxes" or all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in activations):
         return path, activations
     copies = (t.new_empty(t.shape, device="meta") for t in activations)
     better = _path(device, kind, *copies, *others, boxes=boxes)
@@ -216,9 +216,7 @@ def forward(
     u, v = _vectors(scale_out, scale_in)
     device, kind = _device(x), _arithmetic(x.dtype)
     if path is None:
-        path = _path(device, kind, x, weight, v)
-        if path != ("boxes" if device.has_wgmma else "vectors"):
-            path, (x,) = _copied(path, "forward", n, k, groups, kind, device, (x,), (weight, v))
+        path, (x,) = _loaded("forward", n, k, groups, kind, device, (x,), (weight, v))
     if config is None:
         problem = (m, n, k, groups, kind, path, x.element_size(), weight.element_size())
         config = tuned.find("forward", *problem, x.device.index) or configs.forward_config(*problem, device)
@@ -272,9 +270,7 @@ def grad_input(
     if path is None:
         # a box that ran into the next group would bring its rows into the sum
         whole = groups == 1 or (n // groups) % configs.GROUP_STEP == 0
-        path = _path(device, kind, dy, weight, boxes=whole)
-        if path != ("boxes" if device.has_wgmma else "vectors"):
-            path, (dy,) = _copied(path, "grad_input", n, k, groups, kind, device, (dy,), (weight,), boxes=whole)
+        path, (dy,) = _loaded("grad_input", n, k, groups, kind, device, (dy,), (weight,), boxes=whole)
     if config is None:
         problem = (m, n, k, groups, kind, path, dy.element_size(), weight.element_size())
         config = tuned.find("grad_input", *problem, dy.device.index) or configs.grad_input_config(*problem, device)
@@ -353,9 +349,7 @@ def grad_scales(
     if path is None:
         # W is read once, after the loop, but into the same registers: boxes do not help it
         boxed = _fits_vectors(weight)
-        path = _path(device, kind, dy, x, weight, boxes=boxed)
-        if path != ("boxes" if device.has_wgmma else "vectors"):
-            path, (dy, x) = _copied(path, "grad_scales", n, k, groups, kind, device, (dy, x), (weight,), boxes=boxed)
+        path, (dy, x) = _loaded("grad_scales", n, k, groups, kind, device, (dy, x), (weight,), boxes=boxed)
     if config is None or split_tokens is None:
         problem = (m, n, k, groups, kind, path, x.element_size())
         found = tuned.find("grad_scales", *problem, weight.element_size(), x.device.index)

@@ -59,36 +59,21 @@ def start(
             handle[(*grid, 1, 1)](*operands, *numbers, *constants.values())
             return
     if device is not None and torch.cuda.is_current_stream_capturing():
-        handle = _captured(kernel, grid, operands, numbers, constants, options)
-    else:
-        handle = kernel[grid](*operands, *numbers, **constants, **options)
+        # asked to warm up, Triton finds or compiles the kernel, and neither loads nor launches it
+        found = kernel.run(*operands, *numbers, grid=grid, warmup=True, **constants, **options)
+        if found.module is None:  # a load would spoil the capture
+            raise RuntimeError(
+                f"rlrr_kernels: {kernel.__name__} is not on the GPU yet for {_shapes(operands)}, and a CUDA graph's "
+                "capture cannot load it. Run the layer once with inputs of these shapes and dtypes, forward and "
+                "backward, before the capture"
+            )
+    handle = kernel[grid](*operands, *numbers, **constants, **options)
     if key is not None and isinstance(handle, CompiledKernel):
         # the handle takes its arguments by position alone
         assert kernel.arg_names[len(operands) + len(numbers) :] == list(constants), kernel.arg_names
         if len(_handles) >= MOST_HANDLES:
             _handles.clear()
         _handles[key] = handle
-
-
-def _captured(
-    kernel: Any,
-    grid: tuple[int, ...],
-    operands: tuple[Any, ...],
-    numbers: tuple[float, ...],
-    constants: dict[str, Any],
-    options: dict[str, Any],
-) -> CompiledKernel:
-    """Launch into the CUDA graph that is being captured, but never load: that would spoil the capture."""
-    # asked to warm up, Triton finds or compiles the kernel, and neither loads nor launches it
-    handle = kernel.run(*operands, *numbers, grid=grid, warmup=True, **constants, **options)
-    if handle.module is None:
-        raise RuntimeError(
-            f"rlrr_kernels: {kernel.__name__} is not on the GPU yet for {_shapes(operands)}, and a CUDA graph's "
-            "capture cannot load it. Run the layer once with inputs of these shapes and dtypes, forward and backward, "
-            "before the capture"
-        )
-    handle[(*grid, 1, 1)](*operands, *numbers, *constants.values())
-    return handle
 
 
 def _shapes(operands: tuple[Any, ...]) -> str:
