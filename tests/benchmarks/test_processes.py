@@ -6,39 +6,28 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from benchmarks import processes
+from tests.locks import holding, wait_until_free, wait_until_held
 
 ROOT = Path(__file__).parents[2]
 
 
 def _holds(lock: Path, own_group: bool = False) -> list[str]:
     """A command whose child holds a lock as long as it lives, in a process group of its own if asked for."""
-    child = f"import fcntl, time; held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX); time.sleep(600)"
+    child = holding(lock) + "time.sleep(600)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session={own_group})"
     return [sys.executable, "-c", code]
-
-
-def _held(lock: Path) -> bool:
-    own = FileLock(lock, blocking=False)
-    try:
-        own.acquire()
-    except TimeoutError:
-        return True
-    own.release()
-    return False
 
 
 @pytest.mark.parametrize("own_group", [False, True])
 def test_what_hangs_is_ended_with_all_that_it_started(tmp_path, own_group):
     lock = tmp_path / "lock"
     assert processes.run(_holds(lock, own_group), 1.5) == processes.TIME_OUT
-    FileLock(lock).acquire(timeout=120).lock.release()
+    wait_until_free(lock)
     assert processes.run([sys.executable, "-c", "import sys; sys.exit(3)"], 600) == 3
 
 
@@ -50,13 +39,10 @@ def test_a_parent_that_is_told_to_end_takes_them_with_it(tmp_path, number):
         f"from benchmarks import processes; processes.exit_on_signals(); processes.run({_holds(lock)!r}, 600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not (lock.exists() and _held(lock)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_held(lock)
     parent.send_signal(number)
     assert parent.wait(120) == 128 + number
-    FileLock(lock).acquire(timeout=120).lock.release()
+    wait_until_free(lock)
 
 
 def test_output_goes_to_the_log_and_what_a_process_leaves_behind_ends_with_it(tmp_path):
@@ -74,4 +60,4 @@ print("err", file=sys.stderr)
         running.start()
         assert running.wait() == 0
     assert log.read_text().split() == ["out", "err"]
-    FileLock(lock).acquire(timeout=120).lock.release()
+    wait_until_free(lock)

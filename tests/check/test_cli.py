@@ -6,11 +6,9 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from filelock import FileLock, Timeout
 
 from rlrr_kernels import __main__ as package
 from rlrr_kernels.check import cli, record
@@ -18,6 +16,7 @@ from rlrr_kernels.check.processes import Outcome, Task
 from rlrr_kernels.check.record import Where
 from tests.check.conftest import forget
 from tests.check.findings import CPU, findings
+from tests.locks import holding, wait_until_free, wait_until_held
 from tests.oracle import require
 
 
@@ -102,7 +101,7 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_checked(made_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_ends_the_workers_with_the_command(file, tmp_path, number):
     lock = tmp_path / "lock"
-    hang = f"import fcntl, time; held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX); time.sleep(600)"
+    hang = holding(lock) + "time.sleep(600)"
     code = (
         f"import signal; signal.signal({int(number)}, signal.SIG_DFL)\n"  # as it is, but where nohup runs the tests
         "import sys; from rlrr_kernels import __main__ as package; from rlrr_kernels.check.processes import Task\n"
@@ -110,23 +109,12 @@ def test_a_signal_ends_the_workers_with_the_command(file, tmp_path, number):
         "sys.exit(package.main(['check', '--device', 'cpu']))"
     )
     command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (lock.exists() and _held(lock)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_held(lock)
     command.send_signal(number)
     said = command.communicate(timeout=120)[1].decode()
     assert (command.returncode, said) == (128 + number, "rlrr_kernels check: interrupted\n")
-    FileLock(lock).acquire(timeout=120).lock.release()
+    wait_until_free(lock)
     assert not file.exists()
-
-
-def _held(lock):
-    try:
-        FileLock(lock).acquire(timeout=0).lock.release()
-    except Timeout:
-        return True
-    return False
 
 
 @pytest.mark.parametrize(

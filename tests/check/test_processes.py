@@ -10,11 +10,11 @@ import time
 
 import pytest
 import torch
-from filelock import FileLock, Timeout
 
 from rlrr_kernels.check import cases, worker
 from rlrr_kernels.check.processes import Task, exit_on_signals, run, understood
 from rlrr_kernels.check.record import Where
+from tests.locks import holding, wait_until_free, wait_until_held
 from tests.oracle import require
 
 WHERE = Where("device", "driver", "torch", "triton", "version", "cpu", "build")
@@ -48,11 +48,6 @@ SCRIPTS = {
 }
 
 
-def hold(lock):
-    """Code that takes a lock which only the end of its process gives back."""
-    return f"import fcntl, time\nheld = open({str(lock)!r}, 'w')\nfcntl.flock(held, fcntl.LOCK_EX)\n"
-
-
 @pytest.fixture
 def scripts(monkeypatch):
     """Tasks' passes name entries of SCRIPTS, or of what is added to the dict."""
@@ -73,7 +68,7 @@ def test_each_end_of_a_process_is_understood(scripts):
 def test_one_that_hangs_is_ended_with_all_that_it_started_and_the_others_go_on(scripts, tmp_path):
     """The child of the child too: as long as it lives it holds a lock."""
     lock = tmp_path / "lock"
-    child = hold(lock) + "print(1, flush=True)\ntime.sleep(600)"
+    child = holding(lock) + "print(1, flush=True)\ntime.sleep(600)"
     scripts["hang"] = LAUNCHED + (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
@@ -87,7 +82,7 @@ def test_one_that_hangs_is_ended_with_all_that_it_started_and_the_others_go_on(s
     assert found["hang"].where == WHERE
     assert found["fine"].verdict == "right"
     assert time.monotonic() - began < 300
-    FileLock(lock).acquire(timeout=120).lock.release()
+    wait_until_free(lock)
 
 
 @pytest.mark.parametrize(
@@ -107,17 +102,12 @@ def test_one_that_may_still_compile_or_is_slow_when_its_time_is_up_has_not_faile
 
 def test_an_interrupt_ends_what_runs(scripts, tmp_path):
     lock = tmp_path / "lock"
-    scripts["hang"] = hold(lock) + "time.sleep(600)"
+    scripts["hang"] = holding(lock) + "time.sleep(600)"
     outcomes = run([FORWARD._replace(which=name) for name in ("hang", "fine")], 600, 2)
     assert next(outcomes).task.which == "fine"
-    while True:  # until it holds it
-        try:
-            FileLock(lock).acquire(timeout=0).lock.release()
-        except Timeout:
-            break
-        time.sleep(0.05)
+    wait_until_held(lock)
     outcomes.close()
-    FileLock(lock).acquire(timeout=120).lock.release()
+    wait_until_free(lock)
 
 
 def test_a_hangup_that_is_ignored_stays_so():
