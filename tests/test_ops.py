@@ -186,13 +186,8 @@ def test_backward_calls_the_backend_itself():
     assert p.x.grad is not None
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        ["_C._functorch.peek_interpreter_stack", "_AutoDispatchBelowAutograd"],
-        pytest.param(["none", *PARTS, *OTHERS], marks=pytest.mark.slow, id="all"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [["none", *PARTS, *OTHERS]], ids=["all"])
 def test_without_any_one_private_part_of_torch_all_is_right(parts):
     """Modes, profilers, tracers, transforms, gradients, dual numbers, on a torch that lacks one part after another."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.without_probe", *parts]

@@ -55,7 +55,8 @@ def test_after():
 """
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_one_that_loses_the_gpu_ends_its_process_and_not_the_others(tmp_path, workers):
     """Alone it ends the session, and the next is not blamed; a worker is replaced, and the next passes there."""
     (tmp_path / "test_it.py").write_text(LOST)

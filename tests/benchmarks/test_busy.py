@@ -51,6 +51,7 @@ def test_a_busy_process_that_ends_is_an_error(monkeypatch):
         pytest.fail("entered")
 
 
+@pytest.mark.slow
 def test_a_busy_process_ends_with_the_one_that_started_it():
     code = "import os; from benchmarks import busy\nwith busy.busy((1,)) as (p,): print(p.pid, flush=True); os._exit(0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=results.ROOT)

@@ -182,6 +182,7 @@ def _rehearse(out: Path, *names: str, **environment: str) -> tuple[int, str]:
     return done.returncode, (out / "table.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_cheapest_stages_run_on_a_pretended_gpu(tmp_path):
     status, table = _rehearse(tmp_path, "env", "build")
     assert status == 0, table

@@ -31,7 +31,9 @@ def test_what_hangs_is_ended_with_all_that_it_started(tmp_path, own_group):
     assert processes.run([sys.executable, "-c", "import sys; sys.exit(3)"], 600) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_parent_that_is_told_to_end_takes_them_with_it(tmp_path, number):
     lock = tmp_path / "lock"
     code = (

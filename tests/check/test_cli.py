@@ -98,7 +98,9 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_checked(made_
         assert "kept in" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_signal_ends_the_workers_with_the_command(file, tmp_path, number):
     lock = tmp_path / "lock"
     hang = holding(lock) + "time.sleep(600)"

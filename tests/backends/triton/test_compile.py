@@ -165,6 +165,7 @@ def test_the_table_holds_what_is_counted():
     assert counted.registers == pytest.approx(tile.registers, rel=0.5)
 
 
+@pytest.mark.slow
 def test_the_probe_sees_a_spill_and_shared_memory():
     """The gate can fail: a tile far too large for its warps is reported with a stack."""
     config = Config(block_m=128, block_n=256, block_k=64, num_warps=4, num_stages=2)
