@@ -14,9 +14,7 @@ const packed::Passes* own_kernels([[maybe_unused]] Pass pass, [[maybe_unused]] c
 #if defined(__x86_64__)
   if (dtype == Dtype::float32 && has_avx2()) return has_avx512() ? &packed::avx512_float32 : &packed::avx2_float32;
   if (dtype == Dtype::bfloat16 && has_avx2()) {
-    // where there are AMX tiles, only BLAS uses them; but it would round G to bfloat16, and oneDNN's products by them
-    // read past rows that are no whole tiles: a NaN in one row reaches others
-    if (has_amx() && pass != Pass::grad_scales && rows.cols % 32 == 0) return nullptr;
+    if (has_amx()) return &packed::amx_bfloat16;
     if (has_avx512_bf16()) return &packed::avx512_bfloat16_pairs;
     return has_avx512() ? &packed::avx512_bfloat16 : &packed::avx2_bfloat16;
   }

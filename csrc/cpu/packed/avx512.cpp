@@ -17,6 +17,8 @@
 #endif
 #include "vectors_avx512.h"
 
+#include "multiply.h"
+
 #include "passes_body.h"
 
 const rlrr::packed::Passes rlrr::packed::avx512_float32 = rlrr::passes_of<rlrr::Float32>;

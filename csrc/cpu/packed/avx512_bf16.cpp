@@ -19,6 +19,8 @@
 #define RLRR_BFLOAT16_PAIRS
 #include "vectors_avx512.h"
 
+#include "multiply.h"
+
 #include "passes_body.h"
 
 const rlrr::packed::Passes rlrr::packed::avx512_bfloat16_pairs = rlrr::passes_of<rlrr::BFloat16Pair>;

@@ -14,7 +14,7 @@ namespace rlrr {
 namespace {
 
 // Rows of G that share a packed dy, which fits in the first cache for a block of tokens
-constexpr int64_t strip_rows = 4 * tile_rows;
+constexpr int64_t strip_rows = strip_tiles * tile_rows;
 // Rows and columns of a cell, both whole strips and tiles
 constexpr int64_t cell_rows = 192, cell_cols = 160 / tile_cols * tile_cols;
 // Cells one below the other: their part of dy stays in the second cache
@@ -23,9 +23,8 @@ constexpr int64_t max_height = 4;
 constexpr int64_t max_panel = 3;
 // Units of a block of tokens: with those of a cell, two threads' scratch is under a twentieth of what the formula
 // holds for a layer of 768 x 768
-constexpr int64_t max_block = 200;
-static_assert(max_block <= max_units && cell_rows % strip_rows == 0 && cell_cols % tile_cols == 0 &&
-              strip_rows % lanes == 0);
+constexpr int64_t max_block = 200 / unit_multiple * unit_multiple;
+static_assert(cell_rows % strip_rows == 0 && cell_cols % tile_cols == 0 && strip_rows % lanes == 0);
 
 // The cells of a layer, and what is kept meanwhile
 struct Cells {
@@ -38,7 +37,7 @@ struct Cells {
     rows = layer.groups * rows_of_group;
     cols = up(layer.k(), cell_cols);
     workers = useful_threads(tokens * layer.n() * layer.k(), threads);
-    block = up(token_units, up(token_units, max_block));
+    block = up(token_units, up(token_units, max_block) * unit_multiple) * unit_multiple;
     // a twenty-fifth of the formula's three float32 copies of W, and what fits in a cache
     const int64_t budget = std::clamp<int64_t>(12 * layer.n() * layer.k() / 25, 64 << 10, 2 << 20) - sums_bytes(layer);
     panel = std::clamp<int64_t>(budget / workers / int64_t{sizeof(Word)} / (block * cell_cols), 1,
@@ -62,9 +61,20 @@ void pack_x(const Matrix& x, int64_t col, int64_t cols, int64_t units, Word* pac
   }
 }
 
-// A strip of dy as [unit][strip_rows]
+// A strip of dy as multiply_strip reads it
 template <class Unit>
 void pack_dy(const Matrix& dy, int64_t first, int64_t end, int64_t units, Word* packed) {
+  if constexpr (unit_multiple == lanes) {
+    for (int64_t unit = 0; unit < units; unit += lanes) {
+      for (int64_t j = 0; j < strip_rows; j += lanes) {
+        Vector block[lanes];
+        for (int64_t i = 0; i < lanes; ++i) block[i] = token_units<Unit>(dy, unit + i, first + j, end);
+        transpose(block);
+        for (int64_t i = 0; i < lanes; ++i) store(packed + (j + i) * units + unit, block[i]);
+      }
+    }
+    return;
+  }
   for (int64_t unit = 0; unit < units; ++unit, packed += strip_rows) {
     for (int64_t j = 0; j < strip_rows; j += lanes) store(packed + j, token_units<Unit>(dy, unit, first + j, end));
   }
@@ -135,7 +145,7 @@ void run_strip(const Layer& layer, int64_t first, int64_t end, int64_t col, int6
       const bool whole = rows == tile_rows && at + tile_cols <= cols && layer.weight.col_stride == 1;
       if (whole) prefetch_weight<W>(layer.weight, row, col + at);
       Tile g;
-      multiply<Unit, strip_rows>(packed_dy + (row - first), 1, packed_x + at * units, units, g);
+      multiply_strip<Unit>(packed_dy, row - first, packed_x + at * units, units, g);
       (whole ? reduce<W, true> : reduce<W, false>)(g, layer, row, rows, col + at, v, du_part + (row - first),
                                                    dv_part + at);
     }
@@ -167,11 +177,13 @@ void reduce_gram(const Matrix& dy, const Matrix& x, const Layer& layer, float* d
   share(tasks_down * tasks_across, cells.workers, [&](int64_t task, int64_t worker) {
     const int64_t top = task / tasks_across * height, bottom = std::min(top + height, cells.rows);
     const int64_t across = task % tasks_across;
+    [[maybe_unused]] const Multiplier held;
     Word* packed_x = workers_scratch + worker * cells.worker_words();
     Word* packed_dy = packed_x + cells.block * cells.panel * cell_cols;
     for (int64_t unit = 0; unit < all_units; unit += cells.block) {
-      const int64_t units = std::min(cells.block, all_units - unit), token = unit * Unit::elements;
-      const int64_t tokens = std::min(units * Unit::elements, x.rows - token);
+      const int64_t token = unit * Unit::elements;
+      const int64_t tokens = std::min(cells.block * Unit::elements, x.rows - token);
+      const int64_t units = up(tokens, Unit::elements * unit_multiple) * unit_multiple;
       const Matrix x_block = x.block(token, tokens, 0, k), dy_block = dy.block(token, tokens, 0, n);
       for (int64_t p = across * panels / tasks_across; p < (across + 1) * panels / tasks_across; ++p) {
         const int64_t col = p * cells.panel * cell_cols, end_col = std::min(col + cells.panel * cell_cols, k);

@@ -24,7 +24,7 @@ struct LinearScratch {
   int64_t units, chunk, panel, rows, sums;
 
   explicit LinearScratch(const Matrix& left) {
-    units = up(left.cols, Unit::elements);
+    units = up(left.cols, Unit::elements * unit_multiple) * unit_multiple;
     chunk = std::min(units, max_chunk);
     panel = chunk * panel_cols;
     rows = chunk * tile_rows;
@@ -46,8 +46,8 @@ template <class Unit>
 Rows left_rows(const Matrix& a, int64_t first, int64_t from, int64_t units, Word* copy) {
   using T = typename Unit::Element;
   const int64_t rows = std::min(tile_rows, a.rows - first), col = from * Unit::elements;
-  if (Unit::in_place && a.col_stride == 1 && a.cols % Unit::elements == 0 && a.row_stride % Unit::elements == 0 &&
-      rows == tile_rows) {
+  if (Unit::in_place && a.col_stride == 1 && a.cols % (Unit::elements * unit_multiple) == 0 &&
+      a.row_stride % Unit::elements == 0 && rows == tile_rows) {
     return {reinterpret_cast<const Word*>(a.at<T>(first, col)), a.row_stride / Unit::elements};
   }
   const int64_t count = std::min(units * Unit::elements, a.cols - col);
@@ -108,13 +108,12 @@ void multiply_panel(const Matrix& left, const float* offset, const Matrix& out, 
         int64_t sums_step = panel_cols;
         if constexpr (std::is_same_v<T, float>) sums = out.at<T>(row, col), sums_step = out.row_stride;
         Tile tile;
-        clear(tile);
         for (int64_t i = 0; from > 0 && i < row_count; ++i) {
           for (int64_t j = 0; j < tile_vectors; ++j) {
             tile.sum[i][j] = load_row(sums + i * sums_step + j * lanes, 1, cols - j * lanes);
           }
         }
-        add_product<Unit>(rows.data, rows.step, panel + col * units, units, tile);
+        add_product<Unit>(rows.data, rows.step, panel + col * units, units, from == 0, tile);
         for (int64_t i = 0; i < row_count; ++i) {
           if (!last) {
             store_row(sums + i * sums_step, tile.sum[i], cols);
@@ -150,6 +149,7 @@ void multiply_by_rescaled(const Matrix& left, const float* offset, const Matrix&
   share(panels * row_parts, workers, [&](int64_t task, int64_t worker) {
     const int64_t col = task % panels * panel_cols, row = task / panels * rows_of_part;
     if (row >= out.rows) return;
+    [[maybe_unused]] const Multiplier held;
     const int64_t rows = std::min(rows_of_part, out.rows - row), cols = std::min(panel_cols, out.cols - col);
     multiply_panel<Unit>(
         left.block(row, rows, 0, left.cols), offset ? offset + col : nullptr, out.block(row, rows, col, cols),

@@ -1,7 +1,7 @@
 // Operands in the order in which the product reads them; W is rescaled on the way.
 #pragma once
 
-#include "multiply.h"
+#include "units.h"
 
 namespace rlrr {
 namespace {
@@ -118,6 +118,15 @@ void pack_rescaled_cols(const Layer& layer, int64_t first, int64_t from, int64_t
 template <class Unit>
 inline __attribute__((always_inline)) Vector token_units(const Matrix& a, int64_t unit, int64_t col, int64_t end) {
   using T = typename Unit::Element;
+  if constexpr (Unit::elements == 2) {
+    if (a.col_stride == 1) {
+      const auto row = [&](int64_t token) {
+        prefetch(a.at<T>(token + 16, col));
+        return token < a.rows ? a.at<T>(token, col) : nullptr;
+      };
+      return Unit::pairs(row(2 * unit), row(2 * unit + 1), std::clamp<int64_t>(end - col, 0, lanes));
+    }
+  }
   Vector rows[Unit::elements];
   for (int64_t e = 0; e < Unit::elements; ++e) {
     const int64_t token = unit * Unit::elements + e;

@@ -19,5 +19,6 @@ struct Passes {
 extern const Passes avx2_float32, avx2_bfloat16;      // need avx2, fma
 extern const Passes avx512_float32, avx512_bfloat16;  // need avx512f, bw, vl, dq
 extern const Passes avx512_bfloat16_pairs;            // needs avx512_bf16 as well
+extern const Passes amx_bfloat16;                     // needs amx_tile, amx_bf16 as well
 
 }  // namespace rlrr::packed

@@ -11,6 +11,8 @@
 namespace rlrr {
 namespace {
 
+inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // One unit, wherever it comes from: it aliases float32 and pairs of bfloat16, which may begin at any of them
 typedef uint32_t Word __attribute__((may_alias, aligned(2)));
 
@@ -64,10 +66,19 @@ struct BFloat16Pair {
     return _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)cols);
   }
   static Vector round(Vector a) { return a; }  // the conversions do
+  static Vector join(__m256i first, __m256i second) {
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(first), high));
+  }
+  // `count` elements of two rows as they are, without a way through float32; null: zeros
+  static Vector pairs(const bfloat16* first, const bfloat16* second, int64_t count) {
+    const auto row = [&](const bfloat16* from) {
+      return from ? _mm256_maskz_loadu_epi16(first_lanes(count), from) : _mm256_setzero_si256();
+    };
+    return join(row(first), row(second));
+  }
   static Vector across(const Vector (&rows)[2]) {
-    const __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rows[0]));
-    const __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rows[1]));
-    return _mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+    return join((__m256i)_mm512_cvtneps_pbh(rows[0]), (__m256i)_mm512_cvtneps_pbh(rows[1]));
   }
   static Vector along(const Vector (&parts)[2]) { return (Vector)_mm512_cvtne2ps_pbh(parts[1], parts[0]); }
 };

@@ -8,10 +8,6 @@ namespace {
 
 typedef __m256 Vector;
 constexpr int64_t lanes = 8;
-// 12 sums, 2 columns of operands and a broadcast row are 15 of the 16 registers
-constexpr int64_t tile_rows = 6, tile_vectors = 2;
-// Tiles of W' that a thread forms at a time
-constexpr int64_t panel_tiles = 3;
 
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector broadcast(float value) { return _mm256_set1_ps(value); }

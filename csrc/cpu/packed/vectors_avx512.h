@@ -8,10 +8,6 @@ namespace {
 
 typedef __m512 Vector;
 constexpr int64_t lanes = 16;
-// 24 sums, 3 columns of operands and a broadcast row are 28 of the 32 registers
-constexpr int64_t tile_rows = 8, tile_vectors = 3;
-// Tiles of W' that a thread forms at a time
-constexpr int64_t panel_tiles = 1;
 
 inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector broadcast(float value) { return _mm512_set1_ps(value); }
@@ -43,8 +39,12 @@ inline Vector rounded(Vector a) {
   return _mm512_castsi512_ps(_mm512_and_si512(either, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
 }
 inline void store(bfloat16* to, Vector a, int64_t count = lanes) {
-  const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(rounded(a)), 16);
-  _mm256_mask_storeu_epi16(to, first_lanes(count), _mm512_cvtepi32_epi16(bits));
+#if defined(RLRR_BFLOAT16_PAIRS)
+  const __m256i bits = (__m256i)_mm512_cvtneps_pbh(a);
+#else
+  const __m256i bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(rounded(a)), 16));
+#endif
+  _mm256_mask_storeu_epi16(to, first_lanes(count), bits);
 }
 
 inline void transpose(Vector (&r)[lanes]) {
