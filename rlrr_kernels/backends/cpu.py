@@ -1,7 +1,7 @@
 """The C++ ops of ``csrc/cpu``: W' is formed a tile or a panel at a time, in cache.
 
-AVX2 and AVX-512 have kernels of their own for float32 and bfloat16; BLAS serves float64, older CPUs, and
-bfloat16's y and dx where there are AMX tiles. ``RLRR_CPU_CAPABILITY`` (baseline, avx2, avx512, avx512_bf16,
+AVX2 and AVX-512 have kernels of their own for float32 and bfloat16, AMX tiles for bfloat16; BLAS serves float64 and
+older CPUs. ``RLRR_CPU_CAPABILITY`` (baseline, avx2, avx512, avx512_bf16,
 amx) limits the instructions that they use; it is read once.
 
 With ``avx512_bf16`` and ``amx`` subnormal numbers of bfloat16 (below 2**-126) count as zero, as operands and as
