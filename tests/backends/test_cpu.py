@@ -23,7 +23,7 @@ def _built():
     require("cpu")
 
 
-# M, N, K, groups: across the kernels' tiles of 8 x 48 (6 x 16 with AVX2, 32 x 32 x 32 with AMX), cells of G of 192 rows,
+# M, N, K, groups: across tiles of 8 x 48 (6 x 16 with AVX2, 32 x 32 x 32 with AMX), cells of G of 192 rows,
 # blocks of 200 units of tokens, parts of 768 rows and chunks of 768 units of a sum
 LARGE = [
     (1, 200, 300, 1),
