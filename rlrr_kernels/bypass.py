@@ -71,12 +71,16 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def shown(names: list[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def describe(model: nn.Module, names: list[str]) -> str:
     """What is wrong, and what to do, in one sentence each."""
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"{type(model).__name__} does not call {shown} as modules but reads their weights, so nothing there would "
-        "train. Name them in exclude_modules, or use a model that calls its layers"
+        f"{type(model).__name__} does not call {shown(names)} as modules but reads their weights, so nothing there "
+        "would train. Name them in exclude_modules, or use a model that calls its layers"
     )
 
 

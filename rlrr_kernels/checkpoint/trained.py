@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import Adapter, adapters, apply_rlrr, head
+from rlrr_kernels.adapt import Adapter, adapters, apply_rlrr
 from rlrr_kernels.bypass import skeleton_of
 from rlrr_kernels.config import RLRRConfig
+from rlrr_kernels.heads import head
 from rlrr_kernels.linear import FusedRLRRLinear
+from rlrr_kernels.wrappers import plain_name
 
 #: What an error message lists at most.
 SHOWN = 8
@@ -38,11 +40,6 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, under the names of the model before parts of it were compiled."""
     return {plain_name(name): p for name, p in model.named_parameters()}
-
-
-def plain_name(name: str) -> str:
-    """A name without what ``torch.compile`` puts into it."""
-    return name.replace("_orig_mod.", "")
 
 
 def check_unmerged(model: nn.Module) -> None:
