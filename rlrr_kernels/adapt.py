@@ -100,7 +100,8 @@ def apply_rlrr(
     changed: Any = model
     changed.rlrr_config = config
     if config.train_head:
-        _train_head(model)
+        for parameter in head_parameters(model).values():
+            parameter.requires_grad_(True)
     if not tried:
         bypass.Watch(model, plan.names)
     changed._rlrr_base = Base(
@@ -120,7 +121,7 @@ def apply_rlrr(
 
 def remember_head(model: nn.Module) -> None:
     """Take the head as it is now for the base model's, which :func:`~rlrr_kernels.disable_adapter` puts back."""
-    trained = {name: p for name, p in head(model).named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in head_parameters(model).items() if p.requires_grad}
     base: Any = model
     base._rlrr_base.head = {name: p.detach().clone() for name, p in trained.items() if not p.is_meta}
 
@@ -215,7 +216,7 @@ class _Plan:
 
     def _settle_norms(self) -> None:
         """Keep the LayerNorms; ``TypeError`` or ``ValueError`` for those that have no affine here."""
-        refused: dict[str, Exception] = {}
+        refused: dict[str, TypeError | ValueError] = {}
         for name, norm in list(self.norms.items()):
             if isinstance(norm, nn.LayerNorm):
                 try:
@@ -226,9 +227,9 @@ class _Plan:
                 self.other_norms.append(name)
                 del self.norms[name]
         if refused:
-            error = next(iter(refused.values()))
-            raise type(error)(
-                f"{error}. Name {bypass.shown(list(refused))} in exclude_modules to leave it as it is, or set "
+            first = next(iter(refused.values()))
+            raise type(first)(
+                f"{first}. Name {bypass.shown(list(refused))} in exclude_modules to leave it as it is, or set "
                 "norm_affine=False"
             )
 
@@ -350,11 +351,14 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
 
 
-def _train_head(model: nn.Module) -> None:
-    for module in head(model).modules():
-        if not isinstance(module, Adapter):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(True)
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name in the head -> parameter, without those of adapters."""
+    return {
+        f"{place}.{leaf}".removeprefix("."): parameter
+        for place, module in head(model).named_modules()
+        if not isinstance(module, Adapter)
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -56,7 +56,8 @@ def uncalled(model: nn.Module, names: Iterable[str], inputs: Any) -> list[str]:
     def to_meta(t: Tensor) -> Tensor:
         return torch.empty_like(t, device="meta", dtype=dtype if t.is_floating_point() else t.dtype)
 
-    with torch.no_grad():
+    # of a model that was compiled, the code is run, and not compiled for this
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         skeleton.eval()(*tree_map_only(Tensor, to_meta, arguments))
     return [name for name in names if name not in called]
 

@@ -10,12 +10,13 @@ from torch import nn
 
 from rlrr_kernels.wrappers import plain_name
 
-#: What timm, torchvision and transformers call heads, those of distilled and segmentation models included.
-#: (Not ``lm_head``: it comes with the pretrained model.)
+#: What timm, torchvision and transformers call heads: first the usual names, then those of distilled and segmentation
+#: models and of auxiliary losses. (Not ``lm_head``, which comes with the pretrained model.)
 NAMES = (
     *("classifier", "head", "heads", "fc", "score"),
     *("head_dist", "dist_head", "cls_classifier", "distillation_classifier", "classifier_distill"),
-    *("aux_classifier", "decode_head", "auxiliary_head", "qa_outputs"),
+    *("classification_head", "segmentation_head", "decode_head", "qa_outputs"),
+    *("auxiliary_head", "aux_classifier", "aux1", "aux2", "AuxLogits"),
 )
 
 #: Models of transformers that give out ``config.num_labels`` numbers; the configs of all others have that field too.

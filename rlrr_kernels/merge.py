@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import Base, adapters, replace
+from rlrr_kernels.adapt import Base, adapters, head_parameters, replace
 from rlrr_kernels.checkpoint.trained import reshard
-from rlrr_kernels.heads import head
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
 from rlrr_kernels.ownership import need_no_fsdp, need_own
@@ -182,7 +181,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     flagged: list[Any] = [] if rounded else [inner.get_submodule(name) for name in base.separate_bias]
     flags = [module.qkv_bias_separate for module in flagged]
     reshard(inner)
-    trained = dict(head(inner).named_parameters())
+    trained = head_parameters(inner)
     if base.head and _in_fsdp1(model):
         raise RuntimeError("model: FSDP1 holds the head, which cannot become that of the base model for a time")
     if {n: p.shape for n, p in trained.items()} != {n: p.shape for n, p in base.head.items()}:

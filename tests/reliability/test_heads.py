@@ -159,9 +159,13 @@ def test_full_names_reach_into_the_head():
     plain = apply_rlrr(small_vit(), target_modules=["*"], train_head=False)
     assert isinstance(plain.head, nn.Linear)
     assert not isinstance(plain.head, FusedRLRRLinear)
-    model = apply_rlrr(tv_convnext(), target_modules=["features.*", "classifier.2"])
+    model = tv_convnext().eval()
+    base = model(X)
+    stir(apply_rlrr(model, target_modules=["features.*", "classifier.2"]))
     assert isinstance(model.classifier[2], FusedRLRRLinear)
     assert plain_trained(model) == {"classifier.0"}
+    with disable_adapter(model):
+        assert torch.equal(model(X), base)
     apply_rlrr(small_vit(), target_modules=["*"], exclude_modules=["head"])  # nothing to leave out any more; no error
     resnet = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
     with pytest.raises(ValueError, match=r"leave no nn\.Linear of ResNet .*head are adapted only where .* in full"):
