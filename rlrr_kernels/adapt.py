@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,9 +15,11 @@ from torch.nn.parameter import is_lazy
 from rlrr_kernels import bypass
 from rlrr_kernels.architectures import Architecture, architecture_of
 from rlrr_kernels.config import RLRRConfig
+from rlrr_kernels.heads import check_head, head
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
 from rlrr_kernels.ownership import check_linear
+from rlrr_kernels.wrappers import check_replaceable, plain_name, unwrapped
 
 #: The modules that train something; each has ``enabled``.
 Adapter = FusedRLRRLinear | SSFLayerNorm | SSFAffine
@@ -32,7 +35,7 @@ def apply_rlrr(
 
     Args:
         model: a timm ViT, DeiT, CLIP-style ViT, DINOv2 or v3, EVA-02, BEiT, Swin or Swin V2; or
-            any module, with ``target_modules`` named.
+            any module, with ``target_modules`` named. May be compiled, or wrapped by ``DataParallel``.
         config: see :class:`~rlrr_kernels.RLRRConfig`; by default the published method.
         example_input: what one calls ``model`` with (a tensor, or a tuple of arguments; its
             values do not matter). The model is tried with it, without data, to find layers that
@@ -41,29 +44,36 @@ def apply_rlrr(
         **options: fields of the config, in place of ``config``'s.
 
     Returns:
-        The same model, with the config as ``model.rlrr_config``.
+        The same model, with the config as ``model.rlrr_config`` (of what is inside of a wrapper).
 
     Raises:
         TypeError: no ``target_modules`` for a model of another family; an option that is none;
             a chosen linear that computes something else than ``nn.Linear`` or has no weight of its own, see
-            :meth:`FusedRLRRLinear.from_linear`; a LayerNorm of a kind that has no affine here.
+            :meth:`FusedRLRRLinear.from_linear`; a LayerNorm of a kind that has no affine here; a model that
+            DDP or FSDP has taken over.
         ValueError: a pattern that matches nothing, groups that do not divide a layer, a model that already
             holds adapters or a lazy module that was never called, that has classes and no head to train, or
             whose code reads the weights of a chosen layer instead of calling it. The model is then as it was.
+
+    Warns:
+        UserWarning: norms that would have an affine were they LayerNorms.
     """
     if not isinstance(config, RLRRConfig | None):
         raise TypeError(
             f"config: expected an RLRRConfig, got {type(config).__name__}; linears are named in target_modules"
         )
     config = dataclasses.replace(config or RLRRConfig(), **options)
+    check_replaceable(model)
+    given, model = model, unwrapped(model)
     if next(adapters(model), None) is not None:
         raise ValueError("model: it already holds RLRR adapters; apply_rlrr goes on a plain model")
     lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
     if lazy is not None:
         raise ValueError(f"model: {lazy} has no shape yet, as its module is lazy; call the model once before")
-    if config.train_head and getattr(model, "num_classes", None) and next(head(model).parameters(), None) is None:
-        raise ValueError(f"train_head: {type(model).__name__}.get_classifier() gives no head with parameters")
-    plan = _Plan.of(model, config)
+    classifier = head(model, config.head_names)
+    if config.train_head:
+        check_head(model, classifier)
+    plan = _Plan.of(model, config, classifier)
     separate_bias = qkv_readers(model, plan.linears)
     try:
         for module in separate_bias:
@@ -87,24 +97,31 @@ def apply_rlrr(
         if id(norm) not in made:
             made[id(norm)] = _norm_adapter(norm, model, config)
         replace(model, name, made[id(norm)])
-    if config.train_head:
-        _train_head(model)
-    if not tried:
-        bypass.Watch(model, plan.names)
     changed: Any = model
     changed.rlrr_config = config
+    if config.train_head:
+        for parameter in head_parameters(model).values():
+            parameter.requires_grad_(True)
+    if not tried:
+        bypass.Watch(model, plan.names)
     changed._rlrr_base = Base(
         head={},
         separate_bias=[name for name, module in model.named_modules() if module in separate_bias],
         fast_paths=_leave_fast_path(model),
     )
     remember_head(model)
-    return model
+    if plan.other_norms:
+        warnings.warn(
+            f"norm_affine: no affine after {bypass.shown(plan.other_norms)}, which are norms but no LayerNorm and stay "
+            "frozen as they are (name them in exclude_modules if that is meant)",
+            stacklevel=2,
+        )
+    return given
 
 
 def remember_head(model: nn.Module) -> None:
     """Take the head as it is now for the base model's, which :func:`~rlrr_kernels.disable_adapter` puts back."""
-    trained = {name: p for name, p in head(model).named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in head_parameters(model).items() if p.requires_grad}
     base: Any = model
     base._rlrr_base.head = {name: p.detach().clone() for name, p in trained.items() if not p.is_meta}
 
@@ -130,13 +147,14 @@ class _Plan:
 
     linears: dict[str, int] = field(default_factory=dict)
     norms: dict[str, nn.Module] = field(default_factory=dict)
+    other_norms: list[str] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
         return [*self.linears, *self.norms]
 
     @classmethod
-    def of(cls, model: nn.Module, config: RLRRConfig) -> _Plan:
+    def of(cls, model: nn.Module, config: RLRRConfig, classifier: nn.Module) -> _Plan:
         known = architecture_of(model)
         if known is None and config.target_modules is None:
             raise TypeError(
@@ -160,8 +178,13 @@ class _Plan:
                     plan.linears[name] = 1
         plan._add_norms(model, config, published, modules)
         plan._exclude(config.exclude_modules, type(model).__name__)
+        plan._leave_head(classifier, modules, config.target_modules or ())
         if not plan.linears:
-            raise ValueError(f"target_modules: they leave no nn.Linear of {type(model).__name__} to adapt")
+            raise ValueError(
+                f"target_modules: they leave no nn.Linear of {type(model).__name__} to adapt "
+                "(those of its head are adapted only where they are named in full)"
+            )
+        plan._settle_norms()
         for name in plan.linears:
             try:
                 check_linear(modules[name], name)
@@ -172,9 +195,6 @@ class _Plan:
             for pattern in config.groups:
                 if not _matching([pattern], plan.linears):
                     raise ValueError(f"groups: {pattern!r} matches no adapted nn.Linear of {type(model).__name__}")
-        for norm in plan.norms.values():
-            if isinstance(norm, nn.LayerNorm):
-                SSFLayerNorm.check(norm)
         return plan
 
     def _exclude(self, patterns: Iterable[str], model: str) -> None:
@@ -186,6 +206,33 @@ class _Plan:
                 self.linears.pop(name, None)
                 self.norms.pop(name, None)
 
+    def _leave_head(self, classifier: nn.Module, modules: Mapping[str, nn.Module], named: Iterable[str]) -> None:
+        """Patterns do not reach into the head, where they would freeze weights that are new; full names do."""
+        inside = {id(module) for module in classifier.modules()}
+        for name in self.names:
+            if id(modules.get(name)) in inside and plain_name(name) not in named:
+                self.linears.pop(name, None)
+                self.norms.pop(name, None)
+
+    def _settle_norms(self) -> None:
+        """Keep the LayerNorms; ``TypeError`` or ``ValueError`` for those that have no affine here."""
+        refused: dict[str, TypeError | ValueError] = {}
+        for name, norm in list(self.norms.items()):
+            if isinstance(norm, nn.LayerNorm):
+                try:
+                    SSFLayerNorm.check(norm, name)
+                except (TypeError, ValueError) as error:
+                    refused[name] = error
+            elif name != PATCH_NORM:
+                self.other_norms.append(name)
+                del self.norms[name]
+        if refused:
+            first = next(iter(refused.values()))
+            raise type(first)(
+                f"{first}. Name {bypass.shown(list(refused))} in exclude_modules to leave it as it is, or set "
+                "norm_affine=False"
+            )
+
     def _add_norms(
         self,
         model: nn.Module,
@@ -193,7 +240,7 @@ class _Plan:
         published: Architecture | None,
         modules: dict[str, nn.Module],
     ) -> None:
-        norms = [name for name, m in modules.items() if isinstance(m, nn.LayerNorm) and name != PATCH_NORM]
+        norms = [name for name, module in modules.items() if _is_norm(module) and name != PATCH_NORM]
         chosen: Iterable[str] = ()
         if config.norm_affine is None and published is not None:
             chosen = _matching(published.norms, norms)
@@ -217,11 +264,17 @@ class _Plan:
 
 def _matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
     patterns = list(patterns)
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in names if any(fnmatchcase(plain_name(name), pattern) for pattern in patterns)]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A LayerNorm, or what is called a norm and has a weight of its own."""
+    other = "Norm" in type(module).__name__ and next(module.parameters(recurse=False), None) is not None
+    return isinstance(module, nn.LayerNorm) or other
 
 
 def _groups_of(name: str, linear: Any, groups: Mapping[str, int]) -> int:
-    count = next((count for pattern, count in groups.items() if fnmatchcase(name, pattern)), 1)
+    count = next((count for pattern, count in groups.items() if _matching([pattern], [name])), 1)
     rows = linear.out_features
     if rows % count:
         raise ValueError(f"groups: {count} does not divide the {rows} rows of {name}")
@@ -298,30 +351,14 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of ``torch.compile``'s and data-parallel wrappers."""
-    parallel = nn.parallel.DataParallel, nn.parallel.DistributedDataParallel
-    while True:
-        inner = model.module if isinstance(model, parallel) else model._modules.get("_orig_mod")
-        if inner is None:
-            return model
-        model = inner
-
-
-def head(model: nn.Module) -> nn.Module:
-    """What ``model.get_classifier()`` returns (timm's convention), several heads as one list; or an empty module."""
-    get = getattr(model, "get_classifier", None)
-    classifier = get() if callable(get) else None
-    if isinstance(classifier, (tuple, list)):
-        return nn.ModuleList(classifier)
-    return classifier if isinstance(classifier, nn.Module) else nn.Identity()
-
-
-def _train_head(model: nn.Module) -> None:
-    for module in head(model).modules():
-        if not isinstance(module, Adapter):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(True)
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name in the head -> parameter, without those of adapters."""
+    return {
+        f"{place}.{leaf}".removeprefix("."): parameter
+        for place, module in head(model).named_modules()
+        if not isinstance(module, Adapter)
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -56,7 +56,8 @@ def uncalled(model: nn.Module, names: Iterable[str], inputs: Any) -> list[str]:
     def to_meta(t: Tensor) -> Tensor:
         return torch.empty_like(t, device="meta", dtype=dtype if t.is_floating_point() else t.dtype)
 
-    with torch.no_grad():
+    # of a model that was compiled, the code is run, and not compiled for this
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         skeleton.eval()(*tree_map_only(Tensor, to_meta, arguments))
     return [name for name in names if name not in called]
 
@@ -71,12 +72,16 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def shown(names: list[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def describe(model: nn.Module, names: list[str]) -> str:
     """What is wrong, and what to do, in one sentence each."""
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"{type(model).__name__} does not call {shown} as modules but reads their weights, so nothing there would "
-        "train. Name them in exclude_modules, or use a model that calls its layers"
+        f"{type(model).__name__} does not call {shown(names)} as modules but reads their weights, so nothing there "
+        "would train. Name them in exclude_modules, or use a model that calls its layers"
     )
 
 

@@ -30,11 +30,17 @@ class RLRRConfig:
             for Swin's (published as one); linears outside of the patterns have one.
         norm_affine: train a scale and a shift after each LayerNorm (SSF). True: after every
             LayerNorm of the model; None: after those of the published method where
-            ``target_modules`` is None, after none where you name the targets.
+            ``target_modules`` is None, after none where you name the targets. Norms of other kinds (RMSNorm,
+            BatchNorm, ...) get none, which a warning says. A LayerNorm that computes something else (convnext's
+            over channels) has to be left out in ``exclude_modules``.
         patch_affine: the same after the patch embedding.
         init: start of u and v, see :class:`~rlrr_kernels.FusedRLRRLinear`; affines start
             as published too, or at the identity with ``"identity"``.
-        train_head: leave what ``model.get_classifier()`` returns trainable.
+        train_head: train the head, which is new for each task. True: what ``model.get_classifier()`` returns
+            (timm), or the modules called ``classifier``, ``head``, ``heads``, ``fc`` or ``score`` (torchvision,
+            transformers; :data:`rlrr_kernels.heads.NAMES` has all). Names of modules, or patterns over full
+            names: those instead, as PEFT's ``modules_to_save``. Patterns in ``target_modules`` and affines do
+            not reach into the head, trained or not; a linear of it that is named in full is adapted.
         frozen_dtype: keep the frozen weights and biases of the adapted linears in this dtype
             (a name, or a ``torch.dtype``); None: as they are.
 
@@ -48,18 +54,19 @@ class RLRRConfig:
     norm_affine: bool | None = None
     patch_affine: bool | None = None
     init: Init = "paper"
-    train_head: bool = True
+    train_head: bool | str | Sequence[str] = True
     frozen_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if not isinstance(self.train_head, bool):
+            object.__setattr__(self, "train_head", _head_names(self.train_head))
         if self.groups is not None:
             object.__setattr__(self, "groups", _groups(self.groups))
         for name, allowed in (
             ("norm_affine", (True, False, None)),
             ("patch_affine", (True, False, None)),
-            ("train_head", (True, False)),
         ):
             if not any(getattr(self, name) is value for value in allowed):
                 raise TypeError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
@@ -73,11 +80,17 @@ class RLRRConfig:
         others = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "groups")
         return hash((groups, *others))
 
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """What ``train_head`` names, if it does."""
+        return self.train_head if isinstance(self.train_head, tuple) else ()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers. An ``init`` that is a function becomes ``"custom"``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("target_modules", "exclude_modules"):
             values[name] = None if values[name] is None else list(values[name])
+        values["train_head"] = list(self.head_names) or self.train_head
         values["groups"] = None if self.groups is None else dict(self.groups)
         values["init"] = "custom" if callable(self.init) else self.init
         if self.frozen_dtype is not None:
@@ -107,6 +120,13 @@ def _patterns(name: str, given: Any) -> tuple[str, ...] | None:
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{name}: expected a sequence of names or patterns, got {given!r}")
     return tuple(patterns)
+
+
+def _head_names(given: Any) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"train_head: expected True, False, or names of modules, got {given!r}")
+    return tuple(names)
 
 
 def _groups(given: Any) -> dict[str, int]:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import Base, adapters, head, replace, unwrapped
+from rlrr_kernels.adapt import Base, adapters, head_parameters, replace
 from rlrr_kernels.checkpoint.trained import reshard
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
 from rlrr_kernels.ownership import need_no_fsdp, need_own
 from rlrr_kernels.reference import accumulation_dtype
+from rlrr_kernels.wrappers import plain_name, unwrapped
 
 #: A merge that leaves this share of the weights unchanged that the update should change is warned of.
 LOST_SHARE = 0.1
@@ -126,10 +127,10 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
     if safe_merge:
         _check_finite(model)
     _warn_of_loss([(name, layer) for name, layer in layers if not layer.merged])
-    if isinstance(model, FusedRLRRLinear):
-        return model.to_linear()
-    if isinstance(model, SSFLayerNorm):
-        return model.to_layer_norm()
+    if isinstance(inner, FusedRLRRLinear):
+        return inner.to_linear()
+    if isinstance(inner, SSFLayerNorm):
+        return inner.to_layer_norm()
     plain: dict[int, nn.Module] = {}
     for name, module in list(inner.named_modules(remove_duplicate=False)):
         if isinstance(module, (FusedRLRRLinear, SSFLayerNorm)):
@@ -180,7 +181,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     flagged: list[Any] = [] if rounded else [inner.get_submodule(name) for name in base.separate_bias]
     flags = [module.qkv_bias_separate for module in flagged]
     reshard(inner)
-    trained = dict(head(inner).named_parameters())
+    trained = head_parameters(inner)
     if base.head and _in_fsdp1(model):
         raise RuntimeError("model: FSDP1 holds the head, which cannot become that of the base model for a time")
     if {n: p.shape for n, p in trained.items()} != {n: p.shape for n, p in base.head.items()}:
@@ -224,10 +225,10 @@ def _in_fsdp1(model: nn.Module) -> bool:
 
 
 def _linears(model: nn.Module) -> list[tuple[str, FusedRLRRLinear]]:
-    found = list(adapters(model))
+    found = list(adapters(unwrapped(model)))
     if not found:
-        raise ValueError(f"model: {type(model).__name__} holds no RLRR adapters")
-    return [(name, module) for name, module in found if isinstance(module, FusedRLRRLinear)]
+        raise ValueError(f"model: {type(unwrapped(model)).__name__} holds no RLRR adapters")
+    return [(plain_name(name), module) for name, module in found if isinstance(module, FusedRLRRLinear)]
 
 
 def _check_finite(model: nn.Module) -> None:

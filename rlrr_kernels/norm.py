@@ -140,19 +140,19 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
             self.reset_affine()
 
     @staticmethod
-    def check(norm: nn.LayerNorm) -> None:
-        """See that :meth:`from_layer_norm` takes this layer.
+    def check(norm: nn.LayerNorm, name: str = "norm") -> None:
+        """See that :meth:`from_layer_norm` takes this layer; errors call it ``name``.
 
         Raises:
             TypeError, ValueError: as there.
         """
         if not _is_plain(type(norm)):
             raise TypeError(
-                "norm: expected nn.LayerNorm, timm.layers.LayerNorm or timm.layers.LayerNormFp32, got "
-                f"{type(norm).__module__}.{type(norm).__qualname__}; with norm_affine=False it is left as it is"
+                f"{name}: expected nn.LayerNorm, timm.layers.LayerNorm or timm.layers.LayerNormFp32, got "
+                f"{type(norm).__module__}.{type(norm).__qualname__}"
             )
         if len(norm.normalized_shape) != 1:
-            raise ValueError(f"normalized_shape: expected one dimension, got {list(norm.normalized_shape)}")
+            raise ValueError(f"{name}: expected a LayerNorm over one dimension, got {list(norm.normalized_shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., D]`` in the dtype that the frozen LayerNorm returns.

@@ -350,10 +350,37 @@ def test_bad_models_are_refused_with_the_way_out():
         apply_rlrr(small_vit(), ["blocks.*"])
     with pytest.raises(ValueError, match=r"patch_affine: Sequential has no patch_embed\.norm"):
         apply_rlrr(nn.Sequential(nn.Linear(4, 4)), target_modules="*", patch_affine=True)
-    odd = nn.Sequential(nn.Linear(4, 4), timm.layers.LayerNorm2d(4))
-    with pytest.raises(TypeError, match=r"LayerNorm2d.*norm_affine=False"):
+
+
+def test_a_layer_norm_that_has_no_affine_is_named_with_the_way_out():
+    """convnext's over channels, and one over two dimensions; those that are named stay frozen."""
+    norms = timm.layers.LayerNorm2d(4), nn.LayerNorm((4, 4))
+    odd = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*norms), nn.LayerNorm(4))
+    with pytest.raises(TypeError, match=r"^1\.0: .*LayerNorm2d\. Name 1\.0, 1\.1 in exclude_modules"):
         apply_rlrr(odd, target_modules="0", norm_affine=True)
+    with pytest.raises(ValueError, match=r"^1\.1: .* one dimension, got \[4, 4\]\. Name 1\.1 in exclude_modules"):
+        apply_rlrr(odd, target_modules="0", norm_affine=True, exclude_modules=["1.0"])
     assert type(odd[0]) is nn.Linear
+    apply_rlrr(odd, target_modules="0", norm_affine=True, exclude_modules=["1.*"])
+    assert kinds(odd, SSFLayerNorm) == {"2"}
+    assert not any(p.requires_grad for p in odd[1].parameters())
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.BatchNorm1d, timm.layers.RmsNorm])
+def test_norms_of_other_kinds_get_no_affine_and_are_warned_of(norm):
+    def model():
+        return nn.Sequential(nn.Linear(4, 4), norm(4), nn.LayerNorm(4), norm(4))
+
+    with pytest.warns(UserWarning, match="norm_affine: no affine after 1, 3, which are norms but no LayerNorm"):
+        made = apply_rlrr(model(), target_modules="0", norm_affine=True)
+    assert kinds(made, SSFLayerNorm) == {"2"}
+    assert not made[1].weight.requires_grad
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_rlrr(model(), target_modules="0", norm_affine=True, exclude_modules=["1", "3"])
+        apply_rlrr(model(), target_modules="0")
+    with pytest.warns(UserWarning, match=r"no affine after blocks\.0\.norm1, blocks\.0\.norm2, .* and 2 more"):
+        apply_rlrr(small_vit(norm_layer=timm.layers.RmsNorm))  # where the published method has them
 
 
 def test_weight_decay_falls_on_what_the_published_code_decays():

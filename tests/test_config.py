@@ -24,6 +24,9 @@ def test_it_survives_json():
     assert config.frozen_dtype is torch.bfloat16
     assert RLRRConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert RLRRConfig.from_dict(json.loads(json.dumps(RLRRConfig().to_dict()))) == RLRRConfig()
+    named = RLRRConfig(train_head="decoder.last")
+    assert json.loads(json.dumps(named.to_dict()))["train_head"] == ["decoder.last"]
+    assert RLRRConfig.from_dict(named.to_dict()) == named
 
 
 def test_a_function_as_init_is_said_and_not_kept():
@@ -42,7 +45,8 @@ def test_a_function_as_init_is_said_and_not_kept():
         ({"groups": {"*.qkv": True}}, ValueError, "groups: "),
         ({"groups": 3}, TypeError, "groups: expected a mapping"),
         ({"norm_affine": 1}, TypeError, "norm_affine: expected one of"),
-        ({"train_head": None}, TypeError, "train_head: expected one of"),
+        ({"train_head": None}, TypeError, "train_head: expected True, False, or names of modules, got None"),
+        ({"train_head": []}, TypeError, r"train_head: expected True, False, or names of modules, got \[\]"),
         ({"init": "papr"}, ValueError, "init: expected 'paper', 'identity' or a callable, got 'papr'"),
         ({"frozen_dtype": "int8"}, ValueError, "frozen_dtype: expected one of float16, bfloat16, float32, got 'int8'"),
         ({"frozen_dtype": torch.int8}, ValueError, "frozen_dtype: expected one of"),

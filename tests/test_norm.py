@@ -110,10 +110,10 @@ def test_meta_stays_meta():
 @pytest.mark.parametrize(
     ("norm", "error", "words"),
     [
-        (timm.layers.LayerNorm2d(8), TypeError, r"got timm\.layers\.norm\.LayerNorm2d; with norm_affine=False"),
+        (timm.layers.LayerNorm2d(8), TypeError, r"got timm\.layers\.norm\.LayerNorm2d"),
         (nn.BatchNorm1d(8), TypeError, "BatchNorm1d"),
         (SSFLayerNorm(8), TypeError, "SSFLayerNorm"),
-        (nn.LayerNorm((4, 8)), ValueError, r"normalized_shape: expected one dimension, got \[4, 8\]"),
+        (nn.LayerNorm((4, 8)), ValueError, r"norm: expected a LayerNorm over one dimension, got \[4, 8\]"),
     ],
 )
 def test_what_is_no_plain_layer_norm_over_one_dimension_is_refused_and_left_alone(norm, error, words):

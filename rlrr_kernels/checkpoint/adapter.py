@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,15 +17,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
-from rlrr_kernels.adapt import apply_rlrr, unwrapped
+from rlrr_kernels.adapt import apply_rlrr
 from rlrr_kernels.checkpoint import manifest as manifests
 from rlrr_kernels.checkpoint.card import model_card
 from rlrr_kernels.checkpoint.files import is_temporary, replace_folder, write_atomically, write_folder
 from rlrr_kernels.checkpoint.manifest import Manifest, whole
 from rlrr_kernels.checkpoint.reading import Tensors, read_safetensors
 from rlrr_kernels.checkpoint.trained import check_enabled, check_fit, copy_into, reshard, trained_parameters
+from rlrr_kernels.config import RLRRConfig
+from rlrr_kernels.heads import head
+from rlrr_kernels.wrappers import plain_name, unwrapped
 
 CONFIG, WEIGHTS, CARD = manifests.FILE_NAME, "adapter_model.safetensors", "README.md"
 
@@ -143,6 +147,7 @@ def load_adapter(
         FileNotFoundError, NotADirectoryError: no such folder.
         ValueError: no adapter, a damaged one, one of another format version or base model, or names,
             shapes or dtypes that do not fit the model. The model is then exactly as it was.
+        TypeError: a plain model that DDP or FSDP has taken over.
     """
     target = unwrapped(model)
     reshard(target)
@@ -155,14 +160,35 @@ def load_adapter(
     if check_base:
         with _naming(folder):
             manifest.check_architecture(target)
-    prepare = check_fit(target, manifest.rlrr, tensors, f"adapter {folder}")
+    config = _config_of(tensors, manifest.rlrr, target)
+    prepare = check_fit(target, config, tensors, f"adapter {folder}")
     if check_base:
         with _naming(folder):
             manifest.check_weights(target)
     if prepare:
-        apply_rlrr(target, manifest.rlrr)
+        apply_rlrr(model, config)
     copy_into(target, tensors, device)
     return model
+
+
+def _config_of(tensors: Mapping[str, Tensor], config: RLRRConfig | None, model: nn.Module) -> RLRRConfig | None:
+    """The config by which a plain model comes to have ``tensors``.
+
+    It is the stored one, but for adapters written when patterns reached into the head and when heads outside of timm
+    stayed frozen: those tell by their tensors.
+    """
+    if config is None or config.head_names:
+        return config
+    inside = {id(module) for module in head(model, ()).modules()}
+    modules = [(plain_name(name), module) for name, module in model.named_modules() if id(module) in inside]
+    adapted = [name for name, _ in modules if f"{name}.scale_out" in tensors]
+    own = [f"{name}.{leaf}" for name, module in modules for leaf, _ in module.named_parameters(recurse=False)]
+    if config.target_modules is not None:
+        named = [name for name in adapted if name not in config.target_modules]
+        config = dataclasses.replace(config, target_modules=[*config.target_modules, *named])
+    if own and not adapted and not any(name in tensors for name in own):
+        config = dataclasses.replace(config, train_head=False)
+    return config
 
 
 def _existing(folder: str | Path) -> Path:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from rlrr_kernels._version import __version__
 from rlrr_kernels.adapt import adapters
 from rlrr_kernels.checkpoint.reading import read_json
-from rlrr_kernels.checkpoint.trained import plain_name
 from rlrr_kernels.config import RLRRConfig
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.reference import accumulation_dtype
+from rlrr_kernels.wrappers import plain_name
 
 FORMAT_VERSION = 1
 FILE_NAME = "adapter_config.json"

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from rlrr_kernels.adapt import adapters, head, remember_head, unwrapped
+from rlrr_kernels.adapt import adapters, remember_head
 from rlrr_kernels.checkpoint.reading import Header, npz_arrays, npz_headers
 from rlrr_kernels.checkpoint.trained import check_unmerged, in_short
+from rlrr_kernels.heads import head
+from rlrr_kernels.wrappers import unwrapped
 
 Shape = tuple[int, ...]
 

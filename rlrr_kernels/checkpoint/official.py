@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import apply_rlrr, head, unwrapped
+from rlrr_kernels.adapt import apply_rlrr
 from rlrr_kernels.checkpoint.reading import read_pickled
 from rlrr_kernels.checkpoint.trained import SHOWN, check_fit, copy_into
 from rlrr_kernels.config import RLRRConfig
+from rlrr_kernels.heads import head
+from rlrr_kernels.wrappers import unwrapped
 
 _QKV = ("query", "key", "value")
 
@@ -180,7 +182,7 @@ def load_official_adapter(model: nn.Module, path: str | Path, *, load_head: bool
         optional = {name for name, parameter in target.named_parameters() if id(parameter) in owned}
     config = RLRRConfig()
     if check_fit(target, config, tensors, f"checkpoint {path}", optional):
-        apply_rlrr(target, config)
+        apply_rlrr(model, config)
     copy_into(target, tensors)
     return model
 

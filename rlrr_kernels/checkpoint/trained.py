@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import Adapter, adapters, apply_rlrr, head
+from rlrr_kernels.adapt import adapters, apply_rlrr, head_parameters
 from rlrr_kernels.bypass import skeleton_of
 from rlrr_kernels.config import RLRRConfig
 from rlrr_kernels.linear import FusedRLRRLinear
+from rlrr_kernels.wrappers import plain_name
 
 #: What an error message lists at most.
 SHOWN = 8
@@ -24,13 +25,12 @@ LOADED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of an adapter: what needs gradients, and u, v, f, affines and head even if they do not now."""
     config = getattr(model, "rlrr_config", None)
-    owners: list[nn.Module] = [module for _, module in adapters(model)]
-    if config is not None and config.train_head:
-        owners += [module for module in head(model).modules() if not isinstance(module, Adapter)]
     chosen = set()
-    for module in owners:
+    if config is not None and config.train_head:
+        chosen = {id(parameter) for parameter in head_parameters(model).values()}
+    for _, module in adapters(model):
         for name, parameter in module.named_parameters(recurse=False):
-            if not (isinstance(module, Adapter) and name in ("weight", "bias")):
+            if name not in ("weight", "bias"):
                 chosen.add(id(parameter))
     return {name: p for name, p in parameters_of(model).items() if p.requires_grad or id(p) in chosen}
 
@@ -38,11 +38,6 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, under the names of the model before parts of it were compiled."""
     return {plain_name(name): p for name, p in model.named_parameters()}
-
-
-def plain_name(name: str) -> str:
-    """A name without what ``torch.compile`` puts into it."""
-    return name.replace("_orig_mod.", "")
 
 
 def check_unmerged(model: nn.Module) -> None:

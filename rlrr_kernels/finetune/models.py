@@ -11,12 +11,13 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rlrr_kernels.adapt import apply_rlrr, head
+from rlrr_kernels.adapt import apply_rlrr
 from rlrr_kernels.checkpoint import load_npz_backbone
 from rlrr_kernels.checkpoint.reading import read_state_dict
 from rlrr_kernels.checkpoint.trained import LOADED, in_short, printable
 from rlrr_kernels.finetune.peers import apply_lora, apply_ssf, matching_rank
 from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.heads import head
 
 #: What the command line calls dtypes.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
