@@ -35,6 +35,9 @@ class RLRRConfig:
         init: start of u and v, see :class:`~rlrr_kernels.FusedRLRRLinear`; affines start
             as published too, or at the identity with ``"identity"``.
         train_head: leave what ``model.get_classifier()`` returns trainable.
+        train_batch_norm: train the weights, biases and running statistics of batch norms (and what else has such
+            statistics), which are then saved with the adapter. Otherwise they are frozen: in evaluation, whatever
+            ``model.train()`` says. In the head they train with it.
         frozen_dtype: keep the frozen weights and biases of the adapted linears in this dtype
             (a name, or a ``torch.dtype``); None: as they are.
 
@@ -49,6 +52,7 @@ class RLRRConfig:
     patch_affine: bool | None = None
     init: Init = "paper"
     train_head: bool = True
+    train_batch_norm: bool = False
     frozen_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +64,7 @@ class RLRRConfig:
             ("norm_affine", (True, False, None)),
             ("patch_affine", (True, False, None)),
             ("train_head", (True, False)),
+            ("train_batch_norm", (True, False)),
         ):
             if not any(getattr(self, name) is value for value in allowed):
                 raise TypeError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")

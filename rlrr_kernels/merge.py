@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import Base, adapters, head, replace, unwrapped
+from rlrr_kernels import running
+from rlrr_kernels.adapt import Base, adapters, head, replace, trained_norms, unwrapped
 from rlrr_kernels.checkpoint.trained import reshard
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
@@ -149,12 +150,13 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
     for name in ("rlrr_config", "_rlrr_base"):
         if hasattr(inner, name):
             delattr(inner, name)
+    running.release(inner)
     return model
 
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block the model is the base model, bit for bit, its head included.
+    """Inside the block the model is the base model, bit for bit, its head and batch norms included.
 
     The head is that of the time of :func:`~rlrr_kernels.apply_rlrr`; one that was put in later stays. With
     ``frozen_dtype`` the base model is the one with its weights rounded to that. A merged model is unmerged
@@ -180,13 +182,15 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     flagged: list[Any] = [] if rounded else [inner.get_submodule(name) for name in base.separate_bias]
     flags = [module.qkv_bias_separate for module in flagged]
     reshard(inner)
-    trained = dict(head(inner).named_parameters())
-    if base.head and _in_fsdp1(model):
+    trained: dict[str, Tensor] = dict(head(inner).named_parameters())
+    if (base.head or base.norms) and _in_fsdp1(model):
         raise RuntimeError("model: FSDP1 holds the head, which cannot become that of the base model for a time")
     if {n: p.shape for n, p in trained.items()} != {n: p.shape for n, p in base.head.items()}:
         trained = {}
-    put_back = {name: base.head[name] for name in trained}
-    now = {name: p.detach().clone() for name, p in trained.items()}
+    norms = {n: t for n, t in trained_norms(inner).items() if n in base.norms and base.norms[n].shape == t.shape}
+    changed = [*trained.values(), *norms.values()]
+    put_back = [*(base.head[name] for name in trained), *(base.norms[name] for name in norms)]
+    now = [tensor.detach().clone() for tensor in changed]
     for layer in merged:
         layer.unmerge()
     try:
@@ -194,11 +198,11 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             module.enabled = False
         for module in flagged:
             module.qkv_bias_separate = False
-        _copy(put_back, trained)
+        _copy(put_back, changed)
         yield model
     finally:
         reshard(inner)
-        _copy(now, trained)
+        _copy(now, changed)
         for module, flag in zip(flagged, flags, strict=True):
             module.qkv_bias_separate = flag
         for module, enabled in zip(modules, was_enabled, strict=True):
@@ -208,14 +212,13 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    for name, value in values.items():
-        parameter = parameters[name]
-        if hasattr(parameter, "device_mesh"):
+def _copy(values: list[Tensor], tensors: list[Tensor]) -> None:
+    for value, tensor in zip(values, tensors, strict=True):
+        if hasattr(tensor, "device_mesh"):
             from rlrr_kernels import parallel  # whoever has a DTensor has imported what this does
 
-            value = parallel.laid_out_as(value, parameter)
-        parameter.copy_(value)
+            value = parallel.laid_out_as(value, tensor)
+        tensor.copy_(value)
 
 
 def _in_fsdp1(model: nn.Module) -> bool:

@@ -20,27 +20,12 @@ from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.ownership import need_no_fsdp, need_own
 
 #: Subpackages of ``peft.tuners`` whose layers call ``base_layer`` and never read its weight before they are merged.
-ADDING = frozenset(
-    [
-        "adalora",
-        "beft",
-        "c3a",
-        "fourierft",
-        "gralora",
-        "ia3",
-        "ln_tuning",
-        "loha",
-        "lokr",
-        "lora",
-        "pvera",
-        "randlora",
-        "road",
-        "unilora",
-        "vblora",
-        "vera",
-        "waveft",
-    ]
-)
+# fmt: off
+ADDING = frozenset({
+    "adalora", "beft", "c3a", "fourierft", "gralora", "ia3", "ln_tuning", "loha", "lokr", "lora", "pvera", "randlora",
+    "road", "unilora", "vblora", "vera", "waveft",
+})
+# fmt: on
 
 REMEDY = "call rlrr_kernels.merge_and_unload(model) before PEFT wraps it, or leave the layer out of its target_modules"
 
