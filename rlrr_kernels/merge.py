@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels import running
+from rlrr_kernels import gained, running
 from rlrr_kernels.adapt import Base, adapters, head, replace, trained_norms, unwrapped
 from rlrr_kernels.checkpoint.trained import reshard
 from rlrr_kernels.linear import FusedRLRRLinear
@@ -103,7 +103,7 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
 
     Linears become ``nn.Linear``, LayerNorms absorb their affines, and so does the patch
     embedding's convolution. The state dict has the plain model's keys; a layer that had no bias
-    gains one (Swin's ``downsample.reduction``, a bias-less qkv or patch convolution).
+    gains one, which is warned of (Swin's ``downsample.reduction``, a bias-less qkv or patch convolution).
 
     Args:
         safe_merge: first see that every merged value is finite.
@@ -117,7 +117,9 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
             changed then.
 
     Warns:
-        UserWarning: as :func:`merge`.
+        UserWarning: as :func:`merge`; or a layer has gained a bias that the library that built the model would not
+            build, so that what is saved cannot be loaded there. (Where the config of a transformers model has a switch
+            for these biases, it is set instead; what else it governs gets a bias of zero.)
     """
     layers, inner = _linears(model), unwrapped(model)
     for _, layer in layers:
@@ -132,6 +134,7 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
     if isinstance(model, SSFLayerNorm):
         return model.to_layer_norm()
     plain: dict[int, nn.Module] = {}
+    new: dict[str, Tensor] = {}
     for name, module in list(inner.named_modules(remove_duplicate=False)):
         if isinstance(module, (FusedRLRRLinear, SSFLayerNorm)):
             if id(module) not in plain:
@@ -139,10 +142,14 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
                     module.to_linear() if isinstance(module, FusedRLRRLinear) else module.to_layer_norm()
                 )
             replace(inner, name, plain[id(module)].requires_grad_(False))
+            new |= {f"{name}.{leaf}": t for leaf, t in plain[id(module)].named_parameters() if _lacks(module, leaf)}
         elif isinstance(module, SSFAffine):
-            parent: Any = inner.get_submodule(name.rpartition(".")[0])
+            where = name.rpartition(".")[0]
+            parent: Any = inner.get_submodule(where)
+            lacked = parent.proj.bias is None
             parent.proj = _absorb(parent.proj, module)
             replace(inner, name, nn.Identity().train(module.training))
+            new |= {f"{where}.proj.bias": parent.proj.bias} if lacked else {}
     base: Base = getattr(inner, "_rlrr_base", Base())
     for name, switch in base.fast_paths.items():
         encoder: Any = inner.get_submodule(name)
@@ -151,7 +158,15 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
         if hasattr(inner, name):
             delattr(inner, name)
     running.release(inner)
+    gained.settle(inner, new, [name for name, tensor in new.items() if gained.matters(name, tensor)])
     return model
+
+
+def _lacks(module: FusedRLRRLinear | SSFLayerNorm, leaf: str) -> bool:
+    """Whether the frozen layer has no such tensor."""
+    if isinstance(module, FusedRLRRLinear) and module.merged:
+        return leaf == "bias" and not module.frozen_bias
+    return getattr(module, leaf) is None
 
 
 @contextlib.contextmanager

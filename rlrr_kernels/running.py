@@ -1,7 +1,7 @@
 """Running statistics: what batch norms and their like move in training, without a gradient and without a word.
 
-A frozen one has to stay in evaluation whatever ``model.train()`` says, or the model that was tuned is not the one that is
-saved. Of one that trains, the statistics belong to what is saved.
+A frozen one has to stay in evaluation whatever ``model.train()`` says, or the model that was tuned is not the one that
+is saved. Of one that trains, the statistics belong to what is saved.
 """
 
 from __future__ import annotations

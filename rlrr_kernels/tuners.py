@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from rlrr_kernels import gained
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.ownership import need_no_fsdp, need_own
 
@@ -70,6 +72,12 @@ def _merge(tuner: Any, *args: Any, **options: Any) -> None:
         need_no_fsdp(layer, "merge")
         vars(tuner)["_rescaled"] = layer  # not among the modules: for this time it is none of the model's
         tuner.base_layer = layer.to_linear()
+        if not layer.frozen_bias and gained.matters("bias", layer.shift):
+            warnings.warn(
+                "merging gives a bias that holds f to layers that had none, which the library that built the model "
+                f"does not build: {gained.REMEDY}",
+                stacklevel=3,
+            )
     try:
         type(tuner).merge(tuner, *args, **options)
     finally:

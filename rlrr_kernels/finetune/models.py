@@ -27,8 +27,7 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
 
     Raises:
         ValueError: timm does not know the model, its weights cannot be had or do not
-            fit, it has no ``img_size`` or drop path to set, or the method would train batch norms, whose running
-            statistics a run does not keep. With ``method="rlrr"`` also what
+            fit, or it has no ``img_size`` or drop path to set. With ``method="rlrr"`` also what
             :func:`~rlrr_kernels.apply_rlrr` raises.
         TypeError: ``method="rlrr"`` with a model of a family that it does not know.
     """
@@ -54,13 +53,17 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
         model.requires_grad_(False)
         head(model).requires_grad_(True)
     running.hold(model, head)
+    return model
+
+
+def check_statistics(model: nn.Module, settings: Settings) -> None:
+    """``ValueError`` if the method would train batch norms: a run keeps parameters, and no running statistics."""
     name = next((name for name, _ in running.trained(model, head(model))), None)
     if name is not None:
         raise ValueError(
             f"model: {settings.model!r} has batch norm that would train with method={settings.method!r}: {name}; "
-            "expected a model without, such as a ViT"
+            "expected another method, or a model without, such as a ViT"
         )
-    return model
 
 
 def _create(settings: Settings, classes: int) -> nn.Module:

@@ -124,5 +124,5 @@ def test_batch_norm_stays_frozen_or_is_refused():
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms
     assert not any(norm.training for norm in norms)
-    with pytest.raises(ValueError, match="has batch norm that would train with method='full': conv1.1;"):
+    with pytest.raises(ValueError, match=r"has batch norm that would train with method='full': conv1\.1;"):
         prepare(Settings(**small, method="full"))
