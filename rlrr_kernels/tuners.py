@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from rlrr_kernels import gained
+from rlrr_kernels.adapt import replace
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.ownership import need_no_fsdp, need_own
 
@@ -36,12 +37,17 @@ def _guard(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """For every module that PyTorch puts into another: see to those that PEFT takes as ``base_layer``.
 
     Raises:
-        TypeError: the tuner reads the weight.
+        TypeError: the tuner reads the weight, or stands over another one.
     """
-    if name != "base_layer" or not isinstance(module, FusedRLRRLinear):
+    if name != "base_layer":
         return
     utilities = sys.modules.get("peft.tuners.tuners_utils")  # whoever has a tuner has imported this
     if utilities is None or not isinstance(parent, utilities.BaseTunerLayer):
+        return
+    inner = module.get_base_layer() if isinstance(module, utilities.BaseTunerLayer) else None
+    if isinstance(inner, FusedRLRRLinear):
+        raise TypeError(f"FusedRLRRLinear: PEFT cannot merge a second tuner, {_name(parent)}, into it; {REMEDY}")
+    if not isinstance(module, FusedRLRRLinear):
         return
     kind = type(parent)
     _, _, subpackage = kind.__module__.partition("peft.tuners.")
@@ -71,7 +77,7 @@ def _merge(tuner: Any, *args: Any, **options: Any) -> None:
         need_own(layer, "merge", "weight", "bias")
         need_no_fsdp(layer, "merge")
         vars(tuner)["_rescaled"] = layer  # not among the modules: for this time it is none of the model's
-        tuner.base_layer = layer.to_linear()
+        replace(tuner, "base_layer", layer.to_linear())
         if not layer.frozen_bias and gained.matters("bias", layer.shift):
             warnings.warn(
                 "merging gives a bias that holds f to layers that had none, which the library that built the model "
@@ -94,7 +100,7 @@ def _unmerge(tuner: Any) -> None:
 def _put_back(tuner: Any) -> None:
     layer = vars(tuner).pop("_rescaled", None)
     if layer is not None:
-        tuner.base_layer = layer.to(tuner.base_layer.weight.device)
+        replace(tuner, "base_layer", layer.to(tuner.base_layer.weight.device))
 
 
 def _update_layer(tuner: Any, adapter_name: str, *args: Any, **options: Any) -> None:

@@ -105,6 +105,21 @@ def test_a_tuner_that_reads_the_weight_is_refused_with_the_way_out(config):
     peft.get_peft_model(model_of(plain=True), config(target_modules=["1"]))  # the remedy
 
 
+def test_a_second_tuner_over_the_first_is_refused():
+    model = peft.PeftMixedModel(model_of(plain=False), ADDING["lora"](target_modules=["1"]))
+    with pytest.raises(TypeError, match=r"a second tuner, peft\.tuners\.loha\.layer\.Linear, into it; call"):
+        model.add_adapter("second", ADDING["loha"](target_modules=["1"]))
+
+
+def test_hooks_stay_through_a_merge():
+    model, called = wrapped(ADDING["lora"], plain=False), []
+    model.base_model.model[1].base_layer.register_forward_hook(lambda *_: called.append(1))
+    for step in (model.merge_adapter, model.unmerge_adapter):
+        step()
+        model(X)
+    assert len(called) == 2
+
+
 def test_parameters_that_peft_adapts_stay_rescaled_when_merged():
     config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["1.weight"], init_lora_weights=False)
     model = peft.get_peft_model(model_of(plain=False), config)
