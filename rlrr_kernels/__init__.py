@@ -1,5 +1,6 @@
 """Fused kernels for fine-tuning through a rescaled weight: y = x (W * (1 + u v))^T + b + f."""
 
+from rlrr_kernels import tuners as tuners  # for what it sets up
 from rlrr_kernels._version import __version__
 from rlrr_kernels.adapt import apply_rlrr, count_parameters, param_groups, print_trainable_parameters
 from rlrr_kernels.backends.choice import backend_for, use_backend

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rlrr_kernels import bypass
+from rlrr_kernels import bypass, running
 from rlrr_kernels.architectures import Architecture, architecture_of
 from rlrr_kernels.config import RLRRConfig
 from rlrr_kernels.heads import check_head, head
@@ -102,6 +102,9 @@ def apply_rlrr(
     if config.train_head:
         for parameter in head_parameters(model).values():
             parameter.requires_grad_(True)
+    if config.train_batch_norm:
+        for _, module in running.norms(model):
+            module.requires_grad_(True)
     if not tried:
         bypass.Watch(model, plan.names)
     changed._rlrr_base = Base(
@@ -109,6 +112,7 @@ def apply_rlrr(
         separate_bias=[name for name, module in model.named_modules() if module in separate_bias],
         fast_paths=_leave_fast_path(model),
     )
+    running.hold(model, head)
     remember_head(model)
     if plan.other_norms:
         warnings.warn(
@@ -120,10 +124,24 @@ def apply_rlrr(
 
 
 def remember_head(model: nn.Module) -> None:
-    """Take the head as it is now for the base model's, which :func:`~rlrr_kernels.disable_adapter` puts back."""
+    """Take the head, and norms that train, as they are now for the base model's, which
+    :func:`~rlrr_kernels.disable_adapter` puts back.
+    """
     trained = {name: p for name, p in head_parameters(model).items() if p.requires_grad}
     base: Any = model
     base._rlrr_base.head = {name: p.detach().clone() for name, p in trained.items() if not p.is_meta}
+    base._rlrr_base.norms = {name: t.detach().clone() for name, t in trained_norms(model).items() if not t.is_meta}
+
+
+def trained_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Full name -> running statistic of all that trains, and trained parameter of such a norm outside of the head."""
+    outer = {id(parameter) for parameter in head(model).parameters()}
+    modules = dict(running.trained(model, head(model)))
+    values = running.statistics(modules.items())
+    for name, module in modules.items():
+        own = module.named_parameters(name, recurse=False)
+        values |= {full: p for full, p in own if p.requires_grad and id(p) not in outer}
+    return values
 
 
 @dataclass
@@ -132,11 +150,13 @@ class Base:
 
     Attributes:
         head: the trained parameters of the head as they were.
+        norms: what :func:`trained_norms` gave.
         separate_bias: attention modules whose ``qkv_bias_separate`` was set.
         fast_paths: ``nn.TransformerEncoderLayer`` modules, and what their switch of the fast path was.
     """
 
     head: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
     separate_bias: list[str] = field(default_factory=list)
     fast_paths: dict[str, int] = field(default_factory=dict)
 

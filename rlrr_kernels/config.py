@@ -41,6 +41,9 @@ class RLRRConfig:
             transformers; :data:`rlrr_kernels.heads.NAMES` has all). Names of modules, or patterns over full
             names: those instead, as PEFT's ``modules_to_save``. Patterns in ``target_modules`` and affines do
             not reach into the head, trained or not; a linear of it that is named in full is adapted.
+        train_batch_norm: train the weights, biases and running statistics of batch norms (and what else has such
+            statistics), which are then saved with the adapter. Otherwise they are frozen: in evaluation, whatever
+            ``model.train()`` says. In the head they train with it.
         frozen_dtype: keep the frozen weights and biases of the adapted linears in this dtype
             (a name, or a ``torch.dtype``); None: as they are.
 
@@ -55,6 +58,7 @@ class RLRRConfig:
     patch_affine: bool | None = None
     init: Init = "paper"
     train_head: bool | str | Sequence[str] = True
+    train_batch_norm: bool = False
     frozen_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +71,7 @@ class RLRRConfig:
         for name, allowed in (
             ("norm_affine", (True, False, None)),
             ("patch_affine", (True, False, None)),
+            ("train_batch_norm", (True, False)),
         ):
             if not any(getattr(self, name) is value for value in allowed):
                 raise TypeError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import Base, adapters, head_parameters, replace
+from rlrr_kernels import gained, running
+from rlrr_kernels.adapt import Base, adapters, head_parameters, replace, trained_norms
 from rlrr_kernels.checkpoint.trained import reshard
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
@@ -103,7 +104,7 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
 
     Linears become ``nn.Linear``, LayerNorms absorb their affines, and so does the patch
     embedding's convolution. The state dict has the plain model's keys; a layer that had no bias
-    gains one (Swin's ``downsample.reduction``, a bias-less qkv or patch convolution).
+    gains one, which is warned of (Swin's ``downsample.reduction``, a bias-less qkv or patch convolution).
 
     Args:
         safe_merge: first see that every merged value is finite.
@@ -117,7 +118,9 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
             changed then.
 
     Warns:
-        UserWarning: as :func:`merge`.
+        UserWarning: as :func:`merge`; or a layer has gained a bias that the library that built the model would not
+            build, so that what is saved cannot be loaded there. (Where the config of a transformers model has a switch
+            for these biases, it is set instead; what else it governs gets a bias of zero.)
     """
     layers, inner = _linears(model), unwrapped(model)
     for _, layer in layers:
@@ -132,6 +135,7 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
     if isinstance(inner, SSFLayerNorm):
         return inner.to_layer_norm()
     plain: dict[int, nn.Module] = {}
+    new: dict[str, Tensor] = {}
     for name, module in list(inner.named_modules(remove_duplicate=False)):
         if isinstance(module, (FusedRLRRLinear, SSFLayerNorm)):
             if id(module) not in plain:
@@ -139,10 +143,14 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
                     module.to_linear() if isinstance(module, FusedRLRRLinear) else module.to_layer_norm()
                 )
             replace(inner, name, plain[id(module)].requires_grad_(False))
+            new |= {f"{name}.{leaf}": t for leaf, t in plain[id(module)].named_parameters() if _lacks(module, leaf)}
         elif isinstance(module, SSFAffine):
-            parent: Any = inner.get_submodule(name.rpartition(".")[0])
+            where = name.rpartition(".")[0]
+            parent: Any = inner.get_submodule(where)
+            lacked = parent.proj.bias is None
             parent.proj = _absorb(parent.proj, module)
             replace(inner, name, nn.Identity().train(module.training))
+            new |= {f"{where}.proj.bias": parent.proj.bias} if lacked else {}
     base: Base = getattr(inner, "_rlrr_base", Base())
     for name, switch in base.fast_paths.items():
         encoder: Any = inner.get_submodule(name)
@@ -150,12 +158,21 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
     for name in ("rlrr_config", "_rlrr_base"):
         if hasattr(inner, name):
             delattr(inner, name)
+    running.release(inner)
+    gained.settle(inner, new, [name for name, tensor in new.items() if gained.matters(name, tensor)])
     return model
+
+
+def _lacks(module: FusedRLRRLinear | SSFLayerNorm, leaf: str) -> bool:
+    """Whether the frozen layer has no such tensor."""
+    if isinstance(module, FusedRLRRLinear) and module.merged:
+        return leaf == "bias" and not module.frozen_bias
+    return getattr(module, leaf) is None
 
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block the model is the base model, bit for bit, its head included.
+    """Inside the block the model is the base model, bit for bit, its head and batch norms included.
 
     The head is that of the time of :func:`~rlrr_kernels.apply_rlrr`; one that was put in later stays. With
     ``frozen_dtype`` the base model is the one with its weights rounded to that. A merged model is unmerged
@@ -181,13 +198,15 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     flagged: list[Any] = [] if rounded else [inner.get_submodule(name) for name in base.separate_bias]
     flags = [module.qkv_bias_separate for module in flagged]
     reshard(inner)
-    trained = head_parameters(inner)
-    if base.head and _in_fsdp1(model):
+    trained: dict[str, Tensor] = dict(head_parameters(inner))
+    if (base.head or base.norms) and _in_fsdp1(model):
         raise RuntimeError("model: FSDP1 holds the head, which cannot become that of the base model for a time")
     if {n: p.shape for n, p in trained.items()} != {n: p.shape for n, p in base.head.items()}:
         trained = {}
-    put_back = {name: base.head[name] for name in trained}
-    now = {name: p.detach().clone() for name, p in trained.items()}
+    norms = {n: t for n, t in trained_norms(inner).items() if n in base.norms and base.norms[n].shape == t.shape}
+    changed = [*trained.values(), *norms.values()]
+    put_back = [*(base.head[name] for name in trained), *(base.norms[name] for name in norms)]
+    now = [tensor.detach().clone() for tensor in changed]
     for layer in merged:
         layer.unmerge()
     try:
@@ -195,11 +214,11 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             module.enabled = False
         for module in flagged:
             module.qkv_bias_separate = False
-        _copy(put_back, trained)
+        _copy(put_back, changed)
         yield model
     finally:
         reshard(inner)
-        _copy(now, trained)
+        _copy(now, changed)
         for module, flag in zip(flagged, flags, strict=True):
             module.qkv_bias_separate = flag
         for module, enabled in zip(modules, was_enabled, strict=True):
@@ -209,14 +228,13 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    for name, value in values.items():
-        parameter = parameters[name]
-        if hasattr(parameter, "device_mesh"):
+def _copy(values: list[Tensor], tensors: list[Tensor]) -> None:
+    for value, tensor in zip(values, tensors, strict=True):
+        if hasattr(tensor, "device_mesh"):
             from rlrr_kernels import parallel  # whoever has a DTensor has imported what this does
 
-            value = parallel.laid_out_as(value, parameter)
-        parameter.copy_(value)
+            value = parallel.laid_out_as(value, tensor)
+        tensor.copy_(value)
 
 
 def _in_fsdp1(model: nn.Module) -> bool:

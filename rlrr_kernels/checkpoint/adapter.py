@@ -3,7 +3,8 @@
 ::
 
     adapter_config.json        what it was trained on and how, see manifest.py
-    adapter_model.safetensors  every tensor that trains, the head included, under its name in the model
+    adapter_model.safetensors  every tensor that trains, the head and batch norms' running statistics included,
+                               under its name in the model
     README.md                  a card for people and model hubs
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,14 @@ from rlrr_kernels.checkpoint.card import model_card
 from rlrr_kernels.checkpoint.files import is_temporary, replace_folder, write_atomically, write_folder
 from rlrr_kernels.checkpoint.manifest import Manifest, whole
 from rlrr_kernels.checkpoint.reading import Tensors, read_safetensors
-from rlrr_kernels.checkpoint.trained import check_enabled, check_fit, copy_into, reshard, trained_parameters
+from rlrr_kernels.checkpoint.trained import (
+    check_enabled,
+    check_fit,
+    copy_into,
+    reshard,
+    trained_parameters,
+    trained_statistics,
+)
 from rlrr_kernels.config import RLRRConfig
 from rlrr_kernels.heads import head
 from rlrr_kernels.wrappers import plain_name, unwrapped
@@ -67,11 +76,12 @@ def save_adapter(
     parameters = trained_parameters(model)
     if not parameters:
         raise ValueError("model: nothing in it needs gradients, so there is nothing to save")
-    for name, parameter in parameters.items():
-        if parameter.is_meta:
+    tensors = {**parameters, **trained_statistics(model)}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
             raise ValueError(f"model: {name} is on the meta device and has no data to save")
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in parameters.values())
-    state = {name: whole(parameter).detach().cpu().contiguous() for name, parameter in parameters.items()}
+    sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
+    state = {name: whole(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
     manifest = Manifest.of(model, sum(tensor.numel() for tensor in state.values()))
     if sharded and torch.distributed.get_rank() != 0:
         return
@@ -148,6 +158,9 @@ def load_adapter(
         ValueError: no adapter, a damaged one, one of another format version or base model, or names,
             shapes or dtypes that do not fit the model. The model is then exactly as it was.
         TypeError: a plain model that DDP or FSDP has taken over.
+
+    Warns:
+        UserWarning: an adapter of before running statistics were saved, of a model that trains some.
     """
     target = unwrapped(model)
     reshard(target)
@@ -168,6 +181,13 @@ def load_adapter(
     if prepare:
         apply_rlrr(model, config)
     copy_into(target, tensors, device)
+    lacking = sorted(trained_statistics(target).keys() - tensors.keys()) if manifest.rlrr is not None else []
+    if lacking:
+        warnings.warn(
+            f"adapter {folder} is of a version that did not save running statistics: {lacking[0]}, one of "
+            f"{len(lacking)}, stays as it is in the model, which may not be what it was tuned to",
+            stacklevel=2,
+        )
     return model
 
 

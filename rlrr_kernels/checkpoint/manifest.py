@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from rlrr_kernels._version import __version__
 from rlrr_kernels.adapt import adapters
@@ -42,7 +43,7 @@ class Manifest:
         rlrr: the :class:`~rlrr_kernels.RLRRConfig`; None if the model was not prepared by
             :func:`~rlrr_kernels.apply_rlrr` (a linear probe, full fine-tuning).
         parameters: how many numbers train.
-        fingerprint: name of a frozen layer -> :func:`fingerprint` of its W.
+        fingerprint: name of a frozen linear (or, without any, convolution) -> :func:`fingerprint` of its W.
         versions: of the libraries it was written with.
     """
 
@@ -139,7 +140,7 @@ class Manifest:
         for name, expected in self.fingerprint.items():
             weight = _weight(modules[name]) if name in modules else None
             if weight is None:
-                raise ValueError(f"base model: expected a linear layer {name}, {type(model).__name__} has none")
+                raise ValueError(f"base model: expected a layer {name}, {type(model).__name__} has none")
             if weight.is_meta:
                 continue
             got = fingerprint(weight)
@@ -194,17 +195,17 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _weight(module: nn.Module) -> Tensor | None:
     # state_dict, as it gives the frozen W of a merged layer too
-    return module.state_dict().get("weight") if isinstance(module, nn.Linear) else None
+    return module.state_dict().get("weight") if isinstance(module, (nn.Linear, _ConvNd)) else None
 
 
 def _frozen_weights(model: nn.Module) -> dict[str, Tensor]:
-    """W of every adapted linear; without any, of every frozen linear."""
+    """W of every adapted linear; without any, of every frozen linear; without any, of every frozen convolution."""
     layers: dict[str, nn.Module] = {n: module for n, module in adapters(model) if isinstance(module, FusedRLRRLinear)}
-    if not layers:
-        layers = {
+    for kind in (nn.Linear, _ConvNd):
+        layers = layers or {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and not module.weight.requires_grad
+            if isinstance(module, kind) and not module.weight.requires_grad
         }
     weights = {name: _weight(module) for name, module in layers.items()}
     return {plain_name(name): w for name, w in weights.items() if w is not None and not w.is_meta}

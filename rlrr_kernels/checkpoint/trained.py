@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlrr_kernels import running
 from rlrr_kernels.adapt import adapters, apply_rlrr, head_parameters
 from rlrr_kernels.bypass import skeleton_of
 from rlrr_kernels.config import RLRRConfig
+from rlrr_kernels.heads import head
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.wrappers import plain_name
 
@@ -35,9 +37,19 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in parameters_of(model).items() if p.requires_grad or id(p) in chosen}
 
 
+def trained_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> running statistic of the norms that train, which are saved with what trains."""
+    return running.statistics(running.trained(model, head(model)))
+
+
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, under the names of the model before parts of it were compiled."""
     return {plain_name(name): p for name, p in model.named_parameters()}
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter, and running statistic of the norms that train."""
+    return {**parameters_of(model), **running.statistics(running.norms(model))}
 
 
 def check_unmerged(model: nn.Module) -> None:
@@ -88,15 +100,20 @@ def check_fit(
             plan = apply_rlrr(skeleton_of(model), config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source} does not fit the model: {error}") from error
-    known, wanted = parameters_of(plan), trained_parameters(plan)
-    if not (layers or prepare) and len(wanted) == len(known):
-        wanted = {}  # a plain model does not say what of it was trained
-    problems = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys() - set(optional))]
+    known, wanted = _tensors_of(plan), set(trained_parameters(plan))
+    if not (layers or prepare) and len(wanted) == len(parameters_of(plan)):
+        wanted = set()  # a plain model does not say what of it was trained
+    if config is not None and config.train_batch_norm:
+        wanted |= trained_statistics(plan).keys()  # adapters of before that was an option lack those of a head
+    problems = [f"missing {name}" for name in sorted(wanted - tensors.keys() - set(optional))]
     problems += [f"unexpected {printable(name)}" for name in sorted(tensors.keys() - known.keys())]
     for name in sorted(known.keys() & tensors.keys()):
         tensor, expected = tensors[name], known[name]
         if tensor.shape != expected.shape:
             problems.append(f"{name} of shape {list(tensor.shape)}, expected {list(expected.shape)}")
+        elif not expected.is_floating_point():
+            if tensor.dtype is not expected.dtype:
+                problems.append(f"{name} of {tensor.dtype}, expected {expected.dtype}")
         elif tensor.dtype not in LOADED:
             problems.append(f"{name} of {tensor.dtype}, expected floating point numbers")
     if problems:
@@ -106,26 +123,25 @@ def check_fit(
 
 @torch.no_grad()
 def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> None:
-    """Copy checked tensors into parameters of a model; those on the meta device are made anew on ``device``."""
-    parameters = parameters_of(model)
-    made = {
-        id(parameters[name]): nn.Parameter(
-            tensor.to(device or "cpu", parameters[name].dtype, copy=True), parameters[name].requires_grad
-        )
-        for name, tensor in tensors.items()
-        if parameters[name].is_meta
-    }
-    # by identity: a parameter may be in several places
-    for module in model.modules():
-        for leaf, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(parameter) in made:
-                setattr(module, leaf, made[id(parameter)])
+    """Copy checked tensors into those of a model; those on the meta device are made anew on ``device``."""
+    own = _tensors_of(model)
+    made: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
-        if id(parameters[name]) not in made:
-            parameters[name].copy_(_as_sharded(tensor, parameters[name]))
+        if own[name].is_meta:
+            values = tensor.to(device or "cpu", own[name].dtype, copy=True)
+            is_parameter = isinstance(own[name], nn.Parameter)
+            made[id(own[name])] = nn.Parameter(values, own[name].requires_grad) if is_parameter else values
+    # by identity: a tensor may be in several places
+    for module in model.modules():
+        for leaf, old in [*module._parameters.items(), *module._buffers.items()]:
+            if id(old) in made:
+                setattr(module, leaf, made[id(old)])
+    for name, tensor in tensors.items():
+        if id(own[name]) not in made:
+            own[name].copy_(_as_sharded(tensor, own[name]))
 
 
-def _as_sharded(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+def _as_sharded(tensor: Tensor, parameter: Tensor) -> Tensor:
     """``tensor`` laid out over processes as ``parameter`` is, where that is."""
     if not hasattr(parameter, "full_tensor"):
         return tensor

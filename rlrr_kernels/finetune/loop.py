@@ -18,7 +18,7 @@ from rlrr_kernels.adapt import count_parameters
 from rlrr_kernels.finetune import distributed
 from rlrr_kernels.finetune.data import Splits, load_splits, make_transform
 from rlrr_kernels.finetune.distributed import choose_device
-from rlrr_kernels.finetune.models import build_model
+from rlrr_kernels.finetune.models import build_model, check_statistics
 from rlrr_kernels.finetune.report import NotWritten, RunFolder, check_place
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.state import State, check_settings, read_state
@@ -72,7 +72,8 @@ def prepare(settings: Settings) -> Prepared:
 
     Raises:
         ValueError, TypeError, FileNotFoundError: an input that is wrong or missing;
-            see :func:`load_data`, :func:`build_model`, :func:`read_state` and :func:`check_settings`.
+            see :func:`load_data`, :func:`build_model`, :func:`check_statistics`, :func:`read_state` and
+            :func:`check_settings`.
         OSError: the run's folder cannot be written, or there is too little room, see :func:`check_place`.
     """
     state = read_state(settings.resume) if settings.resume else None
@@ -85,6 +86,7 @@ def prepare(settings: Settings) -> Prepared:
     if state:
         state.check("classes", splits.classes)
     model = build_model(settings, splits.classes)
+    check_statistics(model, settings)
     check_place(settings, sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
     return Prepared(settings, splits, model, device, state)
 

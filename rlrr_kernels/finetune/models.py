@@ -9,8 +9,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from rlrr_kernels import running
 from rlrr_kernels.adapt import apply_rlrr
 from rlrr_kernels.checkpoint import load_npz_backbone
 from rlrr_kernels.checkpoint.reading import read_state_dict
@@ -28,14 +28,11 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
 
     Raises:
         ValueError: timm does not know the model, its weights cannot be had or do not
-            fit, it has no ``img_size`` or drop path to set, or it has batch norm, whose running
-            statistics an adapter would lack. With ``method="rlrr"`` also what
+            fit, or it has no ``img_size`` or drop path to set. With ``method="rlrr"`` also what
             :func:`~rlrr_kernels.apply_rlrr` raises.
         TypeError: ``method="rlrr"`` with a model of a family that it does not know.
     """
     model: Any = _create(settings, classes)
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        raise ValueError(f"model: {settings.model!r} has batch norm; expected one without, such as a ViT")
     if settings.checkpoint is not None:
         load_backbone(model, settings.checkpoint)
     # timm keeps a pretrained head of the same size, which means nothing for other classes
@@ -56,7 +53,18 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
     elif settings.method == "linear":
         model.requires_grad_(False)
         head(model).requires_grad_(True)
+    running.hold(model, head)
     return model
+
+
+def check_statistics(model: nn.Module, settings: Settings) -> None:
+    """``ValueError`` if the method would train batch norms: a run keeps parameters, and no running statistics."""
+    name = next((name for name, _ in running.trained(model, head(model))), None)
+    if name is not None:
+        raise ValueError(
+            f"model: {settings.model!r} has batch norm that would train with method={settings.method!r}: {name}; "
+            "expected another method, or a model without, such as a ViT"
+        )
 
 
 def _create(settings: Settings, classes: int) -> nn.Module:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from rlrr_kernels import RLRRConfig, count_parameters
 from rlrr_kernels.checkpoint import CONFIG, load_adapter, save_adapter
@@ -117,7 +118,7 @@ def test_a_configuration_that_is_none_is_refused(folder, text, words):
         ({"rlrr": {"init": "code"}}, "init: expected 'paper', 'identity' or a callable, got 'code'"),
         ({"fingerprint": {"a": [1]}}, "fingerprint: expected two numbers for 'a'"),
         ({"fingerprint": {"a": [10**400, 1]}}, "too large"),
-        ({"fingerprint": {"a": [1, 2]}}, "base model: expected a linear layer a, VisionTransformer has none"),
+        ({"fingerprint": {"a": [1, 2]}}, "base model: expected a layer a, VisionTransformer has none"),
         ({"fingerprint": {"blocks.0.mlp.fc1": [float("nan"), 0]}}, r"blocks\.0\.mlp\.fc1\.weight differs"),
     ],
 )
@@ -135,3 +136,15 @@ def test_another_order_of_rows_is_another_base(folder):
         weight.copy_(weight.flip(0).clone())
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight differs"):
         load_adapter(model, folder)
+
+
+def test_a_probe_on_convolutions_knows_its_base(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+    model[0].requires_grad_(False)
+    save_adapter(model, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / CONFIG).read_bytes())["fingerprint"].keys() == {"0"}
+    load_adapter(model, tmp_path / "a")
+    nn.init.normal_(model[0].weight)
+    with pytest.raises(ValueError, match=r"base model: 0\.weight differs from the one that the adapter was trained on"):
+        load_adapter(model, tmp_path / "a")

@@ -118,6 +118,11 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_batch_norm_is_refused():
-    with pytest.raises(ValueError, match="has batch norm"):
-        prepare(Settings(model="resnet10t", pretrained=False, method="linear"))
+def test_batch_norm_stays_frozen_or_is_refused():
+    small = {"model": "resnet10t", "pretrained": False}
+    model = build_model(Settings(**small, method="linear"), 3).train()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    with pytest.raises(ValueError, match=r"has batch norm that would train with method='full': conv1\.1;"):
+        prepare(Settings(**small, method="full"))

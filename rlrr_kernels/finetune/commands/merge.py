@@ -56,7 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"it loads into timm.create_model({settings.model!r}, num_classes={opened.classes}{size}), strict=True")
     else:
         added = sorted(written.keys() - names)
-        say(f"timm's {settings.model} has no {added[0]}, one of {len(added)} biases of layers that had none")
+        say(
+            f"timm's {settings.model} has no {added[0]}, one of {len(added)} biases of layers that had none: it "
+            "refuses the file, or with strict=False drops them, unless those layers are given a bias first"
+        )
         plain = result.model
     plain.load_state_dict(written)
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,10 @@ def merged(run: Run, *, safe: bool, count: int = 4) -> Merged:
     logits = model(images)
     frozen = {name: m.weight for name, m in model.named_modules() if isinstance(m, FusedRLRRLinear)}
     if any(True for _ in adapters(model)):
-        model = merge_and_unload(model, safe_merge=safe)
+        with warnings.catch_warnings():
+            # where it matters, in the file of rlrr-finetune merge, the command says it
+            warnings.filterwarnings("ignore", "merging gave ")
+            model = merge_and_unload(model, safe_merge=safe)
     elif safe and not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise ValueError("safe: the model has values that are not finite")
     return Merged(model.eval(), images, logits, frozen)
