@@ -14,11 +14,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlrr_kernels.checkpoint.reading import npz_arrays, npz_headers
-from rlrr_kernels.finetune.data.images import Parts
+from rlrr_kernels.finetune.data.images import Parts, numbered
 from rlrr_kernels.finetune.data.listed import set_aside, set_aside_stratified
 
 #: The most images in one of Fashion-MNIST's files.
 IDX_IMAGES = 60_000
+
+#: The most classes of an ``.npz`` file, which has a label for each image and no list of classes.
+NPZ_CLASSES = 2**20
+
+#: As Fashion-MNIST's authors name its labels.
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -54,7 +62,7 @@ def read_digits(seed: int) -> Parts:
     index = np.arange(len(labels))
     seen, test = train_test_split(index, train_size=1000, stratify=labels, random_state=0)
     train, val = train_test_split(seen, train_size=800, stratify=labels[seen], random_state=seed)
-    return Parts(digits.part(train), digits.part(val), digits.part(test), 10)
+    return Parts(digits.part(train), digits.part(val), digits.part(test), numbered(10))
 
 
 def read_fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -100,7 +108,7 @@ def read_fashion_mnist_parts(folder: Path, seed: int) -> Parts:
         for images, labels in (read_fashion_mnist(folder, split) for split in ("train", "t10k"))
     )
     kept, aside = set_aside(len(seen), seed)
-    return Parts(seen.part(kept), seen.part(aside), test, 10)
+    return Parts(seen.part(kept), seen.part(aside), test, FASHION_MNIST_CLASSES)
 
 
 def read_npz(file: Path, seed: int) -> Parts:
@@ -130,7 +138,7 @@ def read_npz(file: Path, seed: int) -> Parts:
         raise ValueError(f"data: {file}: {error}") from error
     kept, aside = set_aside_stratified(seen.labels.tolist(), seed)
     classes = 1 + int(max(seen.labels.max(), test.labels.max()))
-    return Parts(seen.part(kept), seen.part(aside), test, classes)
+    return Parts(seen.part(kept), seen.part(aside), test, numbered(classes))
 
 
 def _checked(arrays: dict[str, np.ndarray], split: str) -> Arrays:
@@ -149,4 +157,8 @@ def _checked(arrays: dict[str, np.ndarray], split: str) -> Arrays:
         )
     if labels.min() < 0:
         raise ValueError(f"{split}_labels: expected 0 or more, got {labels.min()} at index {labels.argmin()}")
+    if labels.max() >= NPZ_CLASSES:
+        raise ValueError(
+            f"{split}_labels: expected less than {NPZ_CLASSES:,}, got {labels.max()} at index {labels.argmax()}"
+        )
     return Arrays(images, labels)

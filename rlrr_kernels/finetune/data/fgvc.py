@@ -66,7 +66,7 @@ def read_fgvc(root: Path, task: str, seed: int) -> Parts:
     if not val:
         kept, aside = set_aside_stratified([entry.label for entry in train], seed)
         train, val = [train[i] for i in kept], [train[i] for i in aside]
-    return Parts(Listed(train), Listed(val), Listed(test), FGVC[task].classes)
+    return Parts(Listed(train), Listed(val), Listed(test), tuple(str(key) for key in label))
 
 
 def read_json(file: Path) -> dict[str, int | str]:

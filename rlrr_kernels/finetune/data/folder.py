@@ -36,9 +36,9 @@ def read_folder(root: Path, seed: int) -> Parts:
     for split, images in sets.items():
         check_images([Entry(path, label, str(found[split])) for path, label in images.samples])
     if len(sets) == 3:
-        return Parts(train, sets["val"], sets["test"], len(train.classes))
+        return Parts(train, sets["val"], sets["test"], tuple(train.classes))
     kept, aside = set_aside(len(train), seed)
-    return Parts(Subset(train, kept), Subset(train, aside), sets.get("test") or sets["val"], len(train.classes))
+    return Parts(Subset(train, kept), Subset(train, aside), sets.get("test") or sets["val"], tuple(train.classes))
 
 
 def _read(path: Path) -> ImageFolder:

@@ -32,14 +32,25 @@ class Parts(NamedTuple):
     """What a reader of one kind of dataset returns: indexed datasets of (PIL image, label).
 
     Attributes:
+        class_names: of each label in order; the labels themselves where a source has no names.
         trainval: train and val together, where the dataset has a list of its own for them; None: the two joined.
     """
 
     train: Any
     val: Any
     test: Any
-    classes: int
+    class_names: tuple[str, ...]
     trainval: Any = None
+
+    @property
+    def classes(self) -> int:
+        """How many there are: labels are 0 to ``classes - 1``."""
+        return len(self.class_names)
+
+
+def numbered(classes: int) -> tuple[str, ...]:
+    """Names of classes that have none: their labels."""
+    return tuple(map(str, range(classes)))
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,20 @@ def read_named(name: str, root: Path | None, seed: int) -> Parts:
     with _alone(root) if root and options["download"] else nullcontext():
         seen, test = (create_dataset(name, split=split, **options) for split in ("train", "test"))
     names = getattr(seen, "classes", None) or getattr(getattr(seen, "reader", None), "class_to_idx", None)
+    if isinstance(names, Mapping):
+        names = sorted(names, key=names.__getitem__)
     if not names:
         raise ValueError(f"data: {name!r} does not say how many classes it has")
     for split, images in (("train", seen), ("test", test)):
         _check_labels(images, len(names), f"data: {name!r}, split {split}")
     seen, test = (Strict(images) if hasattr(images, "reader") else images for images in (seen, test))
     kept, aside = set_aside(len(seen), seed)
-    return Parts(Subset(seen, kept), Subset(seen, aside), test, len(names))
+    return Parts(Subset(seen, kept), Subset(seen, aside), test, tuple(map(_class_name, names)))
+
+
+def _class_name(name: Any) -> str:
+    """ImageNet's classes have several names each."""
+    return ", ".join(name) if isinstance(name, tuple) else str(name)
 
 
 @contextmanager

@@ -37,19 +37,25 @@ class DataSettings(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """The parts of a dataset and how many classes it has.
+    """The parts of a dataset and its classes.
 
     Attributes:
         train: seen through the training transform.
         val, test: seen through the test transform.
         trainval: train and val together, seen through the training transform; of VTAB-1k what its own list names.
+        class_names: of each label in order; the labels themselves where a source has no names.
     """
 
     train: ImageSet
     val: ImageSet
     test: ImageSet
     trainval: ImageSet
-    classes: int
+    class_names: tuple[str, ...]
+
+    @property
+    def classes(self) -> int:
+        """How many there are: labels are 0 to ``classes - 1``."""
+        return len(self.class_names)
 
 
 def load_splits(settings: DataSettings, train_transform: Transform, test_transform: Transform) -> Splits:
@@ -75,7 +81,7 @@ def load_splits(settings: DataSettings, train_transform: Transform, test_transfo
         ImageSet(parts.val, test_transform, parts.classes, seed),
         ImageSet(parts.test, test_transform, parts.classes, seed),
         ImageSet(trainval, train_transform, parts.classes, seed),
-        parts.classes,
+        parts.class_names,
     )
 
 

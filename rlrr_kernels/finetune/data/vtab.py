@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlrr_kernels.checkpoint.reading import LARGEST_LIST, inside, read_bytes
-from rlrr_kernels.finetune.data.images import Parts
+from rlrr_kernels.finetune.data.images import Parts, numbered
 from rlrr_kernels.finetune.data.listed import (
     Entry,
     Listed,
@@ -49,7 +49,7 @@ def read_vtab(root: Path, task: str) -> Parts:
     check_distinct(both, test)
     for entries in (train, val, *([] if shared else [both]), test):
         check_images(entries)
-    return Parts(Listed(train), Listed(val), Listed(test), classes, Listed(both))
+    return Parts(Listed(train), Listed(val), Listed(test), numbered(classes), Listed(both))
 
 
 def read_list(file: Path, folder: Path, classes: int) -> list[Entry]:
