@@ -65,13 +65,18 @@ class Reader:
 
 def test_an_image_that_cannot_be_read_is_an_error_not_the_next_image(monkeypatch):
     """timm's own datasets return the next image and its label instead."""
-    monkeypatch.setattr(named, "create_dataset", lambda *args, **options: ImageDataset("", reader=Reader()))
+    monkeypatch.setattr(named, "create_dataset", lambda *args, **options: ImageDataset("", reader=reader))
+    reader = HubReader(label=[0, 1, 0, 1, 0])
     splits = load(data="hfds/owner/pets")
     assert splits.classes == 2
     assert [splits.test.items[i][0].getpixel((0, 0))[0] for i in range(4)] == [0, 1, 2, 3]
     assert [splits.test[i][1] for i in range(4)] == [0, 1, 0, 1]
     with pytest.raises(OSError, match=r"image /hub/image 4\.png cannot be read"):
         splits.test[4]
+    # so it is where labels are known by reading images alone
+    reader = Reader()
+    with pytest.raises(OSError, match=r"image /hub/image 4\.png cannot be read"):
+        load(data="hfds/owner/pets")
 
 
 def test_a_dataset_that_does_not_name_its_classes_is_refused(tmp_path, monkeypatch):
