@@ -135,6 +135,20 @@ def listing(items: Any) -> tuple[list[int], list[str]]:
     return list(range(len(items))), []
 
 
+def is_path(data: str) -> bool:
+    """Whether ``data`` says where images lie, and not what they are called."""
+    named = data in ("digits", "fashion-mnist") or data.startswith(TIMM_PREFIXES)
+    return not named and (data.endswith(".npz") or Path(data).is_dir())
+
+
+def redrawn(settings: DataSettings) -> bool:
+    """Whether versions that kept no fingerprint may have set other images aside of the same data.
+
+    Of benchmark tasks, digits and arrays they did not; of the rest they drew without regard to classes.
+    """
+    return not settings.task and settings.data != "digits" and not settings.data.endswith(".npz")
+
+
 def _read(settings: DataSettings) -> Parts:
     data, root, seed = settings.data, settings.data_root, settings.seed
     if settings.task:
@@ -152,6 +166,8 @@ def _read(settings: DataSettings) -> Parts:
         return read_folder(Path(data), seed)
     if data.endswith(".npz"):
         return read_npz(Path(data), seed)
+    if os.path.isabs(data):
+        raise FileNotFoundError(f"data: {data} does not exist")
     raise ValueError(
         f"data: expected digits, fashion-mnist, a name starting with {', '.join(TIMM_PREFIXES)}, "
         f"an existing folder, or an .npz file, got {data!r}"
