@@ -109,6 +109,7 @@ def _check_record(record: Mapping[str, Any]) -> None:
     expect(record, "classes", int, least=1)
     for name in ("settings", "images", "scaler"):
         expect(record, name, dict)
+    check_types(record["settings"])
     metrics = expect(record, "metrics", dict)
     epochs = expect(metrics, "epochs", list)
     expect({"data_fingerprint": None, **record}, "data_fingerprint", str, type(None))

@@ -59,7 +59,7 @@ def equal_files(train: Iterable[Entry], test: Iterable[Entry], names: tuple[str,
         names: of the two splits.
     """
     sides = [{entry.path: os.path.getsize(entry.path) for entry in entries} for entries in (train, test)]
-    common = set(sides[0].values()) & set(sides[1].values())
+    common = set[Hashable](sides[0].values()) & set(sides[1].values())
     keys: list[dict[str, Hashable]] = [{p: size for p, size in side.items() if size in common} for side in sides]
     for digest in (_end, _whole):
         most = END if digest is _end else COMPARED_BYTES

@@ -106,16 +106,26 @@ def _ignored(name: str) -> bool:
     return name.startswith(".") or name.lower() in JUNK
 
 
+def _is_folder(path: Path) -> bool:
+    """
+    Raises:
+        ValueError: a link to nothing, which says where images should be.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"data: {path} is a link to {os.readlink(path)}, which does not exist")
+    return path.is_dir()
+
+
 def _splits(root: Path) -> dict[str, Path]:
     """Split -> its folder, in the order of :data:`SPLITS`.
 
     Raises:
         FileNotFoundError: no training split, or no other.
-        ValueError: a folder that is none, or two of one split.
+        ValueError: a folder that is none, two of one split, or a link to nothing.
     """
     expected = "; ".join(f"{split}: {', '.join(names)}" for split, names in SPLITS.items())
     found: dict[str, Path] = {}
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not _ignored(path.name))
+    folders = sorted(path for path in root.iterdir() if _is_folder(path) and not _ignored(path.name))
     for path in folders:
         split = split_of(path.name)
         if split is None:
@@ -145,7 +155,7 @@ def _search(folder: Path) -> Found:
     for child in sorted(os.scandir(folder), key=lambda child: child.name):
         if _ignored(child.name):
             continue
-        if not child.is_dir():
+        if not _is_folder(Path(child.path)):
             _put(found, child.path, endings, found.classless)
             continue
         images = found.images[child.name] = []

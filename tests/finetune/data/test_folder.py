@@ -151,6 +151,16 @@ def test_a_link_from_test_into_train_is_refused(tmp_path, what):
         load(data=str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["val", "train/c"])
+def test_a_link_to_nothing_is_named(tmp_path, name):
+    """Passed over, a split or a class would be missing unsaid."""
+    for split in ("train", "test"):
+        write_classes(tmp_path / split, {"a": 2})
+    (tmp_path / name).symlink_to("../not/mounted")
+    with pytest.raises(ValueError, match=rf"data: .*/{name} is a link to \.\./not/mounted, which does not exist"):
+        load(data=str(tmp_path))
+
+
 def test_a_link_to_a_folder_above_is_named(tmp_path):
     for split in ("train", "test"):
         write_classes(tmp_path / split, {"a": 2})
