@@ -97,7 +97,7 @@ def prepare(settings: Settings) -> Prepared:
     splits = load_data(settings)
     if state:
         state.check("classes", splits.classes)
-        check_data(state.record, settings, splits.fingerprint)
+        check_data(state.record, settings, splits)
     model = build_model(settings, splits.classes)
     check_place(settings, sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
     return Prepared(settings, splits, model, device, state)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlrr_kernels.checkpoint import write_atomically
 from rlrr_kernels.checkpoint.reading import expect, parse_json, read_json, read_safetensors
-from rlrr_kernels.finetune.data import is_path, redrawn
+from rlrr_kernels.finetune.data import Splits, is_path
 from rlrr_kernels.finetune.settings import PROTOCOLS, Settings, check_types
 
 FORMAT = "rlrr_kernels.state/1"
@@ -165,21 +165,22 @@ def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
     return known | {name: os.path.abspath(known[name]) for name in paths}
 
 
-def check_data(known: Mapping[str, Any], settings: Settings, fingerprint: str) -> None:
+def check_data(known: Mapping[str, Any], settings: Settings, splits: Splits) -> None:
     """``ValueError`` if the images found are not those that a run was trained on, wherever they lie.
 
     Args:
         known: a state's record, or a run's metrics.
-        settings: by which the images were found, and their fingerprint, see
-            :func:`~rlrr_kernels.finetune.data.splits.fingerprint`.
+        settings: by which the images were found.
     """
     own, where = known.get("data_fingerprint"), settings.task or settings.data
-    if own is None and redrawn(settings):
+    # versions that kept no fingerprint drew from these by class already
+    by_class = settings.task or settings.data.endswith(".npz")
+    if own is None and splits.drawn_from and not by_class:
         raise ValueError(
-            f"data: the run on {where} is of an older version, which may have set other images aside to validate on: "
+            f"data: the run on {where} is of an older version, which set other images aside to validate on: "
             "which it was trained on is not known"
         )
-    if own is not None and own != fingerprint:
+    if own is not None and own != splits.fingerprint:
         raise ValueError(
             f"data: expected the images of the run, got others in {where}: other names, classes, order or number"
         )

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         splits = load_data(settings)
         if opened.metrics and arguments.split != "test" and not {"data", "task"} & options.keys():
             # what validated a run must not have been trained on
-            check_data(opened.metrics, settings, splits.fingerprint)
+            check_data(opened.metrics, settings, splits)
         images = split_of(splits, arguments.split)
         if images.classes != opened.classes:
             raise ValueError(f"data: {settings.dataset} has {images.classes} classes, the head {opened.classes}")

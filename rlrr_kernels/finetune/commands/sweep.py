@@ -185,10 +185,9 @@ def one_run(folder: Path, settings: Settings, world: World, *, test: bool, tell:
 def _check_moved(metrics: Mapping[str, Any], settings: Settings) -> None:
     """``ValueError`` unless a finished run was trained on the images of the settings, which may lie elsewhere now."""
     own, given = recorded(metrics["settings"]), settings.to_dict()
-    if any(own[name] != given[name] for name in ("data", "data_root")):
-        check_data(metrics, settings, load_data(settings).fingerprint)
-    elif "data_fingerprint" not in metrics:
-        check_data(metrics, settings, "")
+    moved = any(own[name] != given[name] for name in ("data", "data_root"))
+    if moved or "data_fingerprint" not in metrics:
+        check_data(metrics, settings, load_data(settings))
 
 
 COMMAND = Command("grid search over lr and weight decay, then one test", DESCRIPTION, add_arguments, run, several=True)

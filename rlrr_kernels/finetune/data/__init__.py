@@ -16,7 +16,7 @@ from rlrr_kernels.finetune.data.arrays import FASHION_MNIST_FOLDER, Arrays, read
 from rlrr_kernels.finetune.data.aside import VALIDATION_SHARE
 from rlrr_kernels.finetune.data.images import ImageSet, Transform
 from rlrr_kernels.finetune.data.named import TIMM_PREFIXES
-from rlrr_kernels.finetune.data.splits import DataSettings, Splits, describe, is_path, load_splits, redrawn
+from rlrr_kernels.finetune.data.splits import DataSettings, Splits, describe, is_path, load_splits
 from rlrr_kernels.finetune.data.transforms import make_transform
 
 __all__ = [
@@ -33,5 +33,4 @@ __all__ = [
     "load_splits",
     "make_transform",
     "read_fashion_mnist",
-    "redrawn",
 ]

@@ -116,8 +116,7 @@ def read_fashion_mnist_parts(folder: Path, seed: int) -> Parts:
         for images, labels in (read_fashion_mnist(folder, split) for split in ("train", "t10k"))
     )
     kept, aside = set_aside(seen.labels.tolist(), seed)
-    notes = ("note: the val images were set aside from the training images",)
-    return Parts(seen.part(kept), seen.part(aside), test, FASHION_MNIST_CLASSES, notes=notes)
+    return Parts(seen.part(kept), seen.part(aside), test, FASHION_MNIST_CLASSES, drawn_from="its training images")
 
 
 def read_npz(file: Path, seed: int) -> Parts:
@@ -153,10 +152,9 @@ def read_npz(file: Path, seed: int) -> Parts:
     classes = numbered(1 + int(max(part.labels.max() for part in found.values())))
     train, test = found["train"], found["test"]
     if "val" in found:
-        return Parts(train, found["val"], test, classes, notes=tuple(notes))
+        return Parts(train, found["val"], test, classes, notes=tuple(notes), drawn_from=names["train"][0])
     kept, aside = set_aside(train.labels.tolist(), seed)
-    notes.insert(0, "note: the val images were set aside from train_images")
-    return Parts(train.part(kept), train.part(aside), test, classes, notes=tuple(notes))
+    return Parts(train.part(kept), train.part(aside), test, classes, notes=tuple(notes), drawn_from=names["train"][0])
 
 
 def _named(names: Iterable[str], file: Path) -> dict[str, tuple[str, str]]:

@@ -58,11 +58,13 @@ def read_fgvc(root: Path, task: str, seed: int) -> Parts:
     for entries in (train, val, test):
         check_images(entries)
     notes = [*equal_files(train, val, ("train", "val")), *equal_files([*train, *val], test, ("train and val", "test"))]
-    if not val:
-        notes.insert(0, "note: the val images were set aside from train.json")
+    drawn_from = "" if val else "train.json"
+    if drawn_from:
         kept, aside = set_aside([entry.label for entry in train], seed)
         train, val = [train[i] for i in kept], [train[i] for i in aside]
-    return Parts(Listed(train), Listed(val), Listed(test), tuple(map(str, label)), notes=tuple(notes))
+    return Parts(
+        Listed(train), Listed(val), Listed(test), tuple(map(str, label)), notes=tuple(notes), drawn_from=drawn_from
+    )
 
 
 def read_json(file: Path) -> dict[str, int | str]:

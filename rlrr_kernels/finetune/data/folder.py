@@ -91,10 +91,10 @@ def read_folder(root: Path, seed: int) -> Parts:
         return Parts(sets["train"], sets["val"], sets["test"], classes, notes=tuple(notes))
     last = others[0]
     kept, aside = set_aside([entry.label for entry in lists["train"]], seed)
-    notes.insert(0, f"note: the val images were set aside from {folders['train'].name}/")
     if last == "val":
-        notes.insert(1, f"note: {folders[last].name}/ is the test, as there is no test/")
-    return Parts(Subset(sets["train"], kept), Subset(sets["train"], aside), sets[last], classes, notes=tuple(notes))
+        notes.insert(0, f"note: {folders[last].name}/ is the test, as there is no test/")
+    parts = Subset(sets["train"], kept), Subset(sets["train"], aside), sets[last]
+    return Parts(*parts, classes, notes=tuple(notes), drawn_from=f"{folders['train'].name}/")
 
 
 def split_of(name: str) -> str | None:

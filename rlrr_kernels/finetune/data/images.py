@@ -48,6 +48,7 @@ class Parts(NamedTuple):
         class_names: of each label in order; the labels themselves where a source has no names.
         trainval: train and val together, where the dataset has a list of its own for them; None: the two joined.
         notes: what a user should know of what was found, a line each.
+        drawn_from: of which images the seed drew those of val; empty where the dataset brings some.
     """
 
     train: Any
@@ -56,6 +57,7 @@ class Parts(NamedTuple):
     class_names: tuple[str, ...]
     trainval: Any = None
     notes: tuple[str, ...] = ()
+    drawn_from: str = ""
 
     @property
     def classes(self) -> int:

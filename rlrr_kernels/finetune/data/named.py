@@ -79,8 +79,9 @@ def read_named(name: str, root: Path | None, seed: int) -> Parts:
         read = ImageSet(seen, lambda image: torch.empty(0), len(names))
         labels = [read[i][1] for i in range(len(read))]
     kept, aside = set_aside(labels, seed)
-    notes = ("note: the val images were set aside from the split train",)
-    return Parts(Subset(seen, kept), Subset(seen, aside), test, tuple(map(_class_name, names)), notes=notes)
+    return Parts(
+        Subset(seen, kept), Subset(seen, aside), test, tuple(map(_class_name, names)), drawn_from="its split train"
+    )
 
 
 def _class_name(name: Any) -> str:

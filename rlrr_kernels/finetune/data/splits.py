@@ -51,6 +51,7 @@ class Splits:
         trainval: train and val together, seen through the training transform; of VTAB-1k what its own list names.
         class_names: of each label in order; the labels themselves where a source has no names.
         notes: what a user should know of what was found, a line each.
+        drawn_from: of which images the seed drew those of val; empty where the dataset brings some.
         fingerprint: of names and labels, in the order of each split, see :func:`fingerprint`.
     """
 
@@ -60,6 +61,7 @@ class Splits:
     trainval: ImageSet
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    drawn_from: str = ""
     fingerprint: str = ""
 
     @property
@@ -93,6 +95,7 @@ def load_splits(settings: DataSettings, train_transform: Transform, test_transfo
         ImageSet(trainval, train_transform, parts.classes, seed),
         parts.class_names,
         parts.notes,
+        parts.drawn_from,
         fingerprint(parts),
     )
 
@@ -102,7 +105,10 @@ def describe(splits: Splits) -> list[str]:
     counts = ", ".join(f"{name} {len(getattr(splits, name)):,}" for name in ("train", "val", "test"))
     classes = f"{splits.classes:,} class" + "es" * (splits.classes > 1)
     named = ", ".join(splits.class_names[:10]) + (", ..." if splits.classes > 10 else "")
-    return [f"images: {counts}", f"{classes}: {named}", *splits.notes]
+    drawn = [f"note: the val images were set aside from {splits.drawn_from}"] if splits.drawn_from else []
+    lines = [f"images: {counts}", f"{classes}: {named}", *drawn, *splits.notes]
+    # names of files may hold what a terminal obeys or cannot print
+    return [line if line.isprintable() else repr(line) for line in lines]
 
 
 def fingerprint(parts: Parts) -> str:
@@ -139,14 +145,6 @@ def is_path(data: str) -> bool:
     """Whether ``data`` says where images lie, and not what they are called."""
     named = data in ("digits", "fashion-mnist") or data.startswith(TIMM_PREFIXES)
     return not named and (data.endswith(".npz") or Path(data).is_dir())
-
-
-def redrawn(settings: DataSettings) -> bool:
-    """Whether versions that kept no fingerprint may have set other images aside of the same data.
-
-    Of benchmark tasks, digits and arrays they did not; of the rest they drew without regard to classes.
-    """
-    return not settings.task and settings.data != "digits" and not settings.data.endswith(".npz")
 
 
 def _read(settings: DataSettings) -> Parts:

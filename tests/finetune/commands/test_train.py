@@ -145,7 +145,7 @@ def test_a_run_whose_images_an_older_version_set_aside_is_refused(pets, capsys):
         del record["data_fingerprint"]
     State(state.record, state.tensors).write(pets / "run")
     assert status("--resume", "run") == 2
-    assert "an older version, which may have set other images aside" in capsys.readouterr().err
+    assert "an older version, which set other images aside" in capsys.readouterr().err
 
 
 def test_a_run_of_an_older_version_on_the_same_images_goes_on(data, tmp_path):

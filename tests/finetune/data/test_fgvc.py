@@ -76,7 +76,8 @@ def test_without_val_part_of_train_is_set_aside_by_the_seed(root):
     assert {splits.train[i][1] for i in range(163)} == set(range(102))
 
     def aside(seed):
-        return [red(fgvc(root, seed=seed).val, i) for i in range(41)]
+        val = fgvc(root, seed=seed).val
+        return [red(val, i) for i in range(41)]
 
     assert sorted(red(splits.trainval, i) for i in range(204)) == list(range(204))
     assert aside(0) == aside(0) != aside(1)

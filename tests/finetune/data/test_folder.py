@@ -64,7 +64,7 @@ def test_the_usual_names_of_splits_are_known(tmp_path, val, test):
         write_classes(tmp_path / name, dict(zip("ab", counts, strict=True)))
     splits = load(data=str(tmp_path))
     assert [len(s) for s in (splits.train, splits.val, splits.test)] == [5, 2, 4]
-    assert [line for line in splits.notes if "set aside" in line] == []
+    assert splits.drawn_from == ""
 
 
 def test_two_names_of_one_split_are_refused(tmp_path):
@@ -123,6 +123,16 @@ def test_every_format_is_taken_and_what_is_none_is_said(tmp_path):
         "warning: 2 of 2 test images are the same as some",
         "warning: 2 of 2 test images are the same as some",
     ]
+
+
+def test_names_of_files_do_nothing_to_a_terminal(tmp_path):
+    for split in ("train", "val", "test"):
+        write_classes(tmp_path / split, {"\x1b[2J": 1})
+        (tmp_path / split / "\x1b[2J" / "\udcff.txt").touch()
+    lines = describe(load(data=str(tmp_path)))
+    assert r"1 class: \x1b[2J" in lines[1]
+    assert r"\udcff.txt" in lines[2]
+    assert "\n".join(lines).encode().isascii()
 
 
 def test_a_class_of_no_known_images_says_what_was_there(tmp_path):

@@ -70,7 +70,10 @@ def test_a_tiff_says_how_many_bits_and_what_is_white():
 
 def test_16_bit_colours_keep_their_high_byte():
     """Which is how Pillow reads them."""
-    chunk = lambda name, data: len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")  # noqa: E731
+
+    def chunk(name, data):
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
     row = b"\0" + np.array([0x1234, 0xFFFF, 0x0080], ">u2").tobytes()
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 16, 2, 0, 0, 0]))
     image = eight_bits(Image.open(io.BytesIO(png + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b""))))
