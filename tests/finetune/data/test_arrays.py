@@ -67,6 +67,9 @@ def test_fashion_mnist_reads_the_original_files(tmp_path):
     assert labels.dtype is torch.int64
     splits = load(data="fashion-mnist", data_root=tmp_path)
     assert [len(s) for s in (splits.train, splits.val, splits.test, splits.trainval)] == [40, 10, 50, 50]
+    labels = [[label for _, label in part] for part in (splits.trainval, splits.val)]
+    for label in range(10):
+        assert abs(labels[0].count(label) / 5 - labels[1].count(label)) < 1
     seen = sorted(np.asarray(splits.trainval.items[i][0]).tobytes() for i in range(50))
     assert seen == sorted(image.numpy().tobytes() for image in images)
 
