@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -16,12 +18,12 @@ from tqdm import tqdm
 
 from rlrr_kernels.adapt import count_parameters
 from rlrr_kernels.finetune import distributed
-from rlrr_kernels.finetune.data import Splits, load_splits, make_transform
+from rlrr_kernels.finetune.data import Splits, is_path, load_splits, make_transform
 from rlrr_kernels.finetune.distributed import choose_device
 from rlrr_kernels.finetune.models import build_model, check_statistics
 from rlrr_kernels.finetune.report import NotWritten, RunFolder, check_place
 from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.finetune.state import State, check_settings, read_state
+from rlrr_kernels.finetune.state import State, check_data, check_settings, read_state
 from rlrr_kernels.finetune.trainer import Trainer
 
 #: Protocol -> the split that is evaluated after each epoch and chooses the best; None: the last epoch counts.
@@ -52,6 +54,16 @@ def load_data(settings: Settings) -> Splits:
     return load_splits(settings, train, make_transform(*shape, resize=settings.resize, train=False))
 
 
+def located(settings: Settings) -> Settings:
+    """The same settings with absolute paths, so that a run can be continued and evaluated from any folder."""
+    paths: dict[str, Any] = {
+        name: path.absolute() for name in ("checkpoint", "data_root") if (path := getattr(settings, name)) is not None
+    }
+    if not settings.task and is_path(settings.data):
+        paths["data"] = os.path.abspath(settings.data)
+    return dataclasses.replace(settings, **paths)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A run whose inputs were found and checked: nothing is written yet.
@@ -76,6 +88,7 @@ def prepare(settings: Settings) -> Prepared:
             :func:`check_settings`.
         OSError: the run's folder cannot be written, or there is too little room, see :func:`check_place`.
     """
+    settings = located(settings)
     state = read_state(settings.resume) if settings.resume else None
     if state:
         check_settings(state, settings)
@@ -85,6 +98,7 @@ def prepare(settings: Settings) -> Prepared:
     splits = load_data(settings)
     if state:
         state.check("classes", splits.classes)
+        check_data(state.record, settings, splits)
     model = build_model(settings, splits.classes)
     check_statistics(model, settings)
     check_place(settings, sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
@@ -124,7 +138,7 @@ class Run:
             run.metrics.setdefault("resumed_after", []).append(trainer.epoch)
             # both may have been moved
             run.metrics["run"] = str(folder.path)
-            run.metrics["settings"]["data_root"] = settings.to_dict()["data_root"]
+            run.metrics["settings"] |= {name: settings.to_dict()[name] for name in ("data", "data_root")}
             folder.write_metrics(run.metrics)
             return run
         trainable, total = count_parameters(trainer.model)
@@ -137,6 +151,7 @@ class Run:
             "processes": trainer.world.size,
             "images": images,
             "classes": splits.classes,
+            "data_fingerprint": splits.fingerprint,
             "trainable_parameters": trainable,
             "parameters": total,
             "epochs": [],
@@ -150,7 +165,9 @@ class Run:
     def state(self) -> State:
         """What :func:`train` needs to go on from here. All processes must call it."""
         best = self.best if CHOOSES[self.metrics["protocol"]] and self.metrics["epochs"] else None
-        agreed = {name: self.metrics[name] for name in ("settings", "processes", "images", "classes")}
+        names = ("settings", "processes", "images", "classes", "data_fingerprint")
+        # a run that an older version began has none of the last
+        agreed = {name: self.metrics[name] for name in names if name in self.metrics}
         return self.trainer.state(best, {**agreed, "metrics": self.metrics})
 
     def describe(self) -> dict[str, str]:

@@ -147,8 +147,8 @@ class Settings:
 
     @property
     def dataset(self) -> str:
-        """What the images are called in titles and folder names."""
-        return self.task or self.data
+        """What the images are called in titles and folder names: of a path that is absolute its last part."""
+        return self.task or (os.path.basename(os.path.normpath(self.data)) if os.path.isabs(self.data) else self.data)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, ready for JSON: paths as strings."""

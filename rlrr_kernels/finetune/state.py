@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from rlrr_kernels.checkpoint import write_atomically
 from rlrr_kernels.checkpoint.reading import expect, parse_json, read_json, read_safetensors
-from rlrr_kernels.finetune.settings import PROTOCOLS, Settings
+from rlrr_kernels.finetune.data import Splits, is_path
+from rlrr_kernels.finetune.settings import PROTOCOLS, Settings, check_types
 
 FORMAT = "rlrr_kernels.state/1"
 
@@ -21,8 +23,8 @@ FORMAT = "rlrr_kernels.state/1"
 FILE = Path("state") / "last.safetensors"
 
 #: Settings in which a run and its continuation may differ: they say where and how, and nothing of what is computed.
-#: Under another ``data_root`` there must be as many images of as many classes.
-MAY_DIFFER = frozenset({"device", "workers", "out", "resume", "tensorboard", "data_root"})
+#: Under another ``data`` or ``data_root`` must lie the same images, see :func:`check_data`.
+MAY_DIFFER = frozenset({"device", "workers", "out", "resume", "tensorboard", "data", "data_root"})
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class State:
     """A run after a whole number of epochs.
 
     Attributes:
-        record: JSON values. ``settings``, ``processes``, ``images``, ``classes``: what a continuation must
-            agree with; ``epoch``: epochs done; ``metrics``: of those; ``scaler``: of the gradients.
+        record: JSON values. ``settings``, ``processes``, ``images``, ``classes``, and in all but older ones
+            ``data_fingerprint``: what a continuation must agree with; ``epoch``: epochs done; ``metrics``: of those;
+            ``scaler``: of the gradients.
         tensors: whole tensors on the CPU. ``trained/<name>``, ``optimizer/<name>/<key>``, and where there is
             such a thing ``best/<name>`` and ``average/<name>``.
     """
@@ -106,12 +109,14 @@ def _check_record(record: Mapping[str, Any]) -> None:
     expect(record, "classes", int, least=1)
     for name in ("settings", "images", "scaler"):
         expect(record, name, dict)
+    check_types(record["settings"])
     metrics = expect(record, "metrics", dict)
     epochs = expect(metrics, "epochs", list)
-    for name in ("settings", "processes", "images", "classes"):
-        if metrics.get(name) != record[name]:
+    expect({"data_fingerprint": None, **record}, "data_fingerprint", str, type(None))
+    for name in ("settings", "processes", "images", "classes", "data_fingerprint"):
+        if metrics.get(name) != record.get(name):
             raise ValueError(
-                f"metrics: {name}: expected {record[name]!r:.80}, as in the record, got {metrics.get(name)!r:.80}"
+                f"metrics: {name}: expected {record.get(name)!r:.80}, as in the record, got {metrics.get(name)!r:.80}"
             )
     expect(metrics, "train_seconds", float, least=0)
     expect({"resumed_after": [], **metrics}, "resumed_after", list)
@@ -146,13 +151,46 @@ def resumed(folder: Path, given: Mapping[str, Any]) -> Settings:
 
 
 def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a run wrote them, and the defaults of those that came later: it has had those."""
-    return {**Settings().to_dict(), **values}
+    """Settings as a run wrote them, and the defaults of those that came later: it has had those.
+
+    Older runs kept paths as they were given, of the folder that the command ran in: taken to be this one.
+
+    Raises:
+        ValueError: one of another type than it has.
+    """
+    check_types(values)
+    known = {**Settings().to_dict(), **values}
+    paths = [name for name in ("checkpoint", "data_root") if known[name] is not None]
+    paths += ["data"] if is_path(known["data"]) else []
+    return known | {name: os.path.abspath(known[name]) for name in paths}
+
+
+def check_data(known: Mapping[str, Any], settings: Settings, splits: Splits) -> None:
+    """``ValueError`` if the images found are not those that a run was trained on, wherever they lie.
+
+    Args:
+        known: a state's record, or a run's metrics.
+        settings: by which the images were found.
+    """
+    own, where = known.get("data_fingerprint"), settings.task or settings.data
+    # versions that kept no fingerprint drew from these by class already
+    by_class = settings.task or settings.data.endswith(".npz")
+    if own is None and splits.drawn_from and not by_class:
+        raise ValueError(
+            f"data: the run on {where} is of an older version, which set other images aside to validate on: "
+            "which it was trained on is not known"
+        )
+    if own is not None and own != splits.fingerprint:
+        raise ValueError(
+            f"data: expected the images of the run, got others in {where}: other names, classes, order or number"
+        )
 
 
 def check_settings(state: State, settings: Settings) -> None:
     """``ValueError`` naming the first field in which ``settings`` differ from the run's and may not."""
     own, given = recorded(state.record["settings"]), settings.to_dict()
+    # of a task, data is unused
+    may_differ = MAY_DIFFER - {"data"} if settings.task else MAY_DIFFER
     for name, value in given.items():
-        if name not in MAY_DIFFER and own.get(name) != value:
+        if name not in may_differ and own.get(name) != value:
             raise ValueError(f"{name}: expected {own.get(name)!r}, as in the run to resume, got {value!r}")

@@ -16,10 +16,11 @@ from rlrr_kernels.finetune.commands.common import Command, checking_input, conso
 from rlrr_kernels.finetune.commands.grid import Grid
 from rlrr_kernels.finetune.commands.options import add_settings, given
 from rlrr_kernels.finetune.commands.runs import Run, add_run_argument, open_run
-from rlrr_kernels.finetune.data import ImageSet
+from rlrr_kernels.finetune.data import ImageSet, Splits
 from rlrr_kernels.finetune.distributed import choose_device
 from rlrr_kernels.finetune.loop import load_data
 from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.finetune.state import check_data
 from rlrr_kernels.finetune.trainer import AUTOCAST
 
 SPLITS = ("test", "val", "train")
@@ -70,7 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
         if not opened.metrics and "data" not in options and "task" not in options:
             raise ValueError(f"data: expected --data or --task, as {arguments.run} is an adapter without a run")
         device = choose_device(settings.device)
-        images = split_of(settings, arguments.split)
+        splits = load_data(settings)
+        if opened.metrics and arguments.split != "test" and not {"data", "task"} & options.keys():
+            # what validated a run must not have been trained on
+            check_data(opened.metrics, settings, splits)
+        images = split_of(splits, arguments.split)
         if images.classes != opened.classes:
             raise ValueError(f"data: {settings.dataset} has {images.classes} classes, the head {opened.classes}")
         model = opened.model()
@@ -94,13 +99,8 @@ def _as_one(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**({"task": ""} if "data" in options and "task" not in options else {}), **options}
 
 
-def split_of(settings: Settings, split: str) -> ImageSet:
-    """A split of the settings' data, seen through the test transform.
-
-    Raises:
-        ValueError, OSError: as :func:`~rlrr_kernels.finetune.loop.load_data`.
-    """
-    splits = load_data(settings)
+def split_of(splits: Splits, split: str) -> ImageSet:
+    """One of them, seen through the test transform."""
     return ImageSet(getattr(splits, split).items, splits.test.transform, splits.classes)
 
 

@@ -109,6 +109,7 @@ class Means:
 _READ: Mapping[str, tuple[type, ...]] = {
     "test_accuracy": (float,),
     "classes": (int,),
+    "data_fingerprint": (str,),
     "protocol": (str,),
     "task": (str, type(None)),
     "protocol_note": (str,),

@@ -13,10 +13,11 @@ from typing import Any
 from rlrr_kernels.finetune.commands.common import INTERRUPTED, Command, CommandError, checking_input, console, say
 from rlrr_kernels.finetune.commands.options import add_settings, describe_recipe, given, settings_from
 from rlrr_kernels.finetune.commands.record import Plan, Record, left_behind, published_grid
-from rlrr_kernels.finetune.data import ImageSet
+from rlrr_kernels.finetune.data import ImageSet, describe
 from rlrr_kernels.finetune.distributed import World, choose_device, launched, on_main, start
-from rlrr_kernels.finetune.loop import prepare, train
+from rlrr_kernels.finetune.loop import load_data, located, prepare, train
 from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.finetune.state import check_data, recorded
 
 #: Options that the sweep sets itself.
 OWN = ("lr", "weight_decay", "drop_path", "seed", "protocol", "resume", "out")
@@ -56,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     options = {name: value for name, value in given(arguments).items() if name not in OWN}
     with checking_input():
-        base = settings_from({**options, "protocol": "choose-epoch"})
+        told = settings_from({**options, "protocol": "choose-epoch"})
+        base = located(told)
         lrs, decays = published_grid(base.task)
         plan = Plan.of(
             base,
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.seeds,
         )
         world = start(choose_device(base.device))
-        folder = arguments.out or default_folder(base)
+        folder = arguments.out or default_folder(told)
         record = on_main(world, lambda: Record.open(folder, plan))
     say(*describe_recipe(options, skip=OWN), f"sweep in {folder}: {plan}")
     try:
@@ -86,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def default_folder(settings: Settings) -> Path:
     """Always the same for the same data, model and method: that is how a sweep is found again."""
-    dataset = settings.dataset.strip("/.").replace("/", "-")
+    dataset = (settings.task or settings.data).strip("/.").replace("/", "-")
     return Path("runs") / f"sweep-{dataset}-{settings.model}-{settings.method}"
 
 
@@ -97,7 +99,9 @@ def search(record: Record, world: World) -> bool:
     for number, (point, seed) in enumerate(jobs, 1):
         say(f"run {number} of {len(jobs)}: {point}, seed {seed}")
         settings = dataclasses.replace(plan.base, **vars(point), seed=seed)
-        metrics = one_run(record.folder / record.search_folder(point, seed), settings, world, test=False)
+        metrics = one_run(
+            record.folder / record.search_folder(point, seed), settings, world, test=False, tell=number == 1
+        )
         if metrics["interrupted"]:
             return False
         entry = on_main(world, partial(record.searched, point, seed, metrics))
@@ -140,13 +144,14 @@ class Sealed(ImageSet):
         raise RuntimeError("a sweep's runs do not see test images")
 
 
-def one_run(folder: Path, settings: Settings, world: World, *, test: bool) -> Mapping[str, Any]:
+def one_run(folder: Path, settings: Settings, world: World, *, test: bool, tell: bool = False) -> Mapping[str, Any]:
     """The metrics of a run: read if it is finished, resumed if it was interrupted, trained otherwise.
 
     Args:
         folder: of the run.
         settings: without ``out`` and ``resume``.
         test: whether it may see the test images.
+        tell: say what images there are.
 
     Returns:
         ``metrics.json``. With ``error`` and no ``best_epoch`` the loss was not finite.
@@ -157,12 +162,16 @@ def one_run(folder: Path, settings: Settings, world: World, *, test: bool) -> Ma
     """
     with checking_input():
         metrics = on_main(world, lambda: left_behind(folder, settings))
+        if metrics is not None and metrics["finished"]:
+            _check_moved(metrics, settings)
     if metrics is not None and metrics["finished"]:
         say(f"already done, in {folder}")
         return metrics
     place: dict[str, Any] = {"out": folder} if metrics is None else {"resume": folder}
     with checking_input():
         prepared = prepare(dataclasses.replace(settings, **place))
+    if tell:
+        say(*describe(prepared.splits))
     if not test:
         splits = dataclasses.replace(prepared.splits, test=Sealed(prepared.splits.test))
         prepared = dataclasses.replace(prepared, splits=splits)
@@ -171,6 +180,14 @@ def one_run(folder: Path, settings: Settings, world: World, *, test: bool) -> Ma
     except FloatingPointError as error:
         say(f"diverged: {error}")
         return {"interrupted": False, "error": f"{type(error).__name__}: {error}", "finished": True}
+
+
+def _check_moved(metrics: Mapping[str, Any], settings: Settings) -> None:
+    """``ValueError`` unless a finished run was trained on the images of the settings, which may lie elsewhere now."""
+    own, given = recorded(metrics["settings"]), settings.to_dict()
+    moved = any(own[name] != given[name] for name in ("data", "data_root"))
+    if moved or "data_fingerprint" not in metrics:
+        check_data(metrics, settings, load_data(settings))
 
 
 COMMAND = Command("grid search over lr and weight decay, then one test", DESCRIPTION, add_arguments, run, several=True)

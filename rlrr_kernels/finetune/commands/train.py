@@ -11,6 +11,7 @@ from typing import Any
 
 from rlrr_kernels.finetune.commands.common import INTERRUPTED, Command, CommandError, checking_input, say
 from rlrr_kernels.finetune.commands.options import add_settings, describe_recipe, given, settings_from
+from rlrr_kernels.finetune.data import describe
 from rlrr_kernels.finetune.distributed import launched
 from rlrr_kernels.finetune.loop import prepare, train
 from rlrr_kernels.finetune.state import MAY_DIFFER, read_state, resumed
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             for line in describe_recipe(options):
                 say(line)
         prepared = prepare(settings)
+        say(*describe(prepared.splits))
     try:
         metrics = train(prepared)
     except FileExistsError as error:
@@ -59,7 +61,7 @@ def _continues(options: Mapping[str, Any]) -> bool:
         return False
     if read_state(options["resume"]) is not None:
         return True
-    if options.keys() <= MAY_DIFFER:
+    if options.keys() <= MAY_DIFFER - {"data"}:
         raise ValueError(
             f"resume: expected the folder of an unfinished run, got {options['resume']}, which is empty; "
             "to begin a run there, give its options too (--task or --data, ...)"

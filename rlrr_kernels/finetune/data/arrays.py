@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,31 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlrr_kernels.checkpoint.reading import npz_arrays, npz_headers
-from rlrr_kernels.finetune.data.images import Parts
-from rlrr_kernels.finetune.data.listed import set_aside, set_aside_stratified
+from rlrr_kernels.finetune.data.aside import set_aside
+from rlrr_kernels.finetune.data.duplicates import equal_arrays
+from rlrr_kernels.finetune.data.folder import SPLITS, split_of
+from rlrr_kernels.finetune.data.images import Parts, numbered
+from rlrr_kernels.finetune.data.pixels import scaled
 
 #: The most images in one of Fashion-MNIST's files.
 IDX_IMAGES = 60_000
+
+#: The most classes of an ``.npz`` file, which has a label for each image and no list of classes.
+NPZ_CLASSES = 2**20
+
+#: As Fashion-MNIST's authors name its labels.
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Arrays(Dataset[tuple[Image.Image, int]]):
-    """Images held in memory: uint8 ``[count, H, W]`` or ``[count, H, W, 3]``, and labels ``[count]``."""
+    """Images held in memory: uint8 or uint16 ``[count, H, W]`` or ``[count, H, W, 3]``, and labels ``[count]``.
+
+    uint16 is scaled from its full range as an image is asked for.
+    """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
         self.images, self.labels = images, labels
@@ -33,7 +48,8 @@ class Arrays(Dataset[tuple[Image.Image, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
+        pixels = self.images[index]
+        return Image.fromarray(pixels if pixels.dtype == np.uint8 else scaled(pixels)), int(self.labels[index])
 
     def part(self, indices: list[int]) -> Arrays:
         """These images, in this order."""
@@ -54,7 +70,7 @@ def read_digits(seed: int) -> Parts:
     index = np.arange(len(labels))
     seen, test = train_test_split(index, train_size=1000, stratify=labels, random_state=0)
     train, val = train_test_split(seen, train_size=800, stratify=labels[seen], random_state=seed)
-    return Parts(digits.part(train), digits.part(val), digits.part(test), 10)
+    return Parts(digits.part(train), digits.part(val), digits.part(test), numbered(10))
 
 
 def read_fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -94,59 +110,95 @@ def read_fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def read_fashion_mnist_parts(folder: Path, seed: int) -> Parts:
-    """The 60,000 training images, a fifth of them set aside by the seed, and the 10,000 test images."""
+    """The 60,000 training images, a fifth of each class set aside by the seed, and the 10,000 test images."""
     seen, test = (
         Arrays(images[:, 0].numpy(), labels.numpy())
         for images, labels in (read_fashion_mnist(folder, split) for split in ("train", "t10k"))
     )
-    kept, aside = set_aside(len(seen), seed)
-    return Parts(seen.part(kept), seen.part(aside), test, 10)
+    kept, aside = set_aside(seen.labels.tolist(), seed)
+    return Parts(seen.part(kept), seen.part(aside), test, FASHION_MNIST_CLASSES, drawn_from="its training images")
 
 
 def read_npz(file: Path, seed: int) -> Parts:
-    """``train_images``, ``train_labels``, ``test_images`` and ``test_labels`` of one file.
+    """``train_images``, ``train_labels``, ``test_images`` and ``test_labels`` of one file, and where it has them
+    ``val_images`` and ``val_labels``; the names of a split may be any in :data:`~.folder.SPLITS`.
 
-    Images are uint8 ``[count, H, W]`` or ``[count, H, W, C]`` with C 1 or 3; labels are whole numbers from 0,
-    and there are as many classes as the largest says. A fifth of each class is set aside by the seed to validate.
+    Images are uint8 or uint16 ``[count, H, W]`` or ``[count, H, W, C]`` with C 1 or 3; labels are whole numbers from
+    0, ``[count]`` or ``[count, 1]``, and there are as many classes as the largest says. Without validation images
+    a fifth of each class is set aside by the seed.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: no such file, an array that is missing or of another shape or dtype.
+        ValueError: no such file, an array that is missing, twice there, or of another shape or dtype.
     """
     if not file.is_file():
         raise FileNotFoundError(f"data: {file} does not exist")
-    names = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
     try:
-        found = npz_headers(file)
-        missing = [name for name in names if name not in found]
-        if missing:
-            raise ValueError(f"{file}: expected arrays {', '.join(names)}, {', '.join(missing)} missing")
-        loaded = npz_arrays(file, names)
+        headers = npz_headers(file)
+        names = _named(headers, file)
+        loaded = npz_arrays(file, [name for pair in names.values() for name in pair])
     except ValueError as error:
         raise ValueError(f"data: {error}") from error
     try:
-        seen, test = (_checked(loaded, split) for split in ("train", "test"))
+        found = {split: _checked(loaded, *pair) for split, pair in names.items()}
     except ValueError as error:
         raise ValueError(f"data: {file}: {error}") from error
-    kept, aside = set_aside_stratified(seen.labels.tolist(), seed)
-    classes = 1 + int(max(seen.labels.max(), test.labels.max()))
-    return Parts(seen.part(kept), seen.part(aside), test, classes)
+    unread = sorted(headers.keys() - loaded.keys())
+    notes = [f"skipped, none of a split's arrays: {', '.join(map(repr, unread[:8]))}"] if unread else []
+    ordered = [split for split in SPLITS if split in found]
+    for i, split in enumerate(ordered):
+        for earlier in ordered[:i]:
+            notes += equal_arrays(found[earlier].images, found[split].images, (earlier, split))
+    classes = numbered(1 + int(max(part.labels.max() for part in found.values())))
+    train, test = found["train"], found["test"]
+    if "val" in found:
+        return Parts(train, found["val"], test, classes, notes=tuple(notes), drawn_from=names["train"][0])
+    kept, aside = set_aside(train.labels.tolist(), seed)
+    return Parts(train.part(kept), train.part(aside), test, classes, notes=tuple(notes), drawn_from=names["train"][0])
 
 
-def _checked(arrays: dict[str, np.ndarray], split: str) -> Arrays:
-    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+def _named(names: Iterable[str], file: Path) -> dict[str, tuple[str, str]]:
+    """Split -> the names of its images and labels.
+
+    Raises:
+        ValueError: one is missing, or two are the same split's.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for name in names:
+        split, _, what = name.rpartition("_")
+        key = split_of(split) or "", what
+        if key[0] and what in ("images", "labels") and found.setdefault(key, name) != name:
+            raise ValueError(f"{file}: {found[key]} and {name} are both the {key[0]} split's, expected one of them")
+    splits = [split for split in SPLITS if split != "val" or (split, "images") in found or (split, "labels") in found]
+    wanted = {split: (f"{split}_images", f"{split}_labels") for split in splits}
+    missing = [name for split in splits for name in wanted[split] if (split, name.rpartition("_")[2]) not in found]
+    if missing:
+        expected = ", ".join(name for pair in wanted.values() for name in pair)
+        raise ValueError(f"{file}: expected arrays {expected}, {', '.join(missing)} missing")
+    return {split: (found[split, "images"], found[split, "labels"]) for split in splits}
+
+
+def _checked(arrays: dict[str, np.ndarray], images_name: str, labels_name: str) -> Arrays:
+    images, labels = arrays[images_name], arrays[labels_name]
     if images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
-    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)):
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    whole = images.dtype.kind == "u" and images.dtype.itemsize <= 2
+    if not whole or not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)):
         raise ValueError(
-            f"{split}_images: expected uint8 [count, H, W], [count, H, W, 1] or [count, H, W, 3], "
+            f"{images_name}: expected uint8 or uint16 [count, H, W], [count, H, W, 1] or [count, H, W, 3], "
             f"got {images.dtype} {list(images.shape)}"
         )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or len(labels) == 0:
         raise ValueError(
-            f"{split}_labels: expected one whole number for each of {len(images)} images, at least one, "
+            f"{labels_name}: expected one whole number for each of {len(images)} images, at least one, "
             f"got {labels.dtype} {list(labels.shape)}"
         )
     if labels.min() < 0:
-        raise ValueError(f"{split}_labels: expected 0 or more, got {labels.min()} at index {labels.argmin()}")
+        raise ValueError(f"{labels_name}: expected 0 or more, got {labels.min()} at index {labels.argmin()}")
+    if labels.max() >= NPZ_CLASSES:
+        raise ValueError(
+            f"{labels_name}: expected less than {NPZ_CLASSES:,}, got {labels.max()} at index {labels.argmax()}"
+        )
     return Arrays(images, labels)

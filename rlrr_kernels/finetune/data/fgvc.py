@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rlrr_kernels.checkpoint.reading import LARGEST_LIST, inside, read_bytes
+from rlrr_kernels.finetune.data.aside import set_aside
+from rlrr_kernels.finetune.data.duplicates import check_distinct, equal_files
 from rlrr_kernels.finetune.data.images import Parts
-from rlrr_kernels.finetune.data.listed import (
-    Entry,
-    Listed,
-    check_distinct,
-    check_images,
-    check_together,
-    need_file,
-    set_aside_stratified,
-)
+from rlrr_kernels.finetune.data.listed import Entry, Listed, check_images, check_together, need_file
 from rlrr_kernels.finetune.recipes import FGVC
 
 #: Folder of a task under the root, and of its images in there.
@@ -63,10 +57,14 @@ def read_fgvc(root: Path, task: str, seed: int) -> Parts:
         check_together(files["trainval"], lists["trainval"], train, val)
     for entries in (train, val, test):
         check_images(entries)
-    if not val:
-        kept, aside = set_aside_stratified([entry.label for entry in train], seed)
+    notes = [*equal_files(train, val, ("train", "val")), *equal_files([*train, *val], test, ("train and val", "test"))]
+    drawn_from = "" if val else "train.json"
+    if drawn_from:
+        kept, aside = set_aside([entry.label for entry in train], seed)
         train, val = [train[i] for i in kept], [train[i] for i in aside]
-    return Parts(Listed(train), Listed(val), Listed(test), FGVC[task].classes)
+    return Parts(
+        Listed(train), Listed(val), Listed(test), tuple(map(str, label)), notes=tuple(notes), drawn_from=drawn_from
+    )
 
 
 def read_json(file: Path) -> dict[str, int | str]:

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from rlrr_kernels.finetune.data.pixels import eight_bits
+
 Transform = Callable[[Image.Image], Tensor]
 
 #: What Pillow raises, depending on the format, for a file that is no image or is damaged.
@@ -28,22 +30,48 @@ UNREADABLE = (
 )
 
 
+def read_image(file: Any) -> Image.Image:
+    """The image in a file, by path or open, decoded here, where a truncated one can still be told by its path.
+
+    Raises:
+        Any of :data:`UNREADABLE`.
+    """
+    with Image.open(file) as image:
+        image.load()
+        return image
+
+
 class Parts(NamedTuple):
     """What a reader of one kind of dataset returns: indexed datasets of (PIL image, label).
 
     Attributes:
+        class_names: of each label in order; the labels themselves where a source has no names.
         trainval: train and val together, where the dataset has a list of its own for them; None: the two joined.
+        notes: what a user should know of what was found, a line each.
+        drawn_from: of which images the seed drew those of val; empty where the dataset brings some.
     """
 
     train: Any
     val: Any
     test: Any
-    classes: int
+    class_names: tuple[str, ...]
     trainval: Any = None
+    notes: tuple[str, ...] = ()
+    drawn_from: str = ""
+
+    @property
+    def classes(self) -> int:
+        """How many there are: labels are 0 to ``classes - 1``."""
+        return len(self.class_names)
+
+
+def numbered(classes: int) -> tuple[str, ...]:
+    """Names of classes that have none: their labels."""
+    return tuple(map(str, range(classes)))
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
-    """A dataset of (PIL image, label) seen through a transform, labels checked.
+    """A dataset of (PIL image, label) seen through a transform, in 8 bits and RGB or grey, labels checked.
 
     ``images[index]`` and ``images[epoch, index]`` give a tensor and a label; a plain index is epoch 0.
     What the transform draws from torch's generator depends on (seed, epoch, index) alone: not on worker
@@ -51,7 +79,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     Args:
         items: indexed dataset of (PIL image, label).
-        transform: PIL image -> tensor; its random draws must come from torch.
+        transform: PIL image of mode L or RGB -> tensor; its random draws must come from torch.
         classes: labels are 0 to ``classes - 1``.
         seed: of the transform's draws.
     """
@@ -71,6 +99,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         epoch, index = index if isinstance(index, tuple) else (0, index)
         try:
             image, label = self.items[index]
+            image = eight_bits(image)
         except UNREADABLE as error:
             raise OSError(f"{self.name(index)} cannot be read: {error}") from error
         if not 0 <= int(label) < self.classes:

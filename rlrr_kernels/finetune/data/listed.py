@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from rlrr_kernels.finetune.data.images import UNREADABLE
+from rlrr_kernels.finetune.data.images import UNREADABLE, read_image
+from rlrr_kernels.finetune.data.pixels import check_range
 
 #: Lists of up to so many images have each image decoded beforehand (a JPEG of 224 pixels: 0.3 ms; of 500: 0.9 ms;
 #: a PNG of 224: 1.4 ms). Of longer ones, such as the 73,728 test images of a VTAB-1k task, header and end are
@@ -28,9 +28,6 @@ THREADS = 8
 
 #: What is wrong with a file that is not there.
 MISSING = "does not exist"
-
-#: Share of the training images set aside where a dataset brings no validation split.
-VALIDATION_SHARE = 0.2
 
 
 class Entry(NamedTuple):
@@ -52,10 +49,7 @@ class Listed(Dataset[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        with Image.open(path) as image:
-            # decode here, where a truncated file can still be told by its path
-            image.load()
-            return image, label
+        return read_image(path), label
 
 
 def need_file(path: Path, what: str) -> None:
@@ -67,7 +61,7 @@ def need_file(path: Path, what: str) -> None:
 
 
 def check_images(entries: Sequence[Entry]) -> None:
-    """Every image of the list can be read.
+    """Every image of the list can be read, and has values of a defined range.
 
     Up to :data:`DECODED_UP_TO` images are decoded in full, JPEGs at an eighth of their size, which finds the same
     faults. Of a longer list each file's header and end are looked at, and what does not end as its format does
@@ -102,6 +96,7 @@ def _fault(path: str, decode: bool) -> str:
                 return "cannot be read: the file is empty"
             if not decode:
                 with Image.open(file) as image:
+                    check_range(image)
                     end = ENDS.get(image.format or "")
                 if end:
                     file.seek(-len(end), os.SEEK_END)
@@ -109,6 +104,7 @@ def _fault(path: str, decode: bool) -> str:
                         return ""
                 file.seek(0)
             with Image.open(file) as image:
+                check_range(image)
                 image.draft("L", (1, 1))
                 image.load()
     except FileNotFoundError:
@@ -116,23 +112,6 @@ def _fault(path: str, decode: bool) -> str:
     except UNREADABLE as error:
         return f"cannot be read: {error}"
     return ""
-
-
-def check_distinct(*lists: Sequence[Entry]) -> None:
-    """No file is listed twice, be it in one list or in two.
-
-    An image of the test list that is trained on makes the test figure worthless, and one that counts
-    twice makes it another figure: both mean that a list is damaged.
-
-    Raises:
-        ValueError: the file, and the two places.
-    """
-    seen: dict[str, Entry] = {}
-    for entries in lists:
-        for entry in entries:
-            other = seen.setdefault(os.path.normpath(entry.path), entry)
-            if other is not entry:
-                raise ValueError(f"{entry.where}: image {entry.path} is listed already, at {other.where}")
 
 
 def check_together(source: Path, whole: Sequence[Entry], *parts: Sequence[Entry]) -> None:
@@ -180,34 +159,3 @@ def check_labels_together(source: Path, whole: Sequence[Entry], *parts: Sequence
                 f"{source}: expected {expected[label]} images of label {label}, as the training and validation lists "
                 f"have together, got {got[label]}"
             )
-
-
-def set_aside(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of ``count`` images to train on and to validate on, drawn by the seed.
-
-    Raises:
-        ValueError: fewer than two images.
-    """
-    order = _shuffled(count, seed)
-    aside = max(1, round(count * VALIDATION_SHARE))
-    return order[aside:], order[:aside]
-
-
-def set_aside_stratified(labels: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
-    """As :func:`set_aside`, with each class in both parts as nearly in proportion as whole images allow."""
-    order = _shuffled(len(labels), seed)
-    # classes in an order that the seed decides too: of classes with one image each, it then chooses which lose it
-    rank: dict[int, int] = {}
-    for index in order:
-        rank.setdefault(labels[index], len(rank))
-    order.sort(key=lambda index: rank[labels[index]])
-    # equal steps through the classes: what each of them gives differs from its share by less than one image
-    aside = max(1, round(len(labels) * VALIDATION_SHARE))
-    chosen = {order[(2 * i + 1) * len(labels) // (2 * aside)] for i in range(aside)}
-    return [i for i in order if i not in chosen], sorted(chosen)
-
-
-def _shuffled(count: int, seed: int) -> list[int]:
-    if count < 2:
-        raise ValueError(f"data: expected at least 2 training images, to train on and to validate on, got {count}")
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, Subset
+from torchvision.datasets import DatasetFolder
 
-from rlrr_kernels.finetune.data.images import Parts
-from rlrr_kernels.finetune.data.listed import set_aside
+from rlrr_kernels.finetune.data.aside import set_aside
+from rlrr_kernels.finetune.data.images import ImageSet, Parts, read_image
 
 #: Prefixes of timm's dataset factory that can be indexed.
 TIMM_PREFIXES = ("torch/", "hfds/")
@@ -31,9 +33,8 @@ class Strict(Dataset[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, label, *_ = self.reader[index]
-        with file, Image.open(file) as image:
-            image.load()
-        return image, -1 if label is None else label
+        with file:
+            return read_image(file), -1 if label is None else label
 
     def filename(self, index: int, absolute: bool = False) -> Any:
         """Path of an image, as timm's datasets say it."""
@@ -41,9 +42,10 @@ class Strict(Dataset[tuple[Image.Image, int]]):
 
 
 def read_named(name: str, root: Path | None, seed: int) -> Parts:
-    """Splits ``train`` and ``test``; a fifth of the former is set aside by the seed.
+    """Splits ``train`` and ``test``; a fifth of each class in the former is set aside by the seed.
 
-    Labels that the dataset has at hand, without its images, are checked here; the others as they are read.
+    Labels that the dataset has at hand, without its images, are checked here; the others as they are read. Those of
+    the training images are needed here, and read with them if they must.
 
     Args:
         name: ``torch/cifar100``, ``hfds/<owner>/<name>``, ...
@@ -60,13 +62,31 @@ def read_named(name: str, root: Path | None, seed: int) -> Parts:
     with _alone(root) if root and options["download"] else nullcontext():
         seen, test = (create_dataset(name, split=split, **options) for split in ("train", "test"))
     names = getattr(seen, "classes", None) or getattr(getattr(seen, "reader", None), "class_to_idx", None)
+    if isinstance(names, Mapping):
+        names = sorted(names, key=names.__getitem__)
     if not names:
         raise ValueError(f"data: {name!r} does not say how many classes it has")
-    for split, images in (("train", seen), ("test", test)):
+    labels, _ = (
         _check_labels(images, len(names), f"data: {name!r}, split {split}")
+        for split, images in (("train", seen), ("test", test))
+    )
+    for images in (seen, test):
+        if isinstance(images, DatasetFolder):
+            # torchvision's own would cut 16 bits off at 255
+            images.loader = read_image
     seen, test = (Strict(images) if hasattr(images, "reader") else images for images in (seen, test))
-    kept, aside = set_aside(len(seen), seed)
-    return Parts(Subset(seen, kept), Subset(seen, aside), test, len(names))
+    if not labels:
+        read = ImageSet(seen, lambda image: torch.empty(0), len(names))
+        labels = [read[i][1] for i in range(len(read))]
+    kept, aside = set_aside(labels, seed)
+    return Parts(
+        Subset(seen, kept), Subset(seen, aside), test, tuple(map(_class_name, names)), drawn_from="its split train"
+    )
+
+
+def _class_name(name: Any) -> str:
+    """ImageNet's classes have several names each."""
+    return ", ".join(name) if isinstance(name, tuple) else str(name)
 
 
 @contextmanager
@@ -86,8 +106,8 @@ def _alone(root: Path) -> Iterator[None]:
         yield
 
 
-def _check_labels(images: Any, classes: int, what: str) -> None:
-    """Every label that can be had without reading images is 0 to ``classes - 1``.
+def _check_labels(images: Any, classes: int, what: str) -> list[int]:
+    """The labels that can be had without reading images, or none; each is 0 to ``classes - 1``.
 
     Those are a column of a Hugging Face dataset, and ``targets`` of most of torchvision's.
 
@@ -107,3 +127,4 @@ def _check_labels(images: Any, classes: int, what: str) -> None:
     if wrong:
         more = f" (and {len(wrong) - 1:,} more of {len(labels):,} labels are not)" if len(wrong) > 1 else ""
         raise ValueError(f"{what}: image {wrong[0]} has label {labels[wrong[0]]}, expected 0 to {classes - 1}{more}")
+    return labels

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlrr_kernels.checkpoint.reading import LARGEST_LIST, inside, read_bytes
-from rlrr_kernels.finetune.data.images import Parts
+from rlrr_kernels.finetune.data.duplicates import check_distinct, equal_files
+from rlrr_kernels.finetune.data.images import Parts, numbered
 from rlrr_kernels.finetune.data.listed import (
     Entry,
     Listed,
-    check_distinct,
     check_images,
     check_labels_together,
     check_together,
@@ -49,7 +49,9 @@ def read_vtab(root: Path, task: str) -> Parts:
     check_distinct(both, test)
     for entries in (train, val, *([] if shared else [both]), test):
         check_images(entries)
-    return Parts(Listed(train), Listed(val), Listed(test), classes, Listed(both))
+    notes = equal_files(train, val, ("train800", "val200"))
+    notes += equal_files([*train, *val, *both], test, ("train800val200", "test"))
+    return Parts(Listed(train), Listed(val), Listed(test), numbered(classes), Listed(both), tuple(notes))
 
 
 def read_list(file: Path, folder: Path, classes: int) -> list[Entry]:

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,6 +153,23 @@ def test_what_does_not_fit_is_refused_by_name(data, tmp_path, capsys, words, mes
     Record.open(tmp_path / "s", Plan.of(base, [1e-3], [5e-5], [0.0], [0]))
     assert start(data, tmp_path / "s", *words) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_sweep_goes_on_from_another_folder_and_with_images_that_were_moved(data, tmp_path, capsys, monkeypatch):
+    """Not with other images in their place."""
+    few = ["--lrs", "1e-2", "--no-final"]
+    monkeypatch.chdir(data.parent)
+    assert start(data.name, tmp_path / "s", *few) == 0
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    for place in (data, shutil.copy(data, tmp_path / "copy.npz")):
+        assert start(place, tmp_path / "s", *few) == 0
+        assert "already done" in capsys.readouterr().out
+    arrays = dict(np.load(data))
+    arrays["train_images"][3] += 1
+    np.savez("copy.npz", **arrays)
+    assert start("copy.npz", tmp_path / "s", *few) == 2
+    assert f"data: expected the images of the run, got others in {tmp_path}/copy.npz" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_sweep_is_not_touched(data, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """One run from the command line: recipes, what replaces them, and resuming."""
 
+import shutil
 from unittest import mock
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from rlrr_kernels.finetune.commands import options
 from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.finetune.state import State, read_state
 from tests.finetune.commands.conftest import QUICK, metrics_of, status
+from tests.finetune.data.folders import write_classes
 
 
 def test_a_recipe_fills_what_was_not_given(tmp_path):
@@ -87,3 +90,78 @@ def test_a_resumed_run_refuses_another_learning_rate(data, tmp_path, capsys):
         status("--data", data, "--out", tmp_path / "run", *QUICK)
     assert status("--resume", tmp_path / "run", "--lr", "0.5") == 2
     assert "lr: expected 0.01, as in the run to resume, got 0.5" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    """The working folder, in which lies a folder of images by a relative name; and a run on it that was stopped."""
+    home = tmp_path / "home"
+    for split, grey in (("train", 10), ("test", 200)):
+        write_classes(home / "some pets" / split, {"cat": 8, "hen": 8}, grey=grey)
+    monkeypatch.chdir(home)
+    with mock.patch.object(torch.optim.AdamW, "step", side_effect=KeyboardInterrupt):
+        assert status("--data", "some pets", "--out", "run", "--method", "linear", *QUICK) == 130
+    return home
+
+
+def test_a_run_says_what_images_it_found(pets, capsys):
+    assert status("--resume", "run") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("images: train 13, val 3, test 16\n2 classes: cat, hen\nnote: the val images were set aside")
+    assert "some pets-vit_embedded" not in out
+
+
+def test_a_relative_path_is_found_again_from_another_folder(pets, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert status("--resume", pets / "run") == 0
+    assert metrics_of(pets / "run")["settings"]["data"] == str(pets / "some pets")
+    assert status("eval", pets / "run", "--split", "val") == 0
+    assert "some pets, val: accuracy" in capsys.readouterr().out
+
+
+def test_images_that_were_moved_are_given_by_their_new_place(pets, tmp_path, capsys):
+    (pets / "some pets").rename(tmp_path / "moved")
+    assert status("--resume", "run") == 2
+    assert f"data: {pets}/some pets does not exist" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "moved", other)
+    (other / "train" / "cat" / "image 0.png").rename(other / "train" / "cat" / "image 9.png")
+    assert status("--resume", "run", "--data", other) == 2
+    assert f"data: expected the images of the run, got others in {other}: other names" in capsys.readouterr().err
+    assert status("--resume", "run", "--data", "../moved") == 0
+    assert metrics_of(pets / "run")["settings"]["data"] == str(tmp_path / "moved")
+    # what validated the run must be what is called so now
+    shutil.rmtree(tmp_path / "moved" / "train" / "hen")
+    shutil.rmtree(tmp_path / "moved" / "test" / "hen")
+    write_classes(tmp_path / "moved" / "train", {"hen": 9}, grey=10)
+    write_classes(tmp_path / "moved" / "test", {"hen": 1}, grey=10)
+    assert status("eval", pets / "run", "--split", "val") == 2
+    assert "data: expected the images of the run" in capsys.readouterr().err
+
+
+def test_a_run_whose_images_an_older_version_set_aside_is_refused(pets, capsys):
+    state = read_state(pets / "run")
+    for record in (state.record, state.record["metrics"]):
+        del record["data_fingerprint"]
+    State(state.record, state.tensors).write(pets / "run")
+    assert status("--resume", "run") == 2
+    assert "an older version, which set other images aside" in capsys.readouterr().err
+
+
+def test_a_run_of_an_older_version_on_the_same_images_goes_on(data, tmp_path):
+    with mock.patch.object(torch.optim.AdamW, "step", side_effect=KeyboardInterrupt):
+        status("--data", data, "--out", tmp_path / "run", *QUICK)
+    state = read_state(tmp_path / "run")
+    for record in (state.record, state.record["metrics"]):
+        del record["data_fingerprint"]
+    State(state.record, state.tensors).write(tmp_path / "run")
+    assert status("--resume", tmp_path / "run") == 0
+    assert "data_fingerprint" not in metrics_of(tmp_path / "run")
+
+
+def test_the_data_of_a_task_s_run_is_not_to_be_replaced(vtab, tmp_path, capsys):
+    words = ["--task", "vtab/kitti", "--data-root", vtab, "--model", Settings.model, "--out", tmp_path / "run"]
+    with mock.patch.object(torch.optim.AdamW, "step", side_effect=KeyboardInterrupt):
+        status(*words, *QUICK, "--cooldown-epochs", "0", "--method", "linear")
+    assert status("--resume", tmp_path / "run", "--data", vtab) == 2
+    assert "data: expected 'digits', as in the run to resume" in capsys.readouterr().err

@@ -67,6 +67,9 @@ def test_fashion_mnist_reads_the_original_files(tmp_path):
     assert labels.dtype is torch.int64
     splits = load(data="fashion-mnist", data_root=tmp_path)
     assert [len(s) for s in (splits.train, splits.val, splits.test, splits.trainval)] == [40, 10, 50, 50]
+    labels = [[label for _, label in part] for part in (splits.trainval, splits.val)]
+    for label in range(10):
+        assert abs(labels[0].count(label) / 5 - labels[1].count(label)) < 1
     seen = sorted(np.asarray(splits.trainval.items[i][0]).tobytes() for i in range(50))
     assert seen == sorted(image.numpy().tobytes() for image in images)
 
@@ -104,6 +107,41 @@ def test_an_npz_slice_is_split_by_class(tmp_path, shape):
     assert np.array_equal(test.reshape(6, *shape), arrays["test_images"])
 
 
+def test_16_bit_arrays_are_scaled_to_their_full_range(tmp_path):
+    arrays = _slice() | {"train_images": np.full((30, 5, 4, 3), 40_000, ">u2")}
+    np.savez(tmp_path / "a.npz", **arrays)
+    splits = load(data=str(tmp_path / "a.npz"))
+    image = splits.train.items[0][0]
+    assert (image.mode, image.getpixel((0, 0))) == ("RGB", (156, 156, 156))
+
+
+def test_validation_images_of_an_npz_are_used_by_whatever_usual_name(tmp_path):
+    """As MedMNIST has them, whose labels are columns."""
+    arrays = _slice()
+    arrays |= {"valid_images": arrays["test_images"][:3] + 1, "valid_labels": np.arange(3)[:, None], "meta": np.ones(1)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    splits = load(data=str(tmp_path / "a.npz"))
+    assert [len(s) for s in (splits.train, splits.val, splits.test)] == [30, 3, 6]
+    assert [splits.val[i][1] for i in range(3)] == [0, 1, 2]
+    assert splits.notes == ("skipped, none of a split's arrays: 'meta'",)
+    np.savez(tmp_path / "a.npz", **arrays, val_images=arrays["valid_images"])
+    with pytest.raises(ValueError, match="valid_images and val_images are both the val split's"):
+        load(data=str(tmp_path / "a.npz"))
+    del arrays["valid_labels"]
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match="val_labels missing"):
+        load(data=str(tmp_path / "a.npz"))
+
+
+def test_equal_images_of_two_splits_are_said(tmp_path):
+    arrays = _slice()
+    arrays["test_images"][4] = arrays["train_images"][7]
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert load(data=str(tmp_path / "a.npz")).notes == (
+        "warning: 1 of 6 test images is the same as one of train: test image 4 and train image 7",
+    )
+
+
 def test_the_seed_decides_the_slice_of_an_npz(tmp_path):
     np.savez(tmp_path / "a.npz", **_slice())
 
@@ -117,7 +155,7 @@ def test_the_seed_decides_the_slice_of_an_npz(tmp_path):
     ("change", "error"),
     [
         ({"test_labels": None}, "expected arrays train_images, .*, test_labels missing"),
-        ({"train_images": np.zeros((30, 5, 4))}, r"train_images: expected uint8 .* got float64 \[30, 5, 4\]"),
+        ({"train_images": np.zeros((30, 5, 4))}, r"train_images: expected uint8 or uint16 .* got float64 \[30, 5, 4\]"),
         ({"test_images": np.zeros((6, 3, 5, 4), np.uint8)}, r"test_images: expected .* got uint8 \[6, 3, 5, 4\]"),
         ({"train_labels": np.arange(29)}, r"train_labels: expected one whole number for each of 30 images.* \[29\]"),
         ({"test_labels": np.zeros(6)}, "test_labels: expected one whole number .* got float64"),
@@ -126,6 +164,7 @@ def test_the_seed_decides_the_slice_of_an_npz(tmp_path):
             {"test_images": np.zeros((0, 5, 4), np.uint8), "test_labels": np.zeros(0, int)},
             "test_labels: .* at least one",
         ),
+        ({"test_labels": np.full(6, 2**40)}, "test_labels: expected less than 1,048,576, got 1099511627776 at index 0"),
         ({"train_labels": np.array([{}] * 30)}, "train_labels.npy holds Python objects"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from rlrr_kernels.finetune.data import fgvc as module
 from rlrr_kernels.finetune.recipes import FGVC
 
-from .folders import load, red, write_fgvc
+from .folders import load, red, write_fgvc, write_image
 
 
 @pytest.fixture
@@ -67,13 +67,19 @@ def test_without_val_part_of_train_is_set_aside_by_the_seed(root):
     folder = write_fgvc(root)
     (folder / "val.json").unlink()
     (folder / "trainval.json").unlink()
+    # a second image of each class
+    edit(folder, "train", lambda items: items | {f"{path[:-4]} too.png": key for path, key in items.items()})
+    for i, path in enumerate(list(json.loads((folder / "train.json").read_text()))[102:]):
+        write_image(folder / path, 102 + i)
     splits = fgvc(root)
-    assert [len(s) for s in (splits.train, splits.val, splits.test, splits.trainval)] == [82, 20, 51, 102]
+    assert [len(s) for s in (splits.train, splits.val, splits.test, splits.trainval)] == [163, 41, 51, 204]
+    assert {splits.train[i][1] for i in range(163)} == set(range(102))
 
     def aside(seed):
-        return [red(fgvc(root, seed=seed).val, i) for i in range(20)]
+        val = fgvc(root, seed=seed).val
+        return [red(val, i) for i in range(41)]
 
-    assert sorted(red(splits.trainval, i) for i in range(102)) == list(range(102))
+    assert sorted(red(splits.trainval, i) for i in range(204)) == list(range(204))
     assert aside(0) == aside(0) != aside(1)
 
 

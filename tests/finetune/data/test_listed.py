@@ -1,11 +1,11 @@
-"""Checks of lists and images, and the images set aside."""
+"""Checks of lists and images."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from rlrr_kernels.finetune.data import listed
-from rlrr_kernels.finetune.data.listed import Entry, check_distinct, check_images, set_aside, set_aside_stratified
+from rlrr_kernels.finetune.data.listed import Entry, check_images
 
 from .folders import write_image
 
@@ -126,33 +126,3 @@ def test_faults_are_told_in_the_order_of_the_list_however_long(tmp_path):
     found = [Entry(str(tmp_path / ("no.png" if i in (70, 130) else "a.png")), 0, f"my list:{i}") for i in range(150)]
     with pytest.raises(FileNotFoundError, match=r"^my list:70: .* \(and 1 more of 150 images fail\)"):
         check_images(found)
-
-
-def test_two_spellings_of_one_file_are_one_file():
-    with pytest.raises(ValueError, match=r"^test:1: image d/\./a.png is listed already, at train:1"):
-        check_distinct([Entry("d/a.png", 0, "train:1")], [Entry("d/./a.png", 0, "test:1")])
-
-
-@pytest.mark.parametrize("split", [set_aside, lambda n, seed: set_aside_stratified([0] * n, seed)])
-def test_a_fifth_is_set_aside_by_the_seed(split):
-    kept, aside = split(50, 3)
-    assert sorted(kept + aside) == list(range(50))
-    assert len(aside) == 10
-    assert split(50, 3) == (kept, aside)
-    assert set(split(50, 4)[1]) != set(aside)
-    assert [len(part) for part in split(2, 0)] == [1, 1]
-    with pytest.raises(ValueError, match=r"at least 2 training images.* got 1"):
-        split(1, 0)
-
-
-@pytest.mark.parametrize("sizes", [(100, 100, 100), (5, 25, 10), (3, 7, 1, 1, 12, 2)])
-def test_classes_are_set_aside_in_proportion(sizes):
-    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
-    aside = [labels[i] for i in set_aside_stratified(labels, 0)[1]]
-    assert len(aside) == round(len(labels) / 5)
-    for label, size in enumerate(sizes):
-        assert abs(aside.count(label) - size / 5) < 1
-
-
-def test_of_classes_with_one_image_each_the_seed_decides_which_lose_it():
-    assert len({tuple(set_aside_stratified(range(50), seed)[1]) for seed in range(10)}) == 10

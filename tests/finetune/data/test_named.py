@@ -1,9 +1,11 @@
 """Names that go to timm's dataset factory."""
 
 import io
+import itertools
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -38,6 +40,8 @@ def test_torchvision_names_go_to_timms_factory(tmp_path, monkeypatch):
     splits = load(data="torch/cifar10", data_root=tmp_path)
     assert calls == [("torch/cifar10", s, str(tmp_path), True) for s in ("train", "test")]
     assert [len(s) for s in (splits.train, splits.val, splits.test, splits.trainval)] == [8, 2, 4, 10]
+    # one of each class, by labels that are had with the images alone
+    assert {label for _, label in splits.val} == {0, 1}
     assert splits.classes == 2
 
 
@@ -65,13 +69,18 @@ class Reader:
 
 def test_an_image_that_cannot_be_read_is_an_error_not_the_next_image(monkeypatch):
     """timm's own datasets return the next image and its label instead."""
-    monkeypatch.setattr(named, "create_dataset", lambda *args, **options: ImageDataset("", reader=Reader()))
+    monkeypatch.setattr(named, "create_dataset", lambda *args, **options: ImageDataset("", reader=reader))
+    reader = HubReader(label=[0, 1, 0, 1, 0])
     splits = load(data="hfds/owner/pets")
     assert splits.classes == 2
     assert [splits.test.items[i][0].getpixel((0, 0))[0] for i in range(4)] == [0, 1, 2, 3]
     assert [splits.test[i][1] for i in range(4)] == [0, 1, 0, 1]
     with pytest.raises(OSError, match=r"image /hub/image 4\.png cannot be read"):
         splits.test[4]
+    # so it is where labels are known by reading images alone
+    reader = Reader()
+    with pytest.raises(OSError, match=r"image /hub/image 4\.png cannot be read"):
+        load(data="hfds/owner/pets")
 
 
 def test_a_dataset_that_does_not_name_its_classes_is_refused(tmp_path, monkeypatch):
@@ -109,6 +118,15 @@ def test_a_root_that_cannot_be_written_is_read_without_a_lock(tmp_path, monkeypa
     monkeypatch.setattr(named.os, "access", lambda path, mode: False)
     assert load(data="torch/cifar10", data_root=tmp_path).classes == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_torchvision_show_16_bits_in_full_range(tmp_path):
+    for split, name, value in itertools.product(("train", "test"), "ab", (10_000, 40_000)):
+        (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / split / name / f"{value}.png")
+    splits = load(data="torch/folder", data_root=tmp_path)
+    assert splits.class_names == ("a", "b")
+    assert [round(image.mean().item() * 127.5 + 127.5) for image, _ in splits.test] == [39, 156, 39, 156]
 
 
 class Targets(Tiny):
