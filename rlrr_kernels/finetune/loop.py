@@ -84,6 +84,7 @@ def prepare(settings: Settings) -> Prepared:
     splits = load_data(settings)
     if state:
         state.check("classes", splits.classes)
+        state.check_names(splits.names)
     model = build_model(settings, splits.classes)
     check_place(settings, sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
     return Prepared(settings, splits, model, device, state)
@@ -135,6 +136,7 @@ class Run:
             "processes": trainer.world.size,
             "images": images,
             "classes": splits.classes,
+            "class_names": list(splits.names) if splits.names is not None else None,
             "trainable_parameters": trainable,
             "parameters": total,
             "epochs": [],
@@ -165,7 +167,8 @@ class Run:
     def save(self) -> None:
         """Write the adapter: what trains now, or its moving average. All processes must call it."""
         with self.folder.writing():
-            self.trainer.save(self.folder.adapter, self.describe())
+            # of a run that began before names were kept there are none: its adapter stays as it is
+            self.trainer.save(self.folder.adapter, self.describe(), self.metrics.get("class_names"))
 
 
 def train(prepared: Prepared, *, quiet: bool = False, test: bool = True) -> dict[str, Any]:

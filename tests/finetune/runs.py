@@ -20,7 +20,7 @@ def shrink(splits: Splits, train: int = 96, val: int = 40, test: int = 50) -> Sp
 
     small = first(splits.train, train), first(splits.val, val), first(splits.test, test)
     both = ImageSet(ConcatDataset([s.items for s in small[:2]]), small[0].transform, splits.classes, splits.train.seed)
-    return Splits(*small, both, splits.class_names)
+    return Splits(*small, both, splits.class_names, splits.named)
 
 
 def prepared(folder: Path, sizes: tuple[int, int, int] = (96, 40, 50), **changes: object) -> Prepared:

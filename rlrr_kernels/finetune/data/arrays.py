@@ -138,7 +138,7 @@ def read_npz(file: Path, seed: int) -> Parts:
         raise ValueError(f"data: {file}: {error}") from error
     kept, aside = set_aside_stratified(seen.labels.tolist(), seed)
     classes = 1 + int(max(seen.labels.max(), test.labels.max()))
-    return Parts(seen.part(kept), seen.part(aside), test, numbered(classes))
+    return Parts(seen.part(kept), seen.part(aside), test, numbered(classes), named=False)
 
 
 def _checked(arrays: dict[str, np.ndarray], split: str) -> Arrays:

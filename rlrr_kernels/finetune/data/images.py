@@ -34,6 +34,7 @@ class Parts(NamedTuple):
     Attributes:
         class_names: of each label in order; the labels themselves where a source has no names.
         trainval: train and val together, where the dataset has a list of its own for them; None: the two joined.
+        named: whether the source has names for its classes, and not labels alone.
     """
 
     train: Any
@@ -41,6 +42,7 @@ class Parts(NamedTuple):
     test: Any
     class_names: tuple[str, ...]
     trainval: Any = None
+    named: bool = True
 
     @property
     def classes(self) -> int:

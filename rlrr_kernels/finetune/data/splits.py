@@ -44,6 +44,7 @@ class Splits:
         val, test: seen through the test transform.
         trainval: train and val together, seen through the training transform; of VTAB-1k what its own list names.
         class_names: of each label in order; the labels themselves where a source has no names.
+        named: whether the source has names for its classes, and not labels alone.
     """
 
     train: ImageSet
@@ -51,11 +52,17 @@ class Splits:
     test: ImageSet
     trainval: ImageSet
     class_names: tuple[str, ...]
+    named: bool = True
 
     @property
     def classes(self) -> int:
         """How many there are: labels are 0 to ``classes - 1``."""
         return len(self.class_names)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """``class_names``, or None where they are labels alone, which mean nothing beyond this source."""
+        return self.class_names if self.named else None
 
 
 def load_splits(settings: DataSettings, train_transform: Transform, test_transform: Transform) -> Splits:
@@ -82,6 +89,7 @@ def load_splits(settings: DataSettings, train_transform: Transform, test_transfo
         ImageSet(parts.test, test_transform, parts.classes, seed),
         ImageSet(trainval, train_transform, parts.classes, seed),
         parts.class_names,
+        parts.named,
     )
 
 

@@ -49,7 +49,7 @@ def read_vtab(root: Path, task: str) -> Parts:
     check_distinct(both, test)
     for entries in (train, val, *([] if shared else [both]), test):
         check_images(entries)
-    return Parts(Listed(train), Listed(val), Listed(test), numbered(classes), Listed(both))
+    return Parts(Listed(train), Listed(val), Listed(test), numbered(classes), Listed(both), named=False)
 
 
 def read_list(file: Path, folder: Path, classes: int) -> list[Entry]:

@@ -93,7 +93,9 @@ def test_a_program_that_differs_at_one_batch_size_is_an_error_and_leaves_no_file
 
 
 def test_a_nan_is_a_difference(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "export_torch", lambda model, images, path: lambda batch: model(batch) * float("nan"))
+    monkeypatch.setattr(
+        export, "export_torch", lambda model, images, path, labels: lambda batch: model(batch) * float("nan")
+    )
     assert start(adapter, "torch", tmp_path / "m.pt2") == 1
     assert list(tmp_path.iterdir()) == []
 
