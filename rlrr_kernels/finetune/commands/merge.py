@@ -46,13 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         result = merged(opened, safe=arguments.safe)
     state = {name: _rounded(name, tensor, dtype) for name, tensor in result.model.state_dict().items()}
     settings = opened.settings
-    about = opened.labels() | {
-        "format": "pt",
-        "model": settings.model,
-        "num_classes": str(opened.classes),
-        "dtype": arguments.dtype,
-    }
-    write_atomically(out, save(state, about))
+    about = {"format": "pt", "model": settings.model, "num_classes": str(opened.classes), "dtype": arguments.dtype}
+    write_atomically(out, save(state, about | opened.labels()))
 
     say(f"wrote {out}: {len(state)} tensors, {sum(t.numel() for t in state.values()):,} values in {arguments.dtype}")
     written, names = load_file(out), plain.state_dict().keys()

@@ -63,7 +63,7 @@ class Run:
         return model.eval()
 
     def labels(self) -> dict[str, str]:
-        """``label_names``, as timm calls it, with the names as a JSON list: what files for others say of the classes."""
+        """What files for others say of the classes: ``label_names``, as timm calls them, a JSON list."""
         return {} if self.class_names is None else {"label_names": json.dumps(self.class_names)}
 
     def plain(self) -> nn.Module:
