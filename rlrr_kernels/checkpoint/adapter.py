@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,7 +43,12 @@ CONFIG, WEIGHTS, CARD = manifests.FILE_NAME, "adapter_model.safetensors", "READM
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, metadata: Mapping[str, str] | None = None, overwrite: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    *,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Write what trains in ``model`` as an adapter folder.
 
@@ -57,10 +62,12 @@ def save_adapter(
         folder: is made, with its parents, if it is not there.
         metadata: strings to keep with the tensors, such as the data set's name and the accuracy.
         overwrite: replace a folder that holds an adapter of another configuration.
+        class_names: of the classes in the order of the logits, for the configuration and the card.
 
     Raises:
-        ValueError: nothing in ``model`` trains, a tensor has no data (meta device), or adapters are switched off.
-        TypeError: ``metadata`` is not strings only.
+        ValueError: nothing in ``model`` trains, a tensor has no data (meta device), adapters are switched off, or
+            there are more or fewer ``class_names`` than the model's ``num_classes``.
+        TypeError: ``metadata`` or ``class_names`` is not strings only.
         FileExistsError: the folder holds an adapter of another configuration, and not ``overwrite``; or
             it holds other files in place of an adapter, or beside one that would be replaced as a whole.
         RuntimeError: the frozen weights are not there, as after ``merge(keep=False)``.
@@ -71,6 +78,7 @@ def save_adapter(
         raise TypeError(f"metadata: expected strings only, got {strings!r:.200}")
     if "format" in strings:
         raise ValueError("metadata: 'format' is reserved")
+    _check_names(model, class_names)
     check_enabled(model)
     reshard(model)
     parameters = trained_parameters(model)
@@ -82,7 +90,7 @@ def save_adapter(
             raise ValueError(f"model: {name} is on the meta device and has no data to save")
     sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
     state = {name: whole(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
-    manifest = Manifest.of(model, sum(tensor.numel() for tensor in state.values()))
+    manifest = Manifest.of(model, sum(tensor.numel() for tensor in state.values()), class_names)
     if sharded and torch.distributed.get_rank() != 0:
         return
     files = {
@@ -91,6 +99,16 @@ def save_adapter(
         CARD: model_card(model, manifest, strings),
     }
     _write(Path(os.path.realpath(folder)), files, manifest, overwrite)
+
+
+def _check_names(model: nn.Module, class_names: Sequence[str] | None) -> None:
+    if class_names is None:
+        return
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+        raise TypeError(f"class_names: expected a sequence of strings, got {class_names!r:.200}")
+    classes = getattr(model, "num_classes", None)
+    if isinstance(classes, int) and classes != len(class_names):
+        raise ValueError(f"class_names: expected {classes}, one a class of the model, got {len(class_names)}")
 
 
 def _write(folder: Path, files: Mapping[str, bytes], manifest: Manifest, overwrite: bool) -> None:

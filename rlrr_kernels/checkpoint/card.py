@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from rlrr_kernels.checkpoint.manifest import Manifest
+from rlrr_kernels.checkpoint.trained import printable
 
 
 def model_card(model: nn.Module, manifest: Manifest, metadata: Mapping[str, str]) -> bytes:
@@ -40,6 +41,9 @@ def model_card(model: nn.Module, manifest: Manifest, metadata: Mapping[str, str]
     ]
     if metadata:
         lines += ["| | |", "| --- | --- |", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in metadata.items()), ""]
+    if manifest.class_names is not None:
+        names = ", ".join(_cell(printable(name)) for name in manifest.class_names)
+        lines += [f"Classes, in the order of the logits: {names}.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     lines += [f"Written with {versions}.", ""]
     return "\n".join(lines).encode()

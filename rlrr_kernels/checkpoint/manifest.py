@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from rlrr_kernels._version import __version__
 from rlrr_kernels.adapt import adapters
-from rlrr_kernels.checkpoint.reading import read_json
+from rlrr_kernels.checkpoint.reading import expect_names, read_json
 from rlrr_kernels.config import RLRRConfig
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.reference import accumulation_dtype
@@ -25,8 +25,8 @@ from rlrr_kernels.wrappers import plain_name
 FORMAT_VERSION = 1
 FILE_NAME = "adapter_config.json"
 
-#: A real one has some kilobytes; more is refused before it is parsed.
-LARGEST_FILE = 2**20
+#: A real one has some kilobytes, and the names of its classes; more is refused before it is parsed.
+LARGEST_FILE = 4 * 2**20
 
 #: Largest difference of fingerprints: relative of the means, absolute of the signed sums. bfloat16
 #: storage moves the first by less than 1e-3 and the second by about 1e-3.
@@ -45,6 +45,7 @@ class Manifest:
         parameters: how many numbers train.
         fingerprint: name of a frozen linear (or, without any, convolution) -> :func:`fingerprint` of its W.
         versions: of the libraries it was written with.
+        class_names: in the order of the logits; None if they are not known, as of adapters of before they were kept.
     """
 
     base_model: Mapping[str, str | None]
@@ -53,9 +54,10 @@ class Manifest:
     parameters: int
     fingerprint: Mapping[str, tuple[float, float]]
     versions: Mapping[str, str]
+    class_names: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, parameters: int) -> Manifest:
+    def of(cls, model: nn.Module, parameters: int, class_names: Sequence[str] | None = None) -> Manifest:
         """Describe a model of which ``parameters`` numbers train."""
         config = getattr(model, "rlrr_config", None)
         classes = getattr(model, "num_classes", None)
@@ -66,6 +68,7 @@ class Manifest:
             parameters=parameters,
             fingerprint={name: fingerprint(weight) for name, weight in _frozen_weights(model).items()},
             versions=_versions(),
+            class_names=None if class_names is None else tuple(class_names),
         )
 
     def to_json(self) -> bytes:
@@ -77,6 +80,7 @@ class Manifest:
             "parameters": self.parameters,
             "fingerprint": {name: list(values) for name, values in self.fingerprint.items()},
             "versions": dict(self.versions),
+            **({} if self.class_names is None else {"class_names": list(self.class_names)}),
         }
         return (json.dumps(values, indent=2) + "\n").encode()
 
@@ -97,11 +101,12 @@ class Manifest:
         try:
             return cls(
                 base_model=_mapping(values, "base_model", str, type(None)),
-                num_classes=_value(values, "num_classes", int, type(None)),
+                num_classes=(classes := _value(values, "num_classes", int, type(None))),
                 rlrr=None if values.get("rlrr") is None else RLRRConfig.from_dict(_mapping(values, "rlrr", object)),
                 parameters=_value(values, "parameters", int),
                 fingerprint={k: _pair(k, v) for k, v in _mapping(values, "fingerprint", list).items()},
                 versions=_mapping(values, "versions", str),
+                class_names=expect_names(values, "class_names", classes),
             )
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -109,8 +114,8 @@ class Manifest:
     def agrees_with(self, other: Manifest) -> bool:
         """Whether the tensors of one could stand in the other's folder: all but versions and the start of u, v."""
         return (
-            (self.base_model, self.num_classes, self.parameters)
-            == (other.base_model, other.num_classes, other.parameters)
+            (self.base_model, self.num_classes, self.parameters, self.class_names)
+            == (other.base_model, other.num_classes, other.parameters, other.class_names)
             and _comparable(self.rlrr) == _comparable(other.rlrr)
             and self.fingerprint.keys() == other.fingerprint.keys()
             and all(same_weights(values, other.fingerprint[name]) for name, values in self.fingerprint.items())

@@ -286,3 +286,20 @@ def expect(values: Mapping[str, Any], name: str, *kinds: type, least: float | No
         bound = "" if least is None else f" of {least} or more"
         raise ValueError(f"{name}: expected {wanted}{bound}, got {value!r:.80}")
     return value
+
+
+def expect_names(values: Mapping[str, Any], name: str, count: int | None) -> tuple[str, ...] | None:
+    """``values[name]``, if it is a list of ``count`` strings (None: of any number); None if it is null or not there.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    names = expect(values, name, list, type(None))
+    if names is None:
+        return None
+    if count is not None and len(names) != count:
+        raise ValueError(f"{name}: expected {count}, one a class, got {len(names)}")
+    for each in names:
+        if type(each) is not str:
+            raise ValueError(f"{name}: expected strings, got {each!r:.80}")
+    return tuple(names)

@@ -98,6 +98,7 @@ def prepare(settings: Settings) -> Prepared:
     splits = load_data(settings)
     if state:
         state.check("classes", splits.classes)
+        state.check_names(splits.names)
         check_data(state.record, settings, splits)
     model = build_model(settings, splits.classes)
     check_statistics(model, settings)
@@ -152,6 +153,7 @@ class Run:
             "images": images,
             "classes": splits.classes,
             "data_fingerprint": splits.fingerprint,
+            "class_names": list(splits.names) if splits.names is not None else None,
             "trainable_parameters": trainable,
             "parameters": total,
             "epochs": [],
@@ -184,7 +186,8 @@ class Run:
     def save(self) -> None:
         """Write the adapter: what trains now, or its moving average. All processes must call it."""
         with self.folder.writing():
-            self.trainer.save(self.folder.adapter, self.describe())
+            # of a run that began before names were kept there are none: its adapter stays as it is
+            self.trainer.save(self.folder.adapter, self.describe(), self.metrics.get("class_names"))
 
 
 def train(prepared: Prepared, *, quiet: bool = False, test: bool = True) -> dict[str, Any]:

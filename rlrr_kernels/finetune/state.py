@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import safetensors.torch
 from torch import Tensor
 
 from rlrr_kernels.checkpoint import write_atomically
-from rlrr_kernels.checkpoint.reading import expect, parse_json, read_json, read_safetensors
+from rlrr_kernels.checkpoint.reading import expect, expect_names, parse_json, read_json, read_safetensors
+from rlrr_kernels.checkpoint.trained import printable
 from rlrr_kernels.finetune.data import Splits, is_path
 from rlrr_kernels.finetune.settings import PROTOCOLS, Settings, check_types
 
@@ -59,6 +60,18 @@ class State:
         """``ValueError`` if the run had another value of ``name`` (``processes``, ``images``, ``classes``)."""
         if self.record[name] != given:
             raise ValueError(f"{name}: expected {self.record[name]}, as in the run to resume, got {given}")
+
+    def check_names(self, given: Sequence[str] | None) -> None:
+        """``ValueError`` if the run knew a class by another name; of either without names there is nothing to check."""
+        names = self.record["metrics"].get("class_names")
+        if names is None or given is None:
+            return
+        for label, (own, name) in enumerate(zip(names, given, strict=True)):
+            if own != name:
+                raise ValueError(
+                    f"classes: expected {printable(own)!r} for class {label}, as in the run to resume, "
+                    f"got {printable(name)!r}"
+                )
 
 
 class Finished(ValueError):
@@ -113,6 +126,7 @@ def _check_record(record: Mapping[str, Any]) -> None:
     metrics = expect(record, "metrics", dict)
     epochs = expect(metrics, "epochs", list)
     expect({"data_fingerprint": None, **record}, "data_fingerprint", str, type(None))
+    expect_names(metrics, "class_names", record["classes"])
     for name in ("settings", "processes", "images", "classes", "data_fingerprint"):
         if metrics.get(name) != record.get(name):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -209,11 +209,11 @@ class Trainer:
         for name, value in values.items():
             distributed.local(self.parameters[name].detach()).copy_(value)
 
-    def save(self, folder: Path, metadata: Mapping[str, str]) -> None:
+    def save(self, folder: Path, metadata: Mapping[str, str], class_names: Sequence[str] | None) -> None:
         """Write what trains as an adapter, from the main process. All processes must call it."""
         # of sharded parameters each process has a part to give
         if self.world.main or isinstance(self.model, FSDPModule):
-            save_adapter(self.model, folder, metadata)
+            save_adapter(self.model, folder, metadata, class_names=class_names)
 
     def _whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: distributed.gather(part, self.parameters[name]) for name, part in parts.items()}

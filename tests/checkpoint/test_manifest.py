@@ -8,6 +8,7 @@ from torch import nn
 
 from rlrr_kernels import RLRRConfig, count_parameters
 from rlrr_kernels.checkpoint import CONFIG, load_adapter, save_adapter
+from rlrr_kernels.checkpoint.manifest import Manifest
 from tests.checkpoint.test_adapter import assert_untouched, edit, tuned, values_of
 from tests.models import small_swin, small_vit
 
@@ -96,7 +97,7 @@ def test_a_configuration_that_does_not_fit_is_an_error_that_names_the_adapter(fo
         ("[" * 100_000, "is not JSON"),
         ("[]", "expected a JSON object, got list"),
         ("{}", "expected format_version 1, got None"),
-        (" " * 2**20 + "{}", "has more than 1048576 bytes"),
+        (" " * 2**22 + "{}", "has more than 4194304 bytes"),
     ],
 )
 def test_a_configuration_that_is_none_is_refused(folder, text, words):
@@ -113,6 +114,9 @@ def test_a_configuration_that_is_none_is_refused(folder, text, words):
         ({"base_model": None}, "base_model: expected dict, got None"),
         ({"base_model": {"class": 3}}, "base_model: 'class' has a bad value: 3"),
         ({"num_classes": "5"}, "num_classes: expected int or NoneType, got '5'"),
+        ({"class_names": "abcde"}, "class_names: expected list or nothing, got 'abcde'"),
+        ({"class_names": ["a", "b"]}, "class_names: expected 5, one a class, got 2"),
+        ({"class_names": ["a", "b", "c", "d", 5]}, "class_names: expected strings, got 5"),
         ({"parameters": 1.5}, "parameters: expected int, got 1.5"),
         ({"rlrr": {"rank": 3}}, "unknown field 'rank'"),
         ({"rlrr": {"init": "code"}}, "init: expected 'paper', 'identity' or a callable, got 'code'"),
@@ -148,3 +152,26 @@ def test_a_probe_on_convolutions_knows_its_base(tmp_path):
     nn.init.normal_(model[0].weight)
     with pytest.raises(ValueError, match=r"base model: 0\.weight differs from the one that the adapter was trained on"):
         load_adapter(model, tmp_path / "a")
+
+
+def test_names_of_classes_are_part_of_the_configuration_and_of_the_card(tmp_path):
+    names = ["cat", "a | b", "c\nd", "\udcff", "dog"]  # the fourth: a folder's name that is no UTF-8
+    save_adapter(tuned(), tmp_path / "a", class_names=names)
+    assert Manifest.read(tmp_path / "a").class_names == tuple(names)
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "\nClasses, in the order of the logits: cat, a \\| b, 'c\\\\nd', '\\\\udcff', dog.\n" in card
+    save_adapter(tuned(), tmp_path / "a", class_names=names)
+    with pytest.raises(FileExistsError, match="another configuration"):
+        save_adapter(tuned(), tmp_path / "a", class_names=names[::-1])
+    with pytest.raises(ValueError, match="class_names: expected 5, one a class of the model, got 2"):
+        save_adapter(tuned(), tmp_path / "b", class_names=["cat", "dog"])
+    for wrong in ("abcde", [1, 2, 3, 4, 5]):
+        with pytest.raises(TypeError, match="class_names: expected a sequence of strings"):
+            save_adapter(tuned(), tmp_path / "b", class_names=wrong)
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_adapter_without_names_of_classes_is_written_as_before(folder):
+    """So that versions before there were names, which read it, also replace its tensors."""
+    assert "class_names" not in json.loads((folder / CONFIG).read_text())
+    assert Manifest.read(folder).class_names is None

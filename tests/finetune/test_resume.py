@@ -15,6 +15,7 @@ from rlrr_kernels.finetune.cli import main
 from rlrr_kernels.finetune.report import RunFolder
 from rlrr_kernels.finetune.state import FILE, State, check_settings, read_state, resumed
 from rlrr_kernels.finetune.trainer import Trainer
+from tests.finetune.data.folders import write_classes
 from tests.finetune.runs import prepared, results
 
 EVERYTHING = {
@@ -341,3 +342,32 @@ def test_a_setting_that_came_after_a_run_was_begun_has_had_its_default():
     check_settings(begun, Settings(lr=0.5))
     with pytest.raises(ValueError, match="restart_epochs: expected 0, as in the run to resume, got 5"):
         check_settings(begun, Settings(lr=0.5, restart_epochs=5, restart_factor=2))
+
+
+def test_classes_of_other_names_are_refused_and_a_run_of_before_names_goes_on_as_it_was(tmp_path):
+    """Folders that were renamed have as many images of as many classes, in another order."""
+    images = tmp_path / "images"
+    for split in ("train", "test"):
+        write_classes(images / split, {"cat": 5, "dog": 5})
+    options = {"data": str(images), "sizes": (4, 2, 2), "batch_size": 4, "method": "linear"}
+    with cut(1):
+        train(prepared(tmp_path, **options), quiet=True)
+    for split in ("train", "test"):
+        (images / split / "cat").rename(images / split / "pet")
+    with pytest.raises(ValueError, match="classes: expected 'cat' for class 0, as in the run to resume, got 'dog'"):
+        prepared(tmp_path, resume=tmp_path / "run", **options)
+    # the adapter of a run that was begun before there were names, whose first epoch had ended
+    state, manifest = read_state(tmp_path / "run"), tmp_path / "run" / "adapter" / "adapter_config.json"
+    del state.record["metrics"]["class_names"]
+    state.write(tmp_path / "run")
+    values = json.loads(manifest.read_text())
+    assert values.pop("class_names") == ["cat", "dog"]
+    manifest.write_text(json.dumps(values))
+    assert train(prepared(tmp_path, resume=tmp_path / "run", **options), quiet=True)["finished"]
+    assert "class_names" not in json.loads(manifest.read_text())
+    state.record["metrics"]["class_names"] = ["cat"]
+    other = tmp_path / "other"
+    other.mkdir()
+    state.write(other)
+    with pytest.raises(ValueError, match="class_names: expected 2, one a class, got 1"):
+        read_state(other)

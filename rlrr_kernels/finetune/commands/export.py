@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,8 @@ DESCRIPTION = """\
 Merge a tuned model and export it, with a batch of any size: as a torch.export program
 (.pt2, which torch.export.load reads) or as ONNX (.onnx, which ONNX Runtime reads).
 Input: float32 images [batch, channels, height, width], normalised as in training;
-output: logits [batch, classes].
+output: logits [batch, classes]. The names of the classes, a JSON list, are label_names
+in ONNX's metadata, and label_names.json among the extra files of a .pt2.
 
 What was written is loaded and run, and compared with the model before the merge. If
 their logits differ by more than --tolerance times the largest logit, that is an error,
@@ -60,10 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
             require_onnx()
         out = new_file(arguments.out, (SUFFIXES[arguments.format],), arguments.overwrite)
         new_file(out.with_name(f"{out.name}.data"), (".data",), arguments.overwrite)
-        result = merged(open_run(arguments.run, given(arguments)), safe=True, count=max(BATCHES))
+        opened = open_run(arguments.run, given(arguments))
+        result = merged(opened, safe=True, count=max(BATCHES))
     export = export_onnx if arguments.format == "onnx" else export_torch
     with _scratch(out) as scratch:
-        program = export(result.model, result.images[:1].expand(TRACED, -1, -1, -1).contiguous(), scratch / out.name)
+        images = result.images[:1].expand(TRACED, -1, -1, -1).contiguous()
+        program = export(result.model, images, scratch / out.name, opened.labels())
         worst, largest, same = 0.0, 0.0, 0
         for batch in BATCHES:
             with torch.no_grad():
@@ -94,27 +97,30 @@ def require_onnx() -> None:
         raise ValueError(f"format: onnx needs {', '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
 
 
-def export_torch(model: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def export_torch(model: nn.Module, images: Tensor, path: Path, labels: Mapping[str, str]) -> Callable[[Tensor], Tensor]:
     """Write ``path`` by ``torch.export`` and return what it computes once it is loaded again.
 
     Args:
         model: in evaluation mode.
         images: ``[batch, C, H, W]`` to trace with; the batch, 2 or more, is left open.
+        labels: JSON texts to keep with the program, here each in an extra file.
     """
-    torch.export.save(_traced(model, images), path)
+    extra = {f"{name}.json": text for name, text in labels.items()}
+    torch.export.save(_traced(model, images), path, extra_files=extra)
     return torch.export.load(path).module()
 
 
-def export_onnx(model: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def export_onnx(model: nn.Module, images: Tensor, path: Path, labels: Mapping[str, str]) -> Callable[[Tensor], Tensor]:
     """Write ``path`` as ONNX and return what ONNX Runtime computes from it; arguments as :func:`export_torch`.
 
-    Weights of more than 2 GB lie beside it, in ``path`` + ``.data``.
+    ``labels`` go into the model's metadata. Weights of more than 2 GB lie beside it, in ``path`` + ``.data``.
     """
     import onnxruntime  # type: ignore[import-untyped]
 
     traced = _traced(model, images)
     program = torch.onnx.export(traced, (), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])
     assert program is not None  # dynamo=True returns one
+    program.model.metadata_props.update(labels)
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda batch: torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])

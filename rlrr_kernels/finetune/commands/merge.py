@@ -20,6 +20,7 @@ DESCRIPTION = """\
 Write a tuned model as plain weights, with no trace of the method left: rescaled
 linears become linears, norms and the patch embedding absorb their affines. The file
 loads into timm.create_model(MODEL, num_classes=...), and costs what that model costs.
+Its metadata has the names of the classes, a JSON list, as label_names.
 
 What was written is read back, and its logits are compared with the tuned model's.
 Merging is done in float32; --dtype rounds once, at the end.
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     state = {name: _rounded(name, tensor, dtype) for name, tensor in result.model.state_dict().items()}
     settings = opened.settings
     about = {"format": "pt", "model": settings.model, "num_classes": str(opened.classes), "dtype": arguments.dtype}
-    write_atomically(out, save(state, about))
+    write_atomically(out, save(state, about | opened.labels()))
 
     say(f"wrote {out}: {len(state)} tensors, {sum(t.numel() for t in state.values()):,} values in {arguments.dtype}")
     written, names = load_file(out), plain.state_dict().keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from rlrr_kernels import adapter_metadata, load_adapter, merge_and_unload
 from rlrr_kernels.adapt import adapters
 from rlrr_kernels.checkpoint import WEIGHTS
 from rlrr_kernels.checkpoint.manifest import Manifest
-from rlrr_kernels.checkpoint.reading import expect
+from rlrr_kernels.checkpoint.reading import expect, expect_names
 from rlrr_kernels.finetune.commands.results import read_run
 from rlrr_kernels.finetune.models import build_model
 from rlrr_kernels.finetune.settings import Settings
@@ -39,12 +40,14 @@ class Run:
         settings: as it was trained, with what the user gave in their place; no ``out``, no ``resume``.
         classes: of the head.
         metrics: contents of ``metrics.json``, empty for a bare adapter.
+        class_names: in the order of the logits; None if they are not known.
     """
 
     adapter: Path
     settings: Settings
     classes: int
     metrics: Mapping[str, Any]
+    class_names: tuple[str, ...] | None = None
 
     def model(self) -> nn.Module:
         """The model with its adapter, on the CPU, in evaluation mode.
@@ -59,6 +62,10 @@ class Run:
         model = build_model(settings, self.classes)
         load_adapter(model, self.adapter)
         return model.eval()
+
+    def labels(self) -> dict[str, str]:
+        """What files for others say of the classes: ``label_names``, as timm calls them, a JSON list."""
+        return {} if self.class_names is None else {"label_names": json.dumps(self.class_names)}
 
     def plain(self) -> nn.Module:
         """timm's own model of the same shape, with random weights."""
@@ -92,11 +99,12 @@ def open_run(path: Path, options: Mapping[str, Any]) -> Run:
         values = {**metrics["settings"], "out": None, "resume": None, **_plain(options)}
         try:
             classes = expect(metrics, "classes", int, least=1)
+            names = expect_names(metrics, "class_names", classes)
             settings = Settings.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{folder / 'metrics.json'}: {error}") from error
         _check_classes(adapter, classes)
-        return Run(adapter, settings, classes, metrics)
+        return Run(adapter, settings, classes, metrics, names)
     manifest = Manifest.read(adapter)
     name, tag = (manifest.base_model.get(key) for key in ("architecture", "tag"))
     if manifest.num_classes is None or not (name or "model" in options):
@@ -105,7 +113,7 @@ def open_run(path: Path, options: Mapping[str, Any]) -> Run:
     values = {"model": f"{name}.{tag}" if tag else name, **_plain(options)}
     if manifest.rlrr is None:
         values["method"] = adapter_metadata(adapter).get("method", "full")
-    return Run(adapter, Settings.from_dict(values), manifest.num_classes, {})
+    return Run(adapter, Settings.from_dict(values), manifest.num_classes, {}, manifest.class_names)
 
 
 def _check_classes(adapter: Path, classes: int) -> None:

@@ -152,9 +152,10 @@ def read_npz(file: Path, seed: int) -> Parts:
     classes = numbered(1 + int(max(part.labels.max() for part in found.values())))
     train, test = found["train"], found["test"]
     if "val" in found:
-        return Parts(train, found["val"], test, classes, notes=tuple(notes), drawn_from=names["train"][0])
+        return Parts(train, found["val"], test, classes, None, tuple(notes), names["train"][0], named=False)
     kept, aside = set_aside(train.labels.tolist(), seed)
-    return Parts(train.part(kept), train.part(aside), test, classes, notes=tuple(notes), drawn_from=names["train"][0])
+    parts = train.part(kept), train.part(aside), test
+    return Parts(*parts, classes, None, tuple(notes), names["train"][0], named=False)
 
 
 def _named(names: Iterable[str], file: Path) -> dict[str, tuple[str, str]]:

@@ -49,6 +49,7 @@ class Parts(NamedTuple):
         trainval: train and val together, where the dataset has a list of its own for them; None: the two joined.
         notes: what a user should know of what was found, a line each.
         drawn_from: of which images the seed drew those of val; empty where the dataset brings some.
+        named: whether the source has names for its classes, and not labels alone.
     """
 
     train: Any
@@ -58,6 +59,7 @@ class Parts(NamedTuple):
     trainval: Any = None
     notes: tuple[str, ...] = ()
     drawn_from: str = ""
+    named: bool = True
 
     @property
     def classes(self) -> int:

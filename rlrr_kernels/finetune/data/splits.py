@@ -53,6 +53,7 @@ class Splits:
         notes: what a user should know of what was found, a line each.
         drawn_from: of which images the seed drew those of val; empty where the dataset brings some.
         fingerprint: of names and labels, in the order of each split, see :func:`fingerprint`.
+        named: whether the source has names for its classes, and not labels alone.
     """
 
     train: ImageSet
@@ -63,11 +64,17 @@ class Splits:
     notes: tuple[str, ...] = ()
     drawn_from: str = ""
     fingerprint: str = ""
+    named: bool = True
 
     @property
     def classes(self) -> int:
         """How many there are: labels are 0 to ``classes - 1``."""
         return len(self.class_names)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """``class_names``, or None where they are labels alone, which mean nothing beyond this source."""
+        return self.class_names if self.named else None
 
 
 def load_splits(settings: DataSettings, train_transform: Transform, test_transform: Transform) -> Splits:
@@ -97,6 +104,7 @@ def load_splits(settings: DataSettings, train_transform: Transform, test_transfo
         parts.notes,
         parts.drawn_from,
         fingerprint(parts),
+        parts.named,
     )
 
 

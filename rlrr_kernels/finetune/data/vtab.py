@@ -51,7 +51,7 @@ def read_vtab(root: Path, task: str) -> Parts:
         check_images(entries)
     notes = equal_files(train, val, ("train800", "val200"))
     notes += equal_files([*train, *val, *both], test, ("train800val200", "test"))
-    return Parts(Listed(train), Listed(val), Listed(test), numbered(classes), Listed(both), tuple(notes))
+    return Parts(Listed(train), Listed(val), Listed(test), numbered(classes), Listed(both), tuple(notes), named=False)
 
 
 def read_list(file: Path, folder: Path, classes: int) -> list[Entry]:

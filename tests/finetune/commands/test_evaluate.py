@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from rlrr_kernels import apply_rlrr, save_adapter
-from rlrr_kernels.finetune.commands.evaluate import evaluate
+from rlrr_kernels.finetune.commands.evaluate import evaluate, split_of
 from rlrr_kernels.finetune.data import ImageSet
 from rlrr_kernels.finetune.loop import load_data
 from rlrr_kernels.finetune.settings import Settings
@@ -69,8 +69,6 @@ def test_training_images_are_seen_without_augmentation(data, tmp_path, capsys):
         seen.append(values)
         assert "the train images were trained on" in out
     assert seen[0] == seen[1]
-    from rlrr_kernels.finetune.commands.evaluate import split_of
-
     images = split_of(load_data(Settings(data=str(data), resize="crop", flip=True)), "train")
     assert torch.equal(images[0, 3][0], images[7, 3][0])
 
@@ -124,7 +122,7 @@ def test_counts_by_class_are_of_the_label_not_of_the_answer():
         model[1].bias.copy_(torch.tensor([0.0, 2.0, 0.0]))
     items = [(Image.new("L", (1, 1)), label) for label in (0, 1, 1, 2)]
     images = ImageSet(items, lambda _: torch.zeros(1, 2, 2), 3)
-    result = evaluate(model, images, Settings(batch_size=3), torch.device("cpu"))
+    result = evaluate(model, images, Settings(batch_size=3), torch.device("cpu"), torch.arange(3))
     assert result.hits.tolist() == [0, 2, 0]
     assert result.images.tolist() == [1, 2, 1]
     assert result.accuracy == 0.5

@@ -1,6 +1,7 @@
 """``rlrr-finetune export``: programs that compute what the tuned model does, or no file."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ from tests.finetune.commands.conftest import status
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in export.ONNX_PACKAGES), reason="the ONNX packages are missing"
 )
+
+
+NAMES = ["b", "a", "é", "\udcff", "c"]
 
 
 @timm.models.register_model
@@ -40,7 +44,7 @@ def adapter(tmp_path_factory):
     torch.manual_seed(0)
     model = timm.create_model("vit_to_export", num_classes=5)
     save_file(model.state_dict(), folder / "base.safetensors")
-    save_adapter(apply_rlrr(model), folder / "adapter")
+    save_adapter(apply_rlrr(model), folder / "adapter", class_names=NAMES)
     return Adapter(folder / "adapter", ["--checkpoint", str(folder / "base.safetensors")], model.eval())
 
 
@@ -60,11 +64,29 @@ def run_onnx(path, images):
     return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
+def names_torch(path):
+    extra = {"label_names.json": ""}
+    torch.export.load(path, extra_files=extra)
+    return json.loads(extra["label_names.json"])
+
+
+def names_onnx(path):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return json.loads(session.get_modelmeta().custom_metadata_map["label_names"])
+
+
 @pytest.mark.parametrize(
-    ("form", "suffix", "run"),
-    [("torch", ".pt2", run_torch), pytest.param("onnx", ".onnx", run_onnx, marks=needs_onnx)],
+    ("form", "suffix", "run", "names"),
+    [
+        ("torch", ".pt2", run_torch, names_torch),
+        pytest.param("onnx", ".onnx", run_onnx, names_onnx, marks=needs_onnx),
+    ],
 )
-def test_the_program_gives_the_tuned_logits_for_batches_of_any_size(adapter, tmp_path, capsys, form, suffix, run):
+def test_the_program_gives_the_tuned_logits_for_batches_of_any_size(
+    adapter, tmp_path, capsys, form, suffix, run, names
+):
     out = tmp_path / f"a program{suffix}"
     assert start(adapter, form, out) == 0
     for batch in (1, 2, 7):
@@ -72,6 +94,7 @@ def test_the_program_gives_the_tuned_logits_for_batches_of_any_size(adapter, tmp
         with torch.no_grad():
             logits = adapter.model(images)
         torch.testing.assert_close(run(out, images), logits, rtol=0, atol=1e-4 * logits.abs().max().item())
+    assert names(out) == NAMES
     assert "[batch, 3, 28, 28] -> [batch, 5]" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
@@ -80,7 +103,7 @@ def test_the_program_gives_the_tuned_logits_for_batches_of_any_size(adapter, tmp
 def test_a_program_that_differs_at_one_batch_size_is_an_error_and_leaves_no_file(
     adapter, tmp_path, capsys, monkeypatch, size
 ):
-    def wrong(model, images, path):
+    def wrong(model, images, path, labels):
         path.write_text("a program")
         return lambda batch: model(batch) + 0.01 * (len(batch) == size)
 
@@ -93,7 +116,9 @@ def test_a_program_that_differs_at_one_batch_size_is_an_error_and_leaves_no_file
 
 
 def test_a_nan_is_a_difference(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "export_torch", lambda model, images, path: lambda batch: model(batch) * float("nan"))
+    monkeypatch.setattr(
+        export, "export_torch", lambda model, images, path, labels: lambda batch: model(batch) * float("nan")
+    )
     assert start(adapter, "torch", tmp_path / "m.pt2") == 1
     assert list(tmp_path.iterdir()) == []
 
