@@ -8,6 +8,7 @@ import sys
 
 from rlrr_kernels.finetune.commands import evaluate, export, merge, sweep, table, train
 from rlrr_kernels.finetune.commands.common import INTERRUPTED, CommandError
+from rlrr_kernels.finetune.commands.options import as_options
 from rlrr_kernels.finetune.distributed import launched
 
 #: Name -> what it does. ``train`` runs if none is named.
@@ -52,15 +53,16 @@ def main(argv: list[str] | None = None) -> int:
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
             _fail(f"unknown command {name!r}; {hint}", 2)
     command = COMMANDS[name]
-    arguments = parser(name).parse_args(options)
+    of_command = parser(name)
+    arguments = of_command.parse_args(options)
     try:
         if launched().size > 1 and not command.several:
             raise CommandError(f"{name} runs in one process, not in {launched().size}", 2)
         return command.run(arguments)
     except CommandError as error:
-        _fail(str(error), error.status)
+        _fail(as_options(str(error), of_command, options), error.status)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
-        _fail(str(error), 1)
+        _fail(as_options(str(error), of_command, options), 1)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     return 0

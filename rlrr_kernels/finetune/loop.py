@@ -20,7 +20,7 @@ from rlrr_kernels.adapt import count_parameters
 from rlrr_kernels.finetune import distributed
 from rlrr_kernels.finetune.data import Splits, is_path, load_splits, make_transform
 from rlrr_kernels.finetune.distributed import choose_device
-from rlrr_kernels.finetune.models import build_model, check_statistics
+from rlrr_kernels.finetune.models import build_model, check_statistics, unknown
 from rlrr_kernels.finetune.report import NotWritten, RunFolder, check_place
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.state import State, check_data, check_settings, read_state
@@ -41,9 +41,12 @@ def load_data(settings: Settings) -> Splits:
     Raises:
         ValueError: timm has no configuration for the model. See also :func:`load_splits`.
     """
-    pretrained_cfg = timm.get_pretrained_cfg(settings.model)
+    try:
+        pretrained_cfg = timm.get_pretrained_cfg(settings.model)
+    except RuntimeError:  # a tag that the model has no weights of
+        pretrained_cfg = None
     if pretrained_cfg is None:
-        raise ValueError(f"model: timm does not know {settings.model!r} (timm.list_models() lists them)")
+        raise unknown(settings.model)
     config = resolve_data_config(pretrained_cfg=pretrained_cfg.to_dict())
     channels, *own_size = config["input_size"]
     size = [settings.img_size] * 2 if settings.img_size else own_size

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
 from rlrr_kernels import running
-from rlrr_kernels.adapt import apply_rlrr
+from rlrr_kernels.adapt import apply_rlrr, replace
+from rlrr_kernels.architectures import architecture_of
 from rlrr_kernels.checkpoint import load_npz_backbone
 from rlrr_kernels.checkpoint.reading import read_state_dict
 from rlrr_kernels.checkpoint.trained import LOADED, in_short, printable
@@ -28,15 +31,24 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
 
     Raises:
         ValueError: timm does not know the model, its weights cannot be had or do not
-            fit, or it has no ``img_size`` or drop path to set. With ``method="rlrr"`` also what
+            fit, it has no ``img_size`` or drop path to set, no linear head to start at zero, or it is of a family
+            that the method does not know. With ``method="rlrr"`` also what
             :func:`~rlrr_kernels.apply_rlrr` raises.
-        TypeError: ``method="rlrr"`` with a model of a family that it does not know.
     """
     model: Any = _create(settings, classes)
     if settings.checkpoint is not None:
         load_backbone(model, settings.checkpoint)
     # timm keeps a pretrained head of the same size, which means nothing for other classes
     model.reset_classifier(classes)
+    if settings.head_init == "zero":
+        _zero_head(model, settings)
+    if settings.drop_path_kind == "element":
+        _drop_elements(model, settings)
+    if settings.method not in ("linear", "full") and architecture_of(model) is None:
+        raise ValueError(
+            f"model: expected a ViT, EVA, BEiT or Swin of timm with method={settings.method!r}, got "
+            f"{settings.model!r}, a {type(model).__name__}; method='linear' and method='full' take any"
+        )
     if settings.method == "rlrr":
         apply_rlrr(
             model,
@@ -67,6 +79,34 @@ def check_statistics(model: nn.Module, settings: Settings) -> None:
         )
 
 
+@torch.no_grad()
+def _zero_head(model: nn.Module, settings: Settings) -> None:
+    """Every class gets the same score at the start, as with the published code's ``zero_head``."""
+    layers = [module for module in head(model).modules() if next(module.parameters(recurse=False), None) is not None]
+    # of several layers one after another only the last bias would ever get a gradient
+    if not layers or not all(isinstance(layer, nn.Linear) for layer in layers):
+        raise ValueError(
+            f"head_init: expected random with model={settings.model!r}, whose head is no nn.Linear, got zero"
+        )
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.zero_()
+
+
+def _drop_elements(model: nn.Module, settings: Settings) -> None:
+    """Make stochastic depth what the published ViT calls drop path: dropout of a branch's elements, at the same rates.
+
+    Both draw from torch's own generator, which the trainer seeds.
+    """
+    paths = [name for name, module in model.named_modules() if isinstance(module, DropPath)]
+    if settings.drop_path and not paths:
+        raise ValueError(
+            f"drop_path_kind: expected image with model={settings.model!r}, which has no DropPath of timm, got element"
+        )
+    for name in paths:
+        replace(model, name, nn.Dropout(cast(DropPath, model.get_submodule(name)).drop_prob))
+
+
 def _create(settings: Settings, classes: int) -> nn.Module:
     # a rate of 0 is passed on as well: Swin's own default is not 0
     options: dict[str, Any] = {"num_classes": classes, "drop_path_rate": settings.drop_path}
@@ -75,7 +115,7 @@ def _create(settings: Settings, classes: int) -> nn.Module:
     pretrained = settings.pretrained and settings.checkpoint is None
     if not timm.is_model(settings.model):
         # also hf-hub:... and local-dir:..., by which the name in a stranger's file could load anything
-        raise ValueError(f"model: timm does not know {settings.model!r:.80} (timm.list_models() lists them)")
+        raise unknown(settings.model)
     while True:
         try:
             return timm.create_model(settings.model, pretrained=pretrained, **options)
@@ -89,6 +129,13 @@ def _create(settings: Settings, classes: int) -> nn.Module:
                 raise ValueError(f"{field}: {settings.model!r} takes none, got {getattr(settings, field)}") from error
         except (RuntimeError, OSError) as error:
             raise ValueError(f"model {settings.model!r} cannot be built: {error}") from error
+
+
+def unknown(name: str) -> ValueError:
+    """The error for a name that timm does not have: it names those that are near."""
+    near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3, cutoff=0.8)
+    hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists those that it does"
+    return ValueError(f"model: timm does not know {name!r:.80}; {hint}")
 
 
 def load_backbone(model: nn.Module, path: Path) -> None:

@@ -1,7 +1,8 @@
 """How each published task was trained, as data: VTAB-1k, and FGVC with and without mixup.
 
 The figures are those of the paper's code (arXiv 2403.19067). Its learning rate stays at ``warmup_lr`` for
-the first two epochs; that slip is not part of a recipe.
+the first two epochs; that slip is not part of a recipe. Its ViT starts from a head of zeros, and its drop path
+there is a dropout of single elements; both are.
 """
 
 from __future__ import annotations
@@ -105,6 +106,10 @@ _COMMON: Mapping[str, object] = {
     "ema": 0.0,
 }
 
+#: What the published scripts, which train ViTs, do besides. Of the Swin there is the model alone: its head is drawn at
+#: random, and its drop path is stochastic depth.
+_VIT: Mapping[str, object] = {"head_init": "zero", "drop_path_kind": "element"}
+
 # The published code replaces the whole schedule where it restarts: no warm-up, down to zero, and what it
 # calls cool-down is two more cycles.
 _RESTARTS: Mapping[str, object] = {"epochs": 60, "cooldown_epochs": 0, "warmup_epochs": 0, "min_lr": 0.0}
@@ -138,26 +143,29 @@ def split_task(task: str) -> tuple[str, str]:
     return suite, name
 
 
-def recipe(task: str) -> dict[str, object]:
+def recipe(task: str, model: str = BACKBONE) -> dict[str, object]:
     """The published recipe of a task, as fields of :class:`~rlrr_kernels.finetune.settings.Settings`.
 
     VTAB-1k: 100 epochs and 10 of cool-down, whole images resized. FGVC: 50 and 10, random crops and flips;
     CUB and Dogs restart the cosine every 5 epochs. ``fgvc-aug``: 110, restarted after 10, 30 and 70, with
-    mixup, cutmix, label smoothing and a moving average of the weights. AdamW throughout.
+    mixup, cutmix, label smoothing and a moving average of the weights. AdamW throughout. All but Swins start from
+    a head of zeros, and drop single elements of their branches.
 
     Args:
         task: one of :data:`TASKS`.
+        model: timm's name of the model to train in the backbone's place.
 
     Raises:
         ValueError: no such task; the nearest names are listed.
     """
     suite, name = split_task(task)
+    common = {**_COMMON, **({} if model.startswith("swin") else _VIT)}
     if suite == "vtab":
         vtab = VTAB[name]
-        fields = {**_COMMON, "epochs": 100, "resize": "squash", "flip": vtab.flip}
+        fields = {**common, "epochs": 100, "resize": "squash", "flip": vtab.flip}
         return {**fields, "lr": vtab.lr, "drop_path": vtab.drop_path, "weight_decay": vtab.weight_decay}
     fgvc = FGVC[name]
-    fields = {**_COMMON, "epochs": 50, "resize": "crop", "flip": True}
+    fields = {**common, "epochs": 50, "resize": "crop", "flip": True}
     fields |= {"lr": fgvc.lr, "drop_path": fgvc.drop_path, "weight_decay": 5e-2}
     if suite == "fgvc-aug":
         return {**fields, **_AUGMENTED}

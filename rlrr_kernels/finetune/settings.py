@@ -19,6 +19,8 @@ PROTOCOLS = ("choose-epoch", "final", "best-on-test")
 PRECISIONS = ("fp32", "bf16", "fp16")
 FROZEN_DTYPES = ("", "fp32", "bf16", "fp16")
 RESIZES = ("squash", "crop")
+HEAD_INITS = ("random", "zero")
+DROP_PATH_KINDS = ("image", "element")
 PARALLELS = ("ddp", "fsdp")
 
 
@@ -74,6 +76,9 @@ class Settings:
     patch_affine: bool = field(
         default=True, metadata=about("train a scale and a shift after the patch embedding, as published")
     )
+    head_init: str = field(
+        default="random", metadata=about("start of the head: drawn as timm does, or zeros, as published", HEAD_INITS)
+    )
     frozen_dtype: str = field(
         default="", metadata=about("keep frozen weights in this precision; empty: as they were loaded", FROZEN_DTYPES)
     )
@@ -89,10 +94,15 @@ class Settings:
     epochs: int = field(default=20, metadata=about("epochs of the cosine schedule, warm-up included"))
     cooldown_epochs: int = field(default=0, metadata=about("epochs at the last learning rate after those"))
     warmup_epochs: int = field(default=2, metadata=about("epochs of linear warm-up"))
-    restart_epochs: int = field(default=0, metadata=about("restart the cosine after so many epochs; 0: never"))
+    restart_epochs: int = field(
+        default=0,
+        metadata=about("restart the cosine after so many epochs, a divisor where a cool-down follows; 0: never"),
+    )
     restart_factor: int = field(
         default=1,
-        metadata=about("each restart's cosine is so many times as long as the last; the end of the epochs may cut it"),
+        metadata=about(
+            "each cosine is so many times as long as the one before; the end of the epochs may cut the last"
+        ),
     )
     batch_size: int = field(default=32, metadata=about("images a step in each process"))
     grad_accumulation: int = field(default=1, metadata=about("batches whose gradients make one step"))
@@ -100,7 +110,17 @@ class Settings:
     warmup_lr: float = field(default=1e-7, metadata=about("first learning rate"))
     min_lr: float = field(default=1e-8, metadata=about("last learning rate"))
     weight_decay: float = field(default=5e-5, metadata=about("on u, v, the patch affine and the head's weight"))
-    drop_path: float = field(default=0.0, metadata=about("stochastic depth rate"))
+    drop_path: float = field(
+        default=0.0, metadata=about("rate of what is dropped of the last block's branches, 0 at the first block")
+    )
+    drop_path_kind: str = field(
+        default="image",
+        metadata=about(
+            "what a drop path drops: the branch of an image (stochastic depth), or single elements of it, as the "
+            "published ViT does",
+            DROP_PATH_KINDS,
+        ),
+    )
     label_smoothing: float = field(default=0.0, metadata=about("share of each label that is spread over all classes"))
     mixup: float = field(default=0.0, metadata=about("alpha of mixup; 0: none"))
     cutmix: float = field(
@@ -185,26 +205,31 @@ class Settings:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 or more and less than 1, got {getattr(self, name)}")
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs: expected less than epochs = {self.epochs}, got {self.warmup_epochs}")
+            raise ValueError(f"warmup_epochs: expected less than epochs={self.epochs}, got {self.warmup_epochs}")
         if self.restart_factor > 1 and (not self.restart_epochs or self.cooldown_epochs):
             raise ValueError(
-                f"restart_factor: expected 1 without restart_epochs or with cooldown_epochs, got {self.restart_factor}"
+                f"restart_factor: expected 1 with restart_epochs={self.restart_epochs} and "
+                f"cooldown_epochs={self.cooldown_epochs}: cycles that grow restart, and have no cool-down after them, "
+                f"got {self.restart_factor}"
             )
-        if self.restart_epochs and self.restart_factor == 1 and self.epochs % self.restart_epochs:
-            raise ValueError(f"restart_epochs: expected a divisor of epochs = {self.epochs}, got {self.restart_epochs}")
+        if self.restart_epochs and self.cooldown_epochs and self.epochs % self.restart_epochs:
+            raise ValueError(
+                f"restart_epochs: expected a divisor of epochs={self.epochs}, after which come "
+                f"cooldown_epochs={self.cooldown_epochs}, got {self.restart_epochs}"
+            )
         if self.early_stop and self.resolved_protocol != "choose-epoch":
             raise ValueError(
-                f"early_stop: expected 0 with protocol {self.resolved_protocol}, which looks at no validation images, "
-                f"got {self.early_stop}"
+                f"early_stop: expected 0 with protocol={self.resolved_protocol!r}, which looks at no validation "
+                f"images as protocol='choose-epoch' does, got {self.early_stop}"
             )
         if self.frozen_dtype and self.method != "rlrr":
-            raise ValueError(f"frozen_dtype: expected none with method {self.method}, got {self.frozen_dtype!r}")
+            raise ValueError(f"frozen_dtype: expected none with method={self.method!r}, got {self.frozen_dtype!r}")
         if self.checkpoint is not None and not os.path.isfile(self.checkpoint):
             raise FileNotFoundError(f"checkpoint: {self.checkpoint} does not exist")
         if self.resume is not None and not os.path.isdir(self.resume):
             raise FileNotFoundError(f"resume: {self.resume} is no folder")
         if self.resume is not None and self.out is not None:
-            raise ValueError(f"out: expected none with resume, which continues in its folder, got {self.out}")
+            raise ValueError(f"out: expected none with resume={str(self.resume)!r}, where it continues, got {self.out}")
 
 
 def check_types(values: Mapping[str, Any]) -> None:

@@ -73,7 +73,7 @@ class Trainer:
             self.optimizer,
             t_initial=cycle * steps,
             cycle_mul=settings.restart_factor,
-            # after equal cycles comes the cool-down; growing ones are fewer, and the end of the epochs cuts the last
+            # after whole equal cycles comes the cool-down; where there is none, the end of the epochs may cut the last
             cycle_limit=-(-settings.epochs // cycle),
             lr_min=settings.min_lr,
             warmup_t=settings.warmup_epochs * steps,

@@ -10,6 +10,7 @@ import pytest
 
 from rlrr_kernels.finetune import Settings
 from rlrr_kernels.finetune.cli import COMMANDS, main, parser
+from rlrr_kernels.finetune.commands.options import as_options
 
 
 def run(*words):
@@ -54,16 +55,23 @@ def test_each_command_has_help_of_its_own(capsys, name):
         (["--checkpoint", "none.pth"], "none.pth does not exist"),
         (["--model", "vit_nonsense"], "timm does not know 'vit_nonsense'"),
         (["--method", "dora"], "invalid choice: 'dora'"),
-        (["--data", "torch/cifar100"], "data_root: expected a folder to keep torch/cifar100 in"),
+        (["--data", "torch/cifar100"], "--data-root: expected a folder to keep torch/cifar100 in"),
         (["--device", "foo"], "device: 'foo' cannot be used"),
         (["--device", "cuda:99"], "device: 'cuda:99' cannot be used"),
         (["--resume", "nowhere"], "resume: nowhere is no folder"),
-        (["--task", "vtab/cifar"], "data_root: expected the folder that holds the images of vtab/cifar"),
+        (["--task", "vtab/cifar"], "--data-root: expected the folder that holds the images of vtab/cifar"),
         (["--task", "vtab/cifer", "--data-root", "."], "did you mean vtab/cifar?"),
         (["--task", "vtab/cifar", "--data-root", "no where"], "no where"),
         (["swep"], "unknown command 'swep'; did you mean sweep?"),
         (["eval", "nowhere"], "nowhere is no folder"),
         (["sweep", "--lr", "1e-3"], "unrecognized arguments: --lr"),
+        (["--epochs=3", "--warmup-epochs", "5"], "--warmup-epochs: expected less than --epochs 3, got 5"),
+        (["--restart-factor", "2"], "--restart-factor: expected 1 with --restart-epochs 0 and --cooldown-epochs 0: "),
+        (["--early-stop", "1", "--protocol", "final"], "--early-stop: expected 0 with --protocol final, which looks"),
+        (["sweep", "--lrs", "-1"], "--lrs: expected a finite number"),
+        (["sweep", "--seeds", "1", "-1"], "--seeds: expected at least 0"),
+        (["merge", ".", "--out", "a.pth"], "--out: expected a name that ends in .safetensors"),
+        (["--resume", "lr=0.1"], "--resume: lr=0.1 is no folder"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(capsys, arguments, words):
@@ -71,6 +79,21 @@ def test_bad_arguments_are_one_line_and_status_2(capsys, arguments, words):
     *_, last = capsys.readouterr().err.strip().splitlines()
     assert words in last
     assert "error: " in last
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("patch_affine: ViT has none; set patch_affine=False", "--patch-affine: ViT has none; set --no-patch-affine"),
+        ("norm: of a kind; with norm_affine=False it is left", "norm: of a kind; with --no-norm-affine it is left"),
+        ("out: expected none with resume='a b', got c", "--out: expected none with --resume 'a b', got c"),
+        ("a/lr=1/metrics.json: epochs=3 is wrong", "a/lr=1/metrics.json: epochs=3 is wrong"),
+        ("data: b/lr=1: no epochs=3, groups=2", "--data: b/lr=1: no --epochs 3, groups=2"),
+        ("loss is nan", "loss is nan"),
+    ],
+)
+def test_errors_name_options_where_python_names_arguments(message, shown):
+    assert as_options(message, parser(), ["--data", "b/lr=1"]) == shown
 
 
 def test_an_existing_folder_is_status_2(tmp_path, capsys):

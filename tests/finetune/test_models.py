@@ -1,5 +1,7 @@
 """The model of a run: weights from files, rates and sizes that reach it, and what is left trainable."""
 
+import re
+
 import numpy as np
 import pytest
 import timm
@@ -8,20 +10,76 @@ from timm.layers import DropPath
 
 from rlrr_kernels import count_parameters
 from rlrr_kernels.finetune import Settings, prepare
-from rlrr_kernels.finetune.models import build_model, load_backbone
+from rlrr_kernels.finetune.models import _drop_elements, _zero_head, build_model, load_backbone
 from tests.checkpoint.test_npz import google_arrays
 from tests.models import small_swin, stir
 
 
-def test_an_unknown_model_is_named():
-    with pytest.raises(ValueError, match="model: timm does not know 'vit_nonsense'"):
-        prepare(Settings(model="vit_nonsense"))
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("vit_nonsense", "timm.list_models() lists"),
+        ("vit_base_patch16_24", "did you mean vit_base_patch16_224"),
+        ("vit_base_patch16_224.orig_in22k", "did you mean vit_base_patch16_224.orig_in21k"),
+    ],
+)
+def test_an_unknown_model_is_named(name, hint):
+    with pytest.raises(ValueError, match=re.escape(f"model: timm does not know {name!r}; {hint}")):
+        prepare(Settings(model=name))
 
 
 def test_drop_path_is_stochastic_depth_that_grows_with_depth():
     model = build_model(Settings(drop_path=0.4), 10)
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
     assert rates == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4])
+
+
+@pytest.mark.parametrize("method", ["rlrr", "full"])
+def test_drop_path_of_elements_is_dropout_at_the_same_rates(method):
+    model = build_model(Settings(drop_path=0.4, drop_path_kind="element", method=method), 10).train()
+    assert not [m for m in model.modules() if isinstance(m, DropPath)]
+    paths = [m for name, m in model.named_modules() if "drop_path" in name and not isinstance(m, torch.nn.Identity)]
+    assert [m.p for m in paths] == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4])
+    branches = torch.ones(64, 17, 128)
+    kept = paths[-1](branches)
+    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
+    assert ((kept > 0).float().mean((1, 2)) - 0.6).abs().max() < 0.06  # of no image all or nothing
+    assert torch.equal(paths[-1].eval()(branches), branches)
+
+
+def test_elements_are_not_dropped_where_the_model_has_no_drop_path():
+    model = torch.nn.Linear(2, 2)
+    _drop_elements(model, Settings(drop_path_kind="element"))  # a rate of 0 needs none
+    with pytest.raises(ValueError, match=r"drop_path_kind: expected image with model='.*', which has no DropPath"):
+        _drop_elements(model, Settings(drop_path_kind="element", drop_path=0.1))
+
+
+def test_a_head_of_zeros_gives_every_class_the_same_and_leaves_the_rest_as_drawn():
+    torch.manual_seed(3)
+    drawn = build_model(Settings(), 10)
+    torch.manual_seed(3)
+    model = build_model(Settings(head_init="zero"), 10)
+    assert drawn.head.weight.std() > 0.01
+    with torch.no_grad():
+        assert torch.equal(model(torch.randn(3, 1, 28, 28)), torch.zeros(3, 10))
+    assert all(p.requires_grad for p in model.head.parameters())
+    others = {name: p for name, p in model.named_parameters() if not name.startswith("head.")}
+    assert all(torch.equal(p, drawn.get_parameter(name)) for name, p in others.items())
+
+
+def test_a_head_of_several_layers_does_not_start_at_zero():
+    """Beneath a last layer of zeros with zeros before it nothing would ever get a gradient."""
+    model = torch.nn.Module()
+    model.get_classifier = lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    with pytest.raises(ValueError, match=r"head_init: expected random with model='.*', whose head is no nn.Linear"):
+        _zero_head(model, Settings(head_init="zero"))
+
+
+@pytest.mark.parametrize("method", ["rlrr", "ssf", "lora"])
+def test_a_family_that_the_method_does_not_know_is_refused_with_those_that_take_it(method):
+    options = {"model": "test_convnext", "pretrained": False, "method": method}
+    with pytest.raises(ValueError, match=f"with method='{method}', got 'test_convnext', .*; method='linear' and"):
+        build_model(Settings(**options), 3)
 
 
 def test_a_drop_path_of_0_is_honoured_where_timm_has_another_default():

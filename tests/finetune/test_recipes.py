@@ -57,6 +57,8 @@ def test_vtab_trains_100_epochs_and_10_more_on_whole_images():
         "cutmix": 0.0,
         "label_smoothing": 0.0,
         "ema": 0.0,
+        "head_init": "zero",
+        "drop_path_kind": "element",
     }
     for name in VTAB:
         fields = recipe(f"vtab/{name}")

@@ -32,6 +32,9 @@ EVERYTHING = {
 }
 
 
+AS_PUBLISHED = {"head_init": "zero", "drop_path_kind": "element"}
+
+
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch):
     """Curves are drawn in test_loop.py; here they only take time."""
@@ -62,11 +65,28 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_state_of_before_there_was_a_setting_goes_on_without_it(tmp_path):
+    """Also where a run begun today would have another value."""
+    settings = Settings(task="vtab/cifar").to_dict()
+    for name in AS_PUBLISHED:
+        del settings[name]
+    agreed = {"settings": settings, "processes": 1, "images": {}, "classes": 100}
+    metrics = {**agreed, "protocol": "final", "epochs": [], "train_seconds": 0.0}
+    (tmp_path / "run").mkdir()
+    State({**agreed, "epoch": 0, "scaler": {}, "metrics": metrics}, {}).write(tmp_path / "run")
+    found = resumed(tmp_path / "run", {})
+    assert (found.head_init, found.drop_path_kind) == ("random", "image")
+    state = read_state(tmp_path / "run")
+    check_settings(state, found)
+    with pytest.raises(ValueError, match="head_init: expected 'random', as in the run to resume, got 'zero'"):
+        check_settings(state, dataclasses.replace(found, head_init="zero"))
+
+
 @pytest.mark.parametrize(
     ("changes", "at_step"),
     [
         (EVERYTHING | {"workers": 2}, 5),
-        (EVERYTHING | {"protocol": "final", "precision": "bf16", "sizes": (24, 9, 10)}, 4),
+        (EVERYTHING | AS_PUBLISHED | {"protocol": "final", "precision": "bf16", "sizes": (24, 9, 10)}, 4),
         ({"protocol": "best-on-test", "method": "full", "sizes": (20, 4, 8), "batch_size": 8}, 4),
         ({"precision": "fp16", "sizes": (4, 2, 2), "batch_size": 2, "method": "linear", "epochs": 4}, 5),
     ],

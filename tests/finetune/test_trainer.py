@@ -61,6 +61,15 @@ def test_restarts_that_grow_are_cut_off_at_the_end(tmp_path):
     assert found[17] == pytest.approx(0.5 * (1 + math.cos(math.pi * 8 / 12)))
 
 
+def test_equal_cycles_are_cut_off_at_the_end_too(tmp_path):
+    """Of ``fgvc/cub`` with fewer epochs: cycles of 2 epochs of 3 steps, in 3 and in 1."""
+    options = {"warmup_epochs": 0, "restart_epochs": 2, "lr": 1.0, "min_lr": 0.0}
+    found = rates(trainer(tmp_path, epochs=3, **options), 9)
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert found == pytest.approx([*cosine, *cosine[:3]])
+    assert rates(trainer(tmp_path, epochs=1, **options), 3) == pytest.approx(cosine[:3])
+
+
 @pytest.mark.parametrize("epochs", [5, 15, 40])
 def test_growing_cycles_train_in_every_epoch_however_few_there_are(tmp_path, epochs):
     """Of ``fgvc-aug/cub``: cycles of 10, 20 and 40 epochs down to 0, of which fewer epochs see a part."""
@@ -106,9 +115,10 @@ def test_mixed_labels_train(tmp_path):
     assert 1.0 < losses[-1] < losses[0]
 
 
-def test_drop_path_draws_by_seed_and_epoch_not_by_what_ran_before(tmp_path):
+@pytest.mark.parametrize("kind", ["image", "element"])
+def test_drop_path_draws_by_seed_and_epoch_not_by_what_ran_before(tmp_path, kind):
     def losses(disturb):
-        runner = trainer(tmp_path, sizes=(48, 8, 8), drop_path=0.5)
+        runner = trainer(tmp_path, sizes=(48, 8, 8), drop_path=0.5, drop_path_kind=kind)
         found = []
         for _ in range(2):
             if disturb:

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"largest relative difference (default: {TOLERANCE})",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
-    add_settings(parser, only=("checkpoint",))
+    add_settings(parser, only=("model", "checkpoint"))
 
 
 def run(arguments: argparse.Namespace) -> int:

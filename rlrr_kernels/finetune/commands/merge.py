@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights written (default: fp32)")
     parser.add_argument("--safe", action="store_true", help="refuse to merge values that are not finite")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
-    add_settings(parser, only=("checkpoint",))
+    add_settings(parser, only=("model", "checkpoint"))
 
 
 def run(arguments: argparse.Namespace) -> int:

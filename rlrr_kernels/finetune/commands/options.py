@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Mapping
+import re
+import shlex
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlrr_kernels.finetune.recipes import recipe
+from rlrr_kernels.finetune.recipes import BACKBONE, recipe
 from rlrr_kernels.finetune.settings import PATHS, Settings
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
@@ -65,23 +67,39 @@ def settings_from(options: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: a task that is not known or that lacks its ``data_root``, or a bad setting.
     """
+    published = _recipe(options)
+    if published and options.get("data_root") is None:
+        raise ValueError(f"data_root: expected the folder that holds the images of {options['task']}, got none")
+    return Settings(**{**published, **_fitted_warmup(options), **options})
+
+
+def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of the task, for the model that is to be trained; nothing without a task."""
     task = options.get("task", "")
-    published = recipe(task) if task else {}
-    if task and options.get("data_root") is None:
-        raise ValueError(f"data_root: expected the folder that holds the images of {task} (--data-root), got none")
-    return Settings(**{**published, **options, **({"task": task} if task else {})})
+    return recipe(task, options.get("model", BACKBONE)) if task else {}
 
 
-def describe_recipe(options: Mapping[str, Any], skip: Collection[str] = ()) -> list[str]:
-    """Lines that say what the recipe fills in (where that is no default), and what was given in its place.
+def _fitted_warmup(options: Mapping[str, Any]) -> dict[str, int]:
+    """A warm-up that nobody asked for, where it is as long as the epochs that somebody did: the same share of them."""
+    usual = {name: FIELDS[name].default for name in ("epochs", "warmup_epochs")} | _recipe(options)
+    epochs, warmup = options.get("epochs", usual["epochs"]), usual["warmup_epochs"]
+    if "warmup_epochs" in options or not 1 <= epochs <= warmup:
+        return {}
+    return {"warmup_epochs": warmup * epochs // usual["epochs"]}
+
+
+def describe_settings(options: Mapping[str, Any], skip: Collection[str] = ()) -> list[str]:
+    """Lines that say what :func:`settings_from` fills in.
+
+    That is what the recipe does (where that is no default), what was given in its place, and a warm-up that is
+    shorter than usual.
 
     Args:
         options: what was given. skip: fields to be silent about.
     """
-    task = options.get("task", "")
-    if not task:
-        return []
-    published = {name: value for name, value in recipe(task).items() if name not in skip}
+    shorter = _fitted_warmup(options)
+    recipe_of_task = _recipe(options)
+    published = {name: value for name, value in recipe_of_task.items() if name not in {*skip, *shorter}}
     kept = [
         f"{name} {shown(value)}"
         for name, value in published.items()
@@ -92,10 +110,46 @@ def describe_recipe(options: Mapping[str, Any], skip: Collection[str] = ()) -> l
         for name, value in published.items()
         if options.get(name, value) != value
     ]
-    lines = [f"recipe of {task}: {', '.join(kept)}"]
+    lines = [f"recipe of {options['task']}: {', '.join(kept)}"] if published else []
     if changed:
         lines.append(f"given instead: {', '.join(changed)}")
+    for name, epochs in shorter.items():
+        usual = recipe_of_task.get(name, FIELDS[name].default)
+        lines.append(f"warm-up: {epochs} epochs in place of {usual}, as there are {options['epochs']} in all")
     return lines
+
+
+#: ``name=value`` in a message, as Python writes an argument.
+_ARGUMENT = re.compile(r"(?<![\w./-])(\w+)=('[^']*'|[\w.+-]*\w)")
+
+
+def as_options(message: str, parser: argparse.ArgumentParser, words: Iterable[str]) -> str:
+    """An error about settings, for who has options: of ``lr: ... epochs=1`` comes ``--lr: ... --epochs 1``.
+
+    Args:
+        message: of an error. One that does not begin with the name of an argument is left as it is.
+        parser: of the command: what it has no option for is left as it is, too.
+        words: what the user typed: no part of these but options is rewritten.
+    """
+    name, colon, text = message.partition(": ")
+    if not (name.isidentifier() and colon):
+        return message
+    flags: dict[str, str] = {}
+    for action in parser._actions:
+        if action.option_strings:
+            # an option that takes several values stands for each: --lrs for lr
+            flags[action.dest.removesuffix("s") if action.nargs == "+" else action.dest] = action.option_strings[0]
+    typed = [word for word in words if not word.startswith("-")]
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name not in flags or any(found[0] in word for word in typed):
+            return found[0]
+        if value in ("True", "False"):
+            return "--" + "no-" * (value == "False") + flags[name].removeprefix("--")
+        return f"{flags[name]} {shlex.quote(value.strip(chr(39)))}"
+
+    return f"{flags.get(name, name)}: {_ARGUMENT.sub(option, text)}"
 
 
 def shown(value: object) -> str:

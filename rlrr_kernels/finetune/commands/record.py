@@ -151,7 +151,7 @@ class Record:
                 if theirs.get(name) != ours.get(name):
                     raise ValueError(
                         f"{name}: {folder} holds a sweep with {theirs.get(name)!r}, got {ours.get(name)!r}; "
-                        "--out names another folder"
+                        f"{name}={theirs.get(name)!r} goes on with it, another --out begins a new one"
                     )
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"out: {folder} exists, and is no sweep")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ DEFAULTS: Mapping[str, Any] = {name: field.default for name, field in FIELDS.ite
 MAY_DIFFER = frozenset({"seed", "out", "resume", "data_root", "device", "workers", "tensorboard", "parallel"})
 
 #: Settings that make a method what it is, whatever it is trained on; and those that only one method reads.
-DEFINING = ("checkpoint", "pretrained", "img_size", "precision", "ema")
+DEFINING = ("checkpoint", "pretrained", "head_init", "img_size", "precision", "drop_path_kind", "ema")
 DEFINING_OF = {"rlrr": ("init", "norm_affine", "patch_affine", "frozen_dtype"), "lora": ("lora_rank",)}
 
 
@@ -85,6 +84,20 @@ class Cell:
     def std(self) -> float | None:
         """Sample standard deviation (n - 1) over seeds; None for one."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+
+@dataclass(frozen=True)
+class Clash:
+    """Runs of one column and task that are no seeds of one experiment: in no cell, as who made them must choose.
+
+    Attributes:
+        runs: by seed.
+        differ: names of the settings in which they do; none where runs are alike and have one seed.
+    """
+
+    task: str
+    runs: tuple[Result, ...]
+    differ: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -154,26 +167,21 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
             from), or folders that hold such folders at any depth.
 
     Raises:
-        FileNotFoundError: a path that is not there, or under which there is no run.
-        ValueError: a path that is a sweep without a final run, or a broken ``metrics.json`` or ``sweep.json``.
+        FileNotFoundError: a path that is not there.
     """
     folders: dict[Path, Path] = {}
-    unfinished: dict[Path, str] = {}
+    reasons: dict[Path, str] = {}
     for path in paths:
-        runs, sweeps = _look_below(path)
-        if not runs and not sweeps:
-            raise FileNotFoundError(f"no run in {path}: expected a metrics.json or a sweep.json at some depth")
+        runs, others = _look_below(path)
         folders |= {folder.resolve(): folder for folder in runs}
-        unfinished |= {
-            folder.resolve(): f"{folder}: a sweep that has no final run yet; the same command again goes on with it"
-            for folder in sweeps
-        }
-        named = path.parent if path.name == "sweep.json" else path
-        if named in sweeps:
-            raise ValueError(unfinished[named.resolve()])
-    results, left_out = [], list(unfinished.values())
+        reasons |= {folder.resolve(): reason for folder, reason in others.items()}
+    results, left_out = [], list(reasons.values())
     for folder in folders.values():
-        metrics = read_run(folder)
+        try:
+            metrics = read_run(folder)
+        except (OSError, ValueError) as error:
+            left_out.append(str(error))
+            continue
         accuracy = metrics.get("test_accuracy")
         if accuracy is None:
             why = metrics.get("error") or ("interrupted" if metrics.get("interrupted") else "no test accuracy")
@@ -187,28 +195,36 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
     return results, left_out
 
 
-def _look_below(path: Path) -> tuple[list[Path], list[Path]]:
-    """(run folders, of sweeps the final ones; sweeps that have none)."""
+def _look_below(path: Path) -> tuple[list[Path], dict[Path, str]]:
+    """(run folders, of sweeps the final ones; why nothing comes of a sweep, or of the path)."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
     if path.name in ("metrics.json", "sweep.json"):
         path = path.parent
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist")
-    runs, unfinished = [], []
+    runs: list[Path] = []
+    left_out: dict[Path, str] = {}
     for root, folders, files in os.walk(path):
         # a hidden folder is what a killed process was about to put in place
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if "sweep.json" in files:
             folders.clear()
-            final = _final_runs(Path(root))
-            runs += final
-            unfinished += [] if final else [Path(root)]
+            try:
+                runs += _final_runs(Path(root))
+            except (OSError, ValueError) as error:
+                left_out[Path(root)] = str(error)
         elif "metrics.json" in files:
             folders.clear()
             runs.append(Path(root))
-    return runs, unfinished
+    if not runs and not left_out:
+        left_out[path] = f"{path}: no run in it: expected a metrics.json or a sweep.json at some depth"
+    return runs, left_out
 
 
 def _final_runs(folder: Path) -> list[Path]:
+    """
+    Raises:
+        ValueError: there is none yet, or a broken ``sweep.json``.
+    """
     path = folder / "sweep.json"
     try:
         names = [expect(run, "folder", str) for run in expect(read_json(path), "final", list)]
@@ -217,28 +233,26 @@ def _final_runs(folder: Path) -> list[Path]:
                 raise ValueError(f"folder: expected one in the sweep's, got {name!r:.80}")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not what a sweep writes: {error}") from error
+    if not names:
+        raise ValueError(f"{folder}: a sweep that has no final run yet; the same command again goes on with it")
     return [folder / name for name in names]
 
 
-def cells(results: Iterable[Result]) -> dict[Column, dict[str, Cell]]:
-    """Accuracies by column and task.
-
-    Raises:
-        ValueError: two runs of a cell have one seed, or differ in more than the seed.
-    """
-    grouped: dict[Column, dict[str, list[Result]]] = {}
-    for result in results:
-        grouped.setdefault(result.column, {}).setdefault(result.task, []).append(result)
-    for tasks in grouped.values():
-        for runs in tasks.values():
-            _check_seeds(runs)
-    return {
-        column: {
-            task: Cell(tuple(run.accuracy for run in runs), tuple(run.seed for run in runs), runs[0].settings)
-            for task, runs in tasks.items()
-        }
-        for column, tasks in sorted(grouped.items(), key=lambda item: _place(item[0]))
-    }
+def cells(results: Iterable[Result]) -> tuple[dict[Column, dict[str, Cell]], list[Clash]]:
+    """Accuracies by column and task; and of which columns and tasks there is none, as their runs clash."""
+    grouped: dict[tuple[Column, str], list[Result]] = {}
+    for result in sorted(results, key=lambda result: result.seed):
+        grouped.setdefault((result.column, result.task), []).append(result)
+    found: dict[Column, dict[str, Cell]] = {}
+    clashes = []
+    for (column, task), runs in sorted(grouped.items(), key=lambda item: (_place(item[0][0]), item[0][1])):
+        seeds, differ = tuple(run.seed for run in runs), _differ(runs)
+        if differ or len(set(seeds)) < len(seeds):
+            clashes.append(Clash(task, tuple(runs), differ))
+        else:
+            cell = Cell(tuple(run.accuracy for run in runs), seeds, runs[0].settings)
+            found.setdefault(column, {})[task] = cell
+    return found, clashes
 
 
 def _place(column: Column) -> tuple[Any, ...]:
@@ -247,20 +261,10 @@ def _place(column: Column) -> tuple[Any, ...]:
     return column.model, column.method, column.protocol, len(options), options
 
 
-def _check_seeds(runs: list[Result]) -> None:
-    runs.sort(key=lambda run: run.seed)
-    first = runs[0]
-    for run in runs[1:]:
-        names = (first.settings.keys() | run.settings.keys()) - MAY_DIFFER
-        differ = sorted(name for name in names if first.settings.get(name) != run.settings.get(name))
-        if differ:
-            raise ValueError(
-                f"{first.folder} and {run.folder} are runs of {run.task} that differ in {', '.join(differ)}: "
-                "no seeds of one experiment; name the folders that belong together"
-            )
-    for one, next_one in itertools.pairwise(runs):
-        if one.seed == next_one.seed:
-            raise ValueError(f"{one.folder} and {next_one.folder} are runs of {one.task} with one seed, {one.seed}")
+def _differ(runs: Sequence[Result]) -> tuple[str, ...]:
+    """Settings in which runs differ, that seeds of one experiment have in common."""
+    names = {name for run in runs for name in run.settings} - MAY_DIFFER
+    return tuple(sorted(n for n in names if any(run.settings.get(n) != runs[0].settings.get(n) for run in runs)))
 
 
 def tasks_of(benchmark: str) -> dict[str, tuple[str, ...]]:

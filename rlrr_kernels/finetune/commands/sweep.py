@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrr_kernels.finetune.commands.common import INTERRUPTED, Command, CommandError, checking_input, console, say
-from rlrr_kernels.finetune.commands.options import add_settings, describe_recipe, given, settings_from
+from rlrr_kernels.finetune.commands.options import add_settings, describe_settings, given, settings_from
 from rlrr_kernels.finetune.commands.record import Plan, Record, left_behind, published_grid
 from rlrr_kernels.finetune.data import ImageSet, describe
 from rlrr_kernels.finetune.distributed import World, choose_device, launched, on_main, start
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         world = start(choose_device(base.device))
         folder = arguments.out or default_folder(told)
         record = on_main(world, lambda: Record.open(folder, plan))
-    say(*describe_recipe(options, skip=OWN), f"sweep in {folder}: {plan}")
+    say(*describe_settings(options, skip=OWN), f"sweep in {folder}: {plan}")
     try:
         finished = search(record, world) and (not arguments.final or final(record, world))
     except KeyboardInterrupt:
@@ -178,7 +178,8 @@ def one_run(folder: Path, settings: Settings, world: World, *, test: bool, tell:
     try:
         return train(prepared, test=test)
     except FloatingPointError as error:
-        say(f"diverged: {error}")
+        # the hint is for a single run: here other rates follow
+        say(f"diverged: {str(error).partition(';')[0]}")
         return {"interrupted": False, "error": f"{type(error).__name__}: {error}", "finished": True}
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from rlrr_kernels.finetune.commands import results
 from rlrr_kernels.finetune.commands.common import Command, checking_input, console
 from rlrr_kernels.finetune.commands.grid import Grid
-from rlrr_kernels.finetune.commands.results import Cell, Column
+from rlrr_kernels.finetune.commands.options import shown
+from rlrr_kernels.finetune.commands.results import Cell, Clash, Column
 from rlrr_kernels.finetune.recipes import PUBLISHED
 
 FORMATS = ("console", "markdown", "json")
@@ -25,6 +26,7 @@ NOTES = {
     ON_TEST: f"{MARK} best-on-test: the epoch was chosen on the test images, as in the paper's code. "
     "Such a figure is higher than one of the other protocols for the same model.",
     "std": "± is the sample standard deviation over seeds, (n) their number; no sign: one seed.",
+    "clashes": "No seeds of one experiment, so that none of them is above: name the folders that belong together.",
     "groups": "Mean over tasks: each task counts the same. Mean of group means: each group does.",
 }
 
@@ -33,7 +35,8 @@ Test accuracy by task, from the metrics.json of runs and sweeps. Runs of one mod
 method and protocol make a column; what defines the method counts, such as its start,
 its affines, its rank, precision or checkpoint. Seeds of one task are averaged. Where
 tasks of a mean were trained with different other settings, these are named below it.
-Runs and sweeps without a test figure are left out, and named. For VTAB-1k there
+Runs and sweeps without a test figure, or that cannot be read, are left out, and named;
+so are runs of a column and task that differ in more than the seed, or not at all. For VTAB-1k there
 are two means, over tasks and of the three groups' means, and both say over how many
 tasks they are: a missing task is shown as missing and counts for nothing. The paper's
 means stand below them, with the protocol they were made by.
@@ -52,11 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
         found, left_out = results.find_results(arguments.paths)
         if not found:
             raise ValueError(f"no run in {', '.join(map(str, arguments.paths))} was tested: {'; '.join(left_out)}")
-        columns = results.cells(found)
+    columns, clashes = results.cells(found)
     if arguments.format == "json":
-        print(json.dumps(summary(columns, left_out), indent=2))
+        print(json.dumps(summary(columns, clashes, left_out), indent=2))
         return 0
     grids = [grid for name in _benchmarks(columns) for grid in _grids(name, columns)]
+    grids += [_clashes(clashes)] if clashes else []
     if arguments.format == "markdown":
         print("\n".join(grid.markdown() for grid in grids))
         print("\n".join(f"left out: {line}  " for line in left_out))
@@ -148,13 +152,26 @@ def _differing(number: int, names: Mapping[str, str]) -> str:
     return f"Column {number} averages over tasks that differ in {parts}." if parts else ""
 
 
+def _clashes(clashes: list[Clash]) -> Grid:
+    grid = Grid("runs that clash", ("task", "run", "what clashes", "test accuracy, %"), labels=3)
+    for clash in clashes:
+        for run in clash.runs:
+            names = ["seed", *clash.differ]
+            values = ", ".join(f"{name} {shown(run.settings.get(name))}" for name in names)
+            mark = MARK if run.column.protocol == ON_TEST else ""
+            grid.add(clash.task, str(run.folder), values, f"{100 * run.accuracy:.1f}{mark}")
+        grid.end_section()
+    grid.notes.append(NOTES["clashes"])
+    return grid
+
+
 def _seeds(benchmark: str, cells: Mapping[str, Cell]) -> str:
     counts = {len(cell.seeds) for task, cell in cells.items() if not benchmark or task.startswith(f"{benchmark}/")}
     low, high = min(counts), max(counts)
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def summary(columns: Mapping[Column, Mapping[str, Cell]], left_out: list[str]) -> dict[str, Any]:
+def summary(columns: Mapping[Column, Mapping[str, Cell]], clashes: list[Clash], left_out: list[str]) -> dict[str, Any]:
     """What ``--format json`` prints: accuracies from 0 to 1; missing tasks are listed, not left to be inferred."""
     listed = []
     for column, cells in columns.items():
@@ -189,7 +206,18 @@ def summary(columns: Mapping[Column, Mapping[str, Cell]], left_out: list[str]) -
         for p in PUBLISHED
         if any(p.benchmark in entry["benchmarks"] for entry in listed)
     ]
-    return {"columns": listed, "published": published, "left_out": left_out}
+    clashing = [
+        {
+            "task": clash.task,
+            "differ": list(clash.differ),
+            "runs": [
+                {"folder": str(run.folder), "accuracy": run.accuracy, "settings": dict(run.settings)}
+                for run in clash.runs
+            ],
+        }
+        for clash in clashes
+    ]
+    return {"columns": listed, "published": published, "clashes": clashing, "left_out": left_out}
 
 
 COMMAND = Command("accuracies over tasks and seeds, next to the paper's", DESCRIPTION, add_arguments, run)

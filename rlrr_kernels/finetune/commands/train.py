@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrr_kernels.finetune.commands.common import INTERRUPTED, Command, CommandError, checking_input, say
-from rlrr_kernels.finetune.commands.options import add_settings, describe_recipe, given, settings_from
+from rlrr_kernels.finetune.commands.options import add_settings, describe_settings, given, settings_from
 from rlrr_kernels.finetune.data import describe
 from rlrr_kernels.finetune.distributed import launched
 from rlrr_kernels.finetune.loop import prepare, train
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
             settings = resumed(options.pop("resume"), options)
         else:
             settings = settings_from(options)
-            for line in describe_recipe(options):
+            for line in describe_settings(options):
                 say(line)
         prepared = prepare(settings)
         say(*describe(prepared.splits))

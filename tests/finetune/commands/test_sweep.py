@@ -141,10 +141,14 @@ def test_more_values_keep_what_is_finished(data, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epochs", "3"], "epochs: .* holds a sweep with 2, got 3"),
-        (["--lrs", "-1"], "lr: expected a finite number"),
-        (["--drop-paths", "1"], "drop_path: expected 0 or more and less than 1"),
-        (["--seeds", "-1"], "seed: expected at least 0"),
+        (
+            ["--epochs", "3"],
+            "--epochs: .* holds a sweep with 2, got 3; --epochs 2 goes on with it, another --out",
+        ),
+        (["--head-init", "zero"], "--head-init: .* with 'random', got 'zero'; --head-init random goes on with it"),
+        (["--lrs", "-1"], "--lrs: expected a finite number"),
+        (["--drop-paths", "1"], "--drop-paths: expected 0 or more and less than 1"),
+        (["--seeds", "-1"], "--seeds: expected at least 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(data, tmp_path, capsys, words, message):
@@ -189,7 +193,7 @@ def test_a_task_is_swept_by_its_recipe_and_chosen_on_val200(vtab, tmp_path, caps
     assert metrics_of(tmp_path / "s" / found["final"][0]["folder"])["images"] == {"trainval": 32, "test": 8}
     out = capsys.readouterr().out
     assert "recipe of vtab/kitti: " in out
-    assert "drop_path" not in out
+    assert "drop_path 0.3" not in out
 
 
 def test_the_default_grid_is_every_value_of_the_published_recipes():

@@ -117,7 +117,7 @@ def test_of_a_sweep_only_the_final_runs_count(tmp_path, capsys):
     assert column["tasks"]["vtab/cifar"]["accuracies"] == [0.7]
 
 
-def test_a_sweep_without_a_final_run_is_left_out_unless_it_is_all_that_was_asked_for(tmp_path, capsys):
+def test_a_sweep_without_a_final_run_is_left_out_also_where_it_is_named(tmp_path, capsys):
     sweep = tmp_path / "runs" / "deep" / "sweep"
     write(sweep / "runs" / "one", accuracy=0.1)
     (sweep / "sweep.json").write_text(json.dumps({"final": []}))
@@ -133,8 +133,9 @@ def test_a_sweep_without_a_final_run_is_left_out_unless_it_is_all_that_was_asked
         assert status("table", tmp_path, "--format", form) == 0
         assert f"left out: {why}" in capsys.readouterr().out
     for named in (sweep, sweep / "sweep.json"):
-        assert status("table", tmp_path / "runs" / "a", named) == 2
-        assert why in capsys.readouterr().err
+        found = summary(capsys, tmp_path / "runs" / "a", named)
+        assert found["left_out"] == [line]
+        assert [column["tasks"]["vtab/cifar"]["accuracies"] for column in found["columns"]] == [[0.7]]
 
 
 def test_what_a_killed_process_left_hidden_is_no_run(tmp_path, capsys):
@@ -159,14 +160,59 @@ def test_runs_without_a_test_are_left_out_and_named(tmp_path, capsys):
     assert "b was tested" in capsys.readouterr().err
 
 
-def test_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_one_experiment(tmp_path, capsys):
-    write(tmp_path / "a", seed=0)
-    write(tmp_path / "b", seed=1, lr=3e-3)
-    assert status("table", tmp_path) == 2
-    assert "that differ in lr" in capsys.readouterr().err
-    write(tmp_path / "c", seed=0, out="elsewhere", device="cuda")
-    assert status("table", tmp_path / "a", tmp_path / "c") == 2
-    assert "with one seed, 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("other", "differ", "cells"),
+    [
+        ({"seed": 1, "batch_size": 64}, ["batch_size"], ("seed 0, batch_size 32", "seed 1, batch_size 64")),
+        ({"seed": 0, "out": "elsewhere", "device": "cuda"}, [], ("seed 0", "seed 0")),
+    ],
+    ids=["two batch sizes", "one command twice"],
+)
+def test_runs_that_clash_are_listed_and_the_rest_is_printed(tmp_path, capsys, other, differ, cells):
+    write(tmp_path / "a", accuracy=0.25)
+    write(tmp_path / "b", accuracy=0.5, **other)
+    assert status("table", tmp_path, "--format", "markdown") == 0  # nothing else is there
+    assert f"| vtab/cifar | {tmp_path / 'b'} | {cells[1]} | 50.0 |" in capsys.readouterr().out
+    write(tmp_path / "c", "vtab/svhn", 0.75)
+    found = summary(capsys, tmp_path)
+    (clash,) = found["clashes"]
+    assert (clash["task"], clash["differ"]) == ("vtab/cifar", differ)
+    runs = [(run["folder"], run["accuracy"]) for run in clash["runs"]]
+    assert runs == [(str(tmp_path / "a"), 0.25), (str(tmp_path / "b"), 0.5)]
+    (column,) = found["columns"]
+    assert column["tasks"].keys() == {"vtab/svhn"}
+    assert column["benchmarks"]["vtab"]["mean_over_tasks"] == 0.75
+    for form in ("markdown", "console"):
+        assert status("table", tmp_path, "--format", form) == 0
+        out = capsys.readouterr().out
+        assert re.search(rf"vtab/cifar\W+{re.escape(str(tmp_path / 'a'))}\W+{cells[0]}\W+25\.0 ", out)
+        assert re.search(r"\bfinal\W+1\W+1 of 19\W+75\.0 ", out)
+
+
+def test_what_cannot_be_read_hides_no_other_run(tmp_path, capsys):
+    write(tmp_path / "a", accuracy=0.25)
+    write(tmp_path / "far off", accuracy=7, seed=1)
+    broken = {
+        "cut off/metrics.json": "{",
+        "no sweep/sweep.json": "[]",
+        "torn/sweep.json": '{"final": [{"folder": "x"}]}',
+    }
+    for name, text in {**broken, "notes.txt": "", "empty/notes.txt": ""}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = summary(capsys, *sorted(tmp_path.iterdir()))
+    assert [column["tasks"]["vtab/cifar"]["accuracies"] for column in found["columns"]] == [[0.25]]
+    reasons = (
+        ("cut off", "is not what a run writes"),
+        ("far off", "test_accuracy: expected 0 to 1, got 7"),
+        ("no sweep", "is not what a sweep writes"),
+        ("torn/x", "is not a run folder"),
+        ("notes.txt", "no run in it"),
+        ("empty", "no run in it"),
+    )
+    assert len(found["left_out"]) == len(reasons)
+    for name, why in reasons:
+        assert any(line.startswith(str(tmp_path / name)) and why in line for line in found["left_out"]), name
 
 
 @pytest.mark.parametrize(
@@ -180,6 +226,8 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_one_experiment(t
         ("checkpoint", "some.npz", "checkpoint some.npz"),
         ("img_size", 384, "img_size 384"),
         ("precision", "bf16", "precision bf16"),
+        ("head_init", "zero", "head_init zero"),
+        ("drop_path_kind", "element", "drop_path_kind element"),
         ("ema", 0.9998, "ema 0.9998"),
     ],
 )

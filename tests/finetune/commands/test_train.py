@@ -32,12 +32,54 @@ def test_a_given_value_that_equals_the_default_still_beats_the_recipe(tmp_path):
 
 
 def test_what_is_said_of_a_recipe_names_both_values():
-    lines = options.describe_recipe({"task": "vtab/kitti", "lr": 0.5, "weight_decay": 5e-2})
+    lines = options.describe_settings({"task": "vtab/kitti", "lr": 0.5, "weight_decay": 5e-2})
     assert lines[0].startswith("recipe of vtab/kitti: model vit_base_patch16_224.orig_in21k, ")
     assert "weight_decay 0.05" in lines[0]
     assert "lr 0.5" not in lines[0]
     assert lines[1:] == ["given instead: lr 0.5 (recipe: 0.003)"]
-    assert options.describe_recipe({"lr": 0.5}) == []
+    assert options.describe_settings({"lr": 0.5}) == []
+
+
+def test_a_task_starts_from_a_head_of_zeros_and_drops_elements_as_the_published_scripts_do_but_for_swin(tmp_path):
+    given = {"task": "fgvc/cub", "data_root": tmp_path}
+    settings = options.settings_from(given)
+    assert (settings.head_init, settings.drop_path_kind) == ("zero", "element")
+    assert "head_init zero, drop_path_kind element" in options.describe_settings(given)[0]
+    own = options.settings_from({**given, "drop_path_kind": "image"})
+    assert (own.head_init, own.drop_path_kind) == ("zero", "image")
+    swin = options.settings_from({**given, "model": "swin_base_patch4_window7_224.ms_in22k"})
+    assert (swin.head_init, swin.drop_path_kind) == ("random", "image")
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup", "said"),
+    [
+        ({"epochs": 1}, 0, ["warm-up: 0 epochs in place of 2, as there are 1 in all"]),
+        ({"epochs": 2}, 0, ["warm-up: 0 epochs in place of 2, as there are 2 in all"]),
+        ({"epochs": 3}, 2, []),
+        ({"epochs": 10, "task": "fgvc/cars"}, 2, ["warm-up: 2 epochs in place of 10, as there are 10 in all"]),
+        ({"epochs": 11, "task": "fgvc/cars"}, 10, []),
+        ({"epochs": 1, "warmup_epochs": 0}, 0, []),
+    ],
+)
+def test_a_warm_up_that_nobody_asked_for_fits_the_epochs_and_says_so(tmp_path, given, warmup, said):
+    assert options.settings_from({**given, "data_root": tmp_path}).warmup_epochs == warmup
+    lines = options.describe_settings(given)
+    assert [line for line in lines if line.startswith("warm-up")] == said
+    assert not any("warmup_epochs" in line for line in lines if said)
+
+
+def test_one_epoch_needs_no_other_option(data, tmp_path, capsys):
+    words = ["--data", data, "--batch-size", "16", "--device", "cpu", "--no-tensorboard", "--method", "linear"]
+    assert status(*words, "--epochs", "1", "--out", tmp_path / "run") == 0
+    assert capsys.readouterr().out.count("warm-up: 0 epochs in place of 2, as there are 1 in all\n") == 1
+    assert metrics_of(tmp_path / "run")["settings"]["warmup_epochs"] == 0
+
+
+@pytest.mark.parametrize("task", ["fgvc/cub", "fgvc-aug/cub", "vtab/kitti"])
+def test_any_number_of_epochs_fits_every_recipe(tmp_path, task):
+    for epochs in (1, 7, 13):
+        assert options.settings_from({"task": task, "data_root": tmp_path, "epochs": epochs}).epochs == epochs
 
 
 def test_a_task_runs_by_its_recipe_and_tests_once_after_the_last_epoch(vtab, tmp_path, capsys):
@@ -48,6 +90,7 @@ def test_a_task_runs_by_its_recipe_and_tests_once_after_the_last_epoch(vtab, tmp
     assert "given instead: model vit_embedded_patch7_28 (recipe: vit_base_patch16_224.orig_in21k), " in out
     metrics = metrics_of(tmp_path / "run")
     assert metrics["images"] == {"trainval": 32, "test": 8}
+    assert (metrics["settings"]["head_init"], metrics["settings"]["drop_path_kind"]) == ("zero", "element")
     assert metrics["settings"]["lr"] == 3e-3
     assert metrics["settings"]["epochs"] == 2
     assert f"last epoch, test accuracy {metrics['test_accuracy']:.4f}" in out
