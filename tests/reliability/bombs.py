@@ -92,7 +92,7 @@ def bomb(kind, folder):
     path = folder / "a.pth"
     if kind == "json":
         path = sparse(folder / "adapter_config.json", b'{"a": [[', 2 * GIB)
-        return lambda: Manifest.read(folder), "has more than 1048576 bytes"
+        return lambda: Manifest.read(folder), "has more than 4194304 bytes"
     if kind == "metrics":
         sparse(folder / "metrics.json", b"[" * 1000, 2 * GIB)
         return lambda: read_run(folder), "metrics.json has more than"

@@ -246,6 +246,7 @@ def test_no_file_is_no_warning(monkeypatch, tmp_path):
 
 def test_reading_imports_no_tuner():
     code = (
-        "import sys, rlrr_kernels.backends.triton; sys.exit(any('rlrr_kernels.tune' in name for name in sys.modules))"
+        "import sys, rlrr_kernels.backends.triton; sys.exit(any((name + '.').startswith('rlrr_kernels.tune.') "
+        "for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
