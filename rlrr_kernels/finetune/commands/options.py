@@ -115,7 +115,7 @@ def describe_settings(options: Mapping[str, Any], skip: Collection[str] = ()) ->
         lines.append(f"given instead: {', '.join(changed)}")
     for name, epochs in shorter.items():
         usual = recipe_of_task.get(name, FIELDS[name].default)
-        lines.append(f"warm-up: {epochs} epochs in place of {usual}, as there are {options['epochs']} in all")
+        lines.append(f"warm-up: {epochs} epochs, not the usual {usual}, as the run has {options['epochs']}")
     return lines
 
 

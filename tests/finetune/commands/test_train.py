@@ -54,10 +54,10 @@ def test_a_task_starts_from_a_head_of_zeros_and_drops_elements_as_the_published_
 @pytest.mark.parametrize(
     ("given", "warmup", "said"),
     [
-        ({"epochs": 1}, 0, ["warm-up: 0 epochs in place of 2, as there are 1 in all"]),
-        ({"epochs": 2}, 0, ["warm-up: 0 epochs in place of 2, as there are 2 in all"]),
+        ({"epochs": 1}, 0, ["warm-up: 0 epochs, not the usual 2, as the run has 1"]),
+        ({"epochs": 2}, 0, ["warm-up: 0 epochs, not the usual 2, as the run has 2"]),
         ({"epochs": 3}, 2, []),
-        ({"epochs": 10, "task": "fgvc/cars"}, 2, ["warm-up: 2 epochs in place of 10, as there are 10 in all"]),
+        ({"epochs": 10, "task": "fgvc/cars"}, 2, ["warm-up: 2 epochs, not the usual 10, as the run has 10"]),
         ({"epochs": 11, "task": "fgvc/cars"}, 10, []),
         ({"epochs": 1, "warmup_epochs": 0}, 0, []),
     ],
@@ -72,7 +72,7 @@ def test_a_warm_up_that_nobody_asked_for_fits_the_epochs_and_says_so(tmp_path, g
 def test_one_epoch_needs_no_other_option(data, tmp_path, capsys):
     words = ["--data", data, "--batch-size", "16", "--device", "cpu", "--no-tensorboard", "--method", "linear"]
     assert status(*words, "--epochs", "1", "--out", tmp_path / "run") == 0
-    assert capsys.readouterr().out.count("warm-up: 0 epochs in place of 2, as there are 1 in all\n") == 1
+    assert capsys.readouterr().out.count("warm-up: 0 epochs, not the usual 2, as the run has 1\n") == 1
     assert metrics_of(tmp_path / "run")["settings"]["warmup_epochs"] == 0
 
 
