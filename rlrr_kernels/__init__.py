@@ -2,7 +2,7 @@
 
 from rlrr_kernels import tuners as tuners  # for what it sets up
 from rlrr_kernels._version import __version__
-from rlrr_kernels.adapt import apply_rlrr, count_parameters, param_groups, print_trainable_parameters
+from rlrr_kernels.adapt import apply_rlrr
 from rlrr_kernels.backends.choice import backend_for, use_backend
 from rlrr_kernels.checkpoint import (
     adapter_metadata,
@@ -18,6 +18,7 @@ from rlrr_kernels.functional import rescaled_linear
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.merge import disable_adapter, merge, merge_and_unload, unmerge
 from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
+from rlrr_kernels.parameters import count_parameters, param_groups, print_trainable_parameters
 
 __all__ = [
     "FusedRLRRLinear",

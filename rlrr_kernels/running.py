@@ -7,11 +7,14 @@ is saved. Of one that trains, the statistics belong to what is saved.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+
+from rlrr_kernels.heads import head
+from rlrr_kernels.wrappers import plain_name
 
 #: Buffers that a pass in training moves, of batch and instance norms and timm's EvoNorm.
 STATISTICS = ("running_mean", "running_var")
@@ -21,17 +24,18 @@ def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of all norms with running statistics. timm's and torchvision's frozen ones hold no parameters."""
     for name, module in model.named_modules():
         if _has(module, STATISTICS) and "weight" not in module._buffers:
-            yield name.replace("_orig_mod.", ""), module
+            yield plain_name(name), module
 
 
-def trained(model: nn.Module, head: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of the norms that train.
 
     They have a parameter that needs a gradient, or lie in a head that has, or are asked for by ``train_batch_norm``.
     """
     config = getattr(model, "rlrr_config", None)
     everything = config is not None and config.train_batch_norm
-    heads = set(head.modules()) if _needs_grad(head.parameters()) else set()
+    classifier = head(model)
+    heads = set(classifier.modules()) if _needs_grad(classifier.parameters()) else set()
     for name, module in norms(model):
         if everything or module in heads or _needs_grad(module.parameters(recurse=False)):
             yield name, module
@@ -47,14 +51,14 @@ def statistics(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     }
 
 
-def hold(model: nn.Module, head_of: Callable[[nn.Module], nn.Module]) -> None:
+def hold(model: nn.Module) -> None:
     """Keep those that do not train in evaluation, now and after each ``model.train()``, whoever calls it.
 
     Decided at each call, so what is converted to ``SyncBatchNorm`` or set to need gradients later is seen.
     """
     if next(norms(model), None) is not None or next(_spectral(model), None) is not None:
-        vars(model)["train"] = functools.partial(_train, model, head_of)
-        _still(model, head_of)
+        vars(model)["train"] = functools.partial(_train, model)
+        _still(model)
 
 
 def release(model: nn.Module) -> None:
@@ -63,15 +67,15 @@ def release(model: nn.Module) -> None:
         del vars(model)["train"]
 
 
-def _train(model: nn.Module, head_of: Callable[[nn.Module], nn.Module], mode: bool = True) -> nn.Module:
+def _train(model: nn.Module, mode: bool = True) -> nn.Module:
     kind: Any = type(model)
     kind.train(model, mode)
-    _still(model, head_of)
+    _still(model)
     return model
 
 
-def _still(model: nn.Module, head_of: Callable[[nn.Module], nn.Module]) -> None:
-    trains = {id(module) for _, module in trained(model, head_of(model))}
+def _still(model: nn.Module) -> None:
+    trains = {id(module) for _, module in trained(model)}
     # not eval(): dropout inside of it goes on
     for _, module in norms(model):
         if id(module) not in trains:

@@ -13,7 +13,6 @@ from rlrr_kernels import running
 from rlrr_kernels.adapt import adapters, apply_rlrr, head_parameters
 from rlrr_kernels.bypass import skeleton_of
 from rlrr_kernels.config import RLRRConfig
-from rlrr_kernels.heads import head
 from rlrr_kernels.linear import FusedRLRRLinear
 from rlrr_kernels.wrappers import plain_name
 
@@ -39,7 +38,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def trained_statistics(model: nn.Module) -> dict[str, Tensor]:
     """Name -> running statistic of the norms that train, which are saved with what trains."""
-    return running.statistics(running.trained(model, head(model)))
+    return running.statistics(running.trained(model))
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:

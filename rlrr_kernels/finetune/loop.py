@@ -16,7 +16,6 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rlrr_kernels.adapt import count_parameters
 from rlrr_kernels.finetune import distributed
 from rlrr_kernels.finetune.data import Splits, is_path, load_splits, make_transform
 from rlrr_kernels.finetune.distributed import choose_device
@@ -25,6 +24,7 @@ from rlrr_kernels.finetune.report import NotWritten, RunFolder, check_place
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.state import State, check_data, check_settings, read_state
 from rlrr_kernels.finetune.trainer import Trainer
+from rlrr_kernels.parameters import count_parameters
 
 #: Protocol -> the split that is evaluated after each epoch and chooses the best; None: the last epoch counts.
 CHOOSES = {"choose-epoch": "val", "final": None, "best-on-test": "test"}

@@ -65,13 +65,13 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
     elif settings.method == "linear":
         model.requires_grad_(False)
         head(model).requires_grad_(True)
-    running.hold(model, head)
+    running.hold(model)
     return model
 
 
 def check_statistics(model: nn.Module, settings: Settings) -> None:
     """``ValueError`` if the method would train batch norms: a run keeps parameters, and no running statistics."""
-    name = next((name for name, _ in running.trained(model, head(model))), None)
+    name = next((name for name, _ in running.trained(model)), None)
     if name is not None:
         raise ValueError(
             f"model: {settings.model!r} has batch norm that would train with method={settings.method!r}: {name}; "

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlrr_kernels.adapt import apply_rlrr, count_parameters, qkv_readers, replace
+from rlrr_kernels.adapt import apply_rlrr, qkv_readers, replace
 from rlrr_kernels.bypass import skeleton_of
 from rlrr_kernels.heads import head
 from rlrr_kernels.linear import FusedRLRRLinear
+from rlrr_kernels.parameters import count_parameters
 from rlrr_kernels.reference import accumulation_dtype
 
 
