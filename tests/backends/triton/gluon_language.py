@@ -325,7 +325,7 @@ def _wait_products(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
     return out[0] if len(out) == 1 else tuple(out)
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     """What ``gluon.jit`` makes: a function for other kernels, and ``kernel[grid](...)`` for the host."""
 
@@ -379,8 +379,8 @@ def _standing_in(module: ModuleType, **names: Any) -> ModuleType:
     return copy
 
 
-View.load = lambda view, layout: Tile(view.read(), layout)  # type: ignore[attr-defined]
-View.store = lambda view, value: view.write(value.data)  # type: ignore[attr-defined]
+View.load = lambda view, layout: Tile(view.read(), layout)
+View.store = lambda view, value: view.write(value.data)
 
 
 def stand_ins() -> dict[str, ModuleType]:
@@ -398,7 +398,7 @@ def stand_ins() -> dict[str, ModuleType]:
         tma=boxes,
         fence_async_shared=lambda: current().finish("write"),
         warpgroup_mma=_multiply,
-        warpgroup_mma_init=lambda value: Accumulator(value.data, value.layout),
+        warpgroup_mma_init=lambda value: value if isinstance(value, Accumulator) else Accumulator(value.data, value.layout),
         warpgroup_mma_wait=_wait_products,
     )
     on_nvidia = _standing_in(nvidia, hopper=on_hopper)
@@ -420,6 +420,9 @@ def stand_ins() -> dict[str, ModuleType]:
         zeros=lambda shape, dtype, layout=None: Tile(torch.zeros(shape, dtype=_DTYPES[dtype]), layout),
         expand_dims=lambda tile, axis: Tile(tile.data.unsqueeze(axis), getattr(tile.layout, "parent", None)),
         sum=_sum,
+        reshape=lambda tile, shape: Tile(tile.data.reshape(shape)),
+        permute=lambda tile, order: Tile(tile.data.permute(order)),
+        split=lambda tile: tuple(Tile(half) for half in tile.data.unbind(-1)),
         where=_where,
         minimum=_chosen(torch.minimum, min),
         maximum=_chosen(torch.maximum, max),
