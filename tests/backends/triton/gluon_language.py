@@ -379,8 +379,8 @@ def _standing_in(module: ModuleType, **names: Any) -> ModuleType:
     return copy
 
 
-View.load = lambda view, layout: Tile(view.read(), layout)  # type: ignore[attr-defined]
-View.store = lambda view, value: view.write(value.data)  # type: ignore[attr-defined]
+View.load = lambda view, layout: Tile(view.read(), layout)
+View.store = lambda view, value: view.write(value.data)
 
 
 def stand_ins() -> dict[str, ModuleType]:
