@@ -79,9 +79,11 @@ class _RescaledLinear(torch.autograd.Function):
         _save(ctx, (x, weight, scale_out, scale_in, bias, shift))
         u, v = _canonical(scale_out, scale_in)
         rows = ops.rows(x)
-        passes = ops.backend(x, weight) if ops.unobserved(x, weight, scale_out, scale_in, bias, shift) else ops
-        y = passes.forward(rows, weight, u, v, bias, shift)
-        # a view made in here could not be changed in place, as callers of nn.Linear do
+        if ops.unobserved(x, weight, scale_out, scale_in, bias, shift):
+            y = ops.backend(x, weight).forward(rows, weight, u, v, bias, shift)
+            # y is new and no one else's; a view made in here could not be changed in place, as callers of nn.Linear do
+            return y if x.dim() == 2 else y.resize_(*x.shape[:-1], weight.shape[0])
+        y = ops.forward(rows, weight, u, v, bias, shift)
         return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod

@@ -38,7 +38,9 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "triton": ("rlrr_kernels.backends.triton", ("cuda",)),
     # not yet measured on a GPU: by name, or by a rule of measured.json
     "cuda": ("rlrr_kernels.backends.cuda", ()),
-    "reference": ("rlrr_kernels.reference", ("cuda", "cpu", "mps", "xpu")),
+    "panels": ("rlrr_kernels.backends.panels", ("cuda", "cpu", "mps", "xpu")),
+    # W' whole in each pass: by name alone
+    "reference": ("rlrr_kernels.reference", ()),
 }
 
 _forced: str | None = None
@@ -197,7 +199,7 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
         whys = [f"{other} {failed(other, x.device) or 'cannot serve it'}" for other in refused]
         why = "; ".join(whys) or f"default for {x.device.type}"
         return (*entries, _entry(_ALL, name, why))
-    return (*entries, _entry(_ALL, "reference", f"serves every device, {x.device.type} too"))
+    return (*entries, _entry(_ALL, "panels", f"serves every device, {x.device.type} too"))
 
 
 def _entry(tokens: tuple[float, float], name: str, why: str) -> _Entry:

@@ -17,21 +17,21 @@ from rlrr_kernels.backends.triton import launch
 from tests.oracle import device_of, make_problem, require
 
 
-def test_auto_serves_cpu_tensors_by_the_cpu_ops_and_what_they_refuse_by_the_reference():
+def test_auto_serves_cpu_tensors_by_the_cpu_ops_and_what_they_refuse_by_panels():
     require("cpu")
     x = torch.zeros(2, 4)
     served = {dtype: backend_for(x.to(dtype), x.to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
     assert set(served.values()) == {"cpu"}
-    assert backend_for(x.half(), x.half()) == "reference"
+    assert backend_for(x.half(), x.half()) == "panels"
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' cannot serve x torch.float16.* float32 and bfl"):
         backend_for(x.half(), x.half())
 
 
 @pytest.mark.gpu
-def test_auto_serves_gpu_tensors_by_triton_and_float64_by_the_reference(gpu):
+def test_auto_serves_gpu_tensors_by_triton_and_float64_by_panels(gpu):
     x = torch.zeros(2, 4, device=gpu)
     assert backend_for(x, x) == "triton"
-    assert backend_for(x.double(), x.double()) == "reference"
+    assert backend_for(x.double(), x.double()) == "panels"
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def tensors():
     """A tensor that two backends can serve, the backend it gets by itself, and the other one."""
     x = torch.zeros(2, 4, device=device_of("triton"))
     own = backend_for(x, x)
-    return x, own, "triton" if own != "triton" else "reference"
+    return x, own, "triton" if own != "triton" else "panels"
 
 
 def test_use_backend_nests_and_ends(tensors):
@@ -115,16 +115,16 @@ def test_a_backend_that_cannot_be_imported_is_an_error_when_asked_for(fresh):
         backend_for(x, x)
 
 
-def test_a_missing_library_is_said_once_with_the_remedy_and_the_reference_serves(fresh, tmp_path):
+def test_a_missing_library_is_said_once_with_the_remedy_and_panels_serve(fresh, tmp_path):
     from rlrr_kernels.backends import library
 
     fresh.setattr(library, "FOLDER", tmp_path)
     fresh.delitem(sys.modules, "rlrr_kernels.backends.cpu", raising=False)
     p = make_problem(3, 4, 5)
     with pytest.warns(
-        UserWarning, match=r"'cpu' is not available, 'reference' serves: .*not built.*pip install"
+        UserWarning, match=r"'cpu' is not available, 'panels' serves: .*not built.*pip install"
     ) as said:
-        assert backend_for(p.x, p.weight) == "reference"
+        assert backend_for(p.x, p.weight) == "panels"
     assert len(said) == 1
     assert "\n" not in str(said[0].message)
     with warnings.catch_warnings():
@@ -221,5 +221,5 @@ def test_a_choice_forced_by_another_thread_meanwhile_is_not_kept_for_the_free_on
 def test_each_dtype_of_w_has_a_choice_of_its_own(fresh):
     x = torch.zeros(2, 4)
     assert backend_for(x, x) == "cpu"
-    assert backend_for(x, x.half()) == "reference"
+    assert backend_for(x, x.half()) == "panels"
     assert backend_for(x, x) == "cpu"
