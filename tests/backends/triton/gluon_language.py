@@ -109,6 +109,23 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and_", "or_", 
         setattr(Accumulator, f"__{_kind}{_name.rstrip('_')}__", Accumulator._in_flight)
 
 
+class Number(int):
+    """A scalar of a kernel: a Python number that may be asked to be wide."""
+
+    def to(self, dtype: Any) -> Number:
+        return self
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    for _full in (f"__{_name}__", f"__r{_name}__"):
+
+        def _number(self: int, other: Any, apply: Any = getattr(int, _full)) -> Any:
+            result = apply(self, other)
+            return result if result is NotImplemented else Number(result)
+
+        setattr(Number, _full, _number)
+
+
 @dataclass(eq=False)
 class Pointer:
     """Addresses of elements of a tensor, or one address; ``offsets`` are in elements."""
@@ -353,6 +370,8 @@ class Kernel:
 def _on_device(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return Pointer(argument)
+    if type(argument) is int:
+        return Number(argument)
     if isinstance(argument, TensorDescriptor):
         matrix = argument.base.as_strided(argument.shape, argument.strides, argument.base.storage_offset())
         return Boxes(matrix, list(argument.block_shape), argument.layout)
@@ -398,7 +417,7 @@ def stand_ins() -> dict[str, ModuleType]:
         tma=boxes,
         fence_async_shared=lambda: current().finish("write"),
         warpgroup_mma=_multiply,
-        warpgroup_mma_init=lambda value: Accumulator(value.data, value.layout),
+        warpgroup_mma_init=lambda sum: sum if isinstance(sum, Accumulator) else Accumulator(sum.data, sum.layout),
         warpgroup_mma_wait=_wait_products,
     )
     on_nvidia = _standing_in(nvidia, hopper=on_hopper)
@@ -409,8 +428,8 @@ def stand_ins() -> dict[str, ModuleType]:
         static_range=range,
         static_assert=_assume,
         assume=_assume,
-        program_id=lambda axis: current().program.index[axis],
-        num_programs=lambda axis: current().program.grid[axis],
+        program_id=lambda axis: Number(current().program.index[axis]),
+        num_programs=lambda axis: Number(current().program.grid[axis]),
         num_warps=lambda: current().program.num_warps,
         cdiv=lambda a, b: (a + b - 1) // b,
         load=_load,
@@ -420,6 +439,9 @@ def stand_ins() -> dict[str, ModuleType]:
         zeros=lambda shape, dtype, layout=None: Tile(torch.zeros(shape, dtype=_DTYPES[dtype]), layout),
         expand_dims=lambda tile, axis: Tile(tile.data.unsqueeze(axis), getattr(tile.layout, "parent", None)),
         sum=_sum,
+        reshape=lambda tile, shape: Tile(tile.data.reshape(shape)),
+        permute=lambda tile, order: Tile(tile.data.permute(order)),
+        split=lambda tile: tuple(Tile(half) for half in tile.data.unbind(-1)),
         where=_where,
         minimum=_chosen(torch.minimum, min),
         maximum=_chosen(torch.maximum, max),
