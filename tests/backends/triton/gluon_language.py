@@ -116,14 +116,17 @@ class Number(int):
         return self
 
 
+def _number(function: Callable[[int, Any], Any]) -> Callable[[int, Any], Any]:
+    def apply(self: int, other: Any) -> Any:
+        result = function(self, other)
+        return result if result is NotImplemented else Number(result)
+
+    return apply
+
+
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
     for _full in (f"__{_name}__", f"__r{_name}__"):
-
-        def _number(self: int, other: Any, apply: Any = getattr(int, _full)) -> Any:
-            result = apply(self, other)
-            return result if result is NotImplemented else Number(result)
-
-        setattr(Number, _full, _number)
+        setattr(Number, _full, _number(getattr(int, _full)))
 
 
 @dataclass(eq=False)
