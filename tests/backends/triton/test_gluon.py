@@ -146,9 +146,14 @@ class Gluon:
         )
         return du.sum(0)[:, None], dv.sum(1, keepdim=True), df.sum(0)
 
-    def solve(self, p: Problem, tile: Tile, schedule: Schedule) -> Answer:
+    def run(self, name: str, p: Problem, tile: Tile, schedule: Schedule) -> tuple[Tensor, ...]:
+        """What one pass gives."""
         with scheduled(schedule):
-            return Answer(self.forward(p, tile), self.grad_input(p, tile), *self.grad_scales(p, tile))
+            results = getattr(self, name)(p, tile)
+        return results if isinstance(results, tuple) else (results,)
+
+    def solve(self, p: Problem, tile: Tile, schedule: Schedule) -> Answer:
+        return Answer(*(result for name in PASSES for result in self.run(name, p, tile, schedule)))
 
 
 @pytest.fixture(scope="module")
