@@ -35,6 +35,7 @@ from torch import Tensor
 #: name -> (module, device types it is tried for without being asked), best first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("rlrr_kernels.backends.cpu", ("cpu",)),
+    "gluon": ("rlrr_kernels.backends.triton.gluon", ("cuda",)),
     "triton": ("rlrr_kernels.backends.triton", ("cuda",)),
     # not yet measured on a GPU: by name, or by a rule of measured.json
     "cuda": ("rlrr_kernels.backends.cuda", ()),

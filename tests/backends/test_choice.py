@@ -121,9 +121,7 @@ def test_a_missing_library_is_said_once_with_the_remedy_and_panels_serve(fresh, 
     fresh.setattr(library, "FOLDER", tmp_path)
     fresh.delitem(sys.modules, "rlrr_kernels.backends.cpu", raising=False)
     p = make_problem(3, 4, 5)
-    with pytest.warns(
-        UserWarning, match=r"'cpu' is not available, 'panels' serves: .*not built.*pip install"
-    ) as said:
+    with pytest.warns(UserWarning, match=r"'cpu' is not available, 'panels' serves: .*not built.*pip install") as said:
         assert backend_for(p.x, p.weight) == "panels"
     assert len(said) == 1
     assert "\n" not in str(said[0].message)

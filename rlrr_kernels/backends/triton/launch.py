@@ -23,7 +23,7 @@ from rlrr_kernels.backends.triton.config import Arithmetic, Config, Device, Kern
 from rlrr_kernels.backends.triton.forward import forward_kernel
 from rlrr_kernels.backends.triton.grad_input import grad_input_kernel
 from rlrr_kernels.backends.triton.grad_scales import grad_scales_kernel, sum_partials_kernel
-from rlrr_kernels.backends.triton.slices import Slice, row_slices
+from rlrr_kernels.backends.triton.slices import in_slices, row_slices
 from rlrr_kernels.backends.triton.start import ceil_div, start
 from rlrr_kernels.backends.triton.sum_splits import sum_splits_kernel
 
@@ -62,11 +62,11 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
     return None if capability >= (8, 0) else f"compute capability {capability}: it needs 8.0 or later"
 
 
-def _device(x: Tensor) -> Device:
+def device_of(x: Tensor) -> Device:
     return INTERPRETED_DEVICE if interpreting() else configs.cuda_device(x.device.index)
 
 
-def _guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch on x's device: Triton takes the current one."""
     if x.device.type == "cpu" or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
@@ -160,7 +160,7 @@ def _boxes(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(t, t.shape, t.stride(), [rows, cols])
 
 
-def _vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
+def vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
     """u ``[N, 1]`` and v ``[groups, 1, K]`` as contiguous ``[N]``, 32 bits at most, and ``[groups, K]`` in float32.
 
     The stages of a box of 32 elements of v in 16 bits would lie 64 bytes apart, where the copy engine wants 128.
@@ -213,8 +213,8 @@ def forward(
     (m, k), n = x.shape, weight.shape[0]
     groups = scale_in.shape[0]
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    u, v = _vectors(scale_out, scale_in)
-    device, kind = _device(x), _arithmetic(x.dtype)
+    u, v = vectors(scale_out, scale_in)
+    device, kind = device_of(x), _arithmetic(x.dtype)
     if path is None:
         path, (x,) = _loaded("forward", n, k, groups, kind, device, (x,), (weight, v))
     if config is None:
@@ -229,7 +229,7 @@ def forward(
     operands: tuple[Any, ...] = (x, weight, v)
     if boxes:
         operands = (_boxes(x, bm, bk), _boxes(weight, bn, bk), _boxes(v, 1, bk))
-    with _guard(x):
+    with guard(x):
         start(
             forward_kernel,
             (ceil_div(m, bm) * groups * ceil_div(n // groups, bn), splits),
@@ -265,8 +265,8 @@ def grad_input(
     (m, n), k = dy.shape, weight.shape[1]
     groups = scale_in.shape[0]
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
-    u, v = _vectors(scale_out, scale_in)
-    device, kind = _device(dy), _arithmetic(dy.dtype)
+    u, v = vectors(scale_out, scale_in)
+    device, kind = device_of(dy), _arithmetic(dy.dtype)
     if path is None:
         # a box that ran into the next group would bring its rows into the sum
         whole = groups == 1 or (n // groups) % configs.GROUP_STEP == 0
@@ -280,7 +280,7 @@ def grad_input(
     operands: tuple[Any, ...] = (dy, weight)
     if boxes:
         operands = (_boxes(dy, bm, bn), _boxes(weight, bn, bk))
-    with _guard(dy):
+    with guard(dy):
         start(
             grad_input_kernel,
             (ceil_div(m, bm) * ceil_div(k, bk), splits),
@@ -302,29 +302,6 @@ def grad_input(
     return dx
 
 
-def _in_slices(
-    slices: tuple[Slice, ...],
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scale_out: Tensor,
-    scale_in: Tensor,
-    need_shift: bool,
-    given: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`grad_scales` over one slice (group, first row, end) after another: dv adds up in that order."""
-    dv = torch.zeros(scale_in.shape, dtype=torch.float32, device=x.device)
-    du_parts, df_parts = [], []
-    for group, first, end in slices:
-        rows = slice(first, end)
-        v = scale_in[group : group + 1]
-        du, dv_part, df = grad_scales(dy[:, rows], x, weight[rows], scale_out[rows], v, need_shift, **given)
-        dv[group] += dv_part[0]
-        du_parts.append(du)
-        df_parts.append(df)
-    return torch.cat(du_parts), dv, torch.cat(df_parts)
-
-
 def grad_scales(
     dy: Tensor,
     x: Tensor,
@@ -343,8 +320,8 @@ def grad_scales(
     """
     (m, n), k = dy.shape, x.shape[1]
     groups = scale_in.shape[0]
-    u, v = _vectors(scale_out, scale_in)
-    device, kind = _device(x), _arithmetic(x.dtype)
+    u, v = vectors(scale_out, scale_in)
+    device, kind = device_of(x), _arithmetic(x.dtype)
     given: dict[str, Any] = {"config": config, "split_tokens": split_tokens, "path": path}
     if path is None:
         # W is read once, after the loop, but into the same registers: boxes do not help it
@@ -356,41 +333,62 @@ def grad_scales(
         config, split_tokens = found or configs.grad_scales_config(*problem, device, weight.element_size())
     bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"
     splits, k_tiles = ceil_div(m, split_tokens), ceil_div(k, bk)
-    slices = row_slices(n, k, groups, config, splits, configs.WORKSPACE_BYTES)
+    slices = row_slices(n, k, groups, bn, bk, splits, configs.WORKSPACE_BYTES)
     if len(slices) > 1:
         if all(first * dy.element_size() % 16 == 0 for _, first, _ in slices):  # else a slice loads in another way
             given = {"config": config, "split_tokens": split_tokens, "path": path}
-        return _in_slices(slices, dy, x, weight, scale_out, scale_in, need_shift, given)
+
+        def run(*part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return grad_scales(*part, need_shift, **given)
+
+        return in_slices(run, slices, dy, x, weight, scale_out, scale_in)
     group_tiles = ceil_div(n // groups, bn)
-    new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    du, dv = torch.empty((n, 1), **new), torch.empty((groups, 1, k), **new)
-    df = torch.empty(n if need_shift else 0, **new)
-    # one allocation for the three kinds of partial sums, each from a multiple of 16 bytes on: others are other code
-    parts = (splits * k_tiles * n, groups * splits * group_tiles * k, splits * n if need_shift else 0)
-    sizes = tuple(4 * ceil_div(part, 4) for part in parts)
-    du_partial, dv_partial, df_partial = torch.empty(sum(sizes), **new).split(sizes)
-    block = 128
+    rows = (splits * k_tiles, splits * group_tiles, splits)
+    partials = partial_sums(n, k, groups, rows, need_shift, x.device)
     operands: tuple[Any, ...] = (dy, dy, x)
     if boxes:
         operands = (dy, _boxes(dy, bm, bn), _boxes(x, bm, bk))
     strides = (*dy.stride(), *x.stride(), *weight.stride(), v.stride(0))
-    with _guard(x):
+    with guard(x):
         start(
             grad_scales_kernel,
             (splits * groups * group_tiles * (k_tiles + need_shift),),
-            (*operands, weight, u, v, du_partial, dv_partial, df_partial),
+            (*operands, weight, u, v, *partials),
             (m, n, k, n // groups, split_tokens, splits, *strides),
             {"HAS_SHIFT": need_shift, **_constants(config, x, kind, boxes)},
             _options(config.num_warps, config.num_stages),
             x.device.index,
         )
-        start(
-            sum_partials_kernel,
-            (ceil_div(n, block) * (1 + need_shift) + groups * ceil_div(k, block),),
-            (du_partial, dv_partial, df_partial, du, dv, df),
-            (n, k, groups, splits * k_tiles, splits * group_tiles, splits),
-            {"HAS_SHIFT": need_shift, "ROWS": 16, "COLS": block},
-            _options(num_warps=4, num_stages=2),
-            x.device.index,
-        )
+        return add_up(partials, n, k, groups, rows, need_shift)
+
+
+def partial_sums(
+    n: int, k: int, groups: int, rows: tuple[int, int, int], need_shift: bool, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Memory for rows of partial sums of du ``[rows[0], N]``, dv ``[groups, rows[1], K]`` and df ``[rows[2], N]``.
+
+    One allocation for the three, each from a multiple of 16 bytes on: others are other code.
+    """
+    parts = (rows[0] * n, groups * rows[1] * k, rows[2] * n if need_shift else 0)
+    sizes = tuple(4 * ceil_div(part, 4) for part in parts)
+    return torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+
+
+def add_up(
+    partials: tuple[Tensor, ...], n: int, k: int, groups: int, rows: tuple[int, int, int], need_shift: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for) of :func:`partial_sums`."""
+    new: dict[str, Any] = {"dtype": torch.float32, "device": partials[0].device}
+    du, dv = torch.empty((n, 1), **new), torch.empty((groups, 1, k), **new)
+    df = torch.empty(n if need_shift else 0, **new)
+    block = 128
+    start(
+        sum_partials_kernel,
+        (ceil_div(n, block) * (1 + need_shift) + groups * ceil_div(k, block),),
+        (*partials, du, dv, df),
+        (n, k, groups, *rows),
+        {"HAS_SHIFT": need_shift, "ROWS": 16, "COLS": block},
+        _options(num_warps=4, num_stages=2),
+        du.device.index,
+    )
     return du, dv, df

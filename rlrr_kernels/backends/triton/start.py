@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.compiler import CompiledKernel
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 #: More than any training run meets; a run with ever new sizes starts afresh here.
 MOST_HANDLES = 4096
@@ -45,10 +45,10 @@ def start(
     aligned = 0
     dtypes = []
     for operand in operands:
-        if isinstance(operand, TensorDescriptor):
-            operand = operand.base  # whose alignment the copy engine asks for anyway
-        else:
+        if isinstance(operand, Tensor):
             aligned |= operand.data_ptr()
+        else:
+            operand = operand.base  # whose alignment the copy engine asks for anyway
         dtypes.append(operand.dtype)
     key = None
     # which operand is not aligned matters, and hooks want to be called: both left to the binder
@@ -78,5 +78,5 @@ def start(
 
 def _shapes(operands: tuple[Any, ...]) -> str:
     """``[128, 64] bfloat16`` and so on, of the operands that are no vectors."""
-    tensors = [operand.base if isinstance(operand, TensorDescriptor) else operand for operand in operands]
+    tensors = [operand if isinstance(operand, Tensor) else operand.base for operand in operands]
     return ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors if t.dim() > 1)

@@ -345,7 +345,7 @@ def _wait_products(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
     return out[0] if len(out) == 1 else tuple(out)
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     """What ``gluon.jit`` makes: a function for other kernels, and ``kernel[grid](...)`` for the host."""
 
