@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from tests.backends.triton.gluon_machine import MachineError, Schedule
-from tests.backends.triton.test_gluon import Gluon, Tile
+from tests.backends.triton.test_gluon import PAIRED, Gluon
 from tests.cuda_host.faults import RESULTS, parameters
 from tests.oracle import Problem, assert_close, differentiate, make_problem
+
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,13 @@ FAULTS = [
         "product",
         "            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)\n",
     ),
-    Fault("one reader frees a stage", "forward", "product", "empty.index(stage), count=2", "empty.index(stage), count=1"),
+    Fault(
+        "one reader frees a stage",
+        "forward",
+        "product",
+        "empty.index(stage), count=2",
+        "empty.index(stage), count=1",
+    ),
     Fault("too few bytes expected", "forward", "product", "+ 128) + 4)", "+ 128))"),
     Fault("too many bytes expected", "grad_input", "product", "+ 128) + 4)", "+ 128) + 8)"),
     Fault(
@@ -62,9 +70,21 @@ FAULTS = [
         "total, total_extra = warpgroup_mma_wait(0,",
         "total, total_extra = warpgroup_mma_wait(1,",
     ),
-    Fault("sums of the tile before", "forward", "product", "gl.zeros([64, WIDE], gl.float32, ACC)", "gl.zeros([64, WIDE], gl.float32, ACC) if it == 0 else total"),
+    Fault(
+        "sums of the tile before",
+        "forward",
+        "product",
+        "acc = warpgroup_mma_init(gl.zeros([64, WIDE], gl.float32, ACC))",
+        "acc = warpgroup_mma_init(gl.zeros([64, WIDE], gl.float32, ACC) if it == 0 else total)",
+    ),
     Fault("the step's own W' over and over", "forward", "product", "form(part, it + 1,", "form(part, it,"),
-    Fault("the last stage kept", "grad_input", "product", "        mbarrier.arrive(empty.index(stage), count=1)\n        it", "        it"),
+    Fault(
+        "the last stage kept",
+        "grad_input",
+        "product",
+        "        mbarrier.arrive(empty.index(stage), count=1)\n        it += 1",
+        "        it += 1",
+    ),
     Fault(
         "y's memory reused under its store",
         "forward",
@@ -78,7 +98,7 @@ FAULTS = [
     Fault("the first group's v throughout", "forward", "product", "[number // group_tiles, depth]", "[0, depth]"),
     Fault("the first group's v throughout", "grad_input", "product", "group_scales += ROWS", "group_scales += 0"),
     Fault("u of the wrong tile", "forward", "product", "(tile + gl.num_programs(0)) %", "(tile + 1) %"),
-    Fault("a mask one too wide", "forward", "product", "mask=at < end", "mask=at <= end"),
+    Fault("a mask one too wide", "grad_input", "product", "mask=at < end", "mask=at <= end"),
     Fault("W' through a register that is overwritten", "forward", "product", '"=&r,=r,r"', '"=r,=r,r"'),
     Fault(
         "a stage freed under the product",
@@ -91,7 +111,7 @@ FAULTS = [
     Fault("df of every tile", "grad_scales", "gram", "mine = k_tiles", "mine = 1"),
     Fault("dv of one half over the other's", "grad_scales", "gram", "(2 * dv_row + part)", "(2 * dv_row + 0)"),
     Fault("another group's v", "grad_scales", "gram", "v += group * K", "v += 0 * group"),
-]  # fmt: skip
+]
 
 #: In the order of work, in the arithmetic.
 QUICK = ("forward: a stage freed under a product", "grad_scales: dv of one half over the other's")
@@ -109,7 +129,7 @@ def complaint(gluon: Gluon, seen_in: str) -> str | None:
 
 def _complaint(gluon: Gluon, seen_in: str, p: Problem, schedule: Schedule) -> str | None:
     try:
-        got = gluon.run(seen_in, p, Tile(), schedule)
+        got = gluon.run(seen_in, p, PAIRED, schedule)
     except MachineError as reason:
         return str(reason)
     exact = differentiate(p, torch.float64)
