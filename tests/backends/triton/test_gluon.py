@@ -14,7 +14,7 @@ from tests.backends.triton.gluon_language import scheduled
 from tests.backends.triton.gluon_machine import Schedule
 from tests.backends.triton.gluon_package import Change, load
 from tests.cuda_host.test_kernels import SPARED, assert_as_infinite, with_infinity
-from tests.oracle import Answer, Problem, check, make_problem
+from tests.oracle import Answer, Problem, check, make_problem, strided
 
 # the launcher adds partial sums by a plain kernel
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -36,13 +36,20 @@ Tile = tuple[int, int, int, int, int]
 NARROW, PAIRED, WIDE = (128, 0, 2, 2, 64), (128, 64, 3, 2, 384), (256, 0, 4, 1, 1024)
 
 
+class Handed(Exception):
+    """To the plain kernels."""
+
+
+def _hand(*_: object) -> None:
+    raise Handed
+
+
 class Gluon:
     """The backend over the machine, with texts of the modules of ``changes`` changed."""
 
     def __init__(self, changes: dict[str, Change] | None = None) -> None:
         self.module = load("rlrr_kernels.backends.triton.gluon", "launch", changes)
-        handed = dict.fromkeys(PASSES, lambda *_: pytest.fail("handed to the plain kernels"))
-        self.module.plain = SimpleNamespace(**{**vars(self.module.plain), **handed})
+        self.module.plain = SimpleNamespace(**{**vars(self.module.plain), **dict.fromkeys(PASSES, _hand)})
 
     def run(
         self, name: str, p: Problem, tile: Tile = PAIRED, schedule: Schedule = SCHEDULES[0], need_shift: bool = True
@@ -131,6 +138,41 @@ def test_df_is_written_only_if_asked_for(gluon):
     assert torch.equal(with_df[0], without[0])
     assert torch.equal(with_df[1], without[1])
     assert without[2].shape == (0,)
+
+
+@pytest.mark.parametrize(("passed", "name"), [("forward", "scale_in"), ("grad_input", "scale_out")])
+def test_vectors_that_no_box_can_begin_at(gluon, passed, name):
+    """As in a flat parameter."""
+    p = make_problem(140, 136, 72, dtype=BF16)
+    expected = gluon.run(passed, p)[0]
+    vector = getattr(p, name)
+    flat = torch.cat([torch.zeros(1), vector.flatten()])
+    setattr(p, name, flat[1:].view(vector.shape))
+    assert torch.equal(gluon.run(passed, p)[0], expected)
+
+
+def test_rows_apart_come_in_boxes(gluon):
+    """What lies between them is NaN."""
+    p = make_problem(140, 136, 72, dtype=BF16)
+    p.x, p.dy = strided(p.x, "rows apart"), strided(p.dy, "rows apart")
+    check(p, gluon.solve(p))
+
+
+@pytest.mark.parametrize(
+    ("passed", "shape", "how"),
+    [
+        ("forward", (140, 136, 67, 1), "rows apart"),  # of x and W, though v has but one
+        ("grad_input", (140, 131, 72, 1), "rows apart"),
+        *itertools.product(PASSES, [(140, 136, 72, 1)], ["transposed", "off by one element"]),
+        *((name, (140, 136, 72, 2), None) for name in PASSES),  # groups of a tile and a bit
+    ],
+)
+def test_what_boxes_cannot_bring_is_handed_on(gluon, passed, shape, how):
+    p = make_problem(*shape, dtype=BF16)
+    if how is not None:
+        p.x, p.dy, p.weight = (strided(t, how) for t in (p.x, p.dy, p.weight))
+    with pytest.raises(Handed):
+        gluon.run(passed, p)
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
