@@ -100,7 +100,7 @@ def test_sets_of_tensors_differ_and_hold_what_the_kernel_reads():
 def test_the_key_is_the_one_that_the_launcher_looks_up(kernel, shape, dtype, monkeypatch, triton_device):
     asked = []
     monkeypatch.setattr(tuned, "find", lambda *key: asked.append(key))
-    device = launch._device(torch.empty(1, device=triton_device))
+    device = launch.device_of(torch.empty(1, device=triton_device))
     task = task_of(kernel, shape, dtype, dtype, device)
     t = make_tensors(task, 1, torch.device(triton_device))[0]
     if kernel == "forward":

@@ -201,7 +201,7 @@ def _tile(d: int) -> Tile:
 
 def _programs(x: Tensor, tile: Tile) -> int:
     """As many as the GPU holds at once, since each leaves a row of partial sums; fewer where there are fewer rows."""
-    resident = launch._device(x).multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // tile.warps)
+    resident = launch.device_of(x).multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // tile.warps)
     return min(resident, ceil_div(x.shape[0], tile.rows))
 
 
@@ -237,7 +237,7 @@ def forward(
     mean, rstd = (torch.empty((m, 1), dtype=torch.float32, device=x.device) for _ in range(2))
     scale = _vector(scale, scale)
     tile = _tile(d)
-    with launch._guard(x):
+    with launch.guard(x):
         start(
             forward_kernel,
             (ceil_div(m, tile.rows),),
@@ -284,7 +284,7 @@ def backward(
     scale = _vector(scale, scale)
     weight_or_any = _vector(weight, scale)
     cols = 32
-    with launch._guard(x):
+    with launch.guard(x):
         start(
             backward_kernel,
             (programs,),
