@@ -91,11 +91,12 @@ def consumer(
         row = number * 128 + part * 64
         row_scale = gl.expand_dims(next_scale, 1)
         next_scale = vector(row_scales, ((tile + gl.num_programs(0)) % row_tiles) * 128 + part * 64, ROWS, ROW)
-        offset = gl.zeros([64], gl.float32, OUT)
         if HAS_BIAS:
-            offset += vector(bias, row, ROWS, OUT)
-        if HAS_SHIFT:
-            offset += vector(shift, row, ROWS, OUT)
+            offset = vector(bias, row, ROWS, OUT)
+            if HAS_SHIFT:
+                offset += vector(shift, row, ROWS, OUT)
+        elif HAS_SHIFT:
+            offset = vector(shift, row, ROWS, OUT)
 
         acc = warpgroup_mma_init(gl.zeros([64, WIDE], gl.float32, ACC))
         if EXTRA > 0:
@@ -136,11 +137,14 @@ def consumer(
         mbarrier.arrive(empty.index(stage), count=1)
         it += 1
 
+        if HAS_BIAS or HAS_SHIFT:
+            total += gl.expand_dims(offset, 1)
+            if EXTRA > 0:
+                total_extra += gl.expand_dims(gl.convert_layout(offset, gl.SliceLayout(1, ACC_EXTRA)), 1)
         wait_for_stores(0)  # the last tile's, out of the same memory
-        y_smem.index(part).permute((1, 0)).store((total + gl.expand_dims(offset, 1)).to(y_smem.dtype))
+        y_smem.index(part).permute((1, 0)).store(total.to(y_smem.dtype))
         if EXTRA > 0:
-            more = gl.expand_dims(gl.convert_layout(offset, gl.SliceLayout(1, ACC_EXTRA)), 1)
-            y_extra_smem.index(part).permute((1, 0)).store((total_extra + more).to(y_smem.dtype))
+            y_extra_smem.index(part).permute((1, 0)).store(total_extra.to(y_smem.dtype))
         fence_async_shared()
         store_box(out_wide, [m, row], y_smem.index(part))
         if EXTRA > 0:
