@@ -1,17 +1,8 @@
-"""Which backend serves which tensors.
+"""Which backend serves which pass of which tensors.
 
-``auto`` takes what was measured fastest for the device, dtype and number of tokens
-(``measured.json``), else the first of the backends that are tried for the device
-type without being asked; in both cases one that can serve the tensors, and that has
-not failed ``python -m rlrr_kernels check`` on this device.
-
-``measured.json`` is a list of rules, the first that fits counts::
-
-    {"device": "cpu", "dtype": "float32", "tokens": [1, 512], "backend": "reference", "source": "benchmarks/..."}
-
-``device`` is the name that ``torch.cuda.get_device_name`` gives, or ``cpu``;
-``tokens`` the first and last M, null for no limit; ``source`` the committed result
-that shows it.
+``auto`` takes what was measured fastest for the pass at the shape (:mod:`rlrr_kernels.backends.tuned`), else the
+first of the backends that are tried for the device type without being asked; in both cases one that can serve the
+tensors, and that has not failed ``python -m rlrr_kernels check`` on this device.
 """
 
 from __future__ import annotations
@@ -19,24 +10,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import resources
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from rlrr_kernels.backends import tuned
+from rlrr_kernels.backends.problem import Problem
 
 #: name -> (module, device types it is tried for without being asked), best first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("rlrr_kernels.backends.cpu", ("cpu",)),
     "triton": ("rlrr_kernels.backends.triton", ("cuda",)),
-    # not yet measured on a GPU: by name, or by a rule of measured.json
+    # not yet measured on a GPU: by name, or where it was measured fastest
     "cuda": ("rlrr_kernels.backends.cuda", ()),
     "reference": ("rlrr_kernels.reference", ("cuda", "cpu", "mps", "xpu")),
 }
@@ -127,17 +118,6 @@ def gone(name: str, device: torch.device) -> str | None:
     return module if isinstance(module, str) else None
 
 
-@functools.cache
-def _rules(device: str, dtype: str) -> tuple[dict[str, Any], ...]:
-    rules = json.loads(resources.files("rlrr_kernels.backends").joinpath("measured.json").read_text())
-    return tuple(rule for rule in rules if rule["device"] == device and rule["dtype"] == dtype)
-
-
-@functools.cache
-def _device_name(kind: str, index: int | None) -> str:
-    return torch.cuda.get_device_name(index) if kind == "cuda" else kind
-
-
 def say_once(name: str, instead: str, why: str | None) -> None:
     """Say once why a preferred backend is :func:`gone`."""
     if why is not None and name not in _warned:
@@ -145,25 +125,32 @@ def say_once(name: str, instead: str, why: str | None) -> None:
         warnings.warn(f"rlrr_kernels: backend {name!r} is not available, {instead!r} serves: {why}", stacklevel=2)
 
 
-#: Every number of tokens, as a rule writes it.
-_ALL = (0, math.inf)
+class _Served(NamedTuple):
+    """A backend, and why it was chosen."""
 
-#: (asked for, device, dtype of x, dtype of W) -> what serves which numbers of tokens. Only what is settled is kept.
-_plans: dict[tuple[str | None, torch.device, torch.dtype, torch.dtype], tuple[_Entry, ...]] = {}
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A backend for a range of tokens, and why it was chosen. The first entry that fits counts."""
-
-    tokens: tuple[float, float]
     name: str
     why: str
     module: ModuleType
 
 
-def _plan(asked: str | None, x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
-    """Entries for tensors of these dtypes on this device; the last one takes every number of tokens."""
+class _Plan(NamedTuple):
+    """What serves a pass of these dtypes on a device.
+
+    Attributes:
+        default: the backend, where nothing was measured.
+        measured: name -> others that are named as fastest at some shape, and can serve.
+    """
+
+    default: _Served
+    measured: dict[str, _Served]
+
+
+#: (asked for, device, dtype of x, dtype of W, pass) -> what serves it. Only what is settled is kept.
+_plans: dict[tuple[str | None, torch.device, torch.dtype, torch.dtype, str], _Plan] = {}
+
+
+def _plan(asked: str | None, x: Tensor, weight: Tensor, kernel: str) -> _Plan:
+    """For tensors of these dtypes on this device."""
     name = _named(asked)
     if name is not None:
         why = refusal(name, x, weight)
@@ -172,8 +159,8 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
                 f"backend {name!r} cannot serve {why}. Leave the choice open "
                 "(RLRR_BACKEND=auto, use_backend('auto')) or name another: " + ", ".join(BACKENDS)
             )
-        return (_entry(_ALL, name, "asked for"),)
-    entries = []
+        return _Plan(_served(name, "asked for"), {})
+    measured: dict[str, _Served] = {}
     refused: list[str] = []
 
     def fits(name: str) -> bool:
@@ -184,51 +171,68 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
             refused.append(name)
         return False
 
-    for rule in _rules(_device_name(x.device.type, x.device.index), str(x.dtype).removeprefix("torch.")):
-        if fits(rule["backend"]):
-            first, last = rule["tokens"]
-            tokens = (first or 0, math.inf if last is None else last)
-            entries.append(_entry(tokens, rule["backend"], "measured fastest"))
+    for name in tuned.backends(kernel, x.dtype, weight.dtype, x.device):
+        if name in BACKENDS and fits(name):  # else of another version
+            measured[name] = _served(name, "measured fastest")
     for name, (_, devices) in BACKENDS.items():
         if x.device.type not in devices or name in refused or not fits(name):
             continue
         for other in refused:
             say_once(other, name, gone(other, x.device))
         whys = [f"{other} {failed(other, x.device) or 'cannot serve it'}" for other in refused]
-        why = "; ".join(whys) or f"default for {x.device.type}"
-        return (*entries, _entry(_ALL, name, why))
-    return (*entries, _entry(_ALL, "reference", f"serves every device, {x.device.type} too"))
+        return _Plan(_served(name, "; ".join(whys) or f"default for {x.device.type}"), measured)
+    return _Plan(_served("reference", f"serves every device, {x.device.type} too"), measured)
 
 
-def _entry(tokens: tuple[float, float], name: str, why: str) -> _Entry:
+def _served(name: str, why: str) -> _Served:
     module = load(name)
     assert not isinstance(module, str), module
-    return _Entry(tokens, name, why, module)
+    return _Served(name, why, module)
 
 
-def _chosen(x: Tensor, weight: Tensor, tokens: int) -> _Entry:
+def _chosen(x: Tensor, weight: Tensor, tokens: int, kernel: str, scale_in: Tensor | None) -> _Served:
     asked = _asked()  # once: another thread may enter use_backend meanwhile
-    key = (asked, x.device, x.dtype, weight.dtype)
+    key = (asked, x.device, x.dtype, weight.dtype, kernel)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _plan(asked, x, weight)
-    return next(entry for entry in plan if entry.tokens[0] <= tokens <= entry.tokens[1])
+        plan = _plans[key] = _plan(asked, x, weight, kernel)
+    if not plan.measured:
+        return plan.default
+    entry = tuned.find(problem_of(x, weight, tokens, kernel, 1 if scale_in is None else scale_in.shape[0]), x.device)
+    return plan.default if entry is None else plan.measured.get(entry.backend, plan.default)
 
 
-def module_for(x: Tensor, weight: Tensor, tokens: int) -> ModuleType:
-    """The backend that serves a product of this many rows of x, as :func:`backend_for` names it."""
-    return _chosen(x, weight, tokens).module
+def problem_of(x: Tensor, weight: Tensor, tokens: int, kernel: Any, groups: int) -> Problem:
+    """A pass of these tensors, x or dy ``[tokens, ...]``, under the setting of TF32 that is in force."""
+    # not allow_tf32: reading it raises once the user has set fp32_precision; read where it counts alone, as it is slow
+    tf32 = x.dtype is torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return Problem(kernel, tokens, *weight.shape, groups, x.dtype, weight.dtype, tf32)
+
+
+def module_for(
+    x: Tensor, weight: Tensor, tokens: int, kernel: str = "forward", scale_in: Tensor | None = None
+) -> ModuleType:
+    """The backend that serves a pass, as :func:`explain` names it.
+
+    Args:
+        x: x or dy, for its device and dtype.
+        weight: W ``[N, K]``.
+        tokens: M.
+        kernel: the pass, or ``grad_shift``.
+        scale_in: v ``[groups, 1, K]``; None for one group.
+    """
+    return _chosen(x, weight, tokens, kernel, scale_in).module
 
 
 def backend_for(x: Tensor, weight: Tensor) -> str:
-    """Name of the backend that serves these tensors: the one asked for, or the best that can.
+    """Name of the backend that serves these tensors' forward pass: the one asked for, or the best that can.
 
     Raises ``RuntimeError`` if the one asked for cannot, saying why.
     """
     return explain(x, weight)[0]
 
 
-def explain(x: Tensor, weight: Tensor) -> tuple[str, str]:
-    """As :func:`backend_for`, with the reason for the choice."""
-    entry = _chosen(x, weight, math.prod(x.shape[:-1]))
-    return entry.name, entry.why
+def explain(x: Tensor, weight: Tensor, kernel: str = "forward", scale_in: Tensor | None = None) -> tuple[str, str]:
+    """As :func:`backend_for` of any pass (x is dy in the two gradients), with the reason for the choice."""
+    served = _chosen(x, weight, math.prod(x.shape[:-1]), kernel, scale_in)
+    return served.name, served.why

@@ -77,10 +77,9 @@ def test_a_named_backend_is_used_whatever_it_did(file):
         assert choice.explain(X, X) == ("cpu", "asked for")
 
 
-def test_a_measured_rule_does_not_bring_it_back(file, monkeypatch):
+def test_what_was_measured_does_not_bring_it_back(file, monkeypatch):
     require("cpu")
-    rule = {"device": "cpu", "dtype": "float32", "tokens": [1, None], "backend": "cpu", "source": "-"}
-    monkeypatch.setattr(choice, "_rules", lambda device, dtype: (rule,))
+    monkeypatch.setattr(choice.tuned, "backends", lambda *problem: ("cpu",))
     keep(file, findings(wrong="grad_scales"))
     with pytest.warns(UserWarning, match="'reference' serves"):
         assert backend_for(X, X) == "reference"

@@ -1,21 +1,39 @@
-"""Made-up entries and a made-up GPU."""
+"""Made-up entries, and the process that has them for the user's part."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from rlrr_kernels.backends.triton.config import Config, Device
-from rlrr_kernels.backends.triton.tuned_file import Entry, Layer, Where
+import torch
 
-DEVICE = Device(capability=(9, 0), multiprocessors=132, shared_memory=232448)
-GPU = "Made-up GPU"
-WHERE = Where.on(GPU, (9, 0))
-FORWARD = Layer("forward", 768, 3072, 1, "half", "boxes", 2, 2)
-GRAD_INPUT = Layer("grad_input", 768, 3072, 3, "half", "boxes", 2, 2)
-GRAD_SCALES = Layer("grad_scales", 768, 3072, 1, "half", "boxes", 2, 2)
-CONFIG = Config(128, 128, 64, 8, 4)
-NARROW = Config(64, 64, 64, 4, 3)
+from rlrr_kernels.backends import choice, tuned
+from rlrr_kernels.backends.problem import Problem
+from rlrr_kernels.backends.tuned import FORMAT, Entry, Where
+
+CPU = torch.device("cpu")
+WHERE = Where("cpu", None, None, None)
+TILE = {"block_m": 64, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2, "splits": 1}
+PROBLEM = Problem("forward", 1000, 768, 3072, 1, torch.float32, torch.float32)
+SHAPE = {"n": 768, "k": 3072, "groups": 1}
+ANY = {"n": None, "k": None, "groups": None}
 
 
-def entry(m: int = 1000, layer: Layer = FORWARD, config: Config | None = CONFIG, **more: Any) -> Entry:
-    return Entry(more.pop("where", WHERE), layer, m, config, **more)
+def entry(first: int = 1000, last: int | None = 0, backend: str = "reference", **changes: Any) -> Entry:
+    """Of :data:`PROBLEM` on any CPU; ``last`` 0: ``first`` alone."""
+    whole: dict[str, Any] = {"kernel": "forward", "dtype": torch.float32, "weight_dtype": torch.float32, "tf32": False, **SHAPE}
+    return Entry(
+        **{"where": WHERE, **whole, "tokens": (first, first if last == 0 else last), "backend": backend} | changes
+    )
+
+
+def file_of(path: Any, *entries: Entry) -> Any:
+    """A file with these entries."""
+    path.write_text(json.dumps({"format": FORMAT, "entries": [one.to_json() for one in entries]}))
+    return path
+
+
+def forget() -> None:
+    """Nothing is read or chosen yet."""
+    tuned.reload()
+    choice._plans.clear()
