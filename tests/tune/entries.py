@@ -21,10 +21,9 @@ ANY = {"n": None, "k": None, "groups": None}
 
 def entry(first: int = 1000, last: int | None = 0, backend: str = "reference", **changes: Any) -> Entry:
     """Of :data:`PROBLEM` on any CPU; ``last`` 0: ``first`` alone."""
-    whole: dict[str, Any] = {"kernel": "forward", "dtype": torch.float32, "weight_dtype": torch.float32, "tf32": False, **SHAPE}
-    return Entry(
-        **{"where": WHERE, **whole, "tokens": (first, first if last == 0 else last), "backend": backend} | changes
-    )
+    whole: dict[str, Any] = {"where": WHERE, "kernel": "forward", "tf32": False, "backend": backend, **SHAPE}
+    whole |= {"dtype": torch.float32, "weight_dtype": torch.float32, "tokens": (first, first if last == 0 else last)}
+    return Entry(**whole | changes)
 
 
 def file_of(path: Any, *entries: Entry) -> Any:
