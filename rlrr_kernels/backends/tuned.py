@@ -186,12 +186,8 @@ def parse(raw: Any) -> Entry:
         None if capability is None else (capability[0], capability[1]),
         *(None if raw.get(name) is None else text(raw, name) for name in ("triton", "kernels")),
     )
-    kernel = raw.get("pass")
-    if kernel not in get_args(Pass):
-        raise ValueError(f"pass: expected one of {', '.join(get_args(Pass))}, got {kernel!r:.40}")
-    dtype, weight_dtype = (DTYPES.get(text(raw, name)) for name in ("dtype", "weight_dtype"))
-    if dtype is None or weight_dtype is None:
-        raise ValueError(f"dtype, weight_dtype: expected of {', '.join(DTYPES)}, got {raw['dtype']!r:.40} and other")
+    kernel = _one_of(raw, "pass", get_args(Pass))
+    dtype, weight_dtype = (DTYPES[_one_of(raw, name, tuple(DTYPES))] for name in ("dtype", "weight_dtype"))
     if not isinstance(raw.get("tf32"), bool):
         raise ValueError(f"tf32: expected true or false, got {raw.get('tf32')!r:.40}")
     n, k, groups = (None if raw.get(name) is None else _count(raw[name], name) for name in ("n", "k", "groups"))
@@ -212,6 +208,13 @@ def parse(raw: Any) -> Entry:
         raise ValueError(f"measured: expected an object, got {measured!r:.40}")
     shape = kernel, dtype, weight_dtype, raw["tf32"], n, k, groups
     return Entry(where, *shape, (first, last), text(raw, "backend"), tile, measured)
+
+
+def _one_of(values: Mapping[str, Any], name: str, allowed: tuple[str, ...]) -> Any:
+    value = values.get(name)
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r:.40}")
+    return value
 
 
 def _count(value: Any, name: str) -> int:

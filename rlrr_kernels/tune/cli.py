@@ -214,8 +214,8 @@ def _tune(
     return 1 if unmeasured else 0
 
 
-def _store(path: Path, entries: Sequence[Entry]) -> int:
-    """Put entries into the file, in place of those with the same key; how many."""
+def add(path: Path, entries: Sequence[Entry]) -> Path | None:
+    """Put entries into the file, in place of those with the same key, as :func:`rlrr_kernels.cachefile.add`."""
 
     def key_of(raw: object) -> object:
         try:
@@ -223,7 +223,11 @@ def _store(path: Path, entries: Sequence[Entry]) -> int:
         except ValueError:
             return None
 
-    aside = cachefile.add(path, FORMAT, {one.key: one.to_json() for one in entries}, key_of)
+    return cachefile.add(path, FORMAT, {one.key: one.to_json() for one in entries}, key_of)
+
+
+def _store(path: Path, entries: Sequence[Entry]) -> int:
+    aside = add(path, entries) if entries else None
     if aside is not None:
         tqdm.write(f"rlrr-tune: {path} was no table; it is now {aside}", file=sys.stderr)
     return len(entries)
