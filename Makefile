@@ -6,6 +6,8 @@ VENV   ?= .venv
 PY     := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 BIN    := $(if $(VENV),$(VENV)/bin/)
 READY  := $(if $(VENV),$(VENV)/.built,built-in-place)
+# the tests start hundreds of processes, each of which would compile the package anew
+unexport PYTHONDONTWRITEBYTECODE
 CXX_FILES := $(shell find csrc tests/cuda_host tests/backends -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # minutes that `make soak` takes

@@ -17,6 +17,7 @@ from rlrr_kernels.yardstick import allowed, cut, relative_error
 #: Every backend; tests that need a GPU, or a library that is not built, are skipped with the reason.
 BACKENDS = [
     pytest.param("reference"),
+    pytest.param("panels"),
     pytest.param("cpu"),
     pytest.param("triton"),
     pytest.param("cuda", marks=pytest.mark.gpu),

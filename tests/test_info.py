@@ -21,7 +21,7 @@ def test_it_names_versions_backends_and_choices():
         assert any(w[:1] == [backend] and w[1].rstrip(":") in ("available", "not") for w in words), backend
     served = {w[0]: w[1] for w in words if w and w[0] in ("float32", "bfloat16", "float16", "float64")}
     if not torch.cuda.is_available():
-        assert served == {"float32": "cpu", "bfloat16": "cpu", "float16": "reference", "float64": "cpu"}
+        assert served == {"float32": "cpu", "bfloat16": "cpu", "float16": "panels", "float64": "cpu"}
 
 
 def test_it_says_why_not(monkeypatch):
@@ -29,9 +29,9 @@ def test_it_says_why_not(monkeypatch):
     monkeypatch.setitem(choice._loaded, "cpu", "it cannot be imported: not built")
     monkeypatch.setattr(choice, "_warned", set())
     monkeypatch.setattr(choice, "_plans", {})
-    with pytest.warns(UserWarning, match="'cpu' is not available, 'reference' serves"):
+    with pytest.warns(UserWarning, match="'cpu' is not available, 'panels' serves"):
         report = "\n".join(info.lines())
     assert "cuda       not available: it cannot be imported: no such file" in report
-    assert "float32    reference  cpu cannot serve it" in report
+    assert "float32    panels     cpu cannot serve it" in report
     with use_backend("triton"):
         assert "float64    none       backend 'triton' cannot serve" in "\n".join(info.lines())

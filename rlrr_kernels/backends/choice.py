@@ -1,8 +1,8 @@
-"""Which backend serves which pass of which tensors.
+"""Which backend serves which tensors.
 
-``auto`` takes what was measured fastest for the pass at the shape (:mod:`rlrr_kernels.backends.tuned`), else the
-first of the backends that are tried for the device type without being asked; in both cases one that can serve the
-tensors, and that has not failed ``python -m rlrr_kernels check`` on this device.
+``auto`` takes, for each pass, what was measured fastest (:mod:`rlrr_kernels.backends.tuned`), else the first of the
+backends that are tried for the device type without being asked; in both cases one that can serve the tensors, and
+that has not failed ``python -m rlrr_kernels check`` on this device.
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ import importlib
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlrr_kernels.backends import tuned
-from rlrr_kernels.backends.problem import Problem
+from rlrr_kernels.backends.problem import Pass, Problem
 
 #: name -> (module, device types it is tried for without being asked), best first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("rlrr_kernels.backends.cpu", ("cpu",)),
+    "gluon": ("rlrr_kernels.backends.triton.gluon", ("cuda",)),
     "triton": ("rlrr_kernels.backends.triton", ("cuda",)),
     # not yet measured on a GPU: by name, or where it was measured fastest
     "cuda": ("rlrr_kernels.backends.cuda", ()),
-    "reference": ("rlrr_kernels.reference", ("cuda", "cpu", "mps", "xpu")),
+    "panels": ("rlrr_kernels.backends.panels", ("cuda", "cpu", "mps", "xpu")),
+    # W' whole in each pass: by name alone
+    "reference": ("rlrr_kernels.reference", ()),
 }
 
 _forced: str | None = None
@@ -125,32 +128,26 @@ def say_once(name: str, instead: str, why: str | None) -> None:
         warnings.warn(f"rlrr_kernels: backend {name!r} is not available, {instead!r} serves: {why}", stacklevel=2)
 
 
-class _Served(NamedTuple):
-    """A backend, and why it was chosen."""
+@dataclass(frozen=True)
+class _Plan:
+    """What serves tensors of some dtypes on a device.
+
+    Attributes:
+        name, why, module: of the backend for all that was not measured.
+        measured: pass -> the backends that were fastest at some shape and can serve, if another is among them.
+    """
 
     name: str
     why: str
     module: ModuleType
+    measured: Mapping[Pass, Mapping[str, ModuleType]] = field(default_factory=dict)
 
 
-class _Plan(NamedTuple):
-    """What serves a pass of these dtypes on a device.
-
-    Attributes:
-        default: the backend, where nothing was measured.
-        measured: name -> others that are named as fastest at some shape, and can serve.
-    """
-
-    default: _Served
-    measured: dict[str, _Served]
+#: (asked for, device, dtype of x, dtype of W) -> what serves. Only what is settled is kept.
+_plans: dict[tuple[str | None, torch.device, torch.dtype, torch.dtype], _Plan] = {}
 
 
-#: (asked for, device, dtype of x, dtype of W, pass) -> what serves it. Only what is settled is kept.
-_plans: dict[tuple[str | None, torch.device, torch.dtype, torch.dtype, str], _Plan] = {}
-
-
-def _plan(asked: str | None, x: Tensor, weight: Tensor, kernel: str) -> _Plan:
-    """For tensors of these dtypes on this device."""
+def _plan(asked: str | None, x: Tensor, weight: Tensor) -> _Plan:
     name = _named(asked)
     if name is not None:
         why = refusal(name, x, weight)
@@ -159,82 +156,84 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor, kernel: str) -> _Plan:
                 f"backend {name!r} cannot serve {why}. Leave the choice open "
                 "(RLRR_BACKEND=auto, use_backend('auto')) or name another: " + ", ".join(BACKENDS)
             )
-        return _Plan(_served(name, "asked for"), {})
-    measured: dict[str, _Served] = {}
+        return _Plan(name, "asked for", _loaded_module(name))
     refused: list[str] = []
-
-    def fits(name: str) -> bool:
-        # in this order: what failed may not even survive being loaded
-        if failed(name, x.device) is None and refusal(name, x, weight) is None:
-            return True
-        if name not in refused:
-            refused.append(name)
-        return False
-
-    for name in tuned.backends(kernel, x.dtype, weight.dtype, x.device):
-        if name in BACKENDS and fits(name):  # else of another version
-            measured[name] = _served(name, "measured fastest")
+    measured = _measured(x, weight, refused)
     for name, (_, devices) in BACKENDS.items():
-        if x.device.type not in devices or name in refused or not fits(name):
+        if x.device.type not in devices or name in refused:
             continue
-        for other in refused:
-            say_once(other, name, gone(other, x.device))
-        whys = [f"{other} {failed(other, x.device) or 'cannot serve it'}" for other in refused]
-        if measured.keys() <= {name}:  # nothing to look up at each call
-            measured = {}
-        return _Plan(_served(name, "; ".join(whys) or f"default for {x.device.type}"), measured)
-    return _Plan(_served("reference", f"serves every device, {x.device.type} too"), measured)
+        if _fits(name, x, weight):
+            break
+        refused.append(name)
+    else:
+        return _Plan("panels", f"serves every device, {x.device.type} too", _loaded_module("panels"), measured)
+    for other in refused:
+        say_once(other, name, gone(other, x.device))
+    whys = [f"{other} {failed(other, x.device) or 'cannot serve it'}" for other in refused]
+    measured = {kernel: found for kernel, found in measured.items() if set(found) != {name}}
+    return _Plan(name, "; ".join(whys) or f"default for {x.device.type}", _loaded_module(name), measured)
 
 
-def _served(name: str, why: str) -> _Served:
+def _measured(x: Tensor, weight: Tensor, refused: list[str]) -> dict[Pass, dict[str, ModuleType]]:
+    """As :class:`_Plan` has it, the default's too; adds to ``refused`` what cannot serve."""
+    found: dict[Pass, dict[str, ModuleType]] = {}
+    for entry in tuned.entries(x.device):
+        name = entry.backend
+        if (entry.dtype, entry.weight_dtype) != (x.dtype, weight.dtype) or name in refused:
+            continue
+        if _fits(name, x, weight):
+            found.setdefault(entry.kernel, {})[name] = _loaded_module(name)
+        else:
+            refused.append(name)
+    return found
+
+
+def _fits(name: str, x: Tensor, weight: Tensor) -> bool:
+    # in this order: what failed may not even survive being loaded
+    return failed(name, x.device) is None and refusal(name, x, weight) is None
+
+
+def _loaded_module(name: str) -> ModuleType:
     module = load(name)
     assert not isinstance(module, str), module
-    return _Served(name, why, module)
+    return module
 
 
-def _chosen(x: Tensor, weight: Tensor, tokens: int, kernel: str, scale_in: Tensor | None) -> _Served:
+def _chosen(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int) -> tuple[str, str, ModuleType]:
     asked = _asked()  # once: another thread may enter use_backend meanwhile
-    key = (asked, x.device, x.dtype, weight.dtype, kernel)
+    key = (asked, x.device, x.dtype, weight.dtype)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _plan(asked, x, weight, kernel)
-    if not plan.measured:
-        return plan.default
-    entry = tuned.find(problem_of(x, weight, tokens, kernel, 1 if scale_in is None else scale_in.shape[0]), x.device)
-    return plan.default if entry is None else plan.measured.get(entry.backend, plan.default)
+        plan = _plans[key] = _plan(asked, x, weight)
+    measured = plan.measured.get(kernel)
+    if measured:
+        tf32 = x.dtype is torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        n, k = weight.shape
+        entry = tuned.find(Problem(kernel, tokens, n, k, groups, x.dtype, weight.dtype, tf32), x.device)
+        if entry is not None and entry.backend in measured:
+            return entry.backend, "measured fastest", measured[entry.backend]
+    return plan.name, plan.why, plan.module
 
 
-def problem_of(x: Tensor, weight: Tensor, tokens: int, kernel: Any, groups: int) -> Problem:
-    """A pass of these tensors, x or dy ``[tokens, ...]``, under the setting of TF32 that is in force."""
-    # not allow_tf32: reading it raises once the user has set fp32_precision; read where it counts alone, as it is slow
-    tf32 = x.dtype is torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return Problem(kernel, tokens, *weight.shape, groups, x.dtype, weight.dtype, tf32)
+def module_for(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int = 1) -> ModuleType:
+    """The backend that serves a pass over this many rows of x (or dy), as :func:`explain` names it."""
+    return _chosen(kernel, x, weight, tokens, groups)[2]
 
 
-def module_for(
-    x: Tensor, weight: Tensor, tokens: int, kernel: str = "forward", scale_in: Tensor | None = None
-) -> ModuleType:
-    """The backend that serves a pass, as :func:`explain` names it.
-
-    Args:
-        x: x or dy, for its device and dtype.
-        weight: W ``[N, K]``.
-        tokens: M.
-        kernel: the pass, or ``grad_shift``.
-        scale_in: v ``[groups, 1, K]``; None for one group.
-    """
-    return _chosen(x, weight, tokens, kernel, scale_in).module
-
-
-def backend_for(x: Tensor, weight: Tensor) -> str:
-    """Name of the backend that serves these tensors' forward pass: the one asked for, or the best that can.
+def backend_for(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1) -> str:
+    """Name of the backend that serves these tensors: the one asked for, or the best that can.
 
     Raises ``RuntimeError`` if the one asked for cannot, saying why.
     """
-    return explain(x, weight)[0]
+    return explain(x, weight, kernel, groups)[0]
 
 
-def explain(x: Tensor, weight: Tensor, kernel: str = "forward", scale_in: Tensor | None = None) -> tuple[str, str]:
-    """As :func:`backend_for` of any pass (x is dy in the two gradients), with the reason for the choice."""
-    served = _chosen(x, weight, math.prod(x.shape[:-1]), kernel, scale_in)
-    return served.name, served.why
+def explain(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1) -> tuple[str, str]:
+    """As :func:`backend_for`, with the reason for the choice."""
+    return _chosen(kernel, x, weight, math.prod(x.shape[:-1]), groups)[:2]
+
+
+def reload() -> None:
+    """Forget what was chosen and what was read: the next call chooses anew."""
+    _plans.clear()
+    tuned.reload()

@@ -1,173 +1,101 @@
-"""What was measured fastest: which backend serves a pass at a shape, and with which tile.
+"""What was measured: which backend serves a pass, and in which tile. ``auto`` reads it here; ``rlrr-tune`` writes it.
 
-The package's part is ``measured.json`` beside this file; the user's is written by ``rlrr-tune`` and comes first. Both
-are :mod:`rlrr_kernels.cachefile` tables of :class:`Entry` objects, read once a process::
+Two files of one format: ``measured.json`` beside this module, which is shipped, and the user's::
 
-    {"device": "NVIDIA H200", "capability": [9, 0], "triton": "3.8.0, ptxas 12.8", "kernels": "0123456789abcdef",
-     "pass": "forward", "dtype": "bfloat16", "weight_dtype": "bfloat16", "tf32": false, "n": 768, "k": 3072,
-     "groups": 1, "tokens": [12608, 12608], "backend": "triton", "tile": {"block_m": 128, ...}, "measured": {...}}
+    {"format": 2, "entries": [{"device": "NVIDIA H200", "where": {...}, "pass": "forward", "dtype": "bfloat16",
+      "weight_dtype": "bfloat16", "tf32": false, "layer": [2304, 768, 3], "tokens": [8916, 17830], "backend": "triton",
+      "tile": {"block_m": 256, ...}, "measured": {...}}, ...]}
 
-``device``: a GPU's name, a CPU's architecture and instructions, or ``cpu`` for any. ``capability``, ``triton`` and
-``kernels`` (a digest of the kernels' sources) null: whatever is here. ``n``, ``k``, ``groups`` null: any. ``tokens``:
-first and last M, null for no last. ``tile`` null: the backend's own choice. ``measured``: for people.
+``where`` is what a measurement holds for (:class:`rlrr_kernels.check.record.Where`): with another driver, torch,
+Triton or build the entry is not used. In the shipped file it is null, and holds for the device. ``layer`` is N, K and
+groups, or null for all; ``tokens`` the first and last M, null for no end. Of the entries that fit, one for the layer
+comes before one for all, then the one whose middle is nearest to M, by ratio.
 
-A damaged file, in whole or in part, costs one warning and never a run. ``RLRR_TUNED=0`` switches the user's part off;
-``RLRR_TUNED_FILE`` names another file than ``rlrr_kernels/tuned.json`` in the user's cache folder.
+The user's file is read once a process, at the first lookup. A damaged one, in whole or in part, costs one warning.
+``RLRR_TUNED=0`` switches it off; ``RLRR_TUNED_FILE`` names another than ``rlrr_kernels/tuned.json`` in the user's
+cache folder.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
+import math
 import os
-import platform
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from rlrr_kernels import cachefile
 from rlrr_kernels.backends.problem import Pass, Problem
-from rlrr_kernels.cachefile import text
 
-#: The version of the file's layout.
+if TYPE_CHECKING:
+    from rlrr_kernels.check.record import Where
+
+#: The version of the files' layout.
 FORMAT = 2
-
-#: An entry for one shape serves other M up to this ratio away from its own.
-NEAREST = 2**0.5
 
 SHIPPED = Path(__file__).with_name("measured.json")
 
-#: Backends whose kernels Triton compiles.
-OF_TRITON = ("triton", "gluon")
-
-DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
-
-#: Files of ``backends/triton`` that no entry's timing depends on: they choose, or belong to LayerNorm.
-_NOT_KERNELS = {"__init__.py", "choose.py", "layer_norm.py"}
-
-
-class Where(NamedTuple):
-    """What a measurement holds for; None for whatever is here."""
-
-    device: str
-    capability: tuple[int, int] | None
-    triton: str | None
-    kernels: str | None
-
-    @classmethod
-    def of(cls, device: torch.device, backend: str) -> Where:
-        """A device, with the Triton and the kernels that are installed for a backend of theirs."""
-        compiled = (triton_version(), kernels_digest()) if backend in OF_TRITON else (None, None)
-        return cls(device_name(device), _capability(device), *compiled)
-
-    def here(self, device: torch.device) -> bool:
-        """Whether it holds for a device of this process."""
-        return (
-            self.device in (device_name(device), device.type)
-            and self.capability in (None, _capability(device))
-            and (self.triton is None or self.triton == triton_version())
-            and self.kernels in (None, kernels_digest())
-        )
-
-
-def device_name(device: torch.device) -> str:
-    """A GPU's name, or a CPU's architecture and the instructions that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
-
-
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
-@functools.cache
-def triton_version() -> str:
-    """Triton and its ptxas, as ``3.8.0, ptxas 12.8``, with the place of one of the user's; ``none`` without Triton."""
-    try:
-        import triton
-        from triton import knobs
-    except ImportError:
-        return "none"
-    ptxas = knobs.nvidia.ptxas
-    own = Path(ptxas.path).is_relative_to(Path(triton.__file__).parent)
-    return f"{triton.__version__}, ptxas {ptxas.version}" + ("" if own else f" in {ptxas.path}")
-
-
-@functools.cache
-def kernels_digest(folder: Path = Path(__file__).parent / "triton") -> str:
-    """Of the sources that decide how Triton's kernels are compiled and launched: any change of them counts."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        if path.name not in _NOT_KERNELS:
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest for one pass at a shape (``n``, ``k``, ``groups`` None: at any) and a band of M.
+    """What serves a pass of some layers; the fields are the file's.
 
     Attributes:
-        where: what it was measured with.
-        kernel, dtype, weight_dtype, tf32, n, k, groups: as in :class:`~rlrr_kernels.backends.problem.Problem`.
-        tokens: first and last M of the band; the last may be None.
-        backend: its name.
-        tile: fields of the backend's choice, or None for the one it makes itself.
-        measured: what was written down for people; nothing is decided by it.
+        measured: what the tuner wrote down for people; nothing is decided by it.
     """
 
-    where: Where
+    device: str
+    where: Where | None
     kernel: Pass
     dtype: torch.dtype
     weight_dtype: torch.dtype
     tf32: bool
-    n: int | None
-    k: int | None
-    groups: int | None
-    tokens: tuple[int, int | None]
+    layer: tuple[int, int, int] | None
+    tokens: tuple[int, float]
     backend: str
-    tile: dict[str, int] | None = field(default=None, hash=False)
+    tile: Mapping[str, int] | None = None
     measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
-    def key(self) -> tuple[object, ...]:
-        """What another entry must share to take its place in the file."""
-        return self.where, self.kernel, self.dtype, self.weight_dtype, self.tf32, *self._shape, self.tokens
+    def key(self) -> object:
+        """What another entry takes the place of this one by."""
+        return self.device, self.where, self.kernel, self.dtype, self.weight_dtype, self.tf32, self.layer, self.tokens
 
-    @property
-    def _shape(self) -> tuple[int | None, ...]:
-        return self.n, self.k, self.groups
+    def serves(self, problem: Problem) -> bool:
+        """Whether it was measured for such problems."""
+        types = (problem.kernel, problem.dtype, problem.weight_dtype, problem.tf32)
+        layer = (problem.n, problem.k, problem.groups)
+        return (
+            types == (self.kernel, self.dtype, self.weight_dtype, self.tf32)
+            and self.layer in (None, layer)
+            and self.tokens[0] <= problem.m <= self.tokens[1]
+        )
 
-    def distance(self, problem: Problem) -> float | None:
-        """How far the problem's M is from the band, as a ratio, 1 within; None where it does not serve it."""
-        if any(own not in (None, asked) for own, asked in zip(self._shape, problem[2:5], strict=True)):
-            return None
-        first, last = self.tokens
-        ratio = max(first / problem.m, problem.m / last if last else 0, 1)
-        return ratio if ratio == 1 or (self.n is not None and ratio <= NEAREST) else None
+    def distance(self, m: int) -> float:
+        """Of the middle of its tokens from m, as the logarithm of their ratio."""
+        return abs(math.log(max(m, 1)) - (math.log(max(self.tokens[0], 1)) + math.log(self.tokens[1])) / 2)
 
     def to_json(self) -> dict[str, Any]:
         """One object of the file."""
-        values = {**self.where._asdict(), **self.__dict__, "pass": self.kernel}
-        for name in ("dtype", "weight_dtype"):
-            values[name] = str(values[name]).removeprefix("torch.")
-        return {name: values[name] for name in (*Where._fields, *_FIELDS)}
-
-    def __str__(self) -> str:
-        mixed = "" if self.weight_dtype is self.dtype else f" with W {self.weight_dtype}"
-        size = "any N and K" if self.n is None else f"N={self.n} K={self.k}"
-        groups = "" if self.groups in (None, 1) else f" groups={self.groups}"
-        first, last = self.tokens
-        band = f"M={first}" if first == last else f"M={first} and more" if last is None else f"M={first} to {last}"
-        arithmetic = f"{self.dtype}{mixed}{' as TF32' if self.tf32 else ''}".replace("torch.", "")
-        return f"{self.kernel} {arithmetic} {band} {size}{groups}"
-
-
-_FIELDS = ("pass", "dtype", "weight_dtype", "tf32", "n", "k", "groups", "tokens", "backend", "tile", "measured")
+        return {
+            "device": self.device,
+            "where": None if self.where is None else self.where._asdict(),
+            "pass": self.kernel,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
+            "tf32": self.tf32,
+            "layer": None if self.layer is None else list(self.layer),
+            "tokens": [self.tokens[0], None if math.isinf(self.tokens[1]) else self.tokens[1]],
+            "backend": self.backend,
+            "tile": None if self.tile is None else dict(self.tile),
+            "measured": dict(self.measured),
+        }
 
 
 def parse(raw: Any) -> Entry:
@@ -176,109 +104,160 @@ def parse(raw: Any) -> Entry:
     Raises:
         ValueError: the first field that is not as expected.
     """
+    from rlrr_kernels import cachefile  # not at import: the package's other parts come after this one
+    from rlrr_kernels.backends.choice import BACKENDS
+    from rlrr_kernels.check.record import Where
+
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {raw!r:.40}")
-    capability = raw.get("capability")
-    if capability is not None and (not isinstance(capability, list) or [type(c) for c in capability] != [int, int]):
-        raise ValueError(f"capability: expected two integers or null, got {capability!r:.40}")
-    where = Where(
-        text(raw, "device"),
-        None if capability is None else (capability[0], capability[1]),
-        *(None if raw.get(name) is None else text(raw, name) for name in ("triton", "kernels")),
-    )
-    kernel = _one_of(raw, "pass", get_args(Pass))
-    dtype, weight_dtype = (DTYPES[_one_of(raw, name, tuple(DTYPES))] for name in ("dtype", "weight_dtype"))
-    if not isinstance(raw.get("tf32"), bool):
-        raise ValueError(f"tf32: expected true or false, got {raw.get('tf32')!r:.40}")
-    n, k, groups = (None if raw.get(name) is None else _count(raw[name], name) for name in ("n", "k", "groups"))
-    if (n is None) != (k is None):
-        raise ValueError("n, k: expected both or neither")
-    tokens = raw.get("tokens")
-    if not isinstance(tokens, list) or len(tokens) != 2:
-        raise ValueError(f"tokens: expected the first and the last M, got {tokens!r:.40}")
-    first, last = _count(tokens[0], "tokens"), None if tokens[1] is None else _count(tokens[1], "tokens")
-    if last is not None and last < first:
-        raise ValueError(f"tokens: expected the first M before the last, got {tokens!r:.60}")
-    tile, measured = raw.get("tile"), raw.get("measured", {})
-    if tile is not None:
-        if not isinstance(tile, dict):
-            raise ValueError(f"tile: expected an object or null, got {tile!r:.40}")
-        tile = {name: _count(value, f"tile.{name:.40}") for name, value in tile.items()}
+    where = raw.get("where")
+    if where is not None:
+        if not isinstance(where, dict) or set(where) != set(Where._fields):
+            raise ValueError(f"where: expected {', '.join(Where._fields)}, got {where!r:.40}")
+        where = Where(**{name: cachefile.text(where, name) for name in Where._fields})
+    first, last = _numbers(raw, "tokens", 2, end=True)
+    layer = None if raw.get("layer") is None else _numbers(raw, "layer", 3)
+    if layer is not None and layer[0] % layer[2]:
+        raise ValueError(f"layer: expected groups that divide N = {layer[0]}, got {layer[2]}")
+    if last < first:
+        raise ValueError(f"tokens: expected a first and a last, got {[first, last]}")
+    tile = raw.get("tile")
+    if tile is not None and (
+        not isinstance(tile, dict) or any(type(value) is not int or not 0 <= value <= 2**20 for value in tile.values())
+    ):
+        raise ValueError(f"tile: expected whole numbers by name, or null, got {tile!r:.80}")
+    measured = raw.get("measured", {})
     if not isinstance(measured, dict):
         raise ValueError(f"measured: expected an object, got {measured!r:.40}")
-    shape = kernel, dtype, weight_dtype, raw["tf32"], n, k, groups
-    return Entry(where, *shape, (first, last), text(raw, "backend"), tile, measured)
+    return Entry(
+        cachefile.text(raw, "device"),
+        where,
+        _one_of(raw, "pass", get_args(Pass)),
+        _DTYPES[_one_of(raw, "dtype", _DTYPES)],
+        _DTYPES[_one_of(raw, "weight_dtype", _DTYPES)],
+        _one_of(raw, "tf32", (False, True)),
+        layer,  # type: ignore[arg-type]
+        (int(first), last),
+        _one_of(raw, "backend", BACKENDS),
+        tile,
+        measured,
+    )
 
 
-def _one_of(values: Mapping[str, Any], name: str, allowed: tuple[str, ...]) -> Any:
-    value = values.get(name)
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r:.40}")
+def _one_of(raw: Mapping[str, Any], name: str, known: Iterable[Any]) -> Any:
+    value = raw.get(name)
+    if not isinstance(value, str | bool) or value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r:.40}")
     return value
 
 
-def _count(value: Any, name: str) -> int:
-    if type(value) is not int or not 1 <= value < 2**40:
-        raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r:.40}")
-    return value
+def _numbers(raw: Mapping[str, Any], name: str, count: int, end: bool = False) -> tuple[float, ...]:
+    values = raw.get(name)
+    if not isinstance(values, list) or len(values) != count:
+        raise ValueError(f"{name}: expected {count} numbers, got {values!r:.40}")
+    if end and values[-1] is None:
+        values = [*values[:-1], math.inf]
+    if any(value != math.inf and (type(value) is not int or not 1 <= value < 2**40) for value in values):
+        raise ValueError(f"{name}: expected whole numbers of 1 or more, got {values!r:.40}")
+    return tuple(values)
 
 
 def default_file() -> Path | None:
-    """The user's part: ``RLRR_TUNED_FILE``, else in the user's cache folder; None where there is no home."""
+    """Where the user's choices are kept: ``RLRR_TUNED_FILE``, else in the cache folder; None where there is no home."""
+    from rlrr_kernels import cachefile  # not at import: the package's other parts come after this one
+
     return cachefile.default_file("RLRR_TUNED_FILE", "tuned.json")
 
 
 def read(path: Path) -> list[Any]:
     """The raw entries of a file, as :func:`rlrr_kernels.cachefile.read`."""
+    from rlrr_kernels import cachefile  # not at import: the package's other parts come after this one
+
     return cachefile.read(path, FORMAT)
 
 
-def users() -> list[Entry]:
-    """The user's part, none where it is switched off or missing; what cannot be used is left out with one warning."""
+def add(path: Path, entries: Iterable[Entry]) -> Path | None:
+    """Put entries into a file, in place of those for the same; as :func:`rlrr_kernels.cachefile.add`."""
+    from rlrr_kernels import cachefile  # not at import: the package's other parts come after this one
+
+    return cachefile.add(path, FORMAT, {entry.key: entry.to_json() for entry in entries}, _key_of)
+
+
+def _key_of(raw: Any) -> object:
+    try:
+        return parse(raw).key
+    except ValueError:
+        return None
+
+
+@functools.cache
+def shipped() -> tuple[Entry, ...]:
+    """Those of the package."""
+    return tuple(parse(raw) for raw in read(SHIPPED))
+
+
+def of_user() -> tuple[Entry, ...]:
+    """Those of the file in use, none where it is switched off or missing.
+
+    What cannot be used is left out with one warning that names the file and the first reason.
+    """
+    from rlrr_kernels import cachefile
+
     path = default_file()
     if path is None or os.environ.get("RLRR_TUNED") == "0":
-        return []
+        return ()
     missing = "there is no such file, though RLRR_TUNED_FILE names it" if os.environ.get("RLRR_TUNED_FILE") else None
-    return cachefile.load(path, read, parse, "left out, the built-in choice stands there", missing)
+    return tuple(cachefile.load(path, read, parse, "left out, the defaults serve there", missing))
+
+
+_loading = threading.Lock()
+_entries: dict[torch.device, tuple[Entry, ...]] = {}
+
+
+def _renew_lock() -> None:
+    global _loading
+    _loading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a child inherits the lock of a thread that it lacks, locked for ever
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def entries(device: torch.device) -> tuple[Entry, ...]:
+    """Those that hold for a device as it is now, the user's first."""
+    found = _entries.get(device)
+    if found is None:
+        with _loading:  # backward has threads of its own
+            if device not in _entries:
+                _entries[device] = tuple(entry for entry in (*_user(), *shipped()) if holds(entry, device))
+            found = _entries[device]
+    return found
 
 
 @functools.cache
-def _all() -> tuple[Entry, ...]:
-    """The user's, the newest first, then the package's."""
-    shipped = cachefile.load(SHIPPED, read, parse, "left out, the built-in choice stands there")
-    return (*reversed(users()), *shipped)
+def _user() -> tuple[Entry, ...]:
+    return of_user()
 
 
-@functools.cache
-def used(device: torch.device) -> tuple[Entry, ...]:
-    """The entries that hold on a device with what is installed, in the order in which they count."""
-    return tuple(entry for entry in _all() if entry.where.here(device))
+def holds(entry: Entry, device: torch.device) -> bool:
+    """Whether it was measured on such a device, with what is installed."""
+    if entry.where is None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return entry.device == name
+    from rlrr_kernels.check.record import Where
 
-
-@functools.cache
-def _of(kernel: Pass, dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device) -> tuple[Entry, ...]:
-    asked = kernel, dtype, weight_dtype
-    return tuple(entry for entry in used(device) if (entry.kernel, entry.dtype, entry.weight_dtype) == asked)
-
-
-def backends(kernel: str, dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
-    """The backends that :func:`find` may name at some shape."""
-    entries = _of(kernel, dtype, weight_dtype, device) if kernel in get_args(Pass) else ()  # type: ignore[arg-type]
-    return tuple(dict.fromkeys(entry.backend for entry in entries))
+    return entry.where.subject == entry.backend and entry.where == Where.of(entry.backend, device)
 
 
 @functools.lru_cache(maxsize=8192)
 def find(problem: Problem, device: torch.device) -> Entry | None:
-    """What is known to be fastest, or None: an entry for the shape before one for any, then the nearest band of M."""
-    best, least = None, (True, float("inf"))
-    for entry in _of(problem.kernel, problem.dtype, problem.weight_dtype, device):
-        distance = entry.distance(problem) if entry.tf32 == problem.tf32 else None
-        if distance is not None and (entry.n is None, distance) < least:
-            best, least = entry, (entry.n is None, distance)
-    return best
+    """The entry for a problem, or None where nothing was measured. Remembered by argument."""
+    found = [entry for entry in entries(device) if entry.serves(problem)]
+    return min(found, key=lambda entry: (entry.layer is None, entry.distance(problem.m)), default=None)
 
 
 def reload() -> None:
-    """Forget what was read."""
-    for cache in (_all, used, _of, find, kernels_digest, triton_version):
-        cache.cache_clear()
+    """Forget what was read: the next lookup reads the file and the environment anew."""
+    _entries.clear()
+    _user.cache_clear()
+    find.cache_clear()

@@ -65,7 +65,11 @@ class Trainer:
         )
         self.loader = self._loader(self.images, self.batches, persistent_workers=settings.workers > 0)
         self.mixing = Mixing(settings, splits.classes)
-        self.optimizer = torch.optim.AdamW(param_groups(self.model, settings.weight_decay), lr=settings.lr)
+        # one kernel for all that trains, where there are hundreds of small tensors; not for sharded ones
+        self.fused = settings.parallel != "fsdp" and device.type in ("cpu", "cuda", "mps", "xpu")
+        self.optimizer = torch.optim.AdamW(
+            param_groups(self.model, settings.weight_decay), lr=settings.lr, fused=self.fused or None
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.average = Average(self.parameters, settings.ema) if settings.ema else None
         steps, cycle = self.batches.steps, settings.restart_epochs or settings.epochs
@@ -254,8 +258,10 @@ class Trainer:
         for name, found in moments.items():
             parameter = self.parameters[name]
             self.optimizer.state[parameter] = {
-                key: value if key == "step" else distributed.scatter(value, parameter) for key, value in found.items()
+                key: distributed.scatter(value, parameter) for key, value in found.items() if key != "step"
             }
+            # the fused step counts where the parameter is
+            self.optimizer.state[parameter]["step"] = found["step"].to(parameter.device if self.fused else "cpu")
         if self.average:
             for name, value in state.part("average").items():
                 part = distributed.local(distributed.scatter(value, self.parameters[name]))

@@ -15,11 +15,11 @@ from tqdm import tqdm
 from rlrr_kernels import cachefile, yardstick
 from rlrr_kernels.backends import choice, tuned
 from rlrr_kernels.backends.problem import Problem
-from rlrr_kernels.backends.tuned import DTYPES, FORMAT, Entry
+from rlrr_kernels.backends.tuned import FORMAT, Entry
 from rlrr_kernels.check.cli import device_of, failures
 from rlrr_kernels.tune import report, shapes
 from rlrr_kernels.tune.candidates import Candidate, candidates, copies_of, describe, make_tensors, run
-from rlrr_kernels.tune.contest import DeviceLostError, Result, contest, first_line, for_any_shape, require
+from rlrr_kernels.tune.contest import DeviceLostError, Result, contest, first_line, require, rules
 from rlrr_kernels.tune.timing import Machine, machine_of
 
 DESCRIPTION = """\
@@ -31,6 +31,9 @@ backend is first held to float64 (python -m rlrr_kernels check); what is wrong i
     rlrr-tune --shape 12608,2304,768,3 --shape 12608,768,768 --dtype float16
     rlrr-tune --show
 """
+
+
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
 
 class _Stopped(Exception):
@@ -61,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--weight-dtype", choices=DTYPES, help="of the frozen weight (default: as x)")
     add("--tf32", action="store_true", help="float32 products in TF32, as where training allows it")
     add("--backend", action="append", default=[], choices=choice.BACKENDS, help="may be repeated (default: all)")
-    add("--any-shape", action="store_true", help="keep one entry for all N and K: the backend, where another wins")
+    add("--rules", action="store_true", help="keep instead what measured.json has: backends alone, for any N and K")
     add("--rounds", type=int, default=30, help="timed rounds of a contest (default: %(default)s)")
     add("--limit", type=int, default=24, help="tiles of a backend beside its own choice (default: %(default)s)")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:INDEX (default: the GPU, else the CPU)")
@@ -161,7 +164,7 @@ def _check(device: torch.device) -> None:
     """Hold what was not yet checked here to float64: what fails is no candidate."""
     print(f"rlrr-tune: checking the backends on {device}", file=sys.stderr)
     wrong, untried = failures(device)
-    choice.failed.cache_clear()
+    choice.failed.cache_clear()  # read before, where something was computed
     for subject, why in wrong.items():
         print(f"rlrr-tune: {subject} failed its check: {why}", file=sys.stderr)
     for subject, why in untried.items():
@@ -194,10 +197,10 @@ def _tune(
                 continue
             results.append(result)
             unmeasured += result.best is None
-            if result.best is not None and not arguments.any_shape:
+            if result.best is not None and not arguments.rules:
                 stored += _store(path, [result.entry(machine.device, date)])
-        if arguments.any_shape:
-            stored += _store(path, for_any_shape(results, machine.device, date))
+        if arguments.rules:
+            stored += _store(path, rules(results, machine.device, date))
     except KeyboardInterrupt:
         stop = _Stopped("interrupted", 130)
     except OSError as error:
@@ -214,20 +217,8 @@ def _tune(
     return 1 if unmeasured else 0
 
 
-def add(path: Path, entries: Sequence[Entry]) -> Path | None:
-    """Put entries into the file, in place of those with the same key, as :func:`rlrr_kernels.cachefile.add`."""
-
-    def key_of(raw: object) -> object:
-        try:
-            return tuned.parse(raw).key
-        except ValueError:
-            return None
-
-    return cachefile.add(path, FORMAT, {one.key: one.to_json() for one in entries}, key_of)
-
-
 def _store(path: Path, entries: Sequence[Entry]) -> int:
-    aside = add(path, entries) if entries else None
+    aside = tuned.add(path, entries) if entries else None
     if aside is not None:
         tqdm.write(f"rlrr-tune: {path} was no table; it is now {aside}", file=sys.stderr)
     return len(entries)

@@ -5,10 +5,11 @@ Nothing here knows a device: launching, checking and timing are functions that a
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +17,15 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels.backends.problem import Problem
-from rlrr_kernels.backends.tuned import Entry, Where
+from rlrr_kernels.backends.tuned import Entry
+from rlrr_kernels.check.record import Where
 from rlrr_kernels.tune.candidates import Candidate, describe
 
 #: A candidate's median must be this many times faster than the default's, and their quartiles must not overlap.
 MARGIN = 1.02
+
+#: What was measured at an M serves others up to this ratio away.
+NEAR = 2**0.5
 
 #: (candidate, number of the set of tensors) -> the pass's results.
 Launch = Callable[[Candidate, int], tuple[Tensor, ...]]
@@ -94,16 +99,16 @@ class Result:
             if one in self.spreads:
                 measured[name] = self.spreads[one].median
         kernel, m, n, k, groups, dtype, weight_dtype, tf32 = self.problem
-        tile = None if self.best == own else self.best.tile
-        where = Where.of(device, self.best.backend)
-        shape = kernel, dtype, weight_dtype, tf32, n, k, groups
-        return Entry(where, *shape, (m, m), self.best.backend, tile, measured)
+        where = Where.of(self.best.backend, device)
+        shape = kernel, dtype, weight_dtype, tf32, (n, k, groups), (math.ceil(m / NEAR), math.floor(m * NEAR))
+        return Entry(
+            where.device, where, *shape, self.best.backend, None if self.best == own else self.best.tile, measured
+        )
 
 
-def for_any_shape(results: Iterable[Result], device: torch.device, date: str) -> list[Entry]:
-    """Entries for every N and K: where all shapes measured at an M take least, together, by another backend.
-
-    Each band begins at a measured M and ends before the next one; the last has no end.
+def rules(results: Iterable[Result], device: torch.device, date: str) -> list[Entry]:
+    """Entries to ship, for every N and K and whatever is installed: where all shapes measured at an M take least,
+    together, by another backend than the default. A band begins at a measured M and ends before the next one.
     """
     shapes: dict[Any, list[Result]] = defaultdict(list)
     for result in results:
@@ -116,11 +121,11 @@ def for_any_shape(results: Iterable[Result], device: torch.device, date: str) ->
         if totals.get(default, 0.0) <= MARGIN * totals.get(best, 0.0):
             continue
         later = [other.m for other in shapes if other.m > problem.m and other == problem._replace(m=other.m)]
+        tokens = (problem.m, min(later) - 1 if later else math.inf)
         measured = {"date": date, "shapes": len(same), "default": default, "seconds": totals}
-        one = next(result for result in same).entry(device, date)
-        where, tokens = Where.of(device, best), (problem.m, min(later) - 1 if later else None)
-        changes = {"n": None, "k": None, "groups": None, "tile": None}
-        found.append(replace(one, where=where, tokens=tokens, backend=best, measured=measured, **changes))
+        name = Where.of(best, device).device if device.type == "cuda" else device.type
+        types = problem.kernel, problem.dtype, problem.weight_dtype, problem.tf32
+        found.append(Entry(name, None, *types, None, tokens, best, None, measured))
     return found
 
 

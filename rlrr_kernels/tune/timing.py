@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlrr_kernels.backends import tuned
+from rlrr_kernels.check.record import device_name
 from rlrr_kernels.tune.contest import Timer
 
 #: Launches in one timed graph: what the CPU needs to start the next graph is then hidden behind them.
@@ -34,7 +34,7 @@ class Machine:
 def machine_of(device: torch.device) -> Machine:
     """A CPU, or a CUDA device, which becomes the current one."""
     if device.type == "cpu":
-        return Machine(tuned.device_name(device), device, 0, time_turns, lambda: None)
+        return Machine(device_name(device), device, 0, time_turns, lambda: None)
     torch.cuda.set_device(device)
     properties = torch.cuda.get_device_properties(device)
     return Machine(properties.name, device, properties.L2_cache_size, time_graphs, torch.cuda.synchronize)

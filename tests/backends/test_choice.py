@@ -1,6 +1,7 @@
 """Which backend serves which tensors."""
 
 import importlib
+import math
 import sys
 import threading
 import warnings
@@ -14,24 +15,24 @@ from rlrr_kernels import backend_for, rescaled_linear, use_backend
 from rlrr_kernels.backends import choice, tuned
 from rlrr_kernels.backends.triton import launch
 from tests.oracle import device_of, make_problem, require
-from tests.tune.entries import ANY, entry, file_of
+from tests.tune.entries import entry, file_of
 
 
-def test_auto_serves_cpu_tensors_by_the_cpu_ops_and_what_they_refuse_by_the_reference():
+def test_auto_serves_cpu_tensors_by_the_cpu_ops_and_what_they_refuse_by_panels():
     require("cpu")
     x = torch.zeros(2, 4)
     served = {dtype: backend_for(x.to(dtype), x.to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
     assert set(served.values()) == {"cpu"}
-    assert backend_for(x.half(), x.half()) == "reference"
+    assert backend_for(x.half(), x.half()) == "panels"
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' cannot serve x torch.float16.* float32 and bfl"):
         backend_for(x.half(), x.half())
 
 
 @pytest.mark.gpu
-def test_auto_serves_gpu_tensors_by_triton_and_float64_by_the_reference(gpu):
+def test_auto_serves_gpu_tensors_by_triton_and_float64_by_panels(gpu):
     x = torch.zeros(2, 4, device=gpu)
     assert backend_for(x, x) == "triton"
-    assert backend_for(x.double(), x.double()) == "reference"
+    assert backend_for(x.double(), x.double()) == "panels"
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def tensors():
     """A tensor that two backends can serve, the backend it gets by itself, and the other one."""
     x = torch.zeros(2, 4, device=device_of("triton"))
     own = backend_for(x, x)
-    return x, own, "triton" if own != "triton" else "reference"
+    return x, own, "triton" if own != "triton" else "panels"
 
 
 def test_use_backend_nests_and_ends(tensors):
@@ -77,7 +78,7 @@ def test_environment_variable(tensors, monkeypatch):
     with use_backend(own):
         assert backend_for(x, x) == own
     monkeypatch.setenv("RLRR_BACKEND", "tritn")
-    with pytest.raises(ValueError, match=r"RLRR_BACKEND: unknown backend 'tritn', expected one of auto, cpu, triton"):
+    with pytest.raises(ValueError, match=r"RLRR_BACKEND: unknown backend 'tritn', expected one of auto, cpu, gluon"):
         backend_for(x, x)
 
 
@@ -116,16 +117,14 @@ def test_a_backend_that_cannot_be_imported_is_an_error_when_asked_for(fresh):
         backend_for(x, x)
 
 
-def test_a_missing_library_is_said_once_with_the_remedy_and_the_reference_serves(fresh, tmp_path):
+def test_a_missing_library_is_said_once_with_the_remedy_and_panels_serve(fresh, tmp_path):
     from rlrr_kernels.backends import library
 
     fresh.setattr(library, "FOLDER", tmp_path)
     fresh.delitem(sys.modules, "rlrr_kernels.backends.cpu", raising=False)
     p = make_problem(3, 4, 5)
-    with pytest.warns(
-        UserWarning, match=r"'cpu' is not available, 'reference' serves: .*not built.*pip install"
-    ) as said:
-        assert backend_for(p.x, p.weight) == "reference"
+    with pytest.warns(UserWarning, match=r"'cpu' is not available, 'panels' serves: .*not built.*pip install") as said:
+        assert backend_for(p.x, p.weight) == "panels"
     assert len(said) == 1
     assert "\n" not in str(said[0].message)
     with warnings.catch_warnings():
@@ -167,33 +166,30 @@ def measured(fresh, tmp_path):
 
 def test_what_was_measured_goes_before_the_default_for_its_pass_shape_and_tokens(measured):
     require("cpu")
+    narrow = {"dtype": torch.bfloat16, "weight_dtype": torch.bfloat16}
     measured(
-        entry(2, 3, n=4, k=5, kernel="grad_input"),
-        entry(2, 3, n=4, k=5, groups=2),
-        entry(100, None, **ANY, dtype=torch.bfloat16, weight_dtype=torch.bfloat16),
+        entry(2, 3, layer=(4, 5, 1), kernel="grad_input"),
+        entry(2, 3, layer=(4, 5, 2)),
+        entry(100, math.inf, layer=None, **narrow),
     )
-    weight, v = torch.zeros(4, 5), torch.zeros(2, 1, 5)
 
     def served(m, kernel="forward", groups=2, dtype=torch.float32, n=4):
-        width = 5 if kernel == "forward" else n
-        x, w = torch.zeros(m, width, dtype=dtype), torch.zeros(n, 5, dtype=dtype)
-        return choice.explain(x, w, kernel, v[:groups])[0]
+        x, w = torch.zeros(m, 5 if kernel == "forward" else n, dtype=dtype), torch.zeros(n, 5, dtype=dtype)
+        return choice.explain(x, w, kernel, groups)
 
-    assert [served(m) for m in (1, 2, 3, 4, 5)] == ["cpu", "reference", "reference", "reference", "cpu"]  # 4 is near
-    assert [served(2, groups=1), served(2, n=6)] == ["cpu", "cpu"]
-    assert [served(2, kernel, 1) for kernel in ("grad_input", "grad_scales", "grad_shift")] == [
-        "reference",
-        "cpu",
-        "cpu",
-    ]
-    assert [served(m, dtype=torch.bfloat16) for m in (99, 100, 10**6)] == ["cpu", "reference", "reference"]
-    assert choice.explain(torch.zeros(2, 5), weight, "forward", v) == ("reference", "measured fastest")
-    assert choice.module_for(torch.zeros(2, 5), weight, 2, "forward", v).__name__ == "rlrr_kernels.reference"
+    best = ("reference", "measured fastest")
+    own = ("cpu", "default for cpu")
+    assert [served(m) for m in (1, 2, 3, 4)] == [own, best, best, own]
+    assert [served(2, groups=1), served(2, n=6)] == [own, own]
+    assert [served(2, kernel, 1) for kernel in ("grad_input", "grad_scales")] == [best, own]
+    assert [served(m, dtype=torch.bfloat16) for m in (99, 100, 10**6)] == [own, best, best]
+    x, weight = torch.zeros(2, 5), torch.zeros(4, 5)
+    assert choice.module_for("forward", x, weight, 2, 2).__name__ == "rlrr_kernels.reference"
 
 
 def test_each_pass_of_a_layer_runs_on_what_was_measured_for_it(measured):
     require("cpu")
-    measured(entry(3, n=4, k=5, kernel="grad_scales", groups=2))
+    measured(entry(3, layer=(4, 5, 2), kernel="grad_scales"))
     p = make_problem(3, 4, 5, 2, dtype=torch.float32)
     ran = []
 
@@ -211,10 +207,17 @@ def test_each_pass_of_a_layer_runs_on_what_was_measured_for_it(measured):
         assert ran == [("reference", "grad_scales")]
 
 
+def test_what_is_served_by_the_default_wherever_it_was_measured_is_not_looked_up(measured):
+    require("cpu")
+    measured(entry(3, layer=(4, 5, 1), backend="cpu"))
+    with mock.patch.object(tuned, "find", side_effect=AssertionError("looked up")):
+        assert choice.explain(torch.zeros(3, 5), torch.zeros(4, 5)) == ("cpu", "default for cpu")
+
+
 def test_what_was_measured_and_cannot_serve_is_passed_over(measured):
     require("cpu")
     wide = {"dtype": torch.float64, "weight_dtype": torch.float64}
-    measured(entry(1, None, "triton", **ANY, **wide), entry(1, None, "of a later version", **ANY, **wide))
+    measured(entry(1, math.inf, "triton", layer=None, **wide))
     x = torch.zeros(2, 5, dtype=torch.float64)
     assert backend_for(x, x) == "cpu"
 
@@ -225,19 +228,17 @@ def test_a_measured_backend_that_is_not_here_is_said_once(measured, fresh, tmp_p
     require("cpu")
     fresh.setattr(library, "FOLDER", tmp_path)
     fresh.delitem(sys.modules, "rlrr_kernels.backends.cuda", raising=False)
-    measured(entry(1, None, "cuda", **ANY))
+    measured(entry(1, math.inf, "cuda", layer=None))
     fresh.setitem(choice._loaded, "cpu", importlib.import_module("rlrr_kernels.backends.cpu"))
     x = torch.zeros(2, 5)
     with pytest.warns(UserWarning, match="'cuda' is not available, 'cpu' serves"):
         assert backend_for(x, x) == "cpu"
 
 
-def test_the_shipped_part_is_whole_and_names_backends_and_results_that_exist():
+def test_the_shipped_part_is_whole_and_names_results_that_exist():
     root = Path(__file__).parents[2]
-    entries = [tuned.parse(raw) for raw in tuned.read(tuned.SHIPPED)]
-    assert entries
-    for one in entries:
-        assert one.backend in choice.BACKENDS
+    assert tuned.shipped()
+    for one in tuned.shipped():
         assert (root / one.measured["source"]).exists(), one.measured["source"]
 
 
@@ -260,5 +261,5 @@ def test_a_choice_forced_by_another_thread_meanwhile_is_not_kept_for_the_free_on
 def test_each_dtype_of_w_has_a_choice_of_its_own(fresh):
     x = torch.zeros(2, 4)
     assert backend_for(x, x) == "cpu"
-    assert backend_for(x, x.half()) == "reference"
+    assert backend_for(x, x.half()) == "panels"
     assert backend_for(x, x) == "cpu"

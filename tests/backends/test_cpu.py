@@ -39,7 +39,9 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize(("m", "n", "k", "groups"), LARGE)
 def test_shapes_across_blocks(m, n, k, groups, dtype):
     check(p := make_problem(m, n, k, groups, dtype), solve(p, "cpu"))

@@ -62,7 +62,7 @@ def test_where_the_formula_has_no_room_nothing_is_said():
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_a_layer_that_is_wrong_is_not_timed(direction, dtype, monkeypatch):
     """Planted: u is half as large again, which moves y, dx and dv."""
     planted = {

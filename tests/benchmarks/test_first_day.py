@@ -194,17 +194,14 @@ def test_the_cheapest_stages_run_on_a_pretended_gpu(tmp_path):
 
 @pytest.mark.slow
 def test_the_other_stages_run_on_a_pretended_gpu(tmp_path):
-    # what "correct" rehearses is the CPU's check, which has tests of its own
-    rest = [name for name in STAGES if name not in ("env", "build", "correct")]
+    # what "correct" rehearses is the CPU's check, which has tests of its own; "sanitize" is rehearsed below
+    rest = [name for name in STAGES if name not in ("env", "build", "correct", "sanitize")]
     status, table = _rehearse(tmp_path, *rest, "--limit", "3000")
     assert status == 0, table
     rows = [row for row in table.splitlines() if not row.startswith(" ")]
     assert [row.split()[1] for row in rows if row.startswith("---")] == rest
     said = {row[:26].strip(): row[26:].strip() for row in rows}
     assert said["tests"].endswith("passed")
-    for tool in ("memcheck", "racecheck"):
-        for backend in ("triton", "cuda", "hopper"):
-            assert said[f"{tool} {backend}"] == "forward: clean; grad_input: clean; grad_scales: clean"
     for suite in ("core", "launch", "step", "norm"):
         assert "passed" in said[suite]
         assert list((tmp_path / "results" / suite).glob("*.json"))
@@ -219,6 +216,7 @@ def test_a_wrong_pass_and_a_lost_gpu_are_in_the_table(tmp_path):
     status, table = _rehearse(tmp_path, "sanitize", PRETENDED_FAULT=faults, PRETENDED_TOKENS="33")
     assert status == 1
     said = {row[:26].strip(): row[26:].strip() for row in table.splitlines()}
-    assert said["memcheck cuda"].startswith("forward: values wrong: ")
-    assert said["memcheck triton"].startswith("forward: clean; grad_input: FAILED with status 1")
-    assert said["memcheck hopper"] == "forward: clean; grad_input: clean; grad_scales: clean"
+    for tool in ("memcheck", "racecheck"):
+        assert said[f"{tool} cuda"].startswith("forward: values wrong: ")
+        assert said[f"{tool} triton"].startswith("forward: clean; grad_input: FAILED with status 1")
+        assert said[f"{tool} hopper"] == "forward: clean; grad_input: clean; grad_scales: clean"

@@ -23,7 +23,7 @@ def _holds(lock: Path, own_group: bool = False) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-@pytest.mark.parametrize("own_group", [False, True])
+@pytest.mark.parametrize("own_group", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_hangs_is_ended_with_all_that_it_started(tmp_path, own_group):
     lock = tmp_path / "lock"
     assert processes.run(_holds(lock, own_group), 1.5) == processes.TIME_OUT

@@ -264,6 +264,7 @@ def test_devices_in_one_folder_are_refused(place, capsys):
     assert "expected results of one device, got NVIDIA H200, cpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_plots_are_drawn_and_carry_their_digest(tmp_path):
     wide = [
         layer(name, t, name=f"{stage}.{which}", m=m, dtype=dtype)

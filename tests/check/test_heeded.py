@@ -15,6 +15,7 @@ from rlrr_kernels.check import record
 from tests.check.conftest import forget
 from tests.check.findings import findings
 from tests.oracle import make_problem, require
+from tests.tune.entries import entry
 
 X = torch.zeros(2, 4)
 
@@ -28,24 +29,24 @@ def keep(file, found):
 def test_auto_leaves_out_what_failed_and_says_so(file, wrong):
     require("cpu")
     keep(file, findings(wrong=wrong))
-    words = rf"'cpu' is not available, 'reference' serves: failed its check on this device: {wrong}: y: not finite"
+    words = rf"'cpu' is not available, 'panels' serves: failed its check on this device: {wrong}: y: not finite"
     with pytest.warns(UserWarning, match=words):
         chosen, why = choice.explain(X, X)
     with warnings.catch_warnings():  # once
         warnings.simplefilter("error")
-        assert backend_for(X.bfloat16(), X.bfloat16()) == "reference"
-    assert (chosen, why) == ("reference", f"cpu failed its check on this device: {wrong}: y: not finite")
+        assert backend_for(X.bfloat16(), X.bfloat16()) == "panels"
+    assert (chosen, why) == ("panels", f"cpu failed its check on this device: {wrong}: y: not finite")
 
 
 def test_what_failed_is_not_even_loaded(file, monkeypatch):
     """Its library may be what ends the process."""
     keep(file, findings(wrong="forward"))
-    monkeypatch.setattr(choice, "_loaded", {"reference": choice.load("reference"), "cpu": "loaded"})
+    monkeypatch.setattr(choice, "_loaded", {"panels": choice.load("panels"), "cpu": "loaded"})
     monkeypatch.setattr(
         choice, "load", lambda name: choice._loaded.pop(name) if name == "cpu" else choice._loaded[name]
     )
-    with pytest.warns(UserWarning, match="'reference' serves"):
-        assert backend_for(X, X) == "reference"
+    with pytest.warns(UserWarning, match="'panels' serves"):
+        assert backend_for(X, X) == "panels"
     assert choice._loaded["cpu"] == "loaded"
 
 
@@ -53,7 +54,7 @@ def test_nor_is_it_loaded_to_tell_what_is_here(file, monkeypatch):
     keep(file, findings(wrong="forward"))
     loaded, load = [], choice.load
     monkeypatch.setattr(choice, "load", lambda name: loaded.append(name) or load(name))
-    with pytest.warns(UserWarning, match="'reference' serves"):
+    with pytest.warns(UserWarning, match="'panels' serves"):
         report = list(info.lines())
     assert "cpu" not in loaded
     assert "  cpu        not loaded: it failed its check on this device: forward: y: not finite" in report
@@ -79,10 +80,10 @@ def test_a_named_backend_is_used_whatever_it_did(file):
 
 def test_what_was_measured_does_not_bring_it_back(file, monkeypatch):
     require("cpu")
-    monkeypatch.setattr(choice.tuned, "backends", lambda *problem: ("cpu",))
+    monkeypatch.setattr(choice.tuned, "entries", lambda device: (entry(1, 10, "cpu", layer=None),))
     keep(file, findings(wrong="grad_scales"))
-    with pytest.warns(UserWarning, match="'reference' serves"):
-        assert backend_for(X, X) == "reference"
+    with pytest.warns(UserWarning, match="'panels' serves"):
+        assert backend_for(X, X) == "panels"
 
 
 def test_cuda_is_judged_by_the_kernels_that_it_uses(monkeypatch):
@@ -119,10 +120,10 @@ def test_it_is_chosen_behind_a_compiler_too(file):
     keep(file, findings(wrong="forward"))
     p = make_problem(3, 4, 5)
     served = []
-    forward = choice.load("reference").forward
+    forward = choice.load("panels").forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice.load("reference"), "forward", lambda *a: served.append(1) or forward(*a))
-        with pytest.warns(UserWarning, match="'reference' serves"):
+        patch.setattr(choice.load("panels"), "forward", lambda *a: served.append(1) or forward(*a))
+        with pytest.warns(UserWarning, match="'panels' serves"):
             torch.compile(rescaled_linear, fullgraph=True, backend="eager")(*p.forward_args)
     assert served == [1]
 

@@ -100,6 +100,7 @@ def test_float32_has_the_error_of_the_plain_formula(backend):
     check_float32(backend, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_one_step_of_the_triton_kernels_in_float32_has_the_error_of_the_plain_formula():
     check_float32("triton", 0)

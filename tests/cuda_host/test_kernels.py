@@ -199,7 +199,7 @@ def same(a: Answer, b: Answer) -> bool:
 
 @pytest.mark.parametrize("multiprocessors", [SMALL, LARGE], ids=["small tiles", "large tiles"])
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [(SINGLE, SINGLE), (BF16, BF16), (BF16, SINGLE)], ids=str)
-@pytest.mark.parametrize("k", [72, 67])
+@pytest.mark.parametrize("k", [72, pytest.param(67, marks=pytest.mark.slow)])
 def test_no_order_of_blocks_or_warps_changes_a_bit(machine, k, dtype, weight_dtype, multiprocessors):
     p = make_problem(150, 96, k, 3, dtype, weight_dtype)
     first = machine.solve(p, multiprocessors)

@@ -87,7 +87,7 @@ def flipped(m: int, n: int, k: int, groups: int) -> tuple[int, int, int, int]:
 
 
 KINDS = [(SINGLE, SINGLE, False), (SINGLE, SINGLE, True), (HALF, HALF, False), (BF16, BF16, False)]
-KINDS += [(BF16, SINGLE, False), (SINGLE, BF16, True)]
+KINDS += [pytest.param(*kind, marks=pytest.mark.slow) for kind in ((BF16, SINGLE, False), (SINGLE, BF16, True))]
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype", "tf32"), KINDS, ids=str)

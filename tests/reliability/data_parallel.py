@@ -89,6 +89,11 @@ def accumulated(model, synchronising):
 
 @case(CASES)
 def ddp_trains_as_one_process():
+    agree(train(DistributedDataParallel(vit())), train(vit(), whole))
+
+
+@case(CASES)
+def ddp_trains_as_one_process_whatever_its_options():
     """Both ways of find_unused_parameters, static_graph and gradient_as_bucket_view: 8 settings."""
     exact = train(vit(), whole)
     with warnings.catch_warnings():

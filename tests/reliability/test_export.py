@@ -258,6 +258,7 @@ def test_onnx_of_a_model_needs_no_further_argument_and_takes_any_batch():
         hold(run_onnx(program.model_proto.SerializeToString(), images(batch)), model, images(batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 def test_onnx_of_an_exported_program_goes_through_the_decomposition(merged):
     need_onnx()

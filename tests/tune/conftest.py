@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tune.entries import forget
+from rlrr_kernels.backends import choice
 
 
 @pytest.fixture
@@ -11,6 +11,6 @@ def file(tmp_path, monkeypatch):
     monkeypatch.setenv("RLRR_TUNED_FILE", str(tmp_path / "tuned.json"))
     monkeypatch.delenv("RLRR_TUNED", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    forget()
+    choice.reload()
     yield tmp_path / "tuned.json"
-    forget()
+    choice.reload()

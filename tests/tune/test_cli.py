@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 
 import pytest
@@ -10,17 +11,22 @@ import torch
 
 from rlrr_kernels import yardstick
 from rlrr_kernels.backends import choice, tuned
-from rlrr_kernels.backends.tuned import Where, parse, read
+from rlrr_kernels.backends.problem import Problem
+from rlrr_kernels.backends.triton import choose, launch
+from rlrr_kernels.backends.tuned import add, parse, read
+from rlrr_kernels.check.record import Where
 from rlrr_kernels.tune import cli
-from rlrr_kernels.tune.cli import add, main
+from rlrr_kernels.tune.cli import main
 from rlrr_kernels.tune.timing import Machine
 from tests.oracle import require
-from tests.tune.entries import CPU, WHERE, entry, forget
+from tests.tune.entries import CPU, entry
 from tests.tune.tiled import TILES, tiled  # noqa: F401
 
 SIZES = "80,48,64"
 PASSES = ["forward", "grad_input", "grad_scales"]
 ARGUMENTS = ["--shape", SIZES, "--dtype", "float32", "--rounds", "3"]
+#: Beside them the rest of the backends, of which Triton's interpreter takes seconds.
+OURS = ["--backend", "cpu", "--backend", "reference", "--backend", "tiled"]
 
 
 def last_wins(runs, copies, rounds):
@@ -52,21 +58,22 @@ def entries(path):
 
 def test_what_it_finds_is_what_serves(file, checked, capsys, tiled):  # noqa: F811
     require("cpu")
-    assert main(ARGUMENTS, machine()) == 0
+    assert main([*ARGUMENTS, *OURS], machine()) == 0
     assert checked == [CPU]
     printed = capsys.readouterr().out
     assert f"3 of 3 measured, 3 entries into {file}" in printed
     assert "+11.1%" in printed  # 10 against 9, the two of the second contest
-    forget()
-    x, v = torch.zeros(80, 64), torch.zeros(1, 1, 64)
+    choice.reload()
+    x, weight = torch.zeros(80, 64), torch.zeros(48, 64)
     for kernel in PASSES:
-        assert choice.explain(x, torch.zeros(48, 64), kernel, v) == ("tiled", "measured fastest")
-        problem = choice.problem_of(x, torch.zeros(48, 64), 80, kernel, 1)
-        found = tuned.find(problem, CPU)
+        assert choice.explain(x, weight, kernel) == ("tiled", "measured fastest")
+        found = tuned.find(Problem(kernel, 80, 48, 64, 1, x.dtype, x.dtype), CPU)
         assert found.tile == {"block_m": 32, "num_warps": 4, "splits": 2}
-        assert found.where == Where.of(CPU, "tiled")
+        assert found.where == Where.of("tiled", CPU)
         assert (found.measured["default"], found.measured["default_seconds"]) == ("cpu", 10)
-    assert choice.explain(x, torch.zeros(48, 65))[0] == "cpu"
+    served = [choice.backend_for(torch.zeros(m, 64), weight) for m in (56, 57, 113, 114)]
+    assert served == ["cpu", "tiled", "tiled", "cpu"]
+    assert choice.backend_for(x, torch.zeros(49, 64)) == "cpu"
 
 
 def test_a_candidate_that_computes_wrong_cannot_win(file, monkeypatch, capsys, tiled):  # noqa: F811
@@ -78,7 +85,7 @@ def test_a_candidate_that_computes_wrong_cannot_win(file, monkeypatch, capsys, t
         return dx
 
     monkeypatch.setattr(tiled, "grad_input", faulty)
-    assert main(ARGUMENTS, machine()) == 0
+    assert main([*ARGUMENTS, *OURS], machine()) == 0
     found = {one.kernel: one.tile["block_m"] for one in entries(file)}
     assert found == {"forward": 32, "grad_input": 128, "grad_scales": 32}
     out = capsys.readouterr().out
@@ -92,7 +99,7 @@ def test_what_failed_its_check_is_said_and_out(file, monkeypatch, capsys):
     choice.failed.cache_clear()
     monkeypatch.setattr("rlrr_kernels.check.record.failure", lambda name, *_: "wrong" if name == "cpu" else None)
     try:
-        assert main(ARGUMENTS, machine(no_gain)) == 0
+        assert main([*ARGUMENTS, *OURS], machine(no_gain)) == 0
     finally:
         choice.failed.cache_clear()
     assert "cpu" not in {one.backend for one in entries(file)}
@@ -101,16 +108,27 @@ def test_what_failed_its_check_is_said_and_out(file, monkeypatch, capsys):
     assert "triton could not be checked: no time" in said
 
 
+def test_triton_s_tiles_compete_and_its_launcher_takes_the_one_that_won(file, capsys):
+    require("triton")
+    arguments = ["--shape", "33,16,32", "--dtype", "float32", "--backend", "triton", "--limit", "1"]
+    assert main(arguments, machine()) == 0
+    for kernel in PASSES:
+        problem = Problem(kernel, 33, 16, 32, 1, torch.float32, torch.float32)
+        rule, other = choose.candidates(problem, launch.INTERPRETED_DEVICE)[:2]
+        assert launch._chosen(problem, torch.empty(33, 32), True) == other != rule
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_on_a_cpu_by_the_clock(file, capsys):
     require("cpu")
-    arguments = ["--shape", "8,16,32", "--dtype", "float64", "--rounds", "2", "--device", "cpu"]
+    arguments = ["--shape", "8,16,32", "--dtype", "float64", "--rounds", "2", "--device", "cpu", *OURS[:4]]
     assert main(arguments) == 0
     for one in entries(file):
-        assert one.where == Where.of(CPU, "cpu")
+        assert one.where == Where.of(one.backend, CPU)
         assert 0 < one.measured["seconds"] <= one.measured["default_seconds"] < 1
-    assert main([*arguments, "--any-shape", "--out", str(file.with_name("any.json"))], machine()) == 0
-    found = [(one.kernel, one.n, one.tokens, one.backend) for one in entries(file.with_name("any.json"))]
-    assert found == [(kernel, None, (8, None), "reference") for kernel in PASSES]
+    assert main([*arguments, "--rules", "--out", str(file.with_name("rules.json"))], machine()) == 0
+    found = [(one.kernel, one.layer, one.tokens, one.backend) for one in entries(file.with_name("rules.json"))]
+    assert found == [(kernel, None, (8, math.inf), "reference") for kernel in PASSES]
 
 
 def quick(monkeypatch, run=lambda problem, tensors, candidate: ()):
@@ -217,8 +235,8 @@ def test_show_says_what_is_used_and_what_is_not(file, capsys):
         file,
         [
             entry(111, tile={"block_m": 32}, measured={"default_seconds": 3e-5, "seconds": 2e-5}),
-            entry(222, where=WHERE._replace(triton="1.2.3")),
-            entry(333, where=WHERE._replace(device="Another GPU")),
+            entry(222, math.inf, where=Where.of("reference", CPU)._replace(torch_version="1.2.3")),
+            entry(333, device="Another GPU"),
         ],
     )
     content = json.loads(file.read_text())
@@ -226,10 +244,12 @@ def test_show_says_what_is_used_and_what_is_not(file, capsys):
     file.write_text(json.dumps(content))
     assert main(["--show"], machine()) == 0
     printed = capsys.readouterr()
-    rows = {m: next(line for line in printed.out.splitlines() if f" M={m} " in line) for m in (111, 222, 333)}
-    assert [word in rows[111] for word in ("+50.0%", "block_m=32", "reference", " used ")] == [True] * 4
+    rows = {m: next(line for line in printed.out.splitlines() if f" {m} " in line) for m in (111, 222, 333)}
+    words = ("+50.0%", "block_m=32", "reference", " used ", "N=768 K=3072 groups=1", "111 to 111")
+    assert [word for word in words if word not in rows[111]] == []
+    assert "222 and more" in rows[222]
     assert "its own" in rows[222]
-    assert all("not used: another device, Triton or state of the kernels" in rows[m] for m in (222, 333))
+    assert all("not used: of another device, or of other versions" in rows[m] for m in (222, 333))
     assert "entry 3 is not used" in printed.err
 
 
@@ -270,7 +290,10 @@ def test_a_table_that_was_damaged_is_set_aside_and_said(file, monkeypatch, capsy
         (["--model", "vit_tiny_patch16_224", "--img-size", "0"], "--img-size: expected 1 or more, got 0"),
         (["--model", "resnet18"], "expected a ViT, EVA, BEiT or Swin"),
         (["--shape", SIZES, "--device", "gpu"], "--device: expected cpu, cuda or cuda:INDEX, got 'gpu'"),
-        (["--shape", SIZES, "--backend", "cuda"], "forward M=80 N=48 K=64: no backend serves torch.bfloat16 here"),
+        (
+            ["--shape", SIZES, "--backend", "cuda", "--dry-run"],
+            "forward M=80 N=48 K=64: no backend serves torch.bfloat16 here",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(file, capsys, arguments, words):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from rlrr_kernels.check.record import Where
 from rlrr_kernels.tune.candidates import Candidate
-from rlrr_kernels.tune.contest import MARGIN, DeviceLostError, Result, Spread, beats, contest, for_any_shape
+from rlrr_kernels.tune.contest import MARGIN, DeviceLostError, Result, Spread, beats, contest, rules
 from tests.tune.entries import CPU, PROBLEM
 
 
@@ -150,9 +152,9 @@ def test_what_a_launch_did_wrong_shows_at_the_wait():
 
 def test_the_entry_names_the_backend_and_a_tile_that_is_not_its_own_choice():
     found = hold(Clock([steady(10), steady(8), steady(9)], [steady(10), steady(8)])).entry(CPU, "2026-01-01")
-    assert (found.kernel, found.dtype, found.n, found.k, found.groups) == ("forward", torch.float32, 768, 3072, 1)
-    assert (found.tokens, found.backend, found.tile) == ((1000, 1000), "cpu", {"size": 128})
-    assert found.where.here(CPU)
+    assert (found.kernel, found.dtype, found.layer) == ("forward", torch.float32, (768, 3072, 1))
+    assert (found.tokens, found.backend, found.tile) == ((708, 1414), "cpu", {"size": 128})
+    assert found.where == Where.of("cpu", CPU)
     assert found.measured == {
         **{"date": "2026-01-01", "candidates": 3, "default": "cpu, 64 size"},
         **{"default_seconds": 10, "seconds": 8},
@@ -163,16 +165,16 @@ def test_the_entry_names_the_backend_and_a_tile_that_is_not_its_own_choice():
     assert (other.backend, other.tile) == ("panels", None)
 
 
-def test_one_entry_for_any_shape_where_another_backend_wins_over_all_of_them():
+def test_one_entry_rules_where_another_backend_wins_over_all_of_them():
     def result(m, n, cpu, panels):
         spreads = {A: cpu * 2, B: cpu, C: panels}
         problem = PROBLEM._replace(m=m, n=n)
         return Result(problem, [A, B, C], A, {one: Spread(s, s, s) for one, s in spreads.items()})
 
     def found(*results):
-        return {(e.tokens, e.backend, e.n, e.k, e.groups, e.tile) for e in for_any_shape(results, CPU, "2026-01-01")}
+        return {(e.device, e.where, e.layer, e.tokens, e.backend) for e in rules(results, CPU, "2026-01-01")}
 
     few, many = [result(10, 1, 1, 3), result(10, 2, 9, 5)], [result(99, 1, 1, 3), result(99, 2, 9, 8)]
-    assert found(*few, *many) == {((10, 98), "panels", None, None, None, None)}
-    assert found(*few) == {((10, None), "panels", None, None, None, None)}
+    assert found(*few, *many) == {("cpu", None, None, (10, 98), "panels")}
+    assert found(*few) == {("cpu", None, None, (10, math.inf), "panels")}
     assert found(*many) == found() == set()

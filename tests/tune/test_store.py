@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from rlrr_kernels import cachefile
-from rlrr_kernels.backends.tuned import FORMAT, parse, read
-from rlrr_kernels.tune.cli import add
-from tests.tune.entries import WHERE, entry
+from rlrr_kernels.backends.tuned import FORMAT, add, parse, read
+from rlrr_kernels.check.record import Where
+from tests.tune.entries import CPU, entry
 
 #: Children only read and write files: none uses what a fork may not carry over.
 FORK = multiprocessing.get_context("fork")
@@ -77,11 +77,11 @@ def test_a_new_entry_replaces_the_same_key_only(tmp_path):
     path = tmp_path / "tuned.json"
     add(path, [entry(1), entry(2)])
     others = [
-        entry(1, n=5),
+        entry(1, layer=(5, 6, 1)),
         entry(1, 2),
         entry(1, kernel="grad_input"),
-        entry(1, where=WHERE._replace(triton="0.1")),
-        entry(1, where=WHERE._replace(device="Other")),
+        entry(1, where=Where.of("cpu", CPU)),
+        entry(1, device="Other"),
     ]
     add(path, others)
     add(path, [entry(1, backend="cpu")])

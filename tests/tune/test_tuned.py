@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from rlrr_kernels.backends import tuned
-from rlrr_kernels.backends.tuned import Where, find, kernels_digest, parse
-from tests.tune.entries import ANY, CPU, PROBLEM, TILE, WHERE, entry, file_of
+from rlrr_kernels.backends import choice, tuned
+from rlrr_kernels.backends.triton import choose, launch
+from rlrr_kernels.backends.tuned import find, parse
+from rlrr_kernels.check.record import Where
+from tests.tune.entries import CPU, PROBLEM, TILE, entry, file_of
 
-HERE = Where.of(CPU, "triton")
+HERE = Where.of("triton", CPU)
 
 
 def backend(problem=PROBLEM, **changes):
@@ -29,6 +31,7 @@ def backend(problem=PROBLEM, **changes):
     "change",
     [
         {"kernel": "grad_input"},
+        {"m": 999},
         {"n": 3072},
         {"k": 768},
         {"groups": 3},
@@ -44,71 +47,49 @@ def test_another_pass_shape_or_dtype_gets_nothing(file, change):
     assert backend(**change) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "holds"),
-    [
-        ("device", HERE.device, True),
-        ("device", "NVIDIA H200", False),
-        ("device", "cuda", False),
-        ("capability", (9, 0), False),
-        ("triton", HERE.triton, True),
-        ("triton", "0.0, ptxas 1", False),
-        ("kernels", HERE.kernels, True),
-        ("kernels", "0123456789abcdef", False),
-    ],
-)
-def test_another_device_triton_or_state_of_the_kernels_gets_nothing(file, name, value, holds):
-    file_of(file, entry(where=WHERE._replace(**{name: value}), tile=TILE))
-    assert backend() == ("reference" if holds else None)
+@pytest.mark.parametrize("name", [None, *Where._fields])
+def test_another_device_or_version_of_anything_gets_nothing(file, name):
+    where = HERE if name is None else HERE._replace(**{name: "another"})
+    file_of(file, entry(device=where.device, where=where, backend="triton", tile=TILE))
+    assert backend() == ("triton" if name is None else None)
 
 
-def test_a_gpu_is_told_by_its_name_and_capability(file, monkeypatch):
+def test_a_finding_of_one_backend_s_build_says_nothing_of_another(file):
+    file_of(file, entry(device=HERE.device, where=HERE, backend="cpu"))
+    assert backend() is None
+
+
+def test_a_gpu_is_told_by_its_name(file, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
     gpus = [torch.device("cuda", index) for index in range(2)]
-    assert Where.of(gpus[1], "cuda") == ("GPU 1", (9, 1), None, None)
-    assert Where.of(gpus[1], "triton")[2:] == HERE[2:] != (None, None)
-    file_of(file, entry(where=Where.of(gpus[1], "triton")))
+    file_of(file, entry(device="GPU 1"))
     assert find(PROBLEM, gpus[1]).backend == "reference"
     assert find(PROBLEM, gpus[0]) is find(PROBLEM, CPU) is None
 
 
 @pytest.mark.parametrize(
     ("m", "name"),
-    [
-        (100, "a"),
-        (141, "a"),
-        (71, "a"),
-        (142, "b"),  # by ratio 141.42 is as far from 100 as from 200
-        (282, "b"),
-        (283, None),  # 1.415 times
-        (707, None),
-        (708, "c"),
-        (2000, "c"),
-        (2829, None),
-        (70, None),
-    ],
+    [(70, None), (71, "a"), (140, "a"), (141, "b"), (282, "b"), (283, None), (400, "any"), (10**6, "any")],
 )
-def test_the_nearest_band_of_m_serves_if_it_is_near(file, m, name):
-    file_of(file, entry(100, backend="a"), entry(200, backend="b"), entry(1001, 2000, backend="c"))
-    assert backend(m=m) == name
+def test_of_bands_that_hold_m_the_nearest_counts_and_the_shape_s_own_before_one_for_any(file, m, name):
+    bands = {"a": (71, 150), "b": (130, 282)}  # the middles are 103 and 191, by ratio 140.6 lies between
+    known = dict(zip("ab", ("panels", "triton"), strict=True)) | {"any": "cpu", None: None}
+    own = [entry(*band, backend=known[one]) for one, band in bands.items()]
+    others = entry(60, 282, "cpu", layer=None, kernel="grad_input"), entry(300, math.inf, "cpu", layer=None)
+    file_of(file, *others, *own)
+    assert backend(m=m) == known[name]
+    file_of(file, entry(1, math.inf, "reference", layer=None), *own)
+    choice.reload()
+    assert backend(m=m) == (known[name] if name in bands else "reference")
 
 
-def test_the_shape_s_own_entry_comes_before_one_for_any_which_holds_in_its_band_alone(file):
-    file_of(file, entry(500, None, "any", **ANY), entry(1000, backend="own"))
-    assert [backend(m=m) for m in (499, 500, 1000, 1400, 1415, 10**6)] == [None, "any", "own", "own", "any", "any"]
-    assert backend(n=5, groups=7) == "any"
-
-
-def test_of_equals_the_newest_counts_and_the_user_s_come_before_the_shipped(file):
-    file_of(file, entry(backend="old"), entry(backend="new"))
-    assert backend() == "new"
+def test_the_user_s_entries_come_before_the_shipped(file):
     wide = {"dtype": torch.float64, "weight_dtype": torch.float64}
-    shipped = find(PROBLEM._replace(m=5000, **wide), CPU)
-    assert shipped.backend == "reference"
-    file_of(file, entry(2000, None, "mine", **ANY, **wide))
-    tuned.reload()
-    assert [backend(m=m, **wide) for m in (1999, 2000)] == ["reference", "mine"]
+    file_of(file)
+    assert [backend(m=m, **wide) for m in (1023, 1024, 10**6)] == [None, "reference", "reference"]
+    choice.reload()
+    file_of(file, entry(1024, math.inf, "cpu", layer=None, **wide))
+    assert backend(m=5000, **wide) == "cpu"
 
 
 def test_the_file_is_read_once(file):
@@ -116,18 +97,17 @@ def test_the_file_is_read_once(file):
     assert find(PROBLEM, CPU) == entry(tile=TILE)
     assert find(PROBLEM, CPU).tile == TILE
     file.unlink()
-    assert backend(m=1001) == "reference"
-    assert tuned.backends("forward", torch.float32, torch.float32, CPU) == ("reference",)
-    assert tuned.backends("grad_shift", torch.float32, torch.float32, CPU) == ()
+    assert backend() == "reference"
+    assert backend(m=999) is None
 
 
 def test_the_off_switch_leaves_the_shipped_part(file, monkeypatch):
     file_of(file, entry())
     monkeypatch.setenv("RLRR_TUNED", "0")
     assert backend() is None
-    assert tuned.used(CPU)
+    assert tuned.entries(CPU) == tuned.shipped()
     monkeypatch.setenv("RLRR_TUNED", "1")
-    tuned.reload()
+    choice.reload()
     assert backend() == "reference"
 
 
@@ -164,7 +144,7 @@ def test_even_where_warnings_are_errors_it_raises_nothing(file, capsys):
 
 def test_a_bad_entry_leaves_the_good_ones(file):
     content = json.loads(file_of(file, entry()).read_text())
-    content["entries"] += [5, {**content["entries"][0], "n": -1}]
+    content["entries"] += [5, {**content["entries"][0], "tf32": 0}]
     file.write_text(json.dumps(content))
     with pytest.warns(UserWarning, match=r"entry 1: expected an object, got 5 \(and 1 more\)"):
         assert backend() == "reference"
@@ -196,7 +176,7 @@ def test_where_the_file_is(monkeypatch, tmp_path):
     assert tuned.default_file() is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned.users() == []
+        assert tuned.of_user() == ()
 
 
 def test_reading_imports_neither_the_tuner_nor_triton():
@@ -207,10 +187,12 @@ def test_reading_imports_neither_the_tuner_nor_triton():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-GOOD = entry(where=Where("GPU", (9, 0), "3.8.0, ptxas 12.8", "0123"), tile=TILE, measured={"seconds": 1e-5})
+GOOD = entry(device="GPU", where=HERE._replace(device="GPU"), backend="triton", tile=TILE, measured={"seconds": 1e-5})
 
 
-@pytest.mark.parametrize("one", [GOOD, replace(GOOD, where=WHERE, tile=None), entry(1, None, **ANY), entry(2, 3)])
+@pytest.mark.parametrize(
+    "one", [GOOD, replace(GOOD, where=None, tile=None), entry(1, math.inf, layer=None), entry(2, 3)]
+)
 def test_what_was_written_is_read(one):
     again = parse(json.loads(json.dumps(one.to_json())))
     assert (again, again.measured, again.key) == (one, one.measured, one.key)
@@ -220,47 +202,54 @@ def test_what_was_written_is_read(one):
     ("field", "values"),
     {
         "device": ["", 5, None],
-        "capability": [[9], [9, "0"], [True, 0], 9],
-        "triton": ["", 5],
-        "kernels": [[]],
+        "where": [5, [], {"device": "GPU"}],
         "pass": ["backward", ["forward"], None],
         "dtype": ["float8", 5, None],
-        "weight_dtype": ["int8"],
+        "weight_dtype": ["int8", []],
         "tf32": [0, None, "false"],
-        "n": [0, True, 768.0, 2**50, "768", None],
-        "k": [-1, None],
-        "groups": [0],
+        "layer": [
+            5,
+            [768, 768],
+            [768, 768, 5],
+            [0, 1, 1],
+            [True, 768, 1],
+            [768.0, 768, 1],
+            [2**50, 1, 1],
+            ["768", 1, 1],
+        ],
         "tokens": [5, [1], [0, 5], [1.0, 5], [7, 6], [None, 5]],
-        "backend": ["", 5, None],
-        "tile": [5, [1], {"block_m": 0}, {"block_m": True}, {"block_m": "64"}],
+        "backend": ["", "cudnn", 5, None],
+        "tile": [5, [1], {"block_m": -1}, {"block_m": True}, {"block_m": "64"}, {"block_m": 2**40}],
         "measured": [[], 5],
     }.items(),
 )
 def test_a_bad_field_is_named(field, values):
     raw = json.loads(json.dumps(GOOD.to_json()))
     for value in values:
-        with pytest.raises(ValueError, match=rf"^\S*\b{'n, k' if value is None and field in 'nk' else field}\b.*: "):
+        with pytest.raises(ValueError, match=f"^{field}: "):
             parse({**raw, field: value})
-    optional = field in ("capability", "triton", "kernels", "groups", "tile", "measured")
-    if not optional:
-        with pytest.raises(ValueError, match=field):
+    if field not in ("where", "layer", "tile", "measured"):
+        with pytest.raises(ValueError, match=f"^{field}: "):
             parse({name: value for name, value in raw.items() if name != field})
 
 
-def test_any_change_of_a_kernel_changes_the_digest(tmp_path):
-    source = kernels_digest.__wrapped__.__defaults__[0]
+@pytest.mark.parametrize(
+    "tile", [{}, {"rows": 64}, {**TILE, "more": 1}, {**TILE, "block_m": 24}, {**TILE, "num_stages": 11}]
+)
+def test_a_tile_that_no_kernel_takes_is_not_launched(file, monkeypatch, tile):
+    """A file that was edited is no reason to end a run."""
+    file_of(file, entry(80, layer=(48, 64, 1), backend="triton", tile=tile))
+    problem = PROBLEM._replace(m=80, n=48, k=64)
+    x = torch.empty(80, 64)
+    assert find(problem, CPU).tile == tile
+    assert launch._chosen(problem, x, True) == choose.choose(problem, launch.INTERPRETED_DEVICE)
 
-    def digest(change: str = "") -> str:
-        folder = tmp_path / (change.replace("/", "_") or "same")
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        if change:
-            (folder / change).parent.mkdir(exist_ok=True)
-            with open(folder / change, "a") as file:
-                file.write("\n")
-        return kernels_digest(folder)
 
-    assert digest() == kernels_digest()
-    for name in ("forward", "grad_input", "grad_scales", "tiles", "launch", "new/a_new_kernel"):
-        assert digest(f"{name}.py") != kernels_digest(), name
-    for name in ("choose", "layer_norm"):  # what only chooses, or is not tuned, may change
-        assert digest(f"{name}.py") == kernels_digest(), name
+def test_a_tile_that_was_measured_is_launched_by_its_own_backend_alone(file):
+    problem = PROBLEM._replace(m=80, n=48, k=64)
+    rule = choose.choose(problem, launch.INTERPRETED_DEVICE)
+    assert asdict(rule) != TILE
+    for name, expected in (("triton", choose.Choice(**TILE)), ("gluon", rule)):
+        file_of(file, entry(80, layer=(48, 64, 1), backend=name, tile=TILE))
+        choice.reload()
+        assert launch._chosen(problem, torch.empty(80, 64), True) == expected

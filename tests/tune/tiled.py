@@ -10,7 +10,6 @@ import pytest
 
 from rlrr_kernels import reference
 from rlrr_kernels.backends import choice
-from rlrr_kernels.tune import candidates
 
 
 @dataclass(frozen=True)
@@ -42,5 +41,4 @@ def tiled(monkeypatch: Any) -> SimpleNamespace:
         setattr(module, name, launching(name))
     monkeypatch.setitem(choice.BACKENDS, "tiled", ("tests.tune.tiled", ()))
     monkeypatch.setitem(choice._loaded, "tiled", module)
-    monkeypatch.setattr(candidates, "_hardware", lambda device: None)
     return module

@@ -201,7 +201,7 @@ def _tile(d: int) -> Tile:
 
 def _programs(x: Tensor, tile: Tile) -> int:
     """As many as the GPU holds at once, since each leaves a row of partial sums; fewer where there are fewer rows."""
-    resident = launch._device(x).multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // tile.warps)
+    resident = launch.device_of(x).multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // tile.warps)
     return min(resident, ceil_div(x.shape[0], tile.rows))
 
 
@@ -237,12 +237,13 @@ def forward(
     mean, rstd = (torch.empty((m, 1), dtype=torch.float32, device=x.device) for _ in range(2))
     scale = _vector(scale, scale)
     tile = _tile(d)
-    with launch._guard(x):
+    with launch.guard(x):
         start(
             forward_kernel,
             (ceil_div(m, tile.rows),),
             (x, _vector(weight, scale), _vector(bias, scale), scale, _vector(shift, scale), y, mean, rstd),
-            (m, d, eps, x.stride(0)),
+            (m,),
+            (d, eps, x.stride(0)),
             {
                 "HAS_WEIGHT": weight is not None,
                 "HAS_BIAS": bias is not None,
@@ -284,12 +285,13 @@ def backward(
     scale = _vector(scale, scale)
     weight_or_any = _vector(weight, scale)
     cols = 32
-    with launch._guard(x):
+    with launch.guard(x):
         start(
             backward_kernel,
             (programs,),
             (dy, x, mean, rstd, weight_or_any, scale, dx, partial),
-            (m, d, dy.stride(0), x.stride(0)),
+            (m,),
+            (d, dy.stride(0), x.stride(0)),
             {
                 "HAS_WEIGHT": weight is not None,
                 "NEED_X": need_x,
@@ -304,7 +306,8 @@ def backward(
             sum_partials_kernel,
             (ceil_div(d, cols),),
             (partial, weight_or_any, _vector(bias, scale), ds, dt),
-            (programs, d),
+            (programs,),
+            (d,),
             {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "ROWS": 32, "COLS": cols},
             {"num_warps": 4, "enable_fp_fusion": True},
             x.device.index,

@@ -114,6 +114,7 @@ def test_a_step_fits_under_its_products(compiled):
         assert 2 * len(step) < (cycles / 2 if cycles == 1024 else 0.8 * cycles)
 
 
+@pytest.mark.slow
 def test_no_register_of_a_running_product_is_touched(tmp_path):
     """In the library as it is built, on every path."""
     library, tool = FOLDER / "librlrr_cuda.so", disassembler()

@@ -32,7 +32,9 @@ def test_it_repeats_the_test_figure_of_the_run(tuned, capsys, folder):
     assert "the same accuracy as in metrics.json" in out
 
 
-@pytest.mark.parametrize("method", ["linear", "full", "ssf", "lora"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("linear", "full", "ssf"))]
+)
 def test_it_repeats_the_figure_of_every_method(data, tmp_path, capsys, method):
     if method == "lora":
         pytest.importorskip("peft")

@@ -81,7 +81,7 @@ def names_onnx(path):
     ("form", "suffix", "run", "names"),
     [
         ("torch", ".pt2", run_torch, names_torch),
-        pytest.param("onnx", ".onnx", run_onnx, names_onnx, marks=needs_onnx),
+        pytest.param("onnx", ".onnx", run_onnx, names_onnx, marks=[needs_onnx, pytest.mark.slow]),
     ],
 )
 def test_the_program_gives_the_tuned_logits_for_batches_of_any_size(

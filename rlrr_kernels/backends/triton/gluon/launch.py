@@ -1,0 +1,265 @@
+"""The backend ``gluon``: which tensors Hopper's kernels take, in which tiles, and their launch.
+
+They take float16 and bfloat16, with W in x's dtype, as the copy engine loads boxes: rows of a multiple of 16 bytes.
+Groups are of whole tiles of 128 rows. All else, and what has too few tiles for the multiprocessors, goes to the plain
+kernels of :mod:`rlrr_kernels.backends.triton.launch`, which split sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from rlrr_kernels.backends.triton import launch as plain
+from rlrr_kernels.backends.triton.choose import WORKSPACE_BYTES
+from rlrr_kernels.backends.triton.gluon.gram import gram_kernel
+from rlrr_kernels.backends.triton.gluon.product import product_kernel
+from rlrr_kernels.backends.triton.slices import in_slices, row_slices
+from rlrr_kernels.backends.triton.start import ceil_div, start
+
+#: Rows of W' in a tile, and steps of its depth.
+ROWS, DEPTH = 128, 64
+
+
+@dataclass(frozen=True)
+class Width:
+    """Tokens of a tile: ``wide`` in one product and ``extra`` (0 or 64) in a second; what fits in shared memory.
+
+    A step of 192 tokens costs what 192 do, and Triton's shapes are powers of two: 128 and 64.
+    """
+
+    wide: int
+    extra: int
+    stages: int
+
+    @property
+    def tokens(self) -> int:
+        return self.wide + self.extra
+
+
+WIDTHS = (Width(256, 0, 3), Width(128, 64, 4), Width(128, 0, 5))
+
+#: Of a tile of grad_scales: tokens of a step, rows and columns of G, steps in flight.
+TOKENS, GRAM_ROWS, GRAM_COLUMNS, GRAM_STAGES = 64, 128, 256, 4
+
+#: What a tile costs besides its products, in tokens of a product, and in steps of grad_scales.
+_TILE_TOKENS, _TILE_STEPS = 8, 10
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of x's GPU."""
+    return plain.device_of(x).multiprocessors
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Why this backend cannot serve these tensors, or None if it can."""
+    if x.dtype not in (torch.float16, torch.bfloat16) or weight.dtype is not x.dtype:
+        return f"x {x.dtype} with weight {weight.dtype}: it computes in float16 and bfloat16, with a weight of the same"
+    if x.device.type != "cuda" or torch.version.hip is not None:
+        return f"device {x.device}: it runs on NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(x.device)
+    return None if capability[0] == 9 else f"compute capability {capability}: it needs 9.x"
+
+
+@lru_cache(maxsize=4096)
+def width(m: int, rows: int, multiprocessors: int) -> Width | None:
+    """The tile for a result ``[m, rows]`` that takes the fewest tokens' time, wave by wave; None for too few tiles."""
+
+    def cost(w: Width) -> int:
+        return ceil_div(ceil_div(m, w.tokens) * ceil_div(rows, ROWS), multiprocessors) * (w.tokens + _TILE_TOKENS)
+
+    if 2 * ceil_div(m, WIDTHS[-1].tokens) * ceil_div(rows, ROWS) < multiprocessors:
+        return None
+    return min(WIDTHS, key=cost)
+
+
+@lru_cache(maxsize=4096)
+def split_tokens(m: int, n: int, k: int, multiprocessors: int) -> int:
+    """Tokens that a program of grad_scales sums over: those whose waves take the fewest steps."""
+    steps, k_tiles = ceil_div(m, TOKENS), ceil_div(k, GRAM_COLUMNS)
+    tiles = ceil_div(n, GRAM_ROWS) * k_tiles
+    most = min(steps, max(1, WORKSPACE_BYTES // _partial_bytes(n, k)), max(1, 3 * multiprocessors // tiles))
+    shares = {ceil_div(steps, splits) for splits in range(1, most + 1)}
+
+    def cost(share: int) -> int:
+        return ceil_div(tiles * ceil_div(steps, share), multiprocessors) * (share + _TILE_STEPS)
+
+    return TOKENS * min(sorted(shares, reverse=True), key=cost)
+
+
+def _partial_bytes(n: int, k: int) -> int:
+    """Of partial sums of one split: du and df from each tile of K, dv from each 64 rows."""
+    return 4 * (2 * n * ceil_div(k, GRAM_COLUMNS) + ceil_div(n, 64) * k)
+
+
+def _fits(*tensors: Tensor) -> bool:
+    """Whether the copy engine can load boxes of these matrices: row-major, base and rows of a multiple of 16 bytes."""
+    return all(
+        t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
+def _whole_groups(n: int, groups: int) -> bool:
+    return groups == 1 or n // groups % ROWS == 0
+
+
+_HALF = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+_FLOAT_ROW = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+def _boxes(t: Tensor, rows: int, cols: int) -> Any:
+    layout = _HALF if t.element_size() == 2 else _FLOAT_ROW
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols], layout)
+
+
+def _product(
+    act: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    row_scales: Tensor,
+    depth_scales: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    chosen: Width,
+    forward: bool,
+) -> None:
+    """One launch of ``product_kernel``: act ``[M, depth]`` and W into out ``[M, rows]``."""
+    (m, depth), rows = act.shape, out.shape[1]
+    steps = ceil_div(depth, DEPTH)
+    wide, extra = chosen.wide, chosen.extra or 64
+    operands = (
+        _boxes(act, wide, DEPTH),
+        _boxes(act, extra, DEPTH),
+        _boxes(weight, ROWS, DEPTH) if forward else _boxes(weight, DEPTH, ROWS),
+        _boxes(depth_scales, 1, DEPTH),
+        _boxes(out, wide, 64),
+        _boxes(out, extra, 64),
+        row_scales,
+        row_scales if bias is None else bias.contiguous(),
+        row_scales if shift is None else shift.contiguous(),
+    )
+    row_tiles = ceil_div(rows, ROWS)
+    start(
+        product_kernel,
+        (min(ceil_div(m, chosen.tokens) * row_tiles, multiprocessors(act)),),
+        operands,
+        (m,),
+        (rows, steps, ceil_div(row_tiles, groups), ceil_div(steps, groups)),
+        {
+            "FORWARD": forward,
+            "ONE_GROUP": forward or groups == 1,
+            "HAS_BIAS": bias is not None,
+            "HAS_SHIFT": shift is not None,
+            "PAIRED_BF16": act.dtype is torch.bfloat16,
+            "WIDE": wide,
+            "EXTRA": chosen.extra,
+            "DEPTH": DEPTH,
+            "STAGES": chosen.stages,
+        },
+        {"num_warps": 4},
+        act.device.index,
+    )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    *,
+    chosen: Width | None = None,
+) -> Tensor:
+    """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
+    (m, _), n, groups = x.shape, weight.shape[0], scale_in.shape[0]
+    chosen = chosen or width(m, n, multiprocessors(x))
+    if chosen is None or n % 8 or not _fits(x, weight) or not _whole_groups(n, groups):
+        return plain.forward(x, weight, scale_out, scale_in, bias, shift)
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    u, v = plain.vectors(scale_out, scale_in)
+    with plain.guard(x):
+        _product(x, weight, y, u, v, bias, shift, groups, chosen, True)
+    return y
+
+
+def grad_input(
+    dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, chosen: Width | None = None
+) -> Tensor:
+    """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
+    (m, n), k, groups = dy.shape, weight.shape[1], scale_in.shape[0]
+    chosen = chosen or width(m, k, multiprocessors(dy))
+    if chosen is None or k % 8 or not _fits(dy, weight) or not _whole_groups(n, groups):
+        return plain.grad_input(dy, weight, scale_out, scale_in)
+    dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
+    u, v = plain.vectors(scale_out, scale_in)
+    with plain.guard(dy):
+        # in boxes, as the depth is N here
+        _product(dy, weight, dx, v, u.float().view(1, n), None, None, groups, chosen, False)
+    return dx
+
+
+def grad_scales(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+    need_shift: bool,
+    *,
+    tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32.
+
+    Where the partial sums of all rows of W would not fit in ``WORKSPACE_BYTES``, slices of rows take turns.
+    """
+    (m, n), k, groups = dy.shape, x.shape[1], scale_in.shape[0]
+    tokens = tokens or split_tokens(m, n, k, multiprocessors(x))
+    splits, k_tiles = ceil_div(m, tokens), ceil_div(k, GRAM_COLUMNS)
+    few = 2 * splits * ceil_div(n, GRAM_ROWS) * k_tiles < multiprocessors(x)
+    if few or not _fits(dy, x) or not weight.is_contiguous() or not _whole_groups(n, groups):
+        return plain.grad_scales(dy, x, weight, scale_out, scale_in, need_shift)
+    # its tiles have one row of dv, and df once: at most half of what these take
+    slices = row_slices(n, k, groups, GRAM_ROWS, GRAM_COLUMNS, splits, WORKSPACE_BYTES // 2)
+    if len(slices) > 1:
+
+        def run(*part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return _gram(*part, need_shift, tokens)
+
+        return in_slices(run, slices, dy, x, weight, scale_out, scale_in)
+    return _gram(dy, x, weight, scale_out, scale_in, need_shift, tokens)
+
+
+def _gram(
+    dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool, tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`grad_scales` in one launch, and one that adds up its partial sums."""
+    (m, n), k, groups = dy.shape, x.shape[1], scale_in.shape[0]
+    splits, k_tiles = ceil_div(m, tokens), ceil_div(k, GRAM_COLUMNS)
+    group_tiles = ceil_div(n // groups, GRAM_ROWS)
+    u, v = plain.vectors(scale_out, scale_in)
+    rows = (splits * k_tiles, splits * 2 * group_tiles, splits * k_tiles)
+    partials = plain.partial_sums(n, k, groups, rows, need_shift, x.device)
+    with plain.guard(x):
+        start(
+            gram_kernel,
+            (splits * groups * group_tiles * k_tiles,),
+            (_boxes(dy, TOKENS, GRAM_ROWS), _boxes(x, TOKENS, GRAM_COLUMNS), weight, u, v, *partials),
+            (m, tokens, splits),
+            (n, k, n // groups),
+            {"HAS_SHIFT": need_shift, "STAGES": GRAM_STAGES},
+            {"num_warps": 4},
+            x.device.index,
+        )
+        return plain.add_up(partials, n, k, groups, rows, need_shift)

@@ -1,0 +1,443 @@
+"""Gluon's language on :mod:`tests.backends.triton.gluon_machine`: kernels' own source as plain Python.
+
+:func:`stand_ins` are modules in place of ``triton.experimental.gluon`` and its languages. Layouts and types are
+Triton's own. Of layouts only what tiles that meet and ``wgmma`` need is looked at: what else a compiler refuses,
+compiling shows. Numbers are Python's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import operator
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language
+from triton.experimental.gluon.language import nvidia
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tests.backends.triton.gluon_machine import (
+    Barrier,
+    MachineError,
+    Operation,
+    Program,
+    Schedule,
+    View,
+    allocate,
+    current,
+    poison,
+)
+
+_DTYPES = {
+    language.float32: torch.float32,
+    language.float16: torch.float16,
+    language.bfloat16: torch.bfloat16,
+    language.int1: torch.bool,
+    language.int32: torch.int32,
+    language.int64: torch.int64,
+}
+_TYPES = {value: key for key, value in _DTYPES.items()}
+
+
+@dataclass(eq=False)
+class Tile:
+    """A tensor in registers. Its values are never changed: no product can lose an operand in registers."""
+
+    data: Tensor
+    layout: Any = None
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return _TYPES[self.data.dtype]
+
+    def to(self, dtype: Any) -> Tile:
+        """Rounded to the nearest, ties to even, as PyTorch does."""
+        return Tile(self.data.to(_DTYPES[dtype]), self.layout)
+
+    def __getitem__(self, key: Any) -> Tile:
+        return Tile(self.data[key], getattr(self.layout, "parent", None))
+
+
+class Accumulator:
+    """What products add up in; ``data`` is None while they do. Only a wait makes it a tile, that one may use."""
+
+    def __init__(self, data: Tensor | None, layout: Any) -> None:
+        self.data, self.layout = data, layout
+
+    def _in_flight(self, *_: object) -> Any:
+        raise MachineError(f"{current().name}: the sum of a product is used before it was waited for")
+
+    to = __getitem__ = _in_flight
+
+
+def _binary(function: Callable[[Any, Any], Tensor], swapped: bool = False) -> Callable[[Tile, Any], Any]:
+    def apply(left: Tile, right: Any) -> Any:
+        if isinstance(right, Accumulator):
+            return right + left
+        if not isinstance(right, (Tile, int, float)):
+            return NotImplemented
+        a, b, layout = left.data, right, left.layout
+        if isinstance(right, Tile):
+            if layout is not None and right.layout is not None and layout != right.layout:
+                raise MachineError(f"{current().name}: tiles of different layouts meet: {layout} and {right.layout}")
+            layout = layout or right.layout
+            wide = torch.promote_types(a.dtype, right.data.dtype)
+            a, b = a.to(wide), right.data.to(wide)
+        return Tile(function(b, a) if swapped else function(a, b), layout)
+
+    return apply
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and_", "or_", "lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Tile, f"__{_name.rstrip('_')}__", _binary(getattr(operator, _name)))
+    setattr(Tile, f"__r{_name.rstrip('_')}__", _binary(getattr(operator, _name), swapped=True))
+    for _kind in ("", "r"):
+        setattr(Accumulator, f"__{_kind}{_name.rstrip('_')}__", Accumulator._in_flight)
+
+
+@dataclass(eq=False)
+class Pointer:
+    """Addresses of elements of a tensor, or one address; ``offsets`` are in elements."""
+
+    base: Tensor
+    offsets: Any = 0
+
+    @property
+    def dtype(self) -> Any:
+        return SimpleNamespace(element_ty=_TYPES[self.base.dtype])
+
+    def __add__(self, offsets: Any) -> Pointer:
+        return Pointer(self.base, self.offsets + (offsets.data.long() if isinstance(offsets, Tile) else offsets))
+
+    def reach(self, mask: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensor's elements in a row, the offsets, and which of them are meant.
+
+        Raises MachineError where one of those lies outside of the tensor.
+        """
+        base = self.base
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(base.shape, base.stride(), strict=True))
+        mask = torch.as_tensor(True if mask is None else mask.data if isinstance(mask, Tile) else mask)
+        offsets, mask = torch.broadcast_tensors(torch.as_tensor(self.offsets), mask)
+        outside = mask & ((offsets < 0) | (offsets >= extent))
+        if outside.any():
+            at = int(offsets[outside][0])
+            raise MachineError(f"{current().name}: element {at} of a tensor of {list(base.shape)}, not masked")
+        return base.as_strided((extent,), (1,), base.storage_offset()), offsets, mask
+
+
+@dataclass(eq=False)
+class Boxes:
+    """A tensor's description for the copy engine, as a kernel sees it."""
+
+    base: Tensor
+    block_shape: list[int]
+    layout: Any
+
+    @property
+    def dtype(self) -> Any:
+        return _TYPES[self.base.dtype]
+
+    @property
+    def nbytes_per_cta(self) -> int:
+        return int(torch.Size(self.block_shape).numel()) * self.base.element_size()
+
+    @property
+    def block_type(self) -> Any:
+        return SimpleNamespace(shape=self.block_shape, element_ty=self.dtype, nbytes=self.nbytes_per_cta)
+
+    def places(self, at: Sequence[int], view: View) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """The part of the box at these coordinates that lies in the matrix: where there, and where in the box.
+
+        Raises MachineError if no such box can lie in the view.
+        """
+        what = f"{current().name}: a box of {self.block_shape} {self.base.dtype} at {list(at)}, {view}"
+        if view.shape != self.block_shape or view.data.dtype != self.base.dtype or len(at) != self.base.dim():
+            raise MachineError(f"{what} of {view.shape} {view.data.dtype}")
+        if not view.data.is_contiguous() or view.data.storage_offset() * view.data.element_size() % 128:
+            raise MachineError(f"{what} does not begin at a multiple of 128 bytes, or is not whole")
+        ends = [
+            (max(first, 0), max(min(first + length, size), first, 0))
+            for size, length, first in zip(self.base.shape, self.block_shape, at, strict=True)
+        ]
+        inside = tuple(slice(low, high) for low, high in ends)
+        return inside, tuple(slice(low - first, high - first) for (low, high), first in zip(ends, at, strict=True))
+
+
+def _load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Tile:
+    """What is masked and has no ``other`` is poisoned."""
+    row, offsets, mask = pointer.reach(mask)
+    out = torch.empty(offsets.shape, dtype=row.dtype)
+    poison(out) if other is None else out.fill_(other)
+    out[mask] = row[offsets[mask]]
+    return Tile(out)
+
+
+def _store(pointer: Pointer, value: Tile, mask: Any = None) -> None:
+    row, offsets, mask = pointer.reach(mask)
+    row[offsets[mask]] = value.data.to(row.dtype).expand(offsets.shape)[mask]
+
+
+def _sum(tile: Tile, axis: int) -> Tile:
+    return Tile(tile.data.sum(axis, dtype=tile.data.dtype), tile.layout and language.SliceLayout(axis, tile.layout))
+
+
+def _chosen(function: Callable[[Any, Any], Tensor], plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A function of two tiles, or of two numbers."""
+    tiles = _binary(lambda a, b: function(a, torch.as_tensor(b, dtype=a.dtype)))
+    return lambda a, b: tiles(a, b) if isinstance(a, Tile) else tiles(b, a) if isinstance(b, Tile) else plain(a, b)
+
+
+def _where(condition: Tile, a: Any, b: Any) -> Tile:
+    data = torch.where(condition.data, *(t.data if isinstance(t, Tile) else t for t in (a, b)))
+    return Tile(data, condition.layout)
+
+
+def _assume(condition: object, message: str = "") -> None:
+    if not condition:
+        raise MachineError(f"{current().name}: what is assumed does not hold {message}")
+
+
+def _inline_asm(asm: str, constraints: str, args: list[Tile], dtype: Any, is_pure: bool, pack: int) -> Tile:
+    """Shifts and masks of 32-bit registers that hold a pair of 16-bit values each, to one float32 register for each.
+
+    Raises MachineError where an output that may share the input's register is written before the input is read.
+    """
+    (tile,) = args
+    outputs = constraints.split(",")[:-1]
+    if (pack, len(outputs), tile.data.element_size(), dtype) != (2, 2, 2, language.float32):
+        raise MachineError(f"inline assembly that the model does not know: {asm}")
+    registers = {"$2": tile.data.contiguous().view(torch.int32).long() & 0xFFFFFFFF}
+    for line in filter(None, map(str.strip, asm.split(";"))):
+        match = re.fullmatch(r"(shl|and)\.b32 (\$[01]), (\$[012]), (\w+)", line)
+        if match is None:
+            raise MachineError(f"inline assembly that the model does not know: {line}")
+        name, to, of, number = match[1], match[2], match[3], int(match[4], 0)
+        if of == "$2" and any("&" not in outputs[int(written[1])] for written in registers if written != "$2"):
+            raise MachineError(f"{line}: {of} may have been overwritten")
+        registers[to] = (registers[of] << number if name == "shl" else registers[of] & number) & 0xFFFFFFFF
+    both = torch.stack([registers["$0"], registers["$1"]], -1).flatten(-2)
+    return Tile(both.to(torch.int32).view(torch.float32), tile.layout)
+
+
+def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> View:
+    return allocate(dtype, _DTYPES[dtype], list(shape), layout, sys._getframe(1))
+
+
+def _init(at: View, count: int) -> None:
+    at.barrier = Barrier(str(at), count)
+
+
+def _wait(at: View, phase: int, pred: Any = True, deps: Any = ()) -> None:
+    """Passes while the phase of this parity is the last that was completed."""
+    if phase not in (0, 1):
+        raise MachineError(f"{current().name} waits for parity {phase} of {at}")
+    if pred:
+        barrier = at.barrier
+        current().step(lambda: barrier.phase % 2 != phase, f"parity {phase} of", barrier)
+
+
+def _arrive(at: View, *, count: int = 1, pred: Any = True) -> None:
+    if pred:
+        at.barrier.arrive(count)
+        current().step()
+
+
+def _expect(at: View, size: int, pred: Any = True) -> None:
+    if pred:
+        at.barrier.arrive(1, size)
+        current().step()
+
+
+def _copy_in(boxes: Boxes, at: Sequence[int], barrier: View, to: View, pred: Any = True) -> None:
+    """A box to shared memory, zeros where it lies outside of the matrix; all of its bytes go to the barrier."""
+    if not pred:
+        return
+    inside, within = boxes.places(at, to)
+    to.claim("a copy into", "copy", "product", "store")
+    poison(to.data)
+    target = barrier.barrier
+
+    def land() -> None:
+        to.data.zero_()
+        to.data[within] = boxes.base[inside]
+        target.land(to.bytes)
+
+    current().program.copies.append((target, Operation("copy", f"the copy of {list(at)} into {to}", (to,), land)))
+    current().step()
+
+
+def _copy_out(boxes: Boxes, at: Sequence[int], of: View) -> None:
+    """A box from shared memory; what lies outside of the matrix is dropped."""
+    inside, within = boxes.places(at, of)
+    of.claim("a store to global memory of", "copy", "write")
+
+    def land() -> None:
+        boxes.base[inside] = of.data[within]
+
+    current().issue("store", f"the store of {of} to {list(at)}", of, finish=land)
+    current().step()
+
+
+def _multiply(a: Tile | View, b: View, acc: Any, *, use_acc: Any = True, is_async: bool = False) -> Any:
+    """a (registers or shared memory) times b, added up in float32."""
+    if isinstance(a, Tile):
+        layout = a.layout
+        if not isinstance(layout, language.DotOperandLayout) or (layout.operand_index, layout.parent) != (
+            0,
+            acc.layout,
+        ):
+            raise MachineError(f"wgmma of registers laid out as {layout}, into {acc.layout}")
+    if a.dtype != b.dtype or a.dtype not in (language.float16, language.bfloat16) or a.shape[1] != b.shape[0]:
+        raise MachineError(f"wgmma of {a.shape} {a.dtype} and {b.shape} {b.dtype}")
+    views = tuple(v for v in (a, b) if isinstance(v, View))
+    for view in views:
+        view.claim("a product of", "copy", "write")
+    out = Accumulator(None, acc.layout)
+
+    def finish() -> None:
+        product = a.data.float() @ b.data.float()
+        if product.shape != acc.data.shape:
+            raise MachineError(f"wgmma of {a.shape} and {b.shape} into {list(acc.data.shape)}")
+        out.data = acc.data + product if use_acc else product
+
+    current().issue("product", f"{current().name}'s product of {' and '.join(map(str, views))}", *views, finish=finish)
+    current().step()
+    return out if is_async else _wait_products(0, [out])
+
+
+def _wait_products(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
+    current().finish("product", num_outstanding)
+    out = [d if d.data is None else Tile(d.data, d.layout) if isinstance(d, Accumulator) else d for d in deps]
+    return out[0] if len(out) == 1 else tuple(out)
+
+
+@dataclass(eq=False)
+class Kernel:
+    """What ``gluon.jit`` makes: a function for other kernels, and ``kernel[grid](...)`` for the host."""
+
+    fn: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        self.__name__ = self.fn.__name__
+        self.arg_names = list(inspect.signature(self.fn).parameters)
+
+    def __call__(self, *args: Any, **constants: Any) -> Any:
+        return self.fn(*args, **constants)
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int = 4, **more: Any) -> None:
+            given = [_on_device(a) for a in (*args, *(more[name] for name in self.arg_names[len(args) :]))]
+            schedule = _schedules[-1]
+            (width, *height) = grid
+            indices = [(x, y) for y in range(*(height or (1,))) for x in range(width)]
+            for index in reversed(indices) if schedule.backwards else indices:
+                Program(index, (*grid, 1), num_warps, schedule).run(self.fn, given)
+
+        return launch
+
+
+def _on_device(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return Pointer(argument)
+    if isinstance(argument, TensorDescriptor):
+        matrix = argument.base.as_strided(argument.shape, argument.strides, argument.base.storage_offset())
+        return Boxes(matrix, list(argument.block_shape), argument.layout)
+    return argument
+
+
+_schedules = [Schedule()]
+
+
+@contextlib.contextmanager
+def scheduled(schedule: Schedule) -> Iterator[None]:
+    """Kernels that are launched inside run in this order."""
+    _schedules.append(schedule)
+    try:
+        yield
+    finally:
+        _schedules.pop()
+
+
+def _standing_in(module: ModuleType, **names: Any) -> ModuleType:
+    """A copy of a module with other things by these names."""
+    copy = ModuleType(module.__name__)
+    copy.__dict__.update({**module.__dict__, **names})
+    return copy
+
+
+View.load = lambda view, layout: Tile(view.read(), layout)
+View.store = lambda view, value: view.write(value.data)
+
+
+def stand_ins() -> dict[str, ModuleType]:
+    """Name of a module of Gluon -> what stands there while kernels are imported."""
+    barriers = _standing_in(mbarrier, init=_init, wait=_wait, arrive=_arrive, expect=_expect)
+    boxes = _standing_in(
+        tma,
+        **dict.fromkeys(("async_load", "async_copy_global_to_shared"), _copy_in),
+        **dict.fromkeys(("async_store", "async_copy_shared_to_global"), _copy_out),
+        store_wait=lambda pendings: current().finish("store", pendings),
+    )
+    on_hopper = _standing_in(
+        hopper,
+        mbarrier=barriers,
+        tma=boxes,
+        fence_async_shared=lambda: current().finish("write"),
+        warpgroup_mma=_multiply,
+        warpgroup_mma_init=lambda value: (
+            value if isinstance(value, Accumulator) else Accumulator(value.data, value.layout)
+        ),
+        warpgroup_mma_wait=_wait_products,
+    )
+    on_nvidia = _standing_in(nvidia, hopper=on_hopper)
+    gl = _standing_in(
+        language,
+        nvidia=on_nvidia,
+        constexpr=lambda value: value,
+        static_range=range,
+        static_assert=_assume,
+        assume=_assume,
+        program_id=lambda axis: current().program.index[axis],
+        num_programs=lambda axis: current().program.grid[axis],
+        num_warps=lambda: current().program.num_warps,
+        cdiv=lambda a, b: (a + b - 1) // b,
+        load=_load,
+        store=_store,
+        arange=lambda start, end, layout=None: Tile(torch.arange(start, end, dtype=torch.int32), layout),
+        full=lambda shape, value, dtype, layout=None: Tile(torch.full(shape, value, dtype=_DTYPES[dtype]), layout),
+        zeros=lambda shape, dtype, layout=None: Tile(torch.zeros(shape, dtype=_DTYPES[dtype]), layout),
+        expand_dims=lambda tile, axis: Tile(tile.data.unsqueeze(axis), getattr(tile.layout, "parent", None)),
+        sum=_sum,
+        reshape=lambda tile, shape: Tile(tile.data.reshape(shape)),
+        permute=lambda tile, order: Tile(tile.data.permute(order)),
+        split=lambda tile: tuple(Tile(half) for half in tile.data.unbind(-1)),
+        where=_where,
+        minimum=_chosen(torch.minimum, min),
+        maximum=_chosen(torch.maximum, max),
+        convert_layout=lambda tile, layout: Tile(tile.data, layout),
+        inline_asm_elementwise=_inline_asm,
+        allocate_shared_memory=_allocate,
+        warp_specialize=lambda functions, warps, registers=None: current().program.specialise(functions, warps),
+        barrier=lambda: current().step(),
+    )
+    root = _standing_in(
+        gluon,
+        language=gl,
+        jit=lambda fn=None, **_: Kernel if fn is None else Kernel(fn),
+        constexpr_function=lambda function: function,
+    )
+    return {module.__name__: module for module in (root, gl, on_nvidia, on_hopper, barriers, boxes)}
