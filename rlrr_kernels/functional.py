@@ -80,7 +80,7 @@ class _RescaledLinear(torch.autograd.Function):
         u, v = _canonical(scale_out, scale_in)
         rows = ops.rows(x)
         if ops.unobserved(x, weight, scale_out, scale_in, bias, shift):
-            y = ops.backend(x, weight).forward(rows, weight, u, v, bias, shift)
+            y = ops.backend("forward", x, weight, scale_in).forward(rows, weight, u, v, bias, shift)
             # y is new and no one else's; a view made in here could not be changed in place, as callers of nn.Linear do
             return y if x.dim() == 2 else y.resize_(*x.shape[:-1], weight.shape[0])
         y = ops.forward(rows, weight, u, v, bias, shift)
@@ -92,18 +92,22 @@ class _RescaledLinear(torch.autograd.Function):
         x_needs, weight_needs, u_needs, v_needs, bias_needs, shift_needs = ctx.needs_input_grad
         u, v = _canonical(scale_out, scale_in)
         dy = ops.rows(grad)
+        # None: whichever backend serves the pass
+        by: Any = None
         if ops.in_plain_torch(grad):
-            passes = reference
-        else:
-            passes = ops.backend(dy, weight) if ops.unobserved(dy, x, weight, scale_out, scale_in) else ops
+            by = reference
+        elif not ops.unobserved(dy, x, weight, scale_out, scale_in):
+            by = ops
         dx = dw = du = dv = df = None
         if x_needs:
-            dx = passes.grad_input(dy, weight, u, v)
+            dx = (by or ops.backend("grad_input", dy, weight, v)).grad_input(dy, weight, u, v)
             dx = dx if len(ctx.x_shape) == 2 else dx.view(ctx.x_shape)
-        if u_needs or v_needs:
-            du, dv, df = passes.grad_scales(dy, ops.rows(x), weight, u, v, bias_needs or shift_needs)
-        elif bias_needs or shift_needs:
-            df = passes.grad_shift(dy)
+        if u_needs or v_needs or bias_needs or shift_needs:
+            passes = by or ops.backend("grad_scales", dy, weight, v)
+            if u_needs or v_needs:
+                du, dv, df = passes.grad_scales(dy, ops.rows(x), weight, u, v, bias_needs or shift_needs)
+            else:
+                df = passes.grad_shift(dy)
         if weight_needs:
             # a trained W gets a gradient of its own size, and so does this
             dw = reference.grad_weight(dy, ops.rows(x), weight, u, v)
@@ -137,7 +141,7 @@ def _op(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return _RescaledLinear.apply(*given)  # type: ignore[no-any-return]
     if ops.unobserved(*given):  # what the dispatcher would end at, one Python call earlier
-        return ops.backend(x, weight).forward(*given)  # type: ignore[no-any-return]
+        return ops.backend("forward", x, weight, scale_in).forward(*given)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return ops.forward(*given)
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rlrr_kernels.backends import choice
+from rlrr_kernels.backends.problem import Pass
 from rlrr_kernels.reference import accumulation_dtype
 
 
@@ -89,14 +90,15 @@ _mapped = _part("_C._functorch.is_legacy_batchedtensor", _without_memory)
 _dual = functools.partial(getattr, forward_ad, "_current_level") if hasattr(forward_ad, "_current_level") else _level
 
 
-def backend(x: Tensor, weight: Tensor) -> ModuleType:
-    """The module whose passes serve x (or dy) ``[..., K]`` and W, none of them behind the dispatcher."""
+def backend(kernel: Pass, x: Tensor, weight: Tensor, scale_in: Tensor) -> ModuleType:
+    """The module whose pass serves x (or dy) ``[..., K]``, W and v, not behind the dispatcher."""
     # a product with an empty side has no work for a kernel, only a shape and zeros
     if x.numel() == 0 or weight.numel() == 0:
         module = choice.load("reference")
         assert not isinstance(module, str)
         return module
-    return choice.module_for(x, weight, x.numel() // x.shape[-1])
+    groups = scale_in.shape[0] if scale_in.dim() == 3 else 1
+    return choice.module_for(kernel, x, weight, x.numel() // x.shape[-1], groups)
 
 
 def unobserved(*tensors: Tensor | None) -> bool:
@@ -177,21 +179,21 @@ _library.define("grad_shift(Tensor dy) -> Tensor", tags=(torch.Tag.pt2_compliant
 def _forward(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    return backend(x, weight).forward(x, weight, scale_out, scale_in, bias, shift)
+    return backend("forward", x, weight, scale_in).forward(x, weight, scale_out, scale_in, bias, shift)
 
 
 def _grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
-    return backend(dy, weight).grad_input(dy, weight, scale_out, scale_in)
+    return backend("grad_input", dy, weight, scale_in).grad_input(dy, weight, scale_out, scale_in)
 
 
 def _grad_scales(
     dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backend(x, weight).grad_scales(dy, x, weight, scale_out, scale_in, need_shift)
+    return backend("grad_scales", x, weight, scale_in).grad_scales(dy, x, weight, scale_out, scale_in, need_shift)
 
 
 def _grad_shift(dy: Tensor) -> Tensor:
-    return backend(dy, dy).grad_shift(dy)
+    return backend("grad_scales", dy, dy, dy).grad_shift(dy)
 
 
 _library.impl("forward", _forward, "CompositeExplicitAutograd")

@@ -1,17 +1,8 @@
 """Which backend serves which tensors.
 
-``auto`` takes what was measured fastest for the device, dtype and number of tokens
-(``measured.json``), else the first of the backends that are tried for the device
-type without being asked; in both cases one that can serve the tensors, and that has
-not failed ``python -m rlrr_kernels check`` on this device.
-
-``measured.json`` is a list of rules, the first that fits counts::
-
-    {"device": "cpu", "dtype": "float32", "tokens": [1, 512], "backend": "reference", "source": "benchmarks/..."}
-
-``device`` is the name that ``torch.cuda.get_device_name`` gives, or ``cpu``;
-``tokens`` the first and last M, null for no limit; ``source`` the committed result
-that shows it.
+``auto`` takes, for each pass, what was measured fastest (:mod:`rlrr_kernels.backends.tuned`), else the first of the
+backends that are tried for the device type without being asked; in both cases one that can serve the tensors, and
+that has not failed ``python -m rlrr_kernels check`` on this device.
 """
 
 from __future__ import annotations
@@ -19,25 +10,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlrr_kernels.backends import tuned
+from rlrr_kernels.backends.problem import Pass, Problem
 
 #: name -> (module, device types it is tried for without being asked), best first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("rlrr_kernels.backends.cpu", ("cpu",)),
     "gluon": ("rlrr_kernels.backends.triton.gluon", ("cuda",)),
     "triton": ("rlrr_kernels.backends.triton", ("cuda",)),
-    # not yet measured on a GPU: by name, or by a rule of measured.json
+    # not yet measured on a GPU: by name, or where it was measured fastest
     "cuda": ("rlrr_kernels.backends.cuda", ()),
     "panels": ("rlrr_kernels.backends.panels", ("cuda", "cpu", "mps", "xpu")),
     # W' whole in each pass: by name alone
@@ -130,17 +121,6 @@ def gone(name: str, device: torch.device) -> str | None:
     return module if isinstance(module, str) else None
 
 
-@functools.cache
-def _rules(device: str, dtype: str) -> tuple[dict[str, Any], ...]:
-    rules = json.loads(resources.files("rlrr_kernels.backends").joinpath("measured.json").read_text())
-    return tuple(rule for rule in rules if rule["device"] == device and rule["dtype"] == dtype)
-
-
-@functools.cache
-def _device_name(kind: str, index: int | None) -> str:
-    return torch.cuda.get_device_name(index) if kind == "cuda" else kind
-
-
 def say_once(name: str, instead: str, why: str | None) -> None:
     """Say once why a preferred backend is :func:`gone`."""
     if why is not None and name not in _warned:
@@ -148,25 +128,28 @@ def say_once(name: str, instead: str, why: str | None) -> None:
         warnings.warn(f"rlrr_kernels: backend {name!r} is not available, {instead!r} serves: {why}", stacklevel=2)
 
 
-#: Every number of tokens, as a rule writes it.
-_ALL = (0, math.inf)
+@dataclass
+class _Plan:
+    """What serves tensors of some dtypes on a device.
 
-#: (asked for, device, dtype of x, dtype of W) -> what serves which numbers of tokens. Only what is settled is kept.
-_plans: dict[tuple[str | None, torch.device, torch.dtype, torch.dtype], tuple[_Entry, ...]] = {}
+    Attributes:
+        name, why, module: of the backend for all that was not measured.
+        measured: whether something was, for these dtypes.
+        fits: backend -> whether it can serve them.
+    """
 
-
-@dataclass(frozen=True)
-class _Entry:
-    """A backend for a range of tokens, and why it was chosen. The first entry that fits counts."""
-
-    tokens: tuple[float, float]
     name: str
     why: str
     module: ModuleType
+    measured: bool = False
+    fits: dict[str, bool] = field(default_factory=dict)
 
 
-def _plan(asked: str | None, x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
-    """Entries for tensors of these dtypes on this device; the last one takes every number of tokens."""
+#: (asked for, device, dtype of x, dtype of W) -> what serves. Only what is settled is kept.
+_plans: dict[tuple[str | None, torch.device, torch.dtype, torch.dtype], _Plan] = {}
+
+
+def _plan(asked: str | None, x: Tensor, weight: Tensor) -> _Plan:
     name = _named(asked)
     if name is not None:
         why = refusal(name, x, weight)
@@ -175,63 +158,73 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor) -> tuple[_Entry, ...]:
                 f"backend {name!r} cannot serve {why}. Leave the choice open "
                 "(RLRR_BACKEND=auto, use_backend('auto')) or name another: " + ", ".join(BACKENDS)
             )
-        return (_entry(_ALL, name, "asked for"),)
-    entries = []
+        return _Plan(name, "asked for", _loaded_module(name))
     refused: list[str] = []
-
-    def fits(name: str) -> bool:
-        # in this order: what failed may not even survive being loaded
-        if failed(name, x.device) is None and refusal(name, x, weight) is None:
-            return True
-        if name not in refused:
-            refused.append(name)
-        return False
-
-    for rule in _rules(_device_name(x.device.type, x.device.index), str(x.dtype).removeprefix("torch.")):
-        if fits(rule["backend"]):
-            first, last = rule["tokens"]
-            tokens = (first or 0, math.inf if last is None else last)
-            entries.append(_entry(tokens, rule["backend"], "measured fastest"))
     for name, (_, devices) in BACKENDS.items():
-        if x.device.type not in devices or name in refused or not fits(name):
+        if x.device.type not in devices:
+            continue
+        if not _fits(name, x, weight):
+            refused.append(name)
             continue
         for other in refused:
             say_once(other, name, gone(other, x.device))
         whys = [f"{other} {failed(other, x.device) or 'cannot serve it'}" for other in refused]
-        why = "; ".join(whys) or f"default for {x.device.type}"
-        return (*entries, _entry(_ALL, name, why))
-    return (*entries, _entry(_ALL, "panels", f"serves every device, {x.device.type} too"))
+        plan = _Plan(name, "; ".join(whys) or f"default for {x.device.type}", _loaded_module(name))
+        break
+    else:
+        plan = _Plan("panels", f"serves every device, {x.device.type} too", _loaded_module("panels"))
+    types = (x.dtype, weight.dtype)
+    measured = [entry for entry in tuned.entries(x.device) if (entry.dtype, entry.weight_dtype) == types]
+    plan.measured = bool(measured)
+    plan.fits = {name: _fits(name, x, weight) for name in {entry.backend for entry in measured}}
+    return plan
 
 
-def _entry(tokens: tuple[float, float], name: str, why: str) -> _Entry:
+def _fits(name: str, x: Tensor, weight: Tensor) -> bool:
+    # in this order: what failed may not even survive being loaded
+    return failed(name, x.device) is None and refusal(name, x, weight) is None
+
+
+def _loaded_module(name: str) -> ModuleType:
     module = load(name)
     assert not isinstance(module, str), module
-    return _Entry(tokens, name, why, module)
+    return module
 
 
-def _chosen(x: Tensor, weight: Tensor, tokens: int) -> _Entry:
+def _chosen(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int) -> tuple[str, str, ModuleType]:
     asked = _asked()  # once: another thread may enter use_backend meanwhile
     key = (asked, x.device, x.dtype, weight.dtype)
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = _plan(asked, x, weight)
-    return next(entry for entry in plan if entry.tokens[0] <= tokens <= entry.tokens[1])
+    if plan.measured:
+        tf32 = x.dtype is torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        n, k = weight.shape
+        entry = tuned.find(Problem(kernel, tokens, n, k, groups, x.dtype, weight.dtype, tf32), x.device)
+        if entry is not None and plan.fits[entry.backend]:
+            return entry.backend, "measured fastest", _loaded_module(entry.backend)
+    return plan.name, plan.why, plan.module
 
 
-def module_for(x: Tensor, weight: Tensor, tokens: int) -> ModuleType:
-    """The backend that serves a product of this many rows of x, as :func:`backend_for` names it."""
-    return _chosen(x, weight, tokens).module
+def module_for(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int = 1) -> ModuleType:
+    """The backend that serves a pass over this many rows of x (or dy), as :func:`explain` names it."""
+    return _chosen(kernel, x, weight, tokens, groups)[2]
 
 
-def backend_for(x: Tensor, weight: Tensor) -> str:
+def backend_for(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1) -> str:
     """Name of the backend that serves these tensors: the one asked for, or the best that can.
 
     Raises ``RuntimeError`` if the one asked for cannot, saying why.
     """
-    return explain(x, weight)[0]
+    return explain(x, weight, kernel, groups)[0]
 
 
-def explain(x: Tensor, weight: Tensor) -> tuple[str, str]:
+def explain(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1) -> tuple[str, str]:
     """As :func:`backend_for`, with the reason for the choice."""
-    entry = _chosen(x, weight, math.prod(x.shape[:-1]))
-    return entry.name, entry.why
+    return _chosen(kernel, x, weight, math.prod(x.shape[:-1]), groups)[:2]
+
+
+def reload() -> None:
+    """Forget what was chosen and what was read: the next call chooses anew."""
+    _plans.clear()
+    tuned.reload()

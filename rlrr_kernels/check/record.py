@@ -37,6 +37,7 @@ PRODUCTS = ("forward", "grad_input", "grad_scales")
 #: What is checked -> the type of its device, and its passes.
 SUBJECTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("cpu", PRODUCTS),
+    "gluon": ("cuda", PRODUCTS),
     "triton": ("cuda", (*PRODUCTS, "layer_norm")),
     "cuda": ("cuda", PRODUCTS),
     "cuda-hopper": ("cuda", PRODUCTS),
@@ -51,7 +52,7 @@ class Where(NamedTuple):
         driver: a GPU's; ``none`` for a CPU.
         torch_version, triton_version: that of Triton is ``none`` for backends that do without it.
         version: of this package.
-        subject: one of :data:`SUBJECTS`.
+        subject: one of :data:`SUBJECTS`, or another backend.
         build: changes when the library is rebuilt, or the kernels' sources change.
     """
 
@@ -65,13 +66,13 @@ class Where(NamedTuple):
 
     @classmethod
     def of(cls, subject: str, device: torch.device) -> Where:
-        """This process, for one of :data:`SUBJECTS`. Loads no backend."""
+        """This process, for a subject. Loads no backend."""
         on_gpu = device.type == "cuda"
         return cls(
             _device_name(device),
             _driver() if on_gpu else "none",
             torch.__version__,
-            _triton_version() if subject == "triton" else "none",
+            _triton_version() if subject in ("triton", "gluon") else "none",
             __version__,
             subject,
             build_of(subject),
@@ -112,10 +113,9 @@ def _driver() -> str:
 @functools.cache
 def build_of(subject: str) -> str:
     """A digest of what computes, and of what else decides which of it runs."""
-    if subject == "triton":
-        folder = Path(__file__).parent.parent / "backends" / "triton"
-        paths = sorted(path for path in folder.iterdir() if path.suffix in (".py", ".json"))
-        switches = " ".join(os.environ.get(name, "") for name in ("RLRR_TRITON_DESCRIPTORS", "TRITON_PTXAS_PATH"))
+    if subject in ("triton", "gluon"):
+        paths = sorted((Path(__file__).parent.parent / "backends" / "triton").rglob("*.py"))
+        switches = os.environ.get("TRITON_PTXAS_PATH", "")
     else:
         paths = [library.FOLDER / f"librlrr_{subject.partition('-')[0]}.so"]
         switches = f"{os.environ.get('RLRR_CPU_CAPABILITY', '')} {_cpu_flags()}" if subject == "cpu" else ""

@@ -6,20 +6,20 @@ import triton.language as tl
 from rlrr_kernels.backends.triton.tiles import group_tile, int64, narrow, operand, rescale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "split_steps"])
 def forward_kernel(
-    x,  # [M, K]: pointer, or descriptor of [BLOCK_M, BLOCK_K] boxes
-    w,  # [N, K]: pointer, or descriptor of [BLOCK_N, BLOCK_K] boxes
-    v,  # [groups, K]: pointer, or descriptor of [1, BLOCK_K] boxes
+    x,  # [M, K]
+    w,  # [N, K]
+    v,  # [groups, K]
     u,  # [N]
     bias,  # [N], read if HAS_BIAS
     shift,  # [N], read if HAS_SHIFT
     y,  # [M, N]; if SPLIT float32 [splits, M, N], to be added up
     M,
+    split_steps,  # steps of BLOCK_K that one split sums over; read if SPLIT
     N,
     K,
     group_rows,
-    split_depth,  # columns of K that one split sums over, a multiple of BLOCK_K; read if SPLIT
     stride_xm,
     stride_xk,
     stride_wn,
@@ -29,10 +29,8 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     SPLIT: tl.constexpr,
-    WEIGHT_LEFT: tl.constexpr,
     EVEN_K: tl.constexpr,
     PAIRED_BF16: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND_TF32: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -41,8 +39,8 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     if SPLIT:
-        k_first = tl.program_id(1) * split_depth
-        k_last = tl.minimum(k_first + split_depth, K)
+        k_first = tl.program_id(1) * split_steps * BLOCK_K
+        k_last = tl.minimum(k_first + split_steps * BLOCK_K, K)
         y += int64(tl.program_id(1)) * M * N
     else:
         k_first = 0
@@ -59,27 +57,16 @@ def forward_kernel(
     offs_n = n_start + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     u_n = tl.load(u + offs_n, mask=offs_n < n_end, other=0.0).to(tl.float32)
-    if not DESCRIPTORS:
-        # rows past the edge repeat the last one: what they compute is never stored
-        rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
-        rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-        x_ptrs = x + rows_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
-        w_ptrs = w + rows_n[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
-        v_ptrs = v + group * stride_vg + offs_k[None, :]
+    # rows past the edge repeat the last one: what they compute is never stored
+    rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
+    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    x_ptrs = x + rows_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+    w_ptrs = w + rows_n[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
+    v_ptrs = v + group * stride_vg + offs_k[None, :]
 
-    # wgmma takes only its left operand from registers: W' on the right would be written back to shared
-    # memory at every step. mma.sync takes both from registers, and on the right fewer warps form the same W'
-    if WEIGHT_LEFT:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.range(k_first, k_last, BLOCK_K):
-        if DESCRIPTORS:
-            # v before W: with nothing between the two that uses either, they share a barrier
-            v_row = v.load([group, k])
-            w_tile = w.load([n_start, k])
-            x_tile = x.load([m_start, k])
-        elif EVEN_K:
+        if EVEN_K:
             w_tile = tl.load(w_ptrs + int64(k) * stride_wk)
             v_row = tl.load(v_ptrs + k)
             x_tile = tl.load(x_ptrs + int64(k) * stride_xk)
@@ -90,15 +77,8 @@ def forward_kernel(
             x_tile = tl.load(x_ptrs + int64(k) * stride_xk, mask=in_k, other=0.0)
         v_row = v_row.to(tl.float32)
         rescaled = rescale(w_tile, u_n[:, None], v_row, x_tile.dtype, PAIRED_BF16, ROUND_TF32, EMULATE_BF16)
-        x_tile = operand(x_tile, EMULATE_BF16)
-        if WEIGHT_LEFT:
-            acc = tl.dot(rescaled, x_tile.T, acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(x_tile, rescaled.T, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(x_tile, EMULATE_BF16), rescaled.T, acc, input_precision=PRECISION)
 
-    # transposed only here: touching acc inside the loop would make every step wait for the last
-    if WEIGHT_LEFT:
-        acc = acc.T
     in_n = offs_n < n_end
     if HAS_BIAS:
         acc += tl.load(bias + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]

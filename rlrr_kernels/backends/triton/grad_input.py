@@ -6,18 +6,18 @@ import triton.language as tl
 from rlrr_kernels.backends.triton.tiles import int64, narrow, operand, rescale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "split_steps"])
 def grad_input_kernel(
-    dy,  # [M, N]: pointer, or descriptor of [BLOCK_M, BLOCK_N] boxes
-    w,  # [N, K]: pointer, or descriptor of [BLOCK_N, BLOCK_K] boxes
+    dy,  # [M, N]
+    w,  # [N, K]
     u,  # [N]
     v,  # [groups, K]
     dx,  # [M, K]; if SPLIT float32 [splits, M, K], to be added up
     M,
+    split_steps,  # steps of BLOCK_N that one split sums over; read if SPLIT
     N,
     K,
     group_rows,
-    split_steps,  # steps of BLOCK_N that one split sums over; read if SPLIT
     stride_dym,
     stride_dyn,
     stride_wn,
@@ -26,10 +26,8 @@ def grad_input_kernel(
     stride_dxm,
     ONE_GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
-    WEIGHT_LEFT: tl.constexpr,
     EVEN_N: tl.constexpr,
     PAIRED_BF16: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND_TF32: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -46,10 +44,9 @@ def grad_input_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     in_k = offs_k < K
     v_k = tl.load(v + offs_k, mask=in_k, other=0.0).to(tl.float32)
-    if not DESCRIPTORS:
-        rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
-        dy_ptrs = dy + rows_m[:, None] * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
-        w_ptrs = w + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
+    rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
+    dy_ptrs = dy + rows_m[:, None] * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
+    w_ptrs = w + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
 
     # the sum over n walks the groups one after another; no step crosses into the next
     steps = tl.cdiv(group_rows, BLOCK_N)
@@ -61,12 +58,7 @@ def grad_input_kernel(
         dx += int64(tl.program_id(1)) * M * K
     # without this the accumulator could leave the loop unwritten, and ptxas then serialises every wgmma
     tl.assume(first < last)
-    # wgmma takes only its left operand from registers, so W'^T stands there; mma.sync takes both
-    # from registers, and there the untransposed W' can be loaded straight into its fragments
-    if WEIGHT_LEFT:
-        acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for step in tl.range(first, last):
         if ONE_GROUP:
             n = step * BLOCK_N
@@ -76,11 +68,7 @@ def grad_input_kernel(
             n = group * group_rows + (step % steps) * BLOCK_N
             n_end = (group + 1) * group_rows
             v_k = tl.load(v + group * stride_vg + offs_k, mask=in_k, other=0.0).to(tl.float32)
-        if DESCRIPTORS:
-            u_n = tl.load(u + n + offs_n, mask=n + offs_n < n_end, other=0.0)
-            w_tile = w.load([n, k_start])
-            dy_tile = dy.load([m_start, n])
-        elif EVEN_N:
+        if EVEN_N:
             u_n = tl.load(u + n + offs_n)
             w_tile = tl.load(w_ptrs + int64(n) * stride_wn, mask=in_k[None, :], other=0.0)
             dy_tile = tl.load(dy_ptrs + int64(n) * stride_dyn)
@@ -90,17 +78,9 @@ def grad_input_kernel(
             w_tile = tl.load(w_ptrs + int64(n) * stride_wn, mask=in_n[:, None] & in_k[None, :], other=0.0)
             dy_tile = tl.load(dy_ptrs + int64(n) * stride_dyn, mask=in_n[None, :], other=0.0)
         u_n = u_n.to(tl.float32)
-        if WEIGHT_LEFT:
-            rescaled = rescale(
-                w_tile.T, u_n[None, :], v_k[:, None], dy_tile.dtype, PAIRED_BF16, ROUND_TF32, EMULATE_BF16
-            )
-            acc = tl.dot(rescaled, operand(dy_tile, EMULATE_BF16).T, acc, input_precision=PRECISION)
-        else:
-            rescaled = rescale(w_tile, u_n[:, None], v_k[None, :], dy_tile.dtype, PAIRED_BF16, ROUND_TF32, EMULATE_BF16)
-            acc = tl.dot(operand(dy_tile, EMULATE_BF16), rescaled, acc, input_precision=PRECISION)
+        rescaled = rescale(w_tile, u_n[:, None], v_k[None, :], dy_tile.dtype, PAIRED_BF16, ROUND_TF32, EMULATE_BF16)
+        acc = tl.dot(operand(dy_tile, EMULATE_BF16), rescaled, acc, input_precision=PRECISION)
 
-    if WEIGHT_LEFT:
-        acc = acc.T
     if not SPLIT:
         acc = narrow(acc, dx.dtype.element_ty, EMULATE_BF16)
     dx_ptrs = dx + offs_m[:, None].to(tl.int64) * stride_dxm + offs_k[None, :]

@@ -33,11 +33,10 @@ def reduce_against_weight(g, w, u_col, v, dv_row, offs_n, in_n, offs_k, K, strid
     return tl.sum(p * v_row[None, :], axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "split_rows", "splits"])
 def grad_scales_kernel(
     dy,  # [M, N]
-    dy_tiles,  # dy again, or its descriptor of [BLOCK_M, BLOCK_N] boxes
-    x_tiles,  # [M, K]: pointer, or descriptor of [BLOCK_M, BLOCK_K] boxes
+    x,  # [M, K]
     w,  # [N, K]
     u,  # [N]
     v,  # [groups, K]
@@ -45,11 +44,11 @@ def grad_scales_kernel(
     dv_partial,  # [groups, splits * tiles of a group, K] float32
     df_partial,  # [splits, N] float32, written if HAS_SHIFT
     M,
+    split_rows,  # tokens of one split, a multiple of BLOCK_M
+    splits,
     N,
     K,
     group_rows,
-    split_rows,  # tokens of one split, a multiple of BLOCK_M
-    splits,
     stride_dym,
     stride_dyn,
     stride_xm,
@@ -58,7 +57,6 @@ def grad_scales_kernel(
     stride_wk,
     stride_vg,
     HAS_SHIFT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND_TF32: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -96,17 +94,13 @@ def grad_scales_kernel(
         offs_k = k_start + tl.arange(0, BLOCK_K)
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for m in tl.range(m_first, m_last, BLOCK_M):
-            if DESCRIPTORS:
-                dy_tile = dy_tiles.load([m, n_start])
-                x_tile = x_tiles.load([m, k_start])
-            else:
-                offs_m = m + tl.arange(0, BLOCK_M)[:, None]
-                rows = offs_m.to(tl.int64)
-                in_m = offs_m < m_last
-                dy_ptrs = dy_tiles + rows * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
-                x_ptrs = x_tiles + rows * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
-                dy_tile = tl.load(dy_ptrs, mask=in_m & in_n[None, :], other=0.0)
-                x_tile = tl.load(x_ptrs, mask=in_m & (offs_k[None, :] < K), other=0.0)
+            offs_m = m + tl.arange(0, BLOCK_M)[:, None]
+            rows = offs_m.to(tl.int64)
+            in_m = offs_m < m_last
+            dy_ptrs = dy + rows * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
+            x_ptrs = x + rows * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+            dy_tile = tl.load(dy_ptrs, mask=in_m & in_n[None, :], other=0.0)
+            x_tile = tl.load(x_ptrs, mask=in_m & (offs_k[None, :] < K), other=0.0)
             if ROUND_TF32:
                 # one operand is enough to stay near a product of two rounded ones
                 dy_tile = round_to_tf32(dy_tile)
@@ -140,7 +134,7 @@ def sum_rows(partial, out, rows, length, start, ROWS: tl.constexpr, COLS: tl.con
     tl.store(out + start + tl.arange(0, COLS), tl.sum(total, axis=0), mask=start + tl.arange(0, COLS) < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["du_rows", "dv_rows", "df_rows"])
 def sum_partials_kernel(
     du_partial,
     dv_partial,
@@ -148,12 +142,12 @@ def sum_partials_kernel(
     du,  # [N]
     dv,  # [groups, K]
     df,  # [N], written if HAS_SHIFT
-    N,
-    K,
-    groups,
     du_rows,  # rows of partials behind each output, as laid out by grad_scales_kernel
     dv_rows,
     df_rows,
+    N,
+    K,
+    groups,
     HAS_SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,

@@ -1,25 +1,23 @@
-"""Launch the Triton kernels: choose a tile, a load path and a grid for the tensors at hand.
+"""Launch the plain Triton kernels: choose a tile and a grid for the tensors at hand.
 
-The three public functions are the backend interface that ``rlrr_kernels.ops``
-describes. ``config`` and ``path`` default to the heuristic's choice;
-tests pass their own.
+The three public functions are the backend interface that ``rlrr_kernels.ops`` describes. ``choice`` is what was
+measured for the problem (:mod:`rlrr_kernels.backends.tuned`), else the rule's; tests and ``rlrr-tune`` pass their own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rlrr_kernels.backends.triton import config as configs
-from rlrr_kernels.backends.triton import tuned
-from rlrr_kernels.backends.triton.config import Arithmetic, Config, Device, Kernel, Path
+from rlrr_kernels.backends import tuned
+from rlrr_kernels.backends.problem import Problem
+from rlrr_kernels.backends.triton import choose
+from rlrr_kernels.backends.triton.choose import Choice, Device
 from rlrr_kernels.backends.triton.forward import forward_kernel
 from rlrr_kernels.backends.triton.grad_input import grad_input_kernel
 from rlrr_kernels.backends.triton.grad_scales import grad_scales_kernel, sum_partials_kernel
@@ -58,12 +56,12 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
         return interpreter_misfit() if x.device.type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors only"
     if x.device.type != "cuda" or torch.version.hip is not None:
         return f"device {x.device}: it runs on NVIDIA GPUs"
-    capability = configs.cuda_device(x.device.index).capability
+    capability = choose.cuda_device(x.device.index).capability
     return None if capability >= (8, 0) else f"compute capability {capability}: it needs 8.0 or later"
 
 
 def device_of(x: Tensor) -> Device:
-    return INTERPRETED_DEVICE if interpreting() else configs.cuda_device(x.device.index)
+    return INTERPRETED_DEVICE if interpreting() else choose.cuda_device(x.device.index)
 
 
 def guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -73,21 +71,31 @@ def guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device)
 
 
-def _arithmetic(dtype: torch.dtype) -> Arithmetic:
+def _tf32(dtype: torch.dtype) -> bool:
     # not allow_tf32: reading it raises once the user has set fp32_precision; read for float32 alone, as it is slow
-    return configs.arithmetic(dtype, dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32")
+    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _constants(config: Config, x: Tensor, kind: Arithmetic, boxes: bool) -> dict[str, Any]:
+def _chosen(problem: Problem, x: Tensor, aligned: bool) -> Choice:
+    """What was measured for a problem, or else the rule's choice."""
+    device = device_of(x)
+    entry = tuned.find(problem, x.device)
+    if entry is not None and entry.backend == "triton" and entry.tile is not None and aligned:
+        choice = Choice(**entry.tile)
+        if choose.refusal(problem, choice, device) is None:
+            return choice
+    return choose.choose(problem, device, aligned)
+
+
+def _constants(choice: Choice, x: Tensor, tf32: bool) -> dict[str, Any]:
     """The last compile-time arguments of all three kernels."""
     return {
-        "DESCRIPTORS": boxes,
-        "PRECISION": "tf32" if kind == "tf32" else "ieee",
-        "ROUND_TF32": kind == "tf32" and not interpreting(),
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "ROUND_TF32": tf32 and not interpreting(),
         "EMULATE_BF16": interpreting() and x.dtype is torch.bfloat16,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        "BLOCK_M": choice.block_m,
+        "BLOCK_N": choice.block_n,
+        "BLOCK_K": choice.block_k,
     }
 
 
@@ -100,81 +108,28 @@ def _options(num_warps: int, num_stages: int) -> dict[str, Any]:
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
-def _fits_boxes(t: Tensor) -> bool:
-    """Whether the copy engine can load tiles of a 2-D tensor: row-major, 16-byte base and rows."""
-    rows, cols = t.stride()
-    return cols == 1 and rows >= t.shape[1] and rows * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
-
-
-def _fits_vectors(t: Tensor) -> bool:
+def _aligned(t: Tensor) -> bool:
     """Whether Triton sees that rows can be loaded 16 bytes at a time: it looks for multiples of 16."""
-    return t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 and t.data_ptr() % 16 == 0
+    (_, cols), (row, col) = t.shape, t.stride()
+    return col == 1 and row % 16 == 0 and cols % 16 == 0 and t.data_ptr() % 16 == 0
 
 
-def _path(device: Device, kind: Arithmetic, *tensors: Tensor, boxes: bool = True) -> Path:
-    """The best way to load tiles of all these tensors."""
-    if (
-        boxes
-        and device.has_wgmma
-        and kind != "ieee"
-        and all(map(_fits_boxes, tensors))
-        and os.environ.get("RLRR_TRITON_DESCRIPTORS") != "0"
-    ):
-        return "boxes"
-    return "vectors" if all(map(_fits_vectors, tensors)) else "elements"
+def _loadable(weight: Tensor, *activations: Tensor) -> tuple[bool, tuple[Tensor, ...]]:
+    """Whether all load 16 bytes at a time, and the activations, copied where that alone stands in the way.
 
-
-def _loaded(
-    kernel: Kernel,
-    n: int,
-    k: int,
-    groups: int,
-    kind: Arithmetic,
-    device: Device,
-    activations: tuple[Tensor, ...],
-    others: tuple[Tensor, ...],
-    boxes: bool = True,
-) -> tuple[Path, tuple[Tensor, ...]]:
-    """The path for tiles of all these tensors, and the activations ``[M, K]`` or ``[M, N]``, copied where that pays.
-
-    One number for all (a gradient of ``y.sum()``) or a transposed x would be loaded by the element. W, which no copy
-    would serve for long, is among the others.
+    A transposed x, or one number for all (a gradient of ``y.sum()``), would be loaded by the element by every tile.
     """
-    path = _path(device, kind, *activations, *others, boxes=boxes)
-    if path == "boxes" or all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in activations):
-        return path, activations
-    copies = (t.new_empty(t.shape, device="meta") for t in activations)
-    better = _path(device, kind, *copies, *others, boxes=boxes)
-    if better == path:
-        return path, activations
-    fits = _fits_boxes if better == "boxes" else _fits_vectors
-    x, weight = activations[-1], others[0]
-    elements = sum(t.numel() for t in activations if not fits(t))
-    sizes = (x.element_size(), weight.element_size())
-    if not configs.copy_pays(kernel, x.shape[0], n, k, groups, kind, path, better, *sizes, elements, device):
-        return path, activations
-    return better, tuple(t if fits(t) else t.clone(memory_format=torch.contiguous_format) for t in activations)
-
-
-def _boxes(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    return TensorDescriptor(t, t.shape, t.stride(), [rows, cols])
+    if not _aligned(weight) or any(t.shape[1] % 16 for t in activations):
+        return False, activations
+    return True, tuple(t if _aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in activations)
 
 
 def vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
-    """u ``[N, 1]`` and v ``[groups, 1, K]`` as contiguous ``[N]``, 32 bits at most, and ``[groups, K]`` in float32.
-
-    The stages of a box of 32 elements of v in 16 bits would lie 64 bytes apart, where the copy engine wants 128.
-    """
+    """u ``[N, 1]`` and v ``[groups, 1, K]`` as contiguous ``[N]``, 32 bits at most, and ``[groups, K]`` in float32."""
     u, v = scale_out.squeeze(1), scale_in.squeeze(1).float()
     if u.dtype is torch.float64:
         u = u.float()
     return u.contiguous(), v.contiguous()
-
-
-def _splits(config: Config, steps: int) -> tuple[int, int]:
-    """Splits of a sum of so many steps, none of them empty, and the steps of each (of the last: at most)."""
-    split_steps = ceil_div(steps, config.splits)
-    return ceil_div(steps, split_steps), split_steps
 
 
 def _sum_splits(partial: Tensor, bias: Tensor | None, shift: Tensor | None, out: Tensor) -> None:
@@ -185,7 +140,8 @@ def _sum_splits(partial: Tensor, bias: Tensor | None, shift: Tensor | None, out:
         sum_splits_kernel,
         (ceil_div(m, rows) * ceil_div(n, cols),),
         (partial, partial if bias is None else bias, partial if shift is None else shift, out),
-        (m, n, splits),
+        (m, splits),
+        (n,),
         {
             "HAS_BIAS": bias is not None,
             "HAS_SHIFT": shift is not None,
@@ -206,95 +162,71 @@ def forward(
     bias: Tensor | None,
     shift: Tensor | None,
     *,
-    config: Config | None = None,
-    path: Path | None = None,
+    choice: Choice | None = None,
 ) -> Tensor:
     """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
-    (m, k), n = x.shape, weight.shape[0]
-    groups = scale_in.shape[0]
+    (m, k), n, groups = x.shape, weight.shape[0], scale_in.shape[0]
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     u, v = vectors(scale_out, scale_in)
-    device, kind = device_of(x), _arithmetic(x.dtype)
-    if path is None:
-        path, (x,) = _loaded("forward", n, k, groups, kind, device, (x,), (weight, v))
-    if config is None:
-        problem = (m, n, k, groups, kind, path, x.element_size(), weight.element_size())
-        config = tuned.find("forward", *problem, x.device.index) or configs.forward_config(*problem, device)
-    bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"
-    splits, split_steps = _splits(config, ceil_div(k, bk))
+    tf32 = _tf32(x.dtype)
+    aligned, (x,) = _loadable(weight, x)
+    problem = Problem("forward", m, n, k, groups, x.dtype, weight.dtype, tf32)
+    choice = choice or _chosen(problem, x, aligned)
+    splits, split_steps = choose.shares(ceil_div(k, choice.block_k), choice.splits)
     out = y if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
     bias, shift = (None if t is None else t.contiguous() for t in (bias, shift))
-    has_bias, has_shift = bias is not None, shift is not None
-    bias, shift = u if bias is None else bias, u if shift is None else shift
-    operands: tuple[Any, ...] = (x, weight, v)
-    if boxes:
-        operands = (_boxes(x, bm, bk), _boxes(weight, bn, bk), _boxes(v, 1, bk))
     with guard(x):
         start(
             forward_kernel,
-            (ceil_div(m, bm) * groups * ceil_div(n // groups, bn), splits),
-            (*operands, u, bias, shift, out),
-            (m, n, k, n // groups, split_steps * bk, *x.stride(), *weight.stride(), v.stride(0), n),
+            (ceil_div(m, choice.block_m) * groups * ceil_div(n // groups, choice.block_n), splits),
+            (x, weight, v, u, u if bias is None else bias, u if shift is None else shift, out),
+            (m, split_steps),
+            (n, k, n // groups, *x.stride(), *weight.stride(), v.stride(0), n),
             {
-                "HAS_BIAS": has_bias and splits == 1,
-                "HAS_SHIFT": has_shift and splits == 1,
+                "HAS_BIAS": bias is not None and splits == 1,
+                "HAS_SHIFT": shift is not None and splits == 1,
                 "SPLIT": splits > 1,
-                "WEIGHT_LEFT": device.weight_left,
-                "EVEN_K": k % bk == 0,
+                "EVEN_K": k % choice.block_k == 0,
                 "PAIRED_BF16": _paired(weight),
-                **_constants(config, x, kind, boxes),
+                **_constants(choice, x, tf32),
             },
-            _options(config.num_warps, config.num_stages),
+            _options(choice.num_warps, choice.num_stages),
             x.device.index,
         )
         if splits > 1:
-            _sum_splits(out, bias if has_bias else None, shift if has_shift else None, y)
+            _sum_splits(out, bias, shift, y)
     return y
 
 
 def grad_input(
-    dy: Tensor,
-    weight: Tensor,
-    scale_out: Tensor,
-    scale_in: Tensor,
-    *,
-    config: Config | None = None,
-    path: Path | None = None,
+    dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, choice: Choice | None = None
 ) -> Tensor:
     """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
-    (m, n), k = dy.shape, weight.shape[1]
-    groups = scale_in.shape[0]
+    (m, n), k, groups = dy.shape, weight.shape[1], scale_in.shape[0]
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
     u, v = vectors(scale_out, scale_in)
-    device, kind = device_of(dy), _arithmetic(dy.dtype)
-    if path is None:
-        # a box that ran into the next group would bring its rows into the sum
-        whole = groups == 1 or (n // groups) % configs.GROUP_STEP == 0
-        path, (dy,) = _loaded("grad_input", n, k, groups, kind, device, (dy,), (weight,), boxes=whole)
-    if config is None:
-        problem = (m, n, k, groups, kind, path, dy.element_size(), weight.element_size())
-        config = tuned.find("grad_input", *problem, dy.device.index) or configs.grad_input_config(*problem, device)
-    bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"
-    splits, split_steps = _splits(config, groups * ceil_div(n // groups, bn))
+    tf32 = _tf32(dy.dtype)
+    aligned, (dy,) = _loadable(weight, dy)
+    problem = Problem("grad_input", m, n, k, groups, dy.dtype, weight.dtype, tf32)
+    choice = choice or _chosen(problem, dy, aligned)
+    bn = choice.block_n
+    splits, split_steps = choose.shares(groups * ceil_div(n // groups, bn), choice.splits)
     out = dx if splits == 1 else torch.empty((splits, m, k), dtype=torch.float32, device=dy.device)
-    operands: tuple[Any, ...] = (dy, weight)
-    if boxes:
-        operands = (_boxes(dy, bm, bn), _boxes(weight, bn, bk))
     with guard(dy):
         start(
             grad_input_kernel,
-            (ceil_div(m, bm) * ceil_div(k, bk), splits),
-            (*operands, u, v, out),
-            (m, n, k, n // groups, split_steps, *dy.stride(), *weight.stride(), v.stride(0), k),
+            (ceil_div(m, choice.block_m) * ceil_div(k, choice.block_k), splits),
+            (dy, weight, u, v, out),
+            (m, split_steps),
+            (n, k, n // groups, *dy.stride(), *weight.stride(), v.stride(0), k),
             {
                 "ONE_GROUP": groups == 1,
                 "SPLIT": splits > 1,
-                "WEIGHT_LEFT": device.weight_left,
                 "EVEN_N": (n // groups) % bn == 0,
                 "PAIRED_BF16": _paired(weight),
-                **_constants(config, dy, kind, boxes),
+                **_constants(choice, dy, tf32),
             },
-            _options(config.num_warps, config.num_stages),
+            _options(choice.num_warps, choice.num_stages),
             dy.device.index,
         )
         if splits > 1:
@@ -310,53 +242,40 @@ def grad_scales(
     scale_in: Tensor,
     need_shift: bool,
     *,
-    config: Config | None = None,
-    split_tokens: int | None = None,
-    path: Path | None = None,
+    choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32.
 
-    Where the partial sums of all rows of W would not fit in ``configs.WORKSPACE_BYTES``, slices of rows take turns.
+    Where the partial sums of all rows of W would not fit in ``choose.WORKSPACE_BYTES``, slices of rows take turns.
     """
-    (m, n), k = dy.shape, x.shape[1]
-    groups = scale_in.shape[0]
+    (m, n), k, groups = dy.shape, x.shape[1], scale_in.shape[0]
     u, v = vectors(scale_out, scale_in)
-    device, kind = device_of(x), _arithmetic(x.dtype)
-    given: dict[str, Any] = {"config": config, "split_tokens": split_tokens, "path": path}
-    if path is None:
-        # W is read once, after the loop, but into the same registers: boxes do not help it
-        boxed = _fits_vectors(weight)
-        path, (dy, x) = _loaded("grad_scales", n, k, groups, kind, device, (dy, x), (weight,), boxes=boxed)
-    if config is None or split_tokens is None:
-        problem = (m, n, k, groups, kind, path, x.element_size())
-        found = tuned.find("grad_scales", *problem, weight.element_size(), x.device.index)
-        config, split_tokens = found or configs.grad_scales_config(*problem, device, weight.element_size())
-    bm, bn, bk, boxes = config.block_m, config.block_n, config.block_k, path == "boxes"
-    splits, k_tiles = ceil_div(m, split_tokens), ceil_div(k, bk)
-    slices = row_slices(n, k, groups, bn, bk, splits, configs.WORKSPACE_BYTES)
+    tf32 = _tf32(x.dtype)
+    aligned, (dy, x) = _loadable(weight, dy, x)
+    problem = Problem("grad_scales", m, n, k, groups, x.dtype, weight.dtype, tf32)
+    choice = choice or _chosen(problem, x, aligned)
+    bm, bn, bk = choice.block_m, choice.block_n, choice.block_k
+    splits, split_steps = choose.shares(ceil_div(m, bm), choice.splits)
+    k_tiles = ceil_div(k, bk)
+    slices = row_slices(n, k, groups, bn, bk, splits, choose.WORKSPACE_BYTES)
     if len(slices) > 1:
-        if all(first * dy.element_size() % 16 == 0 for _, first, _ in slices):  # else a slice loads in another way
-            given = {"config": config, "split_tokens": split_tokens, "path": path}
 
         def run(*part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return grad_scales(*part, need_shift, **given)
+            return grad_scales(*part, need_shift, choice=choice)
 
         return in_slices(run, slices, dy, x, weight, scale_out, scale_in)
     group_tiles = ceil_div(n // groups, bn)
     rows = (splits * k_tiles, splits * group_tiles, splits)
     partials = partial_sums(n, k, groups, rows, need_shift, x.device)
-    operands: tuple[Any, ...] = (dy, dy, x)
-    if boxes:
-        operands = (dy, _boxes(dy, bm, bn), _boxes(x, bm, bk))
-    strides = (*dy.stride(), *x.stride(), *weight.stride(), v.stride(0))
     with guard(x):
         start(
             grad_scales_kernel,
             (splits * groups * group_tiles * (k_tiles + need_shift),),
-            (*operands, weight, u, v, *partials),
-            (m, n, k, n // groups, split_tokens, splits, *strides),
-            {"HAS_SHIFT": need_shift, **_constants(config, x, kind, boxes)},
-            _options(config.num_warps, config.num_stages),
+            (dy, x, weight, u, v, *partials),
+            (m, split_steps * bm, splits),
+            (n, k, n // groups, *dy.stride(), *x.stride(), *weight.stride(), v.stride(0)),
+            {"HAS_SHIFT": need_shift, **_constants(choice, x, tf32)},
+            _options(choice.num_warps, choice.num_stages),
             x.device.index,
         )
         return add_up(partials, n, k, groups, rows, need_shift)
@@ -386,7 +305,8 @@ def add_up(
         sum_partials_kernel,
         (ceil_div(n, block) * (1 + need_shift) + groups * ceil_div(k, block),),
         (*partials, du, dv, df),
-        (n, k, groups, *rows),
+        rows,
+        (n, k, groups),
         {"HAS_SHIFT": need_shift, "ROWS": 16, "COLS": block},
         _options(num_warps=4, num_stages=2),
         du.device.index,

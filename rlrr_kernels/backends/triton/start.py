@@ -30,6 +30,7 @@ def start(
     kernel: Any,
     grid: tuple[int, ...],
     operands: tuple[Any, ...],
+    free: tuple[int, ...],
     numbers: tuple[float, ...],
     constants: dict[str, Any],
     options: dict[str, Any],
@@ -37,8 +38,9 @@ def start(
 ) -> None:
     """Run ``kernel`` on the current stream of GPU ``device``, which is the current one (None: no GPU).
 
-    ``operands`` (tensors, or descriptors of boxes), ``numbers`` and ``constants`` are its
-    arguments in its own order; ``options`` go to the compiler.
+    ``operands`` (tensors, or descriptors of boxes), ``free``, ``numbers`` and ``constants`` are its arguments in its
+    own order. ``free`` are those that Triton is told not to specialise, so that other values are no other code;
+    ``options`` go to the compiler.
 
     Raises ``RuntimeError`` if a CUDA graph is being captured and the kernel is not on the GPU yet.
     """
@@ -52,25 +54,25 @@ def start(
         dtypes.append(operand.dtype)
     key = None
     # which operand is not aligned matters, and hooks want to be called: both left to the binder
-    if aligned % 16 == 0 and not getattr(kernel, "pre_run_hooks", None):
+    if aligned % 16 == 0 and max(free) < 2**31 and not getattr(kernel, "pre_run_hooks", None):
         key = (kernel, device, numbers, *dtypes, *constants.values(), *options.values())
         handle = _handles.get(key)
         if handle is not None:
-            handle[(*grid, 1, 1)](*operands, *numbers, *constants.values())
+            handle[(*grid, 1, 1)](*operands, *free, *numbers, *constants.values())
             return
     if device is not None and torch.cuda.is_current_stream_capturing():
         # asked to warm up, Triton finds or compiles the kernel, and neither loads nor launches it
-        found = kernel.run(*operands, *numbers, grid=grid, warmup=True, **constants, **options)
+        found = kernel.run(*operands, *free, *numbers, grid=grid, warmup=True, **constants, **options)
         if found.module is None:  # a load would spoil the capture
             raise RuntimeError(
                 f"rlrr_kernels: {kernel.__name__} is not on the GPU yet for {_shapes(operands)}, and a CUDA graph's "
                 "capture cannot load it. Run the layer once with inputs of these shapes and dtypes, forward and "
                 "backward, before the capture"
             )
-    handle = kernel[grid](*operands, *numbers, **constants, **options)
+    handle = kernel[grid](*operands, *free, *numbers, **constants, **options)
     if key is not None and isinstance(handle, CompiledKernel):
         # the handle takes its arguments by position alone
-        assert kernel.arg_names[len(operands) + len(numbers) :] == list(constants), kernel.arg_names
+        assert kernel.arg_names[len(operands) + len(free) + len(numbers) :] == list(constants), kernel.arg_names
         if len(_handles) >= MOST_HANDLES:
             _handles.clear()
         _handles[key] = handle

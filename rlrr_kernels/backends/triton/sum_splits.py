@@ -6,15 +6,15 @@ import triton.language as tl
 from rlrr_kernels.backends.triton.tiles import int64, narrow
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def sum_splits_kernel(
     partial,  # [splits, M, N] float32
     bias,  # [N], read if HAS_BIAS
     shift,  # [N], read if HAS_SHIFT
     out,  # [M, N], contiguous
     M,
-    N,
     splits,
+    N,
     HAS_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     EMULATE_BF16: tl.constexpr,

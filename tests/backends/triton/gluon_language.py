@@ -398,7 +398,9 @@ def stand_ins() -> dict[str, ModuleType]:
         tma=boxes,
         fence_async_shared=lambda: current().finish("write"),
         warpgroup_mma=_multiply,
-        warpgroup_mma_init=lambda value: value if isinstance(value, Accumulator) else Accumulator(value.data, value.layout),
+        warpgroup_mma_init=lambda value: (
+            value if isinstance(value, Accumulator) else Accumulator(value.data, value.layout)
+        ),
         warpgroup_mma_wait=_wait_products,
     )
     on_nvidia = _standing_in(nvidia, hopper=on_hopper)
@@ -432,5 +434,10 @@ def stand_ins() -> dict[str, ModuleType]:
         warp_specialize=lambda functions, warps, registers=None: current().program.specialise(functions, warps),
         barrier=lambda: current().step(),
     )
-    root = _standing_in(gluon, language=gl, jit=Kernel, constexpr_function=lambda function: function)
+    root = _standing_in(
+        gluon,
+        language=gl,
+        jit=lambda fn=None, **_: Kernel if fn is None else Kernel(fn),
+        constexpr_function=lambda function: function,
+    )
     return {module.__name__: module for module in (root, gl, on_nvidia, on_hopper, barriers, boxes)}

@@ -18,9 +18,6 @@ from rlrr_kernels.backends.triton.gluon.names import (
     warpgroup_mma_wait,
 )
 
-#: Columns of K in a tile: as constexpr, which kernels may read.
-COLUMNS = gl.constexpr(256)
-
 
 @gluon.jit
 def reduce(g, part: gl.constexpr, first, w, u_col, v, dv_row, row, in_n, K, ACC: gl.constexpr):
@@ -95,7 +92,7 @@ def producer(
         load_box(x_boxes, [token, k_tile * 256], full.index(stage), x_smem.index(stage))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "split_tokens", "splits"])
 def gram_kernel(
     dy_boxes,  # [M, N], boxes of [64, 128]
     x_boxes,  # [M, K], boxes of [64, 256]
@@ -106,11 +103,11 @@ def gram_kernel(
     dv_partial,  # [groups, splits * 2 * row tiles of a group, K] float32
     df_partial,  # [splits * k_tiles, N] float32, written if HAS_SHIFT
     M,
+    split_tokens,  # of one split, a multiple of 64
+    splits,
     N,
     K,
     group_rows,  # N, or a multiple of 128
-    split_tokens,  # of one split, a multiple of 64
-    splits,
     HAS_SHIFT: gl.constexpr,
     STAGES: gl.constexpr,
 ):

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rlrr_kernels.backends.triton import launch as plain
-from rlrr_kernels.backends.triton.config import WORKSPACE_BYTES
+from rlrr_kernels.backends.triton.choose import WORKSPACE_BYTES
 from rlrr_kernels.backends.triton.gluon.gram import gram_kernel
 from rlrr_kernels.backends.triton.gluon.product import product_kernel
 from rlrr_kernels.backends.triton.slices import in_slices, row_slices
@@ -154,7 +154,8 @@ def _product(
         product_kernel,
         (min(ceil_div(m, chosen.tokens) * row_tiles, multiprocessors(act)),),
         operands,
-        (m, rows, steps, ceil_div(row_tiles, groups), ceil_div(steps, groups)),
+        (m,),
+        (rows, steps, ceil_div(row_tiles, groups), ceil_div(steps, groups)),
         {
             "FORWARD": forward,
             "ONE_GROUP": forward or groups == 1,
@@ -255,7 +256,8 @@ def _gram(
             gram_kernel,
             (splits * groups * group_tiles * k_tiles,),
             (_boxes(dy, TOKENS, GRAM_ROWS), _boxes(x, TOKENS, GRAM_COLUMNS), weight, u, v, *partials),
-            (m, n, k, n // groups, tokens, splits),
+            (m, tokens, splits),
+            (n, k, n // groups),
             {"HAS_SHIFT": need_shift, "STAGES": GRAM_STAGES},
             {"num_warps": 4},
             x.device.index,

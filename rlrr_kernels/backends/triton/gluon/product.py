@@ -177,7 +177,7 @@ def producer(
             it += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M"])
 def product_kernel(
     act_wide,  # [M, depth], boxes of [WIDE, DEPTH]
     act_extra,  # the same, boxes of [EXTRA, DEPTH]; read if EXTRA
