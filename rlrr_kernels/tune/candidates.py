@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlrr_kernels.backends import choice
 from rlrr_kernels.backends.problem import Problem
+
+if TYPE_CHECKING:
+    from rlrr_kernels.backends.triton.choose import Device
 
 
 class Candidate(NamedTuple):
@@ -73,19 +76,23 @@ def candidates(problem: Problem, device: torch.device, limit: int, names: Sequen
         wanted = name in names if names else kinds or name != "reference" or device.type == "cpu"
         if not wanted or choice.gone(name, device) is not None or choice.refusal(name, x, weight) is not None:
             continue
-        tiles = getattr(choice.load(name), "candidates", None)
-        choices = [None] if tiles is None else list(dict.fromkeys(tiles(problem, _hardware(device))))[: limit + 1]
-        found += [Candidate(name, one) for one in choices]
+        found += [Candidate(name, one) for one in tiles(name, problem, device)[: limit + 1]]
     if not found:
         raise ValueError(f"{describe(problem)}: no backend serves {problem.dtype} here")
     return found
 
 
-def _hardware(device: torch.device) -> Any:
-    """What a choice of tiles depends on."""
-    from rlrr_kernels.backends.triton import choose, launch
+def tiles(backend: str, problem: Problem, device: torch.device | Device) -> list[Any]:
+    """A backend's choices for a GPU, its own first; None alone where it has none to make."""
+    found = getattr(choice.load(backend), "candidates", None)
+    if found is None:
+        return [None]
+    if isinstance(device, torch.device):
+        from rlrr_kernels.backends.triton import choose, launch
 
-    return choose.cuda_device(device.index) if device.type == "cuda" else launch.INTERPRETED_DEVICE
+        # on a CPU, Triton's interpreter chooses as for a GPU
+        device = choose.cuda_device(device.index) if device.type == "cuda" else launch.INTERPRETED_DEVICE
+    return list(dict.fromkeys(found(problem, device)))
 
 
 def traffic(problem: Problem) -> int:

@@ -64,16 +64,11 @@ def show_results(results: Iterable[Result], layers: Mapping[Problem, str], title
 
 def show_stored(entries: Iterable[Entry], device: torch.device, title: str, out: Console) -> None:
     """The entries of a file; those that do not hold on the device, with what is installed, are marked."""
-    table = _table(title, "device", "pass", "dtype", "tokens", "backend", "tile", "gain", "state")
+    table = _table(title, "device", "what", "backend", "tile", "gain", "state")
     for entry in entries:
         before, after = (entry.measured.get(name) for name in ("default_seconds", "seconds"))
         gain = f"{before / after - 1:+.1%}" if isinstance(before, float) and isinstance(after, float) and after else "-"
-        layer = "any N and K" if entry.layer is None else "N={} K={} groups={}".format(*entry.layer)
-        dtypes = dict.fromkeys(str(t).removeprefix("torch.") for t in (entry.dtype, entry.weight_dtype))
         tile = "its own" if entry.tile is None else " ".join(f"{name}={value}" for name, value in entry.tile.items())
-        table.add_row(
-            *(entry.device, f"{entry.kernel} {layer}", " ".join([*dtypes, *["TF32"] * entry.tf32])),
-            *("{} to {}".format(*entry.tokens).replace("to inf", "and more"), entry.backend, tile, gain),
-            "used" if tuned.holds(entry, device) else "not used: of another device, or of other versions",
-        )
+        state = "used" if tuned.holds(entry, device) else "not used: of another device, or of other versions"
+        table.add_row(entry.device, str(entry), entry.backend, tile, gain, state)
     out.print(table)

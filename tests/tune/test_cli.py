@@ -245,9 +245,15 @@ def test_show_says_what_is_used_and_what_is_not(file, capsys):
     assert main(["--show"], machine()) == 0
     printed = capsys.readouterr()
     rows = {m: next(line for line in printed.out.splitlines() if f" {m} " in line) for m in (111, 222, 333)}
-    words = ("+50.0%", "block_m=32", "reference", " used ", "N=768 K=3072 groups=1", "111 to 111")
+    words = (
+        "+50.0%",
+        "block_m=32",
+        "reference",
+        " used ",
+        "forward, float32, N=768 K=3072 groups=1, 111 to 111 tokens",
+    )
     assert [word for word in words if word not in rows[111]] == []
-    assert "222 and more" in rows[222]
+    assert "222 and more tokens" in rows[222]
     assert "its own" in rows[222]
     assert all("not used: of another device, or of other versions" in rows[m] for m in (222, 333))
     assert "entry 3 is not used" in printed.err
