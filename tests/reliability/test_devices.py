@@ -33,7 +33,7 @@ class GPUs:
             finally:
                 self.current = before
 
-        def launched(kernel, grid, operands, numbers, constants, options, index):
+        def launched(kernel, grid, operands, free, numbers, constants, options, index):
             self.launched.append((kernel, self.current, index, {o.device.index for o in operands}))
             if self.fails:
                 raise RuntimeError("the launch failed")
@@ -138,7 +138,7 @@ def test_compiled_kernels_are_kept_for_each_device(monkeypatch):
 
     class Kernel:
         def __init__(self):
-            self.arg_names = ["x"]
+            self.arg_names = ["x", "m"]
 
         def __getitem__(self, grid):
             def bind(*arguments, **options):
@@ -150,7 +150,7 @@ def test_compiled_kernels_are_kept_for_each_device(monkeypatch):
     monkeypatch.setattr(start_module, "CompiledKernel", Handle)
     kernel, x = Kernel(), torch.empty(64)
     for current in (0, 1, 0, 1, 1):
-        start_module.start(kernel, (1,), (x,), (), {}, {}, current)
+        start_module.start(kernel, (1,), (x,), (64,), (), {}, {}, current)
     assert asked == [0, 1]
     assert started == [0, 1, 1]
 
