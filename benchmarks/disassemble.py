@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import subprocess
@@ -94,7 +93,7 @@ class CompileOnly:
 
 @contextlib.contextmanager
 def without_gpu(device: Any, compiled: list[Any]) -> Iterator[None]:
-    """The launchers take tensors without data as those of a GPU ``device`` (a ``config.Device``), and only compile.
+    """The launchers take tensors without data as those of a GPU ``device`` (a ``choose.Device``), and only compile.
 
     ``compiled`` gets what each launch compiled. Triton's cache on disk is filled as by a launch on such a GPU.
     """
@@ -102,15 +101,16 @@ def without_gpu(device: Any, compiled: list[Any]) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     from rlrr_kernels.backends.triton import launch, layer_norm
+    from rlrr_kernels.backends.triton.gluon import launch as gluon
 
     major, minor = device.capability
     driver.set_active(NoGPU(10 * major + minor))
     with contextlib.ExitStack() as stack:
-        for module in (launch, layer_norm):
+        for module in (launch, layer_norm, gluon):
             for name, kernel in vars(module).copy().items():
                 if isinstance(kernel, JITFunction) and name.endswith("_kernel"):  # not what kernels call
                     stack.enter_context(mock.patch.object(module, name, CompileOnly(kernel, compiled)))
-        for name, value in (("interpreting", False), ("_device", device), ("_guard", contextlib.nullcontext())):
+        for name, value in (("interpreting", False), ("device_of", device), ("guard", contextlib.nullcontext())):
             stack.enter_context(mock.patch.object(launch, name, lambda *_, value=value: value))
         yield
 
@@ -122,12 +122,8 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-#: The copy engine's target in TTGIR: one stage of a buffer, as 1x64xf32.
-_BOX = re.compile(r"async_tma_copy_global_to_local.*-> !ttg\.memdesc<((?:\d+x)+)[a-z]+(\d+)")
-
-
 def inspect(compiled: Any, disassemble: bool, sass: bool = False) -> dict[str, Any]:
-    """Registers, stack and shared memory, and the bytes of a stage of each box that the copy engine fills.
+    """Registers, stack and shared memory.
 
     ``disassemble``: also the product's loop, and how much code there is besides. ``sass``: also the machine code.
     """
@@ -140,11 +136,6 @@ def inspect(compiled: Any, disassemble: bool, sass: bool = False) -> dict[str, A
             "registers": int(usage[1]),
             "stack": int(usage[2]),
             "shared": compiled.metadata.shared,
-            "tensor_columns": getattr(compiled.metadata, "tmem_size", 0) or 0,
-            "boxes": [
-                math.prod(map(int, sides.split("x")[:-1])) * int(bits) // 8
-                for sides, bits in _BOX.findall(compiled.asm["ttgir"])
-            ],
         }
         if disassemble or sass:
             text = _tool("nvdisasm", "-c", file.name)
@@ -181,11 +172,11 @@ def product_loop(sass: str) -> tuple[list[str], int]:
 def main() -> None:
     import torch
 
-    from rlrr_kernels.backends.triton import config as configs
-    from rlrr_kernels.backends.triton import launch, layer_norm
+    from rlrr_kernels.backends.triton import choose, launch, layer_norm
+    from rlrr_kernels.backends.triton.gluon import launch as gluon
 
     request = json.load(sys.stdin)
-    device = configs.Device(**request["device"] | {"capability": tuple(request["device"]["capability"])})
+    device = choose.Device(**request["device"] | {"capability": tuple(request["device"]["capability"])})
     compiled: list[Any] = []
     with without_gpu(device, compiled):
         print(json.dumps(READY), flush=True)
@@ -197,8 +188,9 @@ def main() -> None:
             m, n, k, groups = (arguments.pop(key) for key in ("m", "n", "k", "groups"))
             wanted = arguments.pop("disassemble", False), arguments.pop("sass", False)
             kernel = arguments.pop("kernel")
-            if "config" in arguments:
-                arguments["config"] = configs.Config(**arguments["config"])
+            backend = {"triton": launch, "gluon": gluon}[arguments.pop("backend", "triton")]
+            if "choice" in arguments:
+                arguments["choice"] = choose.Choice(**arguments["choice"])
             x, dy, weight, u, v, offset = (
                 torch.empty(shape, dtype=t, device="meta")
                 for shape, t in (
@@ -211,23 +203,23 @@ def main() -> None:
                 )
             )
             if kernel == "forward":
-                launch.forward(x, weight, u, v, offset, offset, **arguments)
+                backend.forward(x, weight, u, v, offset, offset, **arguments)
             elif kernel == "grad_input":
-                launch.grad_input(dy, weight, u, v, **arguments)
+                backend.grad_input(dy, weight, u, v, **arguments)
             elif kernel == "layer_norm":  # over K, forward and backward
                 own, (mean, rstd) = weight[0], torch.empty(2, m, 1, dtype=torch.float32, device="meta")
                 layer_norm.forward(x, own, own, v[0, 0], v[0, 0], 1e-6, x.dtype)
                 layer_norm.backward(x, x, mean, rstd, own, own, v[0, 0], True)
             else:
-                launch.grad_scales(dy, x, weight, u, v, True, **arguments)
+                backend.grad_scales(dy, x, weight, u, v, True, **arguments)
             for result in compiled:
                 report = inspect(result, *wanted) | {"case": case, "index": index, "name": result.metadata.name}
                 print(json.dumps(report), flush=True)
 
 
-def as_case(kernel: str, kind: str, config: Any = None, **rest: Any) -> dict[str, Any]:
-    """A request's case, with a :class:`Config` spelled out; without one the heuristic chooses."""
-    chosen = {} if config is None else {"config": dataclasses.asdict(config)}
+def as_case(kernel: str, kind: str, choice: Any = None, **rest: Any) -> dict[str, Any]:
+    """A request's case, with a ``Choice`` spelled out; without one the launcher chooses."""
+    chosen = {} if choice is None else {"choice": dataclasses.asdict(choice)}
     return {"kernel": kernel, "kind": kind, **chosen, **rest}
 
 
