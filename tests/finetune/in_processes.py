@@ -3,7 +3,6 @@
 ``python -m torch.distributed.run ... -m tests.finetune.in_processes FOLDER``
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -91,7 +90,8 @@ def main(folder):
     if main_process:
         (folder / "found.json").write_text(json.dumps(everything))
     ready = prepared(folder, SIZES, out=folder / "broken")
-    train(dataclasses.replace(ready, splits=dataclasses.replace(ready.splits, train=Unreadable(ready.splits.train))))
+    ready.splits.train.items = Unreadable(ready.splits.train.items)
+    train(ready)
 
 
 if __name__ == "__main__":
