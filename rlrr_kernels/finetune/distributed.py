@@ -48,6 +48,8 @@ def launched() -> World:
 
 def machine() -> World:
     """This process's number among those of its machine, and how many they are."""
+    if launched().size == 1:
+        return World()
     return World(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

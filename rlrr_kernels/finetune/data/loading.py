@@ -21,7 +21,8 @@ from rlrr_kernels.finetune import distributed
 from rlrr_kernels.finetune.data.images import ImageSet
 from rlrr_kernels.finetune.distributed import World
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 def threads(workers: int) -> int:
@@ -90,7 +91,7 @@ def keep(images: ImageSet, world: World, workers: int, room: int, *, quiet: bool
         quiet: no progress bar and no such line.
 
     Returns:
-        Bytes taken.
+        Bytes of the room that are gone: the same in all processes, also where a machine's disk had too few.
 
     Raises:
         OSError, ValueError: as :class:`ImageSet`, of an image that fails; or the file cannot be written after all.
@@ -104,7 +105,7 @@ def keep(images: ImageSet, world: World, workers: int, room: int, *, quiet: bool
     descriptor = _shared_file(world, size, quiet)
     if descriptor is None:
         distributed.everyones(world, None)
-        return 0
+        return size
     with os.fdopen(descriptor, "r+b") as file:
         machine = distributed.machine()
         own = range(machine.rank, len(images), machine.size)
