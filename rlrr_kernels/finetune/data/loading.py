@@ -100,9 +100,9 @@ def keep(images: ImageSet, world: World, workers: int, room: int, *, quiet: bool
     record = np.dtype([("pixels", np.uint8, shape), ("label", np.int64)])
     size = len(images) * record.itemsize
     if size > room:
-        _say_not_kept(size, f"--cache leaves {in_units(room)}", quiet)
+        _say_not_kept(len(images), size, f"--cache leaves {in_units(room)}", quiet)
         return 0
-    descriptor = _shared_file(world, size, quiet)
+    descriptor = _shared_file(world, len(images), size, quiet)
     if descriptor is None:
         distributed.everyones(world, None)
         return size
@@ -120,7 +120,7 @@ def keep(images: ImageSet, world: World, workers: int, room: int, *, quiet: bool
     return size
 
 
-def _shared_file(world: World, size: int, quiet: bool) -> int | None:
+def _shared_file(world: World, count: int, size: int, quiet: bool) -> int | None:
     """A new file without a name, of so many bytes, open in all processes of the machine; None: there is no room."""
     machine = distributed.machine()
     file, name = None, ""
@@ -132,7 +132,7 @@ def _shared_file(world: World, size: int, quiet: bool) -> int | None:
                 os.posix_fallocate(file, 0, size)
             except OSError as error:
                 place = os.path.dirname(name) or "the folder for temporary files (TMPDIR)"
-                _say_not_kept(size, f"{place}: {error.strerror}", quiet)
+                _say_not_kept(count, size, f"{place}: {error.strerror}", quiet)
                 if file is not None:
                     os.close(file)
                     os.unlink(name)
@@ -147,6 +147,9 @@ def _shared_file(world: World, size: int, quiet: bool) -> int | None:
     return file
 
 
-def _say_not_kept(size: int, why: str, quiet: bool) -> None:
+def _say_not_kept(count: int, size: int, why: str, quiet: bool) -> None:
     if not quiet:
-        print(f"warning: images are decoded in each epoch: keeping them takes {in_units(size)}; {why}", file=sys.stderr)
+        print(
+            f"warning: {count:,} images are decoded in each epoch: keeping them takes {in_units(size)}; {why}",
+            file=sys.stderr,
+        )

@@ -156,7 +156,7 @@ def test_without_room_one_line_says_so_and_images_are_decoded_anew(
     assert images.kept is None
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "images are decoded in each epoch: keeping them takes 8 KiB; " in err
+    assert "warning: 7 images are decoded in each epoch: keeping them takes 8 KiB; " in err
     assert said in err
     assert list((tmp_path / "kept").iterdir()) == []
     assert same(epochs(images), expected)
