@@ -72,7 +72,7 @@ def passes(device, m=64, n=96, k=4096):
     split = choose.Choice(64, 32, 64, 4, 3, splits=2)
     return {
         "forward": lambda: launch.forward(x, w, u, v, f, f, choice=whole),
-        # so few tokens and so deep a sum that the heuristic splits it
+        # so few tokens and so deep a sum that the rule splits it
         "forward, split": lambda: launch.forward(x, w, u, v, None, f),
         "grad_input": lambda: launch.grad_input(dy, w, u, v),
         "grad_input, split": lambda: launch.grad_input(dy, w, u, v, choice=split),
