@@ -191,6 +191,8 @@ def main() -> None:
             backend = {"triton": launch, "gluon": gluon}[arguments.pop("backend", "triton")]
             if "choice" in arguments:
                 arguments["choice"] = choose.Choice(**arguments["choice"])
+            if "chosen" in arguments:
+                arguments["chosen"] = gluon.Width(*arguments["chosen"])
             x, dy, weight, u, v, offset = (
                 torch.empty(shape, dtype=t, device="meta")
                 for shape, t in (

@@ -1,10 +1,8 @@
-"""What must hold of every compiled kernel before it may be launched, read from its code: ``make gates``.
+"""What must hold of every compiled Hopper kernel before it may be launched, read from its code: ``make gates``.
 
-For each Triton asked for, ``python -m tests.gates VERSION...`` compiles every tile that the package would launch with
-it on Hopper and prints a line: how many have a hazard (``hazards.py``), spill, want more shared memory than there is,
-or have boxes where the copy engine cannot put them. It does the same for W' in registers, which says what belongs in
-``backends/triton/compiler.py``. The exit status is 1 if a kernel that would be launched fails, or if a Triton that is
-listed there is not clean.
+For each Triton asked for, ``python -m tests.gates VERSION...`` compiles the plain kernels' tiles and all forms of the
+Gluon kernels, and prints a line for each pass: how many have a hazard (``hazards.py``), spill, want more shared memory
+than there is, and of Gluon's how many instructions they have (``gluon_code.py``). The exit status is 1 if one fails.
 
 Each VERSION is installed into ``build/triton`` first, beside PyTorch, which it need not fit: nothing is launched.
 It takes about ten minutes a VERSION on two cores.
@@ -17,93 +15,128 @@ import dataclasses
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from benchmarks.disassemble import probe
-from benchmarks.search import compile_cases, triton_version
-from benchmarks.search_space import TARGETS, Row, rows
-from rlrr_kernels.backends.triton.config import Config, Device, Kernel, fitting_tiles
-from tests.hazards import hazards, products
+import torch
+
+from benchmarks.disassemble import as_case, probe
+from rlrr_kernels.backends.problem import Pass, Problem
+from rlrr_kernels.backends.triton import choose
+from rlrr_kernels.backends.triton.choose import Device
+from rlrr_kernels.backends.triton.gluon.launch import WIDTHS
+from tests.gluon_code import disorder, figures
+from tests.hazards import hazards
 from tests.sass import parsed
 
-#: Where the copy engine may begin: each stage of a box, so their sizes too.
-BOX_BYTES = 128
+H100 = Device((9, 0), 132, 232_448)
 ROOT = Path(__file__).parents[1]
 
+#: A warp's instructions in a step of one product, and in one of two, whose W' Triton 3.9 copies for the second. A step
+#: of 256 tokens takes 1,024 cycles of the tensor cores, of 192 tokens 768, and a scheduler serves two warps meanwhile.
+MOST_STEP, MOST_STEP_OF_TWO = 190, 240
+#: From the last product of a tile to the next tile.
+MOST_AFTER = 250
 
-def tiles(architecture: str, kernel: str, row: Row) -> list[Config]:
-    """Every tile of a row of the table, and the first once more with its sum split."""
-    device = TARGETS[architecture]
-    found = fitting_tiles(kernel, row.kind, row.path, row.x_size, row.weight_size, device)  # type: ignore[arg-type]
-    configs = [tile.config() for tile in dict.fromkeys(found)]
-    return configs if kernel == "grad_scales" else [*configs, found[0].config(splits=2)]
+#: Sizes that all tiles divide, and that none does.
+WHOLE, ODD = {"m": 6400, "n": 2304, "k": 768}, {"m": 6301, "n": 2319, "k": 783}
+
+#: (arithmetic, dtype of x, dtype of W)
+TYPES = (
+    ("half", "bfloat16", "bfloat16"),
+    ("half", "float16", "float16"),
+    ("half", "bfloat16", "float32"),
+    ("tf32", "float32", "float32"),
+    ("ieee", "float32", "float32"),
+)
 
 
-def cases(architecture: str, kernel: str, row: Row, config: Config) -> list[dict[str, Any]]:
-    """A tile at each of its shapes, as ``probe`` takes it; on Hopper with its machine code."""
-    tensors = {"dtype": row.dtype, "weight_dtype": row.weight_dtype, "path": row.path}
-    sass = TARGETS[architecture].capability[0] == 9
-    return compile_cases(kernel, row, config, sass=sass, **tensors)  # type: ignore[arg-type]
+def plain_cases(kernel: Pass) -> Iterator[dict[str, Any]]:
+    """Every tile of the plain kernels on Hopper, and the first with its sum split; one and several groups."""
+    for (kind, dtype, weight_dtype), aligned in itertools.product(TYPES, (True, False)):
+        sizes = WHOLE if aligned else ODD
+        types = {"dtype": getattr(torch, dtype), "weight_dtype": getattr(torch, weight_dtype)}
+        problem = Problem(kernel, **sizes, groups=1, **types, tf32=kind == "tf32")
+        tiles = choose.tiles(problem, H100, aligned)
+        names = {"dtype": dtype, "weight_dtype": weight_dtype, "sass": True}
+        for tile, groups in ((tiles[0], 3), (replace(tiles[0], splits=2), 1), *((tile, 1) for tile in tiles)):
+            yield as_case(kernel, kind, tile, **sizes, groups=groups, **names)
 
 
-def others(architecture: str, kernel: str, row: Row) -> list[dict[str, Any]]:
-    """What else a row of Hopper's serves, by its first tile: other dtypes, and sizes that its blocks do not divide."""
-    if TARGETS[architecture].capability[0] != 9 or row.kind == "ieee":
-        return []
-    config, *_ = tiles(architecture, kernel, row)
-    pairs = {"half/2": ("float16", "float16"), "half/4": ("bfloat16", "float32"), "tf32/4": ("float32", "bfloat16")}
-    dtype, weight_dtype = pairs[row.name.partition(" ")[0]]
-    found = cases(architecture, kernel, replace(row, dtype=dtype, weight_dtype=weight_dtype), config)
-    if row.path == "vectors":
-        odd = {"m": 6301, "n": 2320, "k": 784, "groups": 1}
-        found += [case | odd for case in cases(architecture, kernel, row, config)[:1]]
-    return found
+def gluon_cases(kernel: Pass) -> Iterator[dict[str, Any]]:
+    """Every form of a Gluon kernel: widths, dtypes, one and several groups."""
+    widths = WIDTHS if kernel != "grad_scales" else (None,)
+    for width, dtype, groups in itertools.product(widths, ("bfloat16", "float16"), (1, 3)):
+        chosen = {} if width is None else {"chosen": dataclasses.astuple(width)}
+        types = {"dtype": dtype, "weight_dtype": dtype, "sass": True}
+        yield as_case(kernel, "half", backend="gluon", **WHOLE, groups=groups, **types, **chosen)
+
+
+CASES = {"triton": plain_cases, "gluon": gluon_cases}
+
+
+def of_gluon(report: dict[str, Any]) -> bool:
+    """Whether a report is of a Gluon kernel, and not of one that adds up its partial sums."""
+    return report["name"] in ("product_kernel", "gram_kernel")
 
 
 def wrong(report: dict[str, Any], device: Device) -> list[str]:
-    """Why a compiled kernel may not be launched; reads hazards where the report has machine code."""
+    """Why a compiled kernel may not be launched; reads the machine code where the report has it."""
     found = []
     if report["stack"]:
         found.append(f"spills {report['stack']} bytes")
     if report["shared"] > device.shared_memory:
         found.append(f"takes {report['shared']} of {device.shared_memory} bytes of shared memory")
-    found += [f"a box's stages lie {size} bytes apart" for size in sorted(set(report["boxes"])) if size % BOX_BYTES]
     if "sass" in report:
         lines = parsed(report["sass"])[report["name"]]
         found += [f"hazard: {hazard}" for hazard in hazards(lines)]
-        if not device.weight_left and any(products(lines)):
-            found.append("a product takes an operand from registers, for a compiler that is not trusted with it")
+        if of_gluon(report):
+            found += _wrong_in_gluon(report, lines)
     return found
 
 
-def every(architecture: str, kernel: str, row: Row) -> list[dict[str, Any]]:
-    """All cases of a row."""
-    whole = [case for tile in tiles(architecture, kernel, row) for case in cases(architecture, kernel, row, tile)]
-    return whole + others(architecture, kernel, row)
+def _wrong_in_gluon(report: dict[str, Any], lines: list[str]) -> Iterator[str]:
+    yield from disorder(lines)
+    code = figures(lines)
+    two = report["case"].get("chosen", (0, 0))[1] > 0
+    if code.step > (most := MOST_STEP_OF_TWO if two else MOST_STEP):
+        yield f"takes {code.step} instructions a step, expected {most} at most"
+    if code.after > MOST_AFTER:
+        yield f"takes {code.after} instructions after a tile's last product, expected {MOST_AFTER} at most"
+    if code.block_barriers:
+        yield f"waits {code.block_barriers} times a step for the whole block"
 
 
-def judged(architecture: str, kernel: str, python: str, found: list[Row]) -> list[list[str]]:
-    """For each kernel compiled of these rows of a part of the table, by two processes, what is wrong with it."""
-    device = TARGETS[architecture]
-    wanted = [case for row in found for case in every(architecture, kernel, row)]
-    requests = [{"device": dataclasses.asdict(device), "cases": part} for part in (wanted[::2], wanted[1::2])]
+def compiled(python: str, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Reports on all cases for Hopper, by two processes of an interpreter."""
+    requests = [{"device": dataclasses.asdict(H100), "cases": part} for part in (wanted[::2], wanted[1::2]) if part]
     with ThreadPoolExecutor(2) as pool:
-        return [wrong(report, device) for half in pool.map(lambda r: probe(r, python), requests) for report in half]
+        return [report for half in pool.map(lambda r: probe(r, python), requests) for report in half]
 
 
-def launched(keeps_operands: bool) -> str:
-    """The part of the table that is launched from on Hopper."""
-    return "sm_90" if keeps_operands else "sm_90 shared"
+def _range(values: list[int]) -> str:
+    return f"{min(values)} to {max(values)}" if min(values) < max(values) else str(values[0])
 
 
-def trusted(python: str) -> bool:
-    """Whether the package puts W' into registers with an interpreter's Triton."""
-    question = "from rlrr_kernels.backends.triton.compiler import keeps_operands; print(keeps_operands())"
-    answer = subprocess.run([python, "-c", question], check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    return answer.strip() == "True"
+def cells(reports: list[dict[str, Any]], failed: list[list[str]]) -> tuple[Any, ...]:
+    """Of a line: compiled, wrong, hazards, shared memory, and of Gluon's code: step, after, barriers."""
+    hazardous = sum(any(line.startswith("hazard") for line in lines) for lines in failed)
+    shared = max(report["shared"] for report in reports)
+    found = len(reports), sum(map(bool, failed)), hazardous, max(r["registers"] for r in reports), shared
+    codes = [figures(parsed(r["sass"])[r["name"]]) for r in reports if of_gluon(r)]
+    if not codes:
+        return (*found, "", "", "")
+    barriers = "; ".join(dict.fromkeys(f"{code.barriers[0]}, {code.barriers[1]}" for code in codes))
+    return (*found, _range([code.step for code in codes]), _range([code.after for code in codes]), barriers)
+
+
+def triton_version(python: str) -> str:
+    """Of an interpreter."""
+    question = "import triton; print(triton.__version__)"
+    return subprocess.run([python, "-c", question], check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 
 def interpreter(version: str, folder: Path) -> str:
@@ -123,28 +156,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gates", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("version", nargs="*", help="of Triton, or newest; default: the installed one")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "triton", help="default: build/triton")
+    parser.add_argument("--backend", choices=CASES, action="append", help="default: all")
     arguments = parser.parse_args()
-    bad = 0
-    heads = ("Triton", "W'", "kernel", "compiled", "wrong", "hazards", "launched")
-    print(f"| {' | '.join(heads)} |\n| --- | --- | --- | ---: | ---: | ---: | --- |")
+    bad = False
+    heads = ("Triton", "backend", "pass", "compiled", "wrong", "hazards", "registers", "shared memory")
+    heads = (*heads, "a step", "after a tile", "barriers in, after")
+    print(f"| {' | '.join(heads)} |\n| --- | --- | --- |{' ---: |' * (len(heads) - 3)}")
     for version in arguments.version or ["installed"]:
         python = sys.executable if version == "installed" else interpreter(version, arguments.folder)
         name = f"{triton_version(python)}{f' ({version})' if version.isalpha() else ''}"
-        now = launched(trusted(python))
-        for part, kernel in itertools.product(dict.fromkeys((now, "sm_90")), get_args(Kernel)):
-            # what is not launched is read for its hazards alone, and not where rare tensors are loaded by the element
-            everything = rows(TARGETS[part])
-            most = [row for row in everything if row.kind != "ieee" and row.path != "elements"]
-            found = judged(part, kernel, python, everything if part == now else most)
-            failed = [lines for lines in found if lines]
-            hazardous = sum(any(line.startswith("hazard") for line in lines) for lines in failed)
-            bad += part == now and bool(failed)
-            side, used = "shared memory" if part.endswith("shared") else "registers", "yes" if part == now else "no"
-            cells = (name, side, kernel, len(found), len(failed), hazardous, used)
-            print(f"| {' | '.join(map(str, cells))} |", flush=True)
-            for line in sorted({line for lines in failed for line in lines}) if part == now else ():
-                print(f"    {line}", flush=True)
-    return 1 if bad else 0
+        for backend, kernel in itertools.product(arguments.backend or CASES, get_args(Pass)):
+            reports = compiled(python, list(CASES[backend](kernel)))
+            failed = [wrong(report, H100) for report in reports]
+            bad |= any(failed)
+            print(f"| {' | '.join(map(str, (name, backend, kernel, *cells(reports, failed))))} |", flush=True)
+            for report, lines in zip(reports, failed, strict=True):
+                for line in lines:
+                    print(f"    {report['case']}: {line}", flush=True)
+    return int(bad)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class GPUs:
             finally:
                 self.current = before
 
-        def launched(kernel, grid, operands, free, numbers, constants, options, index):
+        def launched(kernel, grid, operands, numbers, constants, options, index):
             self.launched.append((kernel, self.current, index, {o.device.index for o in operands}))
             if self.fails:
                 raise RuntimeError("the launch failed")
@@ -53,7 +53,7 @@ class GPUs:
         monkeypatch.setattr(tuned, "find", found)
         monkeypatch.setattr(choose, "cuda_device", properties)
         # what a tensor without data cannot be asked for
-        monkeypatch.setattr(launch, "_loadable", lambda weight, *activations: (True, activations))
+        monkeypatch.setattr(launch, "_aligned", lambda t: True)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_compiled_kernels_are_kept_for_each_device(monkeypatch):
 
     class Kernel:
         def __init__(self):
-            self.arg_names, self.do_not_specialize = ["x", "free"], ["free"]
+            self.arg_names = ["x"]
 
         def __getitem__(self, grid):
             def bind(*arguments, **options):
@@ -150,7 +150,7 @@ def test_compiled_kernels_are_kept_for_each_device(monkeypatch):
     monkeypatch.setattr(start_module, "CompiledKernel", Handle)
     kernel, x = Kernel(), torch.empty(64)
     for current in (0, 1, 0, 1, 1):
-        start_module.start(kernel, (1,), (x,), (0,), (), {}, {}, current)
+        start_module.start(kernel, (1,), (x,), (), {}, {}, current)
     assert asked == [0, 1]
     assert started == [0, 1, 1]
 

@@ -7,6 +7,7 @@ measured for the problem (:mod:`rlrr_kernels.backends.tuned`), else the rule's; 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -29,6 +30,7 @@ from rlrr_kernels.backends.triton.sum_splits import sum_splits_kernel
 INTERPRETED_DEVICE = Device(capability=(9, 0), multiprocessors=132, shared_memory=232448)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FIELDS = {field.name for field in dataclasses.fields(Choice)}
 
 
 def interpreting() -> bool:
@@ -80,8 +82,8 @@ def _chosen(problem: Problem, x: Tensor, aligned: bool) -> Choice:
     """What was measured for a problem, or else the rule's choice."""
     device = device_of(x)
     entry = tuned.find(problem, x.device)
-    if entry is not None and entry.backend == "triton" and entry.tile is not None and aligned:
-        choice = Choice(**entry.tile)
+    if entry is not None and entry.backend == "triton" and aligned and set(entry.tile or ()) == _FIELDS:
+        choice = Choice(**entry.tile)  # type: ignore[arg-type]
         if choose.refusal(problem, choice, device) is None:
             return choice
     return choose.choose(problem, device, aligned)

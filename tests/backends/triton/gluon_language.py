@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -109,16 +109,32 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and_", "or_", 
         setattr(Accumulator, f"__{_kind}{_name.rstrip('_')}__", Accumulator._in_flight)
 
 
+class Number(int):
+    """A scalar of a kernel: a Python number that may be asked to be wide."""
+
+    def to(self, dtype: Any) -> Number:
+        return self
+
+
+def _number(function: Callable[[int, Any], Any]) -> Callable[[int, Any], Any]:
+    def apply(self: int, other: Any) -> Any:
+        result = function(self, other)
+        return result if result is NotImplemented else Number(result)
+
+    return apply
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    for _full in (f"__{_name}__", f"__r{_name}__"):
+        setattr(Number, _full, _number(getattr(int, _full)))
+
+
 @dataclass(eq=False)
 class Pointer:
     """Addresses of elements of a tensor, or one address; ``offsets`` are in elements."""
 
     base: Tensor
     offsets: Any = 0
-
-    @property
-    def dtype(self) -> Any:
-        return SimpleNamespace(element_ty=_TYPES[self.base.dtype])
 
     def __add__(self, offsets: Any) -> Pointer:
         return Pointer(self.base, self.offsets + (offsets.data.long() if isinstance(offsets, Tile) else offsets))
@@ -151,14 +167,6 @@ class Boxes:
     def dtype(self) -> Any:
         return _TYPES[self.base.dtype]
 
-    @property
-    def nbytes_per_cta(self) -> int:
-        return int(torch.Size(self.block_shape).numel()) * self.base.element_size()
-
-    @property
-    def block_type(self) -> Any:
-        return SimpleNamespace(shape=self.block_shape, element_ty=self.dtype, nbytes=self.nbytes_per_cta)
-
     def places(self, at: Sequence[int], view: View) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """The part of the box at these coordinates that lies in the matrix: where there, and where in the box.
 
@@ -177,7 +185,7 @@ class Boxes:
         return inside, tuple(slice(low - first, high - first) for (low, high), first in zip(ends, at, strict=True))
 
 
-def _load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Tile:
+def _load(pointer: Pointer, mask: Any = None, other: Any = None) -> Tile:
     """What is masked and has no ``other`` is poisoned."""
     row, offsets, mask = pointer.reach(mask)
     out = torch.empty(offsets.shape, dtype=row.dtype)
@@ -195,20 +203,14 @@ def _sum(tile: Tile, axis: int) -> Tile:
     return Tile(tile.data.sum(axis, dtype=tile.data.dtype), tile.layout and language.SliceLayout(axis, tile.layout))
 
 
-def _chosen(function: Callable[[Any, Any], Tensor], plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A function of two tiles, or of two numbers."""
-    tiles = _binary(lambda a, b: function(a, torch.as_tensor(b, dtype=a.dtype)))
-    return lambda a, b: tiles(a, b) if isinstance(a, Tile) else tiles(b, a) if isinstance(b, Tile) else plain(a, b)
-
-
 def _where(condition: Tile, a: Any, b: Any) -> Tile:
     data = torch.where(condition.data, *(t.data if isinstance(t, Tile) else t for t in (a, b)))
     return Tile(data, condition.layout)
 
 
-def _assume(condition: object, message: str = "") -> None:
+def _assume(condition: object) -> None:
     if not condition:
-        raise MachineError(f"{current().name}: what is assumed does not hold {message}")
+        raise MachineError(f"{current().name}: what is assumed does not hold")
 
 
 def _inline_asm(asm: str, constraints: str, args: list[Tile], dtype: Any, is_pure: bool, pack: int) -> Tile:
@@ -241,13 +243,12 @@ def _init(at: View, count: int) -> None:
     at.barrier = Barrier(str(at), count)
 
 
-def _wait(at: View, phase: int, pred: Any = True, deps: Any = ()) -> None:
+def _wait(at: View, phase: int) -> None:
     """Passes while the phase of this parity is the last that was completed."""
     if phase not in (0, 1):
         raise MachineError(f"{current().name} waits for parity {phase} of {at}")
-    if pred:
-        barrier = at.barrier
-        current().step(lambda: barrier.phase % 2 != phase, f"parity {phase} of", barrier)
+    barrier = at.barrier
+    current().step(lambda: barrier.phase % 2 != phase, f"parity {phase} of", barrier)
 
 
 def _arrive(at: View, *, count: int = 1, pred: Any = True) -> None:
@@ -256,16 +257,13 @@ def _arrive(at: View, *, count: int = 1, pred: Any = True) -> None:
         current().step()
 
 
-def _expect(at: View, size: int, pred: Any = True) -> None:
-    if pred:
-        at.barrier.arrive(1, size)
-        current().step()
+def _expect(at: View, size: int) -> None:
+    at.barrier.arrive(1, size)
+    current().step()
 
 
-def _copy_in(boxes: Boxes, at: Sequence[int], barrier: View, to: View, pred: Any = True) -> None:
+def _copy_in(boxes: Boxes, at: Sequence[int], barrier: View, to: View) -> None:
     """A box to shared memory, zeros where it lies outside of the matrix; all of its bytes go to the barrier."""
-    if not pred:
-        return
     inside, within = boxes.places(at, to)
     to.claim("a copy into", "copy", "product", "store")
     poison(to.data)
@@ -292,8 +290,10 @@ def _copy_out(boxes: Boxes, at: Sequence[int], of: View) -> None:
     current().step()
 
 
-def _multiply(a: Tile | View, b: View, acc: Any, *, use_acc: Any = True, is_async: bool = False) -> Any:
+def _multiply(a: Tile | View, b: View, acc: Accumulator, *, is_async: bool) -> Accumulator:
     """a (registers or shared memory) times b, added up in float32."""
+    if not is_async:
+        raise MachineError("wgmma that waits for itself: the kernels overlap all of them")
     if isinstance(a, Tile):
         layout = a.layout
         if not isinstance(layout, language.DotOperandLayout) or (layout.operand_index, layout.parent) != (
@@ -312,11 +312,11 @@ def _multiply(a: Tile | View, b: View, acc: Any, *, use_acc: Any = True, is_asyn
         product = a.data.float() @ b.data.float()
         if product.shape != acc.data.shape:
             raise MachineError(f"wgmma of {a.shape} and {b.shape} into {list(acc.data.shape)}")
-        out.data = acc.data + product if use_acc else product
+        out.data = acc.data + product
 
     current().issue("product", f"{current().name}'s product of {' and '.join(map(str, views))}", *views, finish=finish)
     current().step()
-    return out if is_async else _wait_products(0, [out])
+    return out
 
 
 def _wait_products(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
@@ -327,7 +327,7 @@ def _wait_products(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
 
 @dataclass(eq=False)
 class Kernel:
-    """What ``gluon.jit`` makes: a function for other kernels, and ``kernel[grid](...)`` for the host."""
+    """What ``gluon.jit`` makes: a function for other kernels, and ``kernel[(programs,)](...)`` for the host."""
 
     fn: Callable[..., Any]
 
@@ -339,20 +339,24 @@ class Kernel:
         return self.fn(*args, **constants)
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int = 4, **more: Any) -> None:
-            given = [_on_device(a) for a in (*args, *(more[name] for name in self.arg_names[len(args) :]))]
+        def launch(*args: Any, num_warps: int, **constants: Any) -> None:
+            given = [_on_device(a) for a in (*args, *(constants[name] for name in self.arg_names[len(args) :]))]
             schedule = _schedules[-1]
-            (width, *height) = grid
-            indices = [(x, y) for y in range(*(height or (1,))) for x in range(width)]
-            for index in reversed(indices) if schedule.backwards else indices:
-                Program(index, (*grid, 1), num_warps, schedule).run(self.fn, given)
+            for index in reversed(range(*grid)) if schedule.backwards else range(*grid):
+                Program(index, *grid, schedule).run(self.fn, given)
 
         return launch
+
+
+def _jit(fn: Callable[..., Any] | None = None, do_not_specialize: Sequence[str] = ()) -> Any:
+    return Kernel if fn is None else Kernel(fn)
 
 
 def _on_device(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return Pointer(argument)
+    if type(argument) is int:
+        return Number(argument)
     if isinstance(argument, TensorDescriptor):
         matrix = argument.base.as_strided(argument.shape, argument.strides, argument.base.storage_offset())
         return Boxes(matrix, list(argument.block_shape), argument.layout)
@@ -398,9 +402,7 @@ def stand_ins() -> dict[str, ModuleType]:
         tma=boxes,
         fence_async_shared=lambda: current().finish("write"),
         warpgroup_mma=_multiply,
-        warpgroup_mma_init=lambda value: (
-            value if isinstance(value, Accumulator) else Accumulator(value.data, value.layout)
-        ),
+        warpgroup_mma_init=lambda sum: sum if isinstance(sum, Accumulator) else Accumulator(sum.data, sum.layout),
         warpgroup_mma_wait=_wait_products,
     )
     on_nvidia = _standing_in(nvidia, hopper=on_hopper)
@@ -409,16 +411,13 @@ def stand_ins() -> dict[str, ModuleType]:
         nvidia=on_nvidia,
         constexpr=lambda value: value,
         static_range=range,
-        static_assert=_assume,
         assume=_assume,
-        program_id=lambda axis: current().program.index[axis],
-        num_programs=lambda axis: current().program.grid[axis],
-        num_warps=lambda: current().program.num_warps,
+        program_id=lambda axis: Number(current().program.index),
+        num_programs=lambda axis: Number(current().program.programs),
         cdiv=lambda a, b: (a + b - 1) // b,
         load=_load,
         store=_store,
         arange=lambda start, end, layout=None: Tile(torch.arange(start, end, dtype=torch.int32), layout),
-        full=lambda shape, value, dtype, layout=None: Tile(torch.full(shape, value, dtype=_DTYPES[dtype]), layout),
         zeros=lambda shape, dtype, layout=None: Tile(torch.zeros(shape, dtype=_DTYPES[dtype]), layout),
         expand_dims=lambda tile, axis: Tile(tile.data.unsqueeze(axis), getattr(tile.layout, "parent", None)),
         sum=_sum,
@@ -426,18 +425,11 @@ def stand_ins() -> dict[str, ModuleType]:
         permute=lambda tile, order: Tile(tile.data.permute(order)),
         split=lambda tile: tuple(Tile(half) for half in tile.data.unbind(-1)),
         where=_where,
-        minimum=_chosen(torch.minimum, min),
-        maximum=_chosen(torch.maximum, max),
+        minimum=min,
         convert_layout=lambda tile, layout: Tile(tile.data, layout),
         inline_asm_elementwise=_inline_asm,
         allocate_shared_memory=_allocate,
         warp_specialize=lambda functions, warps, registers=None: current().program.specialise(functions, warps),
-        barrier=lambda: current().step(),
     )
-    root = _standing_in(
-        gluon,
-        language=gl,
-        jit=lambda fn=None, **_: Kernel if fn is None else Kernel(fn),
-        constexpr_function=lambda function: function,
-    )
+    root = _standing_in(gluon, language=gl, jit=_jit, constexpr_function=lambda function: function)
     return {module.__name__: module for module in (root, gl, on_nvidia, on_hopper, barriers, boxes)}

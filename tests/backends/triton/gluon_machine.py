@@ -196,10 +196,17 @@ class View:
 def allocate(dtype: Any, torch_dtype: torch.dtype, shape: list[int], layout: Any, frame: FrameType) -> View:
     """Poisoned shared memory, named after the variable that the kernel at ``frame`` puts it in."""
     after = (i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti)
-    name = next((i.argval for i in after if i.opname == "STORE_FAST"), "shared memory")
+    name = next((i.argval for i in after if i.opname.startswith("STORE")), "shared memory")
     data = torch.empty(shape, dtype=torch_dtype)
     poison(data)
     return View(Memory(name, dtype, layout), data, tuple((0, s) for s in shape), tuple(range(len(shape))))
+
+
+def _baton() -> threading.Lock:
+    """What one thread acquires once another has released it."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 class Partition:
@@ -207,7 +214,7 @@ class Partition:
 
     def __init__(self, program: Program, function: Callable[..., Any], args: Sequence[Any], name: str) -> None:
         self.program, self.function, self.args, self.name = program, function, args, name
-        self.go, self.done, self.result = threading.Semaphore(0), False, None
+        self.go, self.done, self.result = _baton(), False, None
         self.ready: Callable[[], bool] = lambda: True
         self.waits_for: tuple[object, ...] = ()
         self.flying: dict[str, list[Operation]] = {"product": [], "store": [], "write": []}
@@ -258,12 +265,12 @@ def current() -> Partition:
 
 
 class Program:
-    """One block of the grid. ``copies``: those in flight, with the barrier that each goes to."""
+    """One block of a grid of ``programs``. ``copies``: those in flight, with the barrier that each goes to."""
 
-    def __init__(self, index: Sequence[int], grid: Sequence[int], num_warps: int, schedule: Schedule) -> None:
-        self.index, self.grid, self.num_warps, self.order = index, grid, num_warps, schedule.order
+    def __init__(self, index: int, programs: int, schedule: Schedule) -> None:
+        self.index, self.programs, self.order = index, programs, schedule.order
         self.random = random.Random(f"{schedule.seed} {index}")
-        self.back = threading.Semaphore(0)
+        self.back = _baton()
         self.failure: BaseException | None = None
         self.partitions: list[Partition] = []
         self.copies: list[tuple[Barrier, Operation]] = []

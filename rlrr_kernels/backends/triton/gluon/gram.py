@@ -20,9 +20,16 @@ from rlrr_kernels.backends.triton.gluon.names import (
 
 
 @gluon.jit
-def reduce(g, part: gl.constexpr, first, w, u_col, v, dv_row, row, in_n, K, ACC: gl.constexpr):
-    """Store the partial dv of 64 rows and 128 columns of G, from column ``first`` on, and return their partial du."""
-    k = first + gl.arange(0, 128, gl.SliceLayout(0, ACC))
+def halves(g, COLS: gl.constexpr, LAYOUT: gl.constexpr):
+    """``[64, COLS]`` -> its left and right half, in the layout of a product so wide."""
+    left, right = gl.split(gl.permute(gl.reshape(g, [64, 2, COLS // 2]), (0, 2, 1)))
+    return gl.convert_layout(left, LAYOUT), gl.convert_layout(right, LAYOUT)
+
+
+@gluon.jit
+def reduce(g, first, w, u_col, v, dv_row, row, in_n, K, ACC: gl.constexpr):
+    """Store the partial dv of 64 rows and 64 columns of G, from column ``first`` on, and return their partial du."""
+    k = first + gl.arange(0, 64, gl.SliceLayout(0, ACC))
     in_k = k < K
     inside = gl.expand_dims(in_n, 1) & gl.expand_dims(in_k, 0)
     at = gl.expand_dims(row.to(gl.int64) * K, 1) + gl.expand_dims(k, 0)
@@ -40,6 +47,7 @@ def consumer(
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
     HALF: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    QUARTER: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     DY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     acc = warpgroup_mma_init(gl.zeros([64, 256], gl.float32, ACC))
     total = gl.zeros([64, 64], gl.float32, DY)
@@ -66,16 +74,18 @@ def consumer(
     if HAS_SHIFT:
         cols = n_start + part * 64 + gl.arange(0, 64, gl.SliceLayout(0, DY))
         gl.store(df_partial + at + cols, gl.sum(total, axis=0), mask=cols < N)
-    row = n_start + part * 64 + gl.arange(0, 64, gl.SliceLayout(1, HALF))
+    row = n_start + part * 64 + gl.arange(0, 64, gl.SliceLayout(1, QUARTER))
     in_n = row < N
     u_col = gl.load(u + row, mask=in_n, other=0.0).to(gl.float32)
     dv_at = dv_partial + (2 * dv_row + part) * K
-    # half a tile at a time: reducing all of it at once does not fit in the registers
-    left, right = gl.split(gl.permute(gl.reshape(g, [64, 2, 128]), (0, 2, 1)))
+    # a quarter of a tile at a time: more of W beside G does not fit in the registers
+    left, right = halves(g, 256, HALF)
     first = k_tile * 256
-    left, right = gl.convert_layout(left, HALF), gl.convert_layout(right, HALF)
-    du = reduce(left, part, first, w, u_col, v, dv_at, row, in_n, K, HALF)
-    du += reduce(right, part, first + 128, w, u_col, v, dv_at, row, in_n, K, HALF)
+    du = gl.zeros([64], gl.float32, gl.SliceLayout(1, QUARTER))
+    for half in gl.static_range(2):
+        one, other = halves(left if half == 0 else right, 128, QUARTER)
+        du += reduce(one, first + half * 128, w, u_col, v, dv_at, row, in_n, K, QUARTER)
+        du += reduce(other, first + half * 128 + 64, w, u_col, v, dv_at, row, in_n, K, QUARTER)
     gl.store(du_partial + at + row, du, mask=in_n)
 
 

@@ -109,6 +109,11 @@ def _fits(*tensors: Tensor) -> bool:
     )
 
 
+def _aligned(t: Tensor) -> Tensor:
+    """A vector or two where boxes can begin; a view of a flat parameter may begin anywhere."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def _whole_groups(n: int, groups: int) -> bool:
     return groups == 1 or n // groups % ROWS == 0
 
@@ -185,10 +190,11 @@ def forward(
     """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
     (m, _), n, groups = x.shape, weight.shape[0], scale_in.shape[0]
     chosen = chosen or width(m, n, multiprocessors(x))
-    if chosen is None or n % 8 or not _fits(x, weight) or not _whole_groups(n, groups):
+    u, v = plain.vectors(scale_out, scale_in)
+    v = _aligned(v)
+    if chosen is None or n % 8 or not _fits(x, weight, v) or not _whole_groups(n, groups):
         return plain.forward(x, weight, scale_out, scale_in, bias, shift)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    u, v = plain.vectors(scale_out, scale_in)
     with plain.guard(x):
         _product(x, weight, y, u, v, bias, shift, groups, chosen, True)
     return y
@@ -200,13 +206,13 @@ def grad_input(
     """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
     (m, n), k, groups = dy.shape, weight.shape[1], scale_in.shape[0]
     chosen = chosen or width(m, k, multiprocessors(dy))
-    if chosen is None or k % 8 or not _fits(dy, weight) or not _whole_groups(n, groups):
+    u, v = plain.vectors(scale_out, scale_in)
+    u = _aligned(u.float().view(1, n))  # in boxes, as the depth is N here
+    if chosen is None or k % 8 or not _fits(dy, weight, u) or not _whole_groups(n, groups):
         return plain.grad_input(dy, weight, scale_out, scale_in)
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
-    u, v = plain.vectors(scale_out, scale_in)
     with plain.guard(dy):
-        # in boxes, as the depth is N here
-        _product(dy, weight, dx, v, u.float().view(1, n), None, None, groups, chosen, False)
+        _product(dy, weight, dx, v, u, None, None, groups, chosen, False)
     return dx
 
 
@@ -234,15 +240,15 @@ def grad_scales(
     slices = row_slices(n, k, groups, GRAM_ROWS, GRAM_COLUMNS, splits, WORKSPACE_BYTES // 2)
     if len(slices) > 1:
 
-        def run(*part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return _gram(*part, need_shift, tokens)
+        def run(*part: Any) -> tuple[Tensor, Tensor, Tensor]:
+            return _gram(*part, need_shift=need_shift, tokens=tokens)
 
         return in_slices(run, slices, dy, x, weight, scale_out, scale_in)
-    return _gram(dy, x, weight, scale_out, scale_in, need_shift, tokens)
+    return _gram(dy, x, weight, scale_out, scale_in, need_shift=need_shift, tokens=tokens)
 
 
 def _gram(
-    dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool, tokens: int
+    dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, need_shift: bool, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`grad_scales` in one launch, and one that adds up its partial sums."""
     (m, n), k, groups = dy.shape, x.shape[1], scale_in.shape[0]

@@ -46,13 +46,19 @@ def tile_origin(tile, M_TILE: gl.constexpr, row_tiles):
 
 
 @gluon.jit
+def following(stage, phase, STAGES: gl.constexpr):
+    """The stage of the next step, and the phase of its barriers: the other one after each round."""
+    wraps = stage == STAGES - 1
+    return 0 if wraps else stage + 1, phase ^ 1 if wraps else phase
+
+
+@gluon.jit
 def form(
-    part: gl.constexpr, it, row_scale, w_smem, s_smem, full, A: gl.constexpr,
-    FORWARD: gl.constexpr, PAIRED_BF16: gl.constexpr, STAGES: gl.constexpr,
+    part: gl.constexpr, stage, phase, row_scale, w_smem, s_smem, full, A: gl.constexpr,
+    FORWARD: gl.constexpr, PAIRED_BF16: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup's 64 rows of W' ``[64, DEPTH]`` for step ``it``: in float32, rounded once."""
-    stage = it % STAGES
-    mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+    """A warpgroup's 64 rows of W' ``[64, DEPTH]`` of a stage, once its boxes are there: in float32, rounded once."""
+    mbarrier.wait(full.index(stage), phase)
     if FORWARD:
         w = w_smem.index(stage).slice(part * 64, 64).load(A)
     else:
@@ -83,7 +89,7 @@ def consumer(
     OUT: gl.constexpr = gl.SliceLayout(1, ACC)
     row_tiles = gl.cdiv(ROWS, 128)
     tiles = gl.cdiv(M, WIDE + EXTRA) * row_tiles
-    it = 0
+    stage, phase = 0, 0
     # of the tile to come, so that no tile begins by waiting for it
     next_scale = vector(row_scales, (gl.program_id(0) % row_tiles) * 128 + part * 64, ROWS, ROW)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -91,20 +97,20 @@ def consumer(
         row = number * 128 + part * 64
         row_scale = gl.expand_dims(next_scale, 1)
         next_scale = vector(row_scales, ((tile + gl.num_programs(0)) % row_tiles) * 128 + part * 64, ROWS, ROW)
-        offset = gl.zeros([64], gl.float32, OUT)
         if HAS_BIAS:
-            offset += vector(bias, row, ROWS, OUT)
-        if HAS_SHIFT:
-            offset += vector(shift, row, ROWS, OUT)
+            offset = vector(bias, row, ROWS, OUT)
+            if HAS_SHIFT:
+                offset += vector(shift, row, ROWS, OUT)
+        elif HAS_SHIFT:
+            offset = vector(shift, row, ROWS, OUT)
 
         acc = warpgroup_mma_init(gl.zeros([64, WIDE], gl.float32, ACC))
         if EXTRA > 0:
             acc_extra = warpgroup_mma_init(gl.zeros([64, EXTRA], gl.float32, ACC_EXTRA))
-        w = form(part, it, row_scale, w_smem, s_smem, full, A, FORWARD, PAIRED_BF16, STAGES)
+        w = form(part, stage, phase, row_scale, w_smem, s_smem, full, A, FORWARD, PAIRED_BF16)
         # the depth of grad_input walks the groups, which have a v each for these rows
         group_scales, left = row_scales, group_steps
         for _ in range(1, steps):
-            stage = it % STAGES
             acc = warpgroup_mma(w, wide_smem.index(stage).permute((1, 0)), acc, is_async=True)
             if EXTRA > 0:
                 w_extra = gl.convert_layout(w, A_EXTRA)
@@ -115,7 +121,8 @@ def consumer(
                     left = group_steps
                     group_scales += ROWS
                     row_scale = gl.expand_dims(vector(group_scales, row, ROWS, ROW), 1)
-            next_w = form(part, it + 1, row_scale, w_smem, s_smem, full, A, FORWARD, PAIRED_BF16, STAGES)
+            next_stage, phase = following(stage, phase, STAGES)
+            next_w = form(part, next_stage, phase, row_scale, w_smem, s_smem, full, A, FORWARD, PAIRED_BF16)
             if EXTRA > 0:
                 acc, acc_extra = warpgroup_mma_wait(0, deps=[acc, acc_extra])
                 acc_extra = warpgroup_mma_init(acc_extra)
@@ -123,9 +130,7 @@ def consumer(
                 acc = warpgroup_mma_wait(0, deps=[acc])
             acc = warpgroup_mma_init(acc)
             mbarrier.arrive(empty.index(stage), count=1)
-            w = next_w
-            it += 1
-        stage = it % STAGES
+            w, stage = next_w, next_stage
         acc = warpgroup_mma(w, wide_smem.index(stage).permute((1, 0)), acc, is_async=True)
         if EXTRA > 0:
             w_extra = gl.convert_layout(w, A_EXTRA)
@@ -134,13 +139,16 @@ def consumer(
         else:
             total = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(stage), count=1)
-        it += 1
+        stage, phase = following(stage, phase, STAGES)
 
+        if HAS_BIAS or HAS_SHIFT:
+            total += gl.expand_dims(offset, 1)
+            if EXTRA > 0:
+                total_extra += gl.expand_dims(gl.convert_layout(offset, gl.SliceLayout(1, ACC_EXTRA)), 1)
         wait_for_stores(0)  # the last tile's, out of the same memory
-        y_smem.index(part).permute((1, 0)).store((total + gl.expand_dims(offset, 1)).to(y_smem.dtype))
+        y_smem.index(part).permute((1, 0)).store(total.to(y_smem.dtype))
         if EXTRA > 0:
-            more = gl.expand_dims(gl.convert_layout(offset, gl.SliceLayout(1, ACC_EXTRA)), 1)
-            y_extra_smem.index(part).permute((1, 0)).store((total_extra + more).to(y_smem.dtype))
+            y_extra_smem.index(part).permute((1, 0)).store(total_extra.to(y_smem.dtype))
         fence_async_shared()
         store_box(out_wide, [m, row], y_smem.index(part))
         if EXTRA > 0:
@@ -157,13 +165,12 @@ def producer(
     row_tiles = gl.cdiv(ROWS, 128)
     tiles = gl.cdiv(M, WIDE + EXTRA) * row_tiles
     BYTES: gl.constexpr = DEPTH * (2 * (WIDE + EXTRA + 128) + 4)
-    it = 0
+    stage, phase = 0, 1  # of barriers that nobody has waited for yet
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, number = tile_origin(tile, WIDE + EXTRA, row_tiles)
         for step in range(steps):
-            stage = it % STAGES
             depth = step * DEPTH
-            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+            mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), BYTES)
             if FORWARD:
                 load_box(depth_scales, [number // group_tiles, depth], full.index(stage), s_smem.index(stage))
@@ -174,7 +181,7 @@ def producer(
             load_box(act_wide, [m, depth], full.index(stage), wide_smem.index(stage))
             if EXTRA > 0:
                 load_box(act_extra, [m + WIDE, depth], full.index(stage), extra_smem.index(stage))
-            it += 1
+            stage, phase = following(stage, phase, STAGES)
 
 
 @gluon.jit(do_not_specialize=["M"])

@@ -1,0 +1,107 @@
+"""What the machine code of a Gluon kernel holds: instructions a step, after it, and the order of its waits.
+
+Its warpgroups run loops of their own. A ``BAR.SYNC`` that names 128 threads is one warpgroup's; of the whole block is
+any other. One thread acts for its warpgroup where it frees a stage or starts a store, and one waits for a store: what
+the others did or will do is kept apart from that by a barrier alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+_WARPGROUP = re.compile(r"\bBAR\.SYNC\S* (?:0x\w+|R\d+), 0x80$")
+_BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+_LABELS = (".L", "$")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of the slower of two warpgroups, in instructions of one warp.
+
+    Attributes:
+        step: of the product's loop.
+        after: from the wait for a tile's last product to the next tile.
+        barriers: of the warpgroup in a step, and after it.
+        block_barriers: of the whole block in a step.
+    """
+
+    step: int
+    after: int
+    barriers: tuple[int, int]
+    block_barriers: int
+
+
+def _loops(lines: Sequence[str]) -> list[tuple[int, int]]:
+    """First and last line of each loop that multiplies, short ones first; not what goes back from afar into one."""
+    at = {text: place for place, text in enumerate(lines) if text.startswith(_LABELS)}
+    ends = ((at.get(match[1], end + 1), end) for end, text in enumerate(lines) if (match := _BRANCH.search(text)))
+    found: list[tuple[int, int]] = []
+    for first, end in sorted((e for e in ends if e[0] <= e[1]), key=lambda e: e[1] - e[0]):
+        apart = (end < a or b < first or (first <= a and b <= end) for a, b in found)
+        if any("GMMA" in text for text in lines[first:end]) and all(apart):
+            found.append((first, end))
+    return found
+
+
+def figures(lines: Sequence[str]) -> Figures:
+    """Of a kernel; ``lines`` as :func:`tests.sass.parsed` gives them. Raises ValueError where two loops are not found.
+
+    A kernel that computes one tile a block has no end of a tile: ``after`` is 0.
+    """
+    loops = _loops(lines)
+    steps = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    if len(steps) != 2:
+        raise ValueError(f"expected the loops of two warpgroups, got {len(steps)}")
+    found = []
+    for first, end in steps:
+        step = _instructions(lines[first : end + 1])
+        outer = next((b for a, b in loops if a < first and end < b and _stores(lines[end:b])), end)
+        waits = [n for n in range(end, outer) if "WARPGROUP.DEPBAR" in lines[n]]
+        after = _instructions(lines[waits[-1] + 1 : outer + 1]) if waits else []
+        bars = [text for text in step if "BAR.SYNC" in text]
+        own = sum(bool(_WARPGROUP.search(text)) for text in bars)
+        rest = sum("BAR.SYNC" in text for text in after)
+        found.append((len(step), len(after), (own, rest), len(bars) - own))
+    one, other = found
+    return Figures(
+        max(one[0], other[0]),
+        max(one[1], other[1]),
+        (max(one[2][0], other[2][0]), max(one[2][1], other[2][1])),
+        max(one[3], other[3]),
+    )
+
+
+def _instructions(lines: Sequence[str]) -> list[str]:
+    return [text for text in lines if not text.startswith(_LABELS)]
+
+
+def _stores(lines: Sequence[str]) -> bool:
+    return any("UTMASTG" in text for text in lines)
+
+
+def disorder(lines: Sequence[str]) -> Iterator[str]:
+    """Where one thread goes on for its warpgroup and no barrier keeps the others' work before, or after, that."""
+    wait = ""
+    written = fenced = False
+    for text in lines:
+        if text.startswith(_LABELS):
+            continue
+        if "BAR.SYNC" in text:
+            wait = ""
+            written = written and not fenced
+        elif "WARPGROUP.DEPBAR" in text:
+            wait = "product"
+        elif re.search(r"(?<!\.)\bDEPBAR\.LE SB0", text):
+            wait = "store"
+        elif "SYNCS.ARRIVE" in text and wait == "product":
+            yield f"{text}: frees a stage that another warp's product may still read"
+        elif re.search(r"\bST[SM]", text):
+            if wait == "store":
+                yield f"{text}: writes to memory that a store may still read"
+            written, fenced = True, False
+        elif "FENCE.VIEW.ASYNC" in text:
+            fenced = True
+        elif "UTMASTG" in text and written:
+            yield f"{text}: stores what another warp may not have written yet"
