@@ -286,13 +286,9 @@ def grad_scales(
 def partial_sums(
     n: int, k: int, groups: int, rows: tuple[int, int, int], need_shift: bool, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Memory for rows of partial sums of du ``[rows[0], N]``, dv ``[groups, rows[1], K]`` and df ``[rows[2], N]``.
-
-    One allocation for the three, each from a multiple of 16 bytes on: others are other code.
-    """
-    parts = (rows[0] * n, groups * rows[1] * k, rows[2] * n if need_shift else 0)
-    sizes = tuple(4 * ceil_div(part, 4) for part in parts)
-    return torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+    """Memory for rows of partial sums of du ``[rows[0], N]``, dv ``[groups, rows[1], K]`` and df ``[rows[2], N]``."""
+    sizes = (rows[0] * n, groups * rows[1] * k, rows[2] * n if need_shift else 0)
+    return tuple(torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
 
 
 def add_up(

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from rlrr_kernels.backends.triton import choose, launch
-from rlrr_kernels.backends.triton.choose import Choice, shares
+from rlrr_kernels.backends.triton.choose import shares
 from rlrr_kernels.backends.triton.slices import row_slices
 from tests.backends.triton.test_numerics import BF16, HALF, SINGLE, SMALL, solve
-from tests.oracle import Answer, check, make_problem
+from tests.oracle import check, make_problem
 
 #: How sums are shared out is the same for all.
 DTYPES = [BF16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (SINGLE, HALF))]
@@ -100,16 +100,3 @@ def test_grad_scales_in_slices(triton_device, monkeypatch, m, n, k, groups, dtyp
     p = make_problem(m, n, k, groups, dtype, device=triton_device)
     check(p, solve(p, SMALL))
     assert len(launches) == groups * -(-(n // groups) // 32)
-
-
-def test_a_slice_that_starts_between_16_bytes_is_loaded_by_the_element(triton_device, monkeypatch):
-    """Groups of 34 rows start 68 bytes apart in dy: the whole loads by vectors, a slice of it must not be taken to."""
-    m, n, k, groups = 70, 3 * 34, 64, 3
-    monkeypatch.setattr(choose, "WORKSPACE_BYTES", 2 * 4 * (16 * 3 + k))  # one row of tiles, two splits
-    p = make_problem(m, n, k, groups, BF16, device=triton_device)
-    loaded, real = [], launch._loadable
-    monkeypatch.setattr(launch, "_loadable", lambda *a: (loaded.append(found := real(*a)), found)[1])
-    check(p, solve(p, SMALL))
-    first, *slices = loaded[2:]
-    assert len(slices) > groups
-    print(first[0], [found[0] for found in slices])

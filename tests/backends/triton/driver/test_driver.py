@@ -98,7 +98,10 @@ def test_a_launch_is_given_its_operands_and_numbers_in_order(quick):
     assert whole["parameters"][:16] == ["x", "w", "v", "u", "b", "f", "new 0", *numbers]
     split, added = cases["split", "forward"]
     assert (split["grid"], split["threads"]) == ([8, 2, 1], 128)
-    assert split["parameters"][:8] == ["x", "w", "v", "u", "u", "u", "new 0", 128] or split["parameters"][4:6] == ["b", "f"]
+    assert split["parameters"][:8] == ["x", "w", "v", "u", "u", "u", "new 0", 128] or split["parameters"][4:6] == [
+        "b",
+        "f",
+    ]
     assert added["parameters"][:7] == ["new 0", "b", "f", "new 1", 128, 2, 256]
 
 
