@@ -21,15 +21,15 @@ from rlrr_kernels.backends.triton.gluon.names import (
 
 @gluon.jit
 def halves(g, COLS: gl.constexpr, LAYOUT: gl.constexpr):
-    """``[64, COLS]`` -> its left and right half, in the layout of a product so wide."""
+    """``[64, COLS]`` -> its left and right half."""
     left, right = gl.split(gl.permute(gl.reshape(g, [64, 2, COLS // 2]), (0, 2, 1)))
     return gl.convert_layout(left, LAYOUT), gl.convert_layout(right, LAYOUT)
 
 
 @gluon.jit
-def reduce(g, first, w, u_col, v, dv_row, row, in_n, K, ACC: gl.constexpr):
+def reduce(g, first, w, u_col, v, dv_row, row, in_n, K, LAYOUT: gl.constexpr):
     """Store the partial dv of 64 rows and 64 columns of G, from column ``first`` on, and return their partial du."""
-    k = first + gl.arange(0, 64, gl.SliceLayout(0, ACC))
+    k = first + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
     in_k = k < K
     inside = gl.expand_dims(in_n, 1) & gl.expand_dims(in_k, 0)
     at = gl.expand_dims(row.to(gl.int64) * K, 1) + gl.expand_dims(k, 0)
@@ -47,10 +47,9 @@ def consumer(
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
     HALF: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
-    QUARTER: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    DY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     acc = warpgroup_mma_init(gl.zeros([64, 256], gl.float32, ACC))
-    total = gl.zeros([64, 64], gl.float32, DY)
+    total = gl.zeros([16, 64], gl.float32, ROWS)
     mine = k_tile
     # without this the accumulator could leave the loop unwritten, and ptxas then serialises every product
     gl.assume(steps > 0)
@@ -60,7 +59,9 @@ def consumer(
         dy = dy_smem.index(stage).slice(part * 64, 64, dim=1)
         if HAS_SHIFT:
             if mine == 0:
-                total += dy.load(DY).to(gl.float32)
+                # a thread's own rows at once: it keeps a quarter of the registers
+                rows = gl.sum(gl.reshape(dy.load(ROWS).to(gl.float32), [4, 16, 64]), axis=0)
+                total += gl.convert_layout(rows, ROWS)
                 mine = k_tiles
             mine -= 1
         acc = warpgroup_mma(dy.permute((1, 0)), x_smem.index(stage), acc, is_async=True)
@@ -72,20 +73,20 @@ def consumer(
     # partial sums are few: 32 bits count their bytes
     at = du_row * N
     if HAS_SHIFT:
-        cols = n_start + part * 64 + gl.arange(0, 64, gl.SliceLayout(0, DY))
+        cols = n_start + part * 64 + gl.arange(0, 64, gl.SliceLayout(0, ROWS))
         gl.store(df_partial + at + cols, gl.sum(total, axis=0), mask=cols < N)
-    row = n_start + part * 64 + gl.arange(0, 64, gl.SliceLayout(1, QUARTER))
+    row = n_start + part * 64 + gl.arange(0, 64, gl.SliceLayout(1, ROWS))
     in_n = row < N
     u_col = gl.load(u + row, mask=in_n, other=0.0).to(gl.float32)
     dv_at = dv_partial + (2 * dv_row + part) * K
-    # a quarter of a tile at a time: more of W beside G does not fit in the registers
+    # a quarter of a tile at a time, as W lies in memory: more of W beside G does not fit in the registers
     left, right = halves(g, 256, HALF)
     first = k_tile * 256
-    du = gl.zeros([64], gl.float32, gl.SliceLayout(1, QUARTER))
+    du = gl.zeros([64], gl.float32, gl.SliceLayout(1, ROWS))
     for half in gl.static_range(2):
-        one, other = halves(left if half == 0 else right, 128, QUARTER)
-        du += reduce(one, first + half * 128, w, u_col, v, dv_at, row, in_n, K, QUARTER)
-        du += reduce(other, first + half * 128 + 64, w, u_col, v, dv_at, row, in_n, K, QUARTER)
+        one, other = halves(left if half == 0 else right, 128, ROWS)
+        du += reduce(one, first + half * 128, w, u_col, v, dv_at, row, in_n, K, ROWS)
+        du += reduce(other, first + half * 128 + 64, w, u_col, v, dv_at, row, in_n, K, ROWS)
     gl.store(du_partial + at + row, du, mask=in_n)
 
 
