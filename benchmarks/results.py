@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from rlrr_kernels import __version__
+from rlrr_kernels.backends import tuned
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "results"
@@ -320,14 +321,8 @@ def _environment() -> dict[str, str]:
 
 @functools.cache
 def _tuned() -> bool:
-    """Whether the Triton launcher has a file of ``rlrr-tune`` to look choices up in."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        from rlrr_kernels.backends.triton import tuned
-    except ImportError:
-        return False
-    return bool(tuned.load())
+    """Whether a file of ``rlrr-tune`` is in use."""
+    return bool(tuned.of_user())
 
 
 def _driver() -> str | None:

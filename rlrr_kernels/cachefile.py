@@ -21,9 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlrr_kernels.checkpoint import files
-from rlrr_kernels.checkpoint.files import is_temporary, write_atomically
-
 _MAX_BYTES = 64 * 2**20
 
 Entry = TypeVar("Entry")
@@ -153,6 +150,8 @@ def add(
         OSError: the folder cannot be made, locked or written, or another version of the package wrote the file, which
             is then as it was.
     """
+    from rlrr_kernels.checkpoint.files import write_atomically  # of a package that imports the readers of tables
+
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = None
     with alone(path):
@@ -191,6 +190,8 @@ def check_writable(path: Path, layout: int) -> None:
     Raises:
         OSError: the folder cannot be made, locked or written, or another version of the package wrote the file.
     """
+    from rlrr_kernels.checkpoint import files
+
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected a file")
@@ -212,6 +213,8 @@ def _refusal(path: Path, error: OtherFormat) -> OSError:
 def alone(path: Path) -> Iterator[None]:
     """Nobody else writes the table inside; leftovers of writers that died are removed."""
     import fcntl  # Windows has none, and reading needs none
+
+    from rlrr_kernels.checkpoint.files import is_temporary
 
     try:
         descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import torch
 
 from rlrr_kernels._version import __version__
-from rlrr_kernels.backends import choice
+from rlrr_kernels.backends import choice, tuned
 from rlrr_kernels.check import cases, record
 
+#: Measured entries that are listed for a device.
+_MOST = 12
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -66,7 +68,7 @@ def lines() -> Iterator[str]:
     for name in choice.BACKENDS:
         yield f"  {name:<10} {_backend(name)}"
     yield ""
-    yield "Which backend serves what (W of x's dtype)"
+    yield "Which backend serves what (W of x's dtype), and where another was measured fastest"
     for device in _devices():
         yield f"  {device}: {_describe(device)}"
         for dtype in _DTYPES:
@@ -76,6 +78,11 @@ def lines() -> Iterator[str]:
             except RuntimeError as error:
                 backend, why = "none", str(error)
             yield f"    {str(dtype).removeprefix('torch.'):<10} {backend:<10} {why}"
+        measured = tuned.entries(torch.device(device))
+        for entry in measured[:_MOST]:
+            yield f"    measured   {entry.backend:<10} {entry}"
+        if len(measured) > _MOST:
+            yield f"    and {len(measured) - _MOST} more that were measured: rlrr-tune --show"
     if not torch.cuda.is_available():
         yield "  no CUDA device"
     yield ""

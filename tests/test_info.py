@@ -19,6 +19,7 @@ def test_it_names_versions_backends_and_choices():
     assert torch.__version__ in done.stdout
     for backend in choice.BACKENDS:
         assert any(w[:1] == [backend] and w[1].rstrip(":") in ("available", "not") for w in words), backend
+    assert "    measured   reference  forward, float64, any N and K, 1024 and more tokens" in done.stdout
     served = {w[0]: w[1] for w in words if w and w[0] in ("float32", "bfloat16", "float16", "float64")}
     if not torch.cuda.is_available():
         assert served == {"float32": "cpu", "bfloat16": "cpu", "float16": "panels", "float64": "cpu"}

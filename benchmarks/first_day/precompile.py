@@ -15,64 +15,57 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from benchmarks.disassemble import without_gpu
 from benchmarks.implementations import LAYERS
 from benchmarks.results import one_line
-from rlrr_kernels.backends.triton import config as configs
-from rlrr_kernels.backends.triton.tuned_file import Kernel
-from rlrr_kernels.tune import problem
-from rlrr_kernels.tune.shapes import Shape
+from rlrr_kernels.backends.problem import Pass, Problem
+from rlrr_kernels.backends.triton.choose import Device, cuda_device
+from rlrr_kernels.tune.candidates import Candidate, Tensors, describe, run, tiles
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One launch. ``choice``: which of the candidates of ``rlrr-tune``, 0 the heuristic's own."""
+class Job(NamedTuple):
+    """One launch. ``choice``: which of the tiles that ``rlrr-tune`` measures, 0 the backend's own."""
 
-    kernel: Kernel
-    shape: Shape
-    dtype: str
+    problem: Problem
+    backend: str
     choice: int
 
-    def __str__(self) -> str:
-        s = self.shape
-        return f"{self.kernel} M={s.m} N={s.n} K={s.k} groups={s.groups} {self.dtype}, choice {self.choice}"
 
-
-def jobs(tokens: Sequence[int], layers: Sequence[str], dtypes: Sequence[str], candidates: int) -> list[Job]:
-    """The heuristic's launch and up to ``candidates`` others of each kernel, what takes longest to compile first."""
-    found = [
-        Job(kernel, Shape(m, *LAYERS[layer]), dtype, choice)
+def jobs(
+    tokens: Sequence[int], layers: Sequence[str], dtypes: Sequence[str], candidates: int, backends: Sequence[str]
+) -> list[Job]:
+    """The own launch and up to ``candidates`` others of each pass, what takes longest to compile first."""
+    passes: tuple[Pass, ...] = ("grad_scales", "forward", "grad_input")
+    return [
+        Job(Problem(kernel, m, *LAYERS[layer], getattr(torch, dtype), getattr(torch, dtype)), backend, choice)
+        for kernel in passes
         for choice in range(candidates + 1)
-        for dtype, m, layer, kernel in itertools.product(dtypes, tokens, layers, problem.KERNELS)
+        for backend, dtype, m, layer in itertools.product(backends, dtypes, tokens, layers)
     ]
-    return sorted(found, key=lambda job: job.kernel != "grad_scales")
 
 
-def compile_one(device: configs.Device, job: Job) -> str | None:
+def compile_one(device: Device, job: Job) -> str | None:
     """Compile a launch for a GPU; why it failed, or None."""
-    dtype = getattr(torch, job.dtype)
-    m, n, k, groups = job.shape.m, job.shape.n, job.shape.k, job.shape.groups
+    _, m, n, k, groups, dtype, *_ = job.problem
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     try:
         with without_gpu(device, []):
-            task = problem.task_of(job.kernel, job.shape, dtype, dtype, device)
-            choices = task.choices(device, job.choice)
-            if job.choice < len(choices):  # there may be fewer
+            found = tiles(job.backend, job.problem, device)
+            if job.choice < len(found):  # there may be fewer
                 x, weight, dy = empty(m, k, dtype=dtype), empty(n, k, dtype=dtype), empty(m, n, dtype=dtype)
-                u, v = empty(n, 1), empty(groups, 1, k)
-                tensors = problem.Tensors(x, weight, dy, u, v, empty(n, dtype=dtype), empty(n))
-                problem.run(task, tensors, choices[job.choice])
+                tensors = Tensors(x, weight, dy, empty(n, 1), empty(groups, 1, k), empty(n, dtype=dtype), empty(n))
+                run(job.problem, tensors, Candidate(job.backend, found[job.choice]))
     except Exception as error:  # whatever the compiler says of one launch, the others are compiled
-        return f"{job}: {one_line(error)}"
+        return f"{job.backend} {describe(job.problem)} {dtype}, choice {job.choice}: {one_line(error)}"
     return None
 
 
@@ -84,18 +77,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", required=True, metavar="M")
     parser.add_argument("--layers", choices=LAYERS, nargs="+", default=list(LAYERS))
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bfloat16"])
-    parser.add_argument("--candidates", type=int, default=0, help="of rlrr-tune, beside the heuristic's choice")
+    parser.add_argument("--candidates", type=int, default=0, help="of rlrr-tune, beside the rule's choice")
     parser.add_argument("--jobs", type=int, required=True, help="processes")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("precompile: no CUDA device is visible to torch", file=sys.stderr)
         return 2
     began = time.monotonic()
-    todo = jobs(args.tokens, args.layers, args.dtype, args.candidates)
+    device = cuda_device(0)
+    backends = ("gluon", "triton") if device.capability[0] == 9 else ("triton",)
+    todo = jobs(args.tokens, args.layers, args.dtype, args.candidates, backends)
     failed = []
     try:
         with ProcessPoolExecutor(min(args.jobs, len(todo)), multiprocessing.get_context("spawn")) as pool:
-            compile_here = functools.partial(compile_one, configs.cuda_device(0))
+            compile_here = functools.partial(compile_one, device)
             failed = [why for why in pool.map(compile_here, todo) if why]
     except BrokenProcessPool as error:
         failed.append(f"the compiler ended its process: {error}")

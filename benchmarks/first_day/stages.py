@@ -1,8 +1,8 @@
 """The stages of a first day. Each goes on past what fails or hangs, and says in the table what it found.
 
 Cut so that a call of ten minutes takes what belongs together: ``env build correct ratios tests`` shows whether it is
-right and how fast a pass is, ``core sanitize launch`` the suites' own figures and races; then ``step tune``, and
-``norm choose``.
+right and how fast a pass is, ``core sanitize launch`` the suites' own figures and races; then ``step``, and
+``tune norm``.
 Compiling takes most of the time on a GPU that meets the kernels for the first time, so it comes first and on all cores.
 """
 
@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import groups, ratios, results
-from benchmarks.choose import CLASSES
 from benchmarks.first_day import passes, reports, sanitized
 from benchmarks.first_day.day import ROOT, Day, Done, Piece
 from benchmarks.implementations import LAYERS, TOKENS
@@ -152,35 +151,25 @@ def norm(day: Day) -> None:
 
 
 def tune(day: Day) -> None:
-    """Whether ``rlrr-tune`` beats the model's choices, for ViT-B/16 at one batch size."""
-    limit, environment = 10, {}
-    if day.rehearse:  # a plan alone, which needs no GPU, not even a pretended one
-        options, environment = ["--shape", "64,64,64", "--dry-run"], {"PYTHONPATH": str(ROOT)}
+    """Which backend and tile ``rlrr-tune`` finds fastest for ViT-B/16 at one batch size, and Hopper's two rivals."""
+    limit = 10
+    if day.rehearse:  # a plan alone: a pretended GPU has no graphs to time by
+        options = ["--shape", "64,64,64", "--dtype", "float32", "--device", "cpu", "--dry-run"]
     else:
         _precompile(day, "tune", [TOKENS * IMAGES[0]], "--candidates", str(limit))
         options = ["--model", "vit_base_patch16_224", "--batch", str(IMAGES[0]), "--rounds", "20"]
-    table = str(day.out / "tuned.json")
-    options += ["--out", table, "--limit", str(limit)]
-    done = day.python("tune", 240, "-m", "rlrr_kernels.tune.cli", *options, **environment)
-    day.note(done, table)
-    day.rows(done.lines[-24:])
-
-
-def choose(day: Day) -> None:
-    """Which backend ``auto`` should take, with the CUDA library's Hopper kernels and without."""
-    narrow = ["--rounds", "1", "--dtype", "bfloat16", "--tokens", "4"] if day.rehearse else ["--rounds", "5"]
-    if not day.rehearse:
-        _precompile(day, "choose", [tokens for *_, tokens in CLASSES], "--dtype", "bfloat16", "float16", "float32")
-    for name, hopper in (("choose", "0"), ("choose-hopper", "1")):
-        out = day.out / name
-        done = day.python(name, 240, "-m", "benchmarks.choose", "--out", str(out), *narrow, RLRR_CUDA_HOPPER=hopper)
-        day.note(done, done.outcome())
-        day.rows([line for line in done.lines if " M = " in line])
+    for name, hopper, rivals in (("tune", "0", []), ("tune-hopper", "1", ["--backend", "gluon", "--backend", "cuda"])):
+        table = str(day.out / f"{name}.json")
+        narrow = ["--backend", "cpu"] if day.rehearse else rivals
+        command = ["-m", "rlrr_kernels.tune.cli", *options, *narrow, "--out", table, "--limit", str(limit)]
+        done = day.python(name, 240, *command, RLRR_CUDA_HOPPER=hopper)
+        day.note(done, table)
+        day.rows(done.lines[-24:])
 
 
 STAGES: dict[str, Callable[[Day], None]] = {
     **{"env": env, "build": build, "correct": correct, "ratios": one_pass, "tests": tests, "sanitize": sanitize},
-    **{"core": core, "launch": launch, "step": step, "tune": tune, "norm": norm, "choose": choose},
+    **{"core": core, "launch": launch, "step": step, "tune": tune, "norm": norm},
 }
 
 

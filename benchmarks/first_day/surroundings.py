@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import timing
 from rlrr_kernels.backends import choice
-from rlrr_kernels.backends.triton import config as configs
+from rlrr_kernels.backends.triton import choose
 
 PACKAGES = ("torch", "triton", "numpy", "timm", "peft", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis")
 PROGRAMS = ("nvcc", "g++", "make", "git", "compute-sanitizer", "nvidia-smi")
@@ -41,7 +41,7 @@ def surroundings() -> list[str]:
     missing += [] if header.exists() else ["Python.h (Triton compiles its launcher with it)"]
     return [
         f"{device.name}, {device.multi_processor_count} multiprocessors, L2 {device.L2_cache_size >> 20} MiB; "
-        f"the launchers see {configs.cuda_device(0)}",
+        f"the launchers see {choose.cuda_device(0)}",
         f"Python {platform.python_version()}, {os.cpu_count()} cores; "
         + ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
         f"missing: {', '.join(missing) or 'nothing'}",

@@ -13,7 +13,7 @@ import importlib
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -128,21 +128,19 @@ def say_once(name: str, instead: str, why: str | None) -> None:
         warnings.warn(f"rlrr_kernels: backend {name!r} is not available, {instead!r} serves: {why}", stacklevel=2)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Plan:
     """What serves tensors of some dtypes on a device.
 
     Attributes:
         name, why, module: of the backend for all that was not measured.
-        measured: whether something was, for these dtypes.
-        fits: backend -> whether it can serve them.
+        measured: pass -> the backends that were fastest at some shape and can serve, if another is among them.
     """
 
     name: str
     why: str
     module: ModuleType
-    measured: bool = False
-    fits: dict[str, bool] = field(default_factory=dict)
+    measured: Mapping[Pass, Mapping[str, ModuleType]] = field(default_factory=dict)
 
 
 #: (asked for, device, dtype of x, dtype of W) -> what serves. Only what is settled is kept.
@@ -160,24 +158,34 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor) -> _Plan:
             )
         return _Plan(name, "asked for", _loaded_module(name))
     refused: list[str] = []
+    measured = _measured(x, weight, refused)
     for name, (_, devices) in BACKENDS.items():
-        if x.device.type not in devices:
+        if x.device.type not in devices or name in refused:
             continue
-        if not _fits(name, x, weight):
-            refused.append(name)
-            continue
-        for other in refused:
-            say_once(other, name, gone(other, x.device))
-        whys = [f"{other} {failed(other, x.device) or 'cannot serve it'}" for other in refused]
-        plan = _Plan(name, "; ".join(whys) or f"default for {x.device.type}", _loaded_module(name))
-        break
+        if _fits(name, x, weight):
+            break
+        refused.append(name)
     else:
-        plan = _Plan("panels", f"serves every device, {x.device.type} too", _loaded_module("panels"))
-    types = (x.dtype, weight.dtype)
-    measured = [entry for entry in tuned.entries(x.device) if (entry.dtype, entry.weight_dtype) == types]
-    plan.measured = bool(measured)
-    plan.fits = {name: _fits(name, x, weight) for name in {entry.backend for entry in measured}}
-    return plan
+        return _Plan("panels", f"serves every device, {x.device.type} too", _loaded_module("panels"), measured)
+    for other in refused:
+        say_once(other, name, gone(other, x.device))
+    whys = [f"{other} {failed(other, x.device) or 'cannot serve it'}" for other in refused]
+    measured = {kernel: found for kernel, found in measured.items() if set(found) != {name}}
+    return _Plan(name, "; ".join(whys) or f"default for {x.device.type}", _loaded_module(name), measured)
+
+
+def _measured(x: Tensor, weight: Tensor, refused: list[str]) -> dict[Pass, dict[str, ModuleType]]:
+    """As :class:`_Plan` has it, the default's too; adds to ``refused`` what cannot serve."""
+    found: dict[Pass, dict[str, ModuleType]] = {}
+    for entry in tuned.entries(x.device):
+        name = entry.backend
+        if (entry.dtype, entry.weight_dtype) != (x.dtype, weight.dtype) or name in refused:
+            continue
+        if _fits(name, x, weight):
+            found.setdefault(entry.kernel, {})[name] = _loaded_module(name)
+        else:
+            refused.append(name)
+    return found
 
 
 def _fits(name: str, x: Tensor, weight: Tensor) -> bool:
@@ -197,12 +205,13 @@ def _chosen(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int) -
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = _plan(asked, x, weight)
-    if plan.measured:
+    measured = plan.measured.get(kernel)
+    if measured:
         tf32 = x.dtype is torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
         n, k = weight.shape
         entry = tuned.find(Problem(kernel, tokens, n, k, groups, x.dtype, weight.dtype, tf32), x.device)
-        if entry is not None and plan.fits[entry.backend]:
-            return entry.backend, "measured fastest", _loaded_module(entry.backend)
+        if entry is not None and entry.backend in measured:
+            return entry.backend, "measured fastest", measured[entry.backend]
     return plan.name, plan.why, plan.module
 
 

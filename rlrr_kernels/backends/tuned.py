@@ -67,6 +67,13 @@ class Entry:
         """What another entry takes the place of this one by."""
         return self.device, self.where, self.kernel, self.dtype, self.weight_dtype, self.tf32, self.layer, self.tokens
 
+    def __str__(self) -> str:
+        types = dict.fromkeys(str(t).removeprefix("torch.") for t in (self.dtype, self.weight_dtype))
+        layer = "any N and K" if self.layer is None else "N={} K={} groups={}".format(*self.layer)
+        tokens = "{} and more tokens" if math.isinf(self.tokens[1]) else "{} to {} tokens"
+        arithmetic = " with W ".join(types) + (" as TF32" if self.tf32 else "")
+        return f"{self.kernel}, {arithmetic}, {layer}, {tokens.format(*self.tokens)}"
+
     def serves(self, problem: Problem) -> bool:
         """Whether it was measured for such problems."""
         types = (problem.kernel, problem.dtype, problem.weight_dtype, problem.tf32)
@@ -229,7 +236,7 @@ def entries(device: torch.device) -> tuple[Entry, ...]:
     if found is None:
         with _loading:  # backward has threads of its own
             if device not in _entries:
-                _entries[device] = tuple(entry for entry in (*_user(), *shipped()) if _holds(entry, device))
+                _entries[device] = tuple(entry for entry in (*_user(), *shipped()) if holds(entry, device))
             found = _entries[device]
     return found
 
@@ -239,7 +246,8 @@ def _user() -> tuple[Entry, ...]:
     return of_user()
 
 
-def _holds(entry: Entry, device: torch.device) -> bool:
+def holds(entry: Entry, device: torch.device) -> bool:
+    """Whether it was measured on such a device, with what is installed."""
     if entry.where is None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return entry.device == name

@@ -45,7 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
     SIGTERM and SIGHUP end it with its processes, as Ctrl-C does; 128 and their number is the status then.
     """
     try:
-        device = _device(arguments.device)
+        device = device_of(arguments.device)
         tasks = _tasks(device, arguments.backend)
         if not arguments.seconds > 0:
             raise ValueError(f"--seconds: expected more than 0, got {arguments.seconds:g}")
@@ -107,7 +107,8 @@ def failures(device: torch.device, seconds: float = SECONDS) -> tuple[dict[str, 
     return wrong, {subject: why for subject, why in untried.items() if subject not in wrong}
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device that an option names, by default the GPU, else the CPU. Raises ValueError if it is not here."""
     if name is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     kind, colon, index = name.partition(":")

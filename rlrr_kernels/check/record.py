@@ -69,7 +69,7 @@ class Where(NamedTuple):
         """This process, for a subject. Loads no backend."""
         on_gpu = device.type == "cuda"
         return cls(
-            _device_name(device),
+            device_name(device),
             _driver() if on_gpu else "none",
             torch.__version__,
             _triton_version() if subject in ("triton", "gluon") else "none",
@@ -79,7 +79,8 @@ class Where(NamedTuple):
         )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or a CPU's architecture and the instructions that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -46,6 +46,13 @@ def launched() -> World:
     return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
+def machine() -> World:
+    """This process's number among those of its machine, and how many they are."""
+    if launched().size == 1:
+        return World()
+    return World(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def choose_device(name: str) -> torch.device:
     """``auto`` is this process's GPU, or the CPU where there is none.
 
@@ -108,6 +115,15 @@ def on_main(world: World, work: Callable[[], T]) -> T:
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def everyones(world: World, value: T) -> list[T]:
+    """Each process's value, in all of them; nobody goes on before all have given theirs."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def total(world: World, *values: Tensor | float, device: torch.device) -> list[float]:

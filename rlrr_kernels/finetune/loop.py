@@ -269,6 +269,7 @@ def _epochs(run: Run, quiet: bool) -> None:
         run.save()
         trainer.restore(current)
     start = time.perf_counter() - metrics["train_seconds"]
+    trainer.keep_images(split, quiet)
     epochs, steps = settings.total_epochs, trainer.batches.steps
     # a terminal is redrawn often, a log file gets a line now and then
     interval = 0.1 if sys.stderr.isatty() else 15

@@ -147,7 +147,14 @@ class Settings:
         default="ddp", metadata=about("under torchrun: whole copies of the model, or sharded parameters", PARALLELS)
     )
     device: str = field(default="auto", metadata=about("auto, cpu, cuda, cuda:1, ..."))
-    workers: int = field(default=0, metadata=about("processes that load images, for each training process"))
+    workers: int = field(
+        default=0,
+        metadata=about("threads that decode images, for each training process; 0: as many as its share of the cores"),
+    )
+    cache: float = field(
+        default=8.0,
+        metadata=about("GiB for decoded images, in a file in the folder for temporary files; others are decoded anew"),
+    )
     seed: int = field(default=0, metadata=about("of initial values, order, augmentation and validation split"))
     tensorboard: bool = field(default=True, metadata=about("write TensorBoard event files, where it is installed"))
     resume: Path | None = field(default=None, metadata=about("continue the unfinished run in this folder"))
@@ -198,7 +205,7 @@ class Settings:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "warmup_lr", "min_lr", "weight_decay", "mixup", "cutmix"):
+        for name in ("lr", "warmup_lr", "min_lr", "weight_decay", "mixup", "cutmix", "cache"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a finite number, 0 or more, got {getattr(self, name)}")
         for name in ("drop_path", "label_smoothing", "ema"):

@@ -25,7 +25,7 @@ FILE = Path("state") / "last.safetensors"
 
 #: Settings in which a run and its continuation may differ: they say where and how, and nothing of what is computed.
 #: Under another ``data`` or ``data_root`` must lie the same images, see :func:`check_data`.
-MAY_DIFFER = frozenset({"device", "workers", "out", "resume", "tensorboard", "data", "data_root"})
+MAY_DIFFER = frozenset({"device", "workers", "cache", "out", "resume", "tensorboard", "data", "data_root"})
 
 
 @dataclass(frozen=True)

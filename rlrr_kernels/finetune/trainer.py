@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from rlrr_kernels.checkpoint import save_adapter
@@ -22,13 +21,17 @@ from rlrr_kernels.checkpoint.reading import expect
 from rlrr_kernels.finetune import distributed
 from rlrr_kernels.finetune.augment import Mixing
 from rlrr_kernels.finetune.batches import Batch, Batches, keyed_seed
-from rlrr_kernels.finetune.data import ImageSet, Splits
+from rlrr_kernels.finetune.data import ImageSet, Splits, loading
 from rlrr_kernels.finetune.ema import Average
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.state import State
 from rlrr_kernels.parameters import param_groups
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+#: Share of an epoch's time spent waiting for images above which the progress line says so.
+BOTTLENECK = 0.25
 
 
 class Trainer:
@@ -63,7 +66,6 @@ class Trainer:
             accumulation=settings.grad_accumulation,
             seed=settings.seed,
         )
-        self.loader = self._loader(self.images, self.batches, persistent_workers=settings.workers > 0)
         self.mixing = Mixing(settings, splits.classes)
         # one kernel for all that trains, where there are hundreds of small tensors; not for sharded ones
         self.fused = settings.parallel != "fsdp" and device.type in ("cpu", "cuda", "mps", "xpu")
@@ -87,16 +89,18 @@ class Trainer:
         self.epoch = self.step = 0
         self._checked = False
 
-    def _loader(self, images: ImageSet, batches: Batches, **options: Any) -> DataLoader[Any]:
-        return DataLoader(
-            images,
-            batch_sampler=batches,
-            num_workers=self.settings.workers,
-            pin_memory=self.device.type == "cuda",
-            # workers' own seeds: no draw from the global generator, which drop path uses
-            generator=torch.Generator().manual_seed(self.settings.seed),
-            **options,
-        )
+    def keep_images(self, chooses: str | None, quiet: bool) -> None:
+        """Decode once what more than one epoch will see: the training images, and those of the split ``chooses``,
+        as far as ``settings.cache`` reaches. All processes must call it alike.
+        """
+        if self.settings.total_epochs - self.epoch < 2 or not self.settings.cache:
+            return
+        room = int(self.settings.cache * 2**30)
+        for images in [self.images, *([getattr(self.splits, chooses)] if chooses else [])]:
+            room -= loading.keep(images, self.world, self.settings.workers, room, quiet=quiet)
+
+    def _load(self, images: ImageSet, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        return loading.batches(images, batches, self.device, self.settings.workers)
 
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         dtype = AUTOCAST[self.settings.precision]
@@ -117,10 +121,14 @@ class Trainer:
         self.model.train()
         torch.manual_seed(keyed_seed("drop path", self.settings.seed, self.epoch, self.world.rank))
         self.batches.epoch = self.epoch
-        start, seen, number = time.perf_counter(), 0, 0
+        start, seen, number, waited = time.perf_counter(), 0, 0, 0.0
+        loaded = self._load(self.images, self.batches)
         loss_sum, hits = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         mean = accuracy = math.nan
-        for batch, (images, labels) in zip(self.batches.plan(), self.loader, strict=True):
+        for batch in self.batches.plan():
+            waits = time.perf_counter()
+            images, labels = next(loaded)
+            waited += time.perf_counter() - waits
             if number == 0:
                 self.scheduler.step_update(self.step)
                 self.optimizer.zero_grad(set_to_none=True)
@@ -140,8 +148,11 @@ class Trainer:
                 mean, accuracy = (value / seen for value in sums)
                 if not math.isfinite(mean):
                     raise FloatingPointError(f"loss is {mean} at step {self.step}; try a smaller --lr")
-                rate = seen / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {mean:.3f}, acc {accuracy:.3f}, {rate:.0f} images/s", refresh=False)
+                seconds = time.perf_counter() - start
+                line = f"loss {mean:.3f}, acc {accuracy:.3f}, {seen / seconds:.0f} images/s"
+                if waited > BOTTLENECK * seconds:
+                    line += f", {waited / seconds:.0%} of the time waiting for images"
+                bar.set_postfix_str(line, refresh=False)
         self.epoch += 1
         return {
             "train_loss": mean,
@@ -152,7 +163,6 @@ class Trainer:
 
     def _backward(self, batch: Batch, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Add this batch's share of the step's gradient; (sum of losses, hits) of its images that count."""
-        images = images.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         images, targets = self.mixing(images, labels, self.step, number)
         with distributed.synchronising(self.wrapped, batch.last):
@@ -191,8 +201,8 @@ class Trainer:
         self.model.eval()
         batches = Batches(len(images), self.settings.batch_size, self.world)
         loss_sum, hits = torch.zeros((), dtype=torch.float64), 0
-        for batch, (inputs, labels) in zip(batches.plan(), self._loader(images, batches), strict=True):
-            logits = self._logits(self.model, inputs.to(self.device, non_blocking=True))[: batch.counts].cpu()
+        for batch, (inputs, labels) in zip(batches.plan(), self._load(images, batches), strict=True):
+            logits = self._logits(self.model, inputs)[: batch.counts].cpu()
             labels = labels[: batch.counts]
             loss_sum += F.cross_entropy(logits, labels, reduction="sum")
             hits += int((logits.argmax(1) == labels).sum())

@@ -1,4 +1,4 @@
-"""``rlrr-tune``: measure the Triton kernels' tiles on this GPU and keep what beats the heuristic.
+"""``rlrr-tune``: measure every backend and tile for given layers on this device, and keep what is fastest.
 
-The launcher reads the result through :mod:`rlrr_kernels.backends.triton.tuned`; it never measures by itself.
+``auto`` and the launchers read the result through :mod:`rlrr_kernels.backends.tuned`; nothing else ever measures.
 """

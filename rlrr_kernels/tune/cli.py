@@ -1,4 +1,4 @@
-"""``rlrr-tune``: find the fastest tiles for given layers on this GPU, and keep them for the launcher."""
+"""``rlrr-tune``: find the fastest backend and tile for given layers on this device, and keep them for ``auto``."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ import torch
 from tqdm import tqdm
 
 from rlrr_kernels import cachefile, yardstick
-from rlrr_kernels.backends.triton import launch
-from rlrr_kernels.backends.triton.config import Device
-from rlrr_kernels.backends.triton.tuned import Choice, default_file
-from rlrr_kernels.backends.triton.tuned_file import FORMAT, Where, parse, read
-from rlrr_kernels.tune import report, shapes, store
-from rlrr_kernels.tune.gpu import Machine, this_machine
-from rlrr_kernels.tune.measure import DeviceLostError, Result, contest, first_line, require
-from rlrr_kernels.tune.problem import KERNELS, Task, copies_of, make_tensors, run, task_of
+from rlrr_kernels.backends import choice, tuned
+from rlrr_kernels.backends.problem import Problem
+from rlrr_kernels.backends.tuned import FORMAT, Entry
+from rlrr_kernels.check.cli import device_of, failures
+from rlrr_kernels.tune import report, shapes
+from rlrr_kernels.tune.candidates import Candidate, candidates, copies_of, describe, make_tensors, run
+from rlrr_kernels.tune.contest import DeviceLostError, Result, contest, first_line, require, rules
+from rlrr_kernels.tune.timing import Machine, machine_of
 
 DESCRIPTION = """\
-Measure which tiles of the Triton kernels are fastest for given layers on this GPU, and
-keep what beats the built-in heuristic by more than the noise. Later runs read the
-result by themselves; RLRR_TUNED=0 switches it off. Nothing else ever measures.
+Measure which backend, with which tile, is fastest for given layers on this device, and
+keep it. Later runs read the result by themselves; RLRR_TUNED=0 switches it off. Every
+backend is first held to float64 (python -m rlrr_kernels check); what is wrong is out.
 
     rlrr-tune --model vit_base_patch16_224 --batch 64
     rlrr-tune --shape 12608,2304,768,3 --shape 12608,768,768 --dtype float16
     rlrr-tune --show
 """
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-#: What --dry-run is shown for where there is no GPU.
-ASSUMED = launch.INTERPRETED_DEVICE
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
 
 class _Stopped(Exception):
@@ -51,37 +49,36 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="rlrr-tune", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--model", action="append", default=[], metavar="NAME", help="timm model; may be repeated")
-    result.add_argument(
-        "--batch", type=int, nargs="+", default=[64], metavar="B", help="images in a batch (default: 64)"
-    )
-    result.add_argument("--img-size", type=int, metavar="PIXELS", help="of the models, where not their own")
-    result.add_argument(
+    add = result.add_argument
+    add("--model", action="append", default=[], metavar="NAME", help="timm model; may be repeated")
+    add("--batch", type=int, nargs="+", default=[64], metavar="B", help="images in a batch (default: 64)")
+    add("--img-size", type=int, metavar="PIXELS", help="of the models, where not their own")
+    add(
         "--shape",
         action="append",
         default=[],
         metavar="M,N,K[,groups]",
         help="tokens, output features, input features of a layer; may be repeated",
     )
-    result.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of x (default: %(default)s)")
-    result.add_argument("--weight-dtype", choices=DTYPES, help="of the frozen weight (default: as x)")
-    result.add_argument("--tf32", action="store_true", help="float32 products in TF32, as where training allows it")
-    result.add_argument("--rounds", type=int, default=30, help="timed rounds of a contest (default: %(default)s)")
-    result.add_argument(
-        "--limit", type=int, default=24, help="candidates beside the heuristic's choice (default: %(default)s)"
-    )
-    result.add_argument("--device", type=int, metavar="INDEX", help="CUDA device (default: the current one)")
-    result.add_argument("--out", type=Path, metavar="FILE", help="the table (default: the one that is read)")
-    result.add_argument("--dry-run", action="store_true", help="list what would be measured; needs no GPU")
-    result.add_argument("--show", action="store_true", help="print the stored table")
-    result.add_argument("--clear", action="store_true", help="delete the stored table")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of x (default: %(default)s)")
+    add("--weight-dtype", choices=DTYPES, help="of the frozen weight (default: as x)")
+    add("--tf32", action="store_true", help="float32 products in TF32, as where training allows it")
+    add("--backend", action="append", default=[], choices=choice.BACKENDS, help="may be repeated (default: all)")
+    add("--rules", action="store_true", help="keep instead what measured.json has: backends alone, for any N and K")
+    add("--rounds", type=int, default=30, help="timed rounds of a contest (default: %(default)s)")
+    add("--limit", type=int, default=24, help="tiles of a backend beside its own choice (default: %(default)s)")
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:INDEX (default: the GPU, else the CPU)")
+    add("--out", type=Path, metavar="FILE", help="the file (default: the one that is read)")
+    add("--dry-run", action="store_true", help="list what would be measured")
+    add("--show", action="store_true", help="print what is stored")
+    add("--clear", action="store_true", help="delete what is stored")
     return result
 
 
 def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
-    """Exit status: 0 done, 1 something could not be measured, 2 bad arguments or no GPU, 130 stopped by Ctrl-C.
+    """Exit status: 0 done, 1 something could not be measured, 2 bad arguments, 130 stopped by Ctrl-C.
 
-    ``machine``: where to measure; by default the GPU that is here.
+    ``machine``: where to measure; by default the device that is named.
     """
     options = parser()
     arguments = options.parse_args(argv)
@@ -98,48 +95,50 @@ def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
 
 
 def _main(arguments: argparse.Namespace, machine: Machine | None) -> int:
-    path = arguments.out or default_file()
+    path = arguments.out or tuned.default_file()
     if path is None:
-        raise ValueError("there is no home folder for the table; name a file by --out or RLRR_TUNED_FILE")
+        raise ValueError("there is no home folder for the file; name one by --out or RLRR_TUNED_FILE")
     if arguments.clear:
         print(f"deleted {path}" if cachefile.clear(path) else f"there is no {path}")
         return 0
+    device = machine.device if machine else device_of(arguments.device)
     if arguments.show:
-        _show(path)
+        _show(path, device)
         return 0
     for name, least in (("rounds", 2), ("limit", 0), ("img_size", 1)):
         given = getattr(arguments, name)
         if given is not None and given < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, got {given}")
     wanted = _shapes(arguments)
-    if arguments.dry_run:
-        name, device = _device(arguments, machine)
-        tasks = _tasks(arguments, wanted, device)
-        report.show_plan(tasks, device, arguments.limit, name, report.console())
-        return 0
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("rlrr-tune runs in one process; the ranks of a distributed run only read what it found")
-    machine = machine or this_machine(arguments.device)
-    tasks = _tasks(arguments, wanted, machine.device)
-    # what would fail for one of them, or at the end, fails before minutes of measuring
-    for task in tasks:
-        task.choices(machine.device, arguments.limit)
-    cachefile.check_writable(path, FORMAT)
-    return _tune(arguments, path, machine, tasks)
+    if arguments.tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    machine = machine or machine_of(device)
+    if not arguments.dry_run:
+        cachefile.check_writable(path, FORMAT)  # what would fail at the end fails before minutes of measuring
+        _check(device)
+    layers = {problem: shape.name for shape in wanted for problem in _problems(arguments, shape, device)}
+    plan = {p: candidates(p, device, arguments.limit, arguments.backend) for p in layers}
+    if arguments.dry_run:
+        rows = [(layers[problem], problem, found) for problem, found in plan.items()]
+        report.show_plan(rows, f"Would be measured on {machine.name}, after a check", report.console())
+        return 0
+    return _tune(arguments, path, machine, plan, layers)
 
 
-def _show(path: Path) -> None:
-    rows = read(path)
+def _show(path: Path, device: torch.device) -> None:
+    rows = tuned.read(path)
     if not path.exists():
         print(f"there is no {path}; rlrr-tune --model or --shape makes it")
         return
     entries = []
     for index, raw in enumerate(rows):
         try:
-            entries.append(parse(raw))
+            entries.append(tuned.parse(raw))
         except ValueError as error:
             print(f"entry {index} is not used: {error}", file=sys.stderr)
-    report.show_stored(entries, str(path), report.console())
+    report.show_stored(entries, device, str(path), report.console())
 
 
 def _shapes(arguments: argparse.Namespace) -> list[shapes.Shape]:
@@ -154,84 +153,92 @@ def _shapes(arguments: argparse.Namespace) -> list[shapes.Shape]:
     return shapes.unique(found)
 
 
-def _device(arguments: argparse.Namespace, machine: Machine | None) -> tuple[str, Device]:
-    """For a plan: the GPU that is here, or a made-up one."""
-    if machine is None and not torch.cuda.is_available():
-        major, minor = ASSUMED.capability
-        return f"no GPU here; as for sm_{major}{minor} with {ASSUMED.multiprocessors} multiprocessors", ASSUMED
-    machine = machine or this_machine(arguments.device)
-    return machine.name, machine.device
+def _problems(arguments: argparse.Namespace, shape: shapes.Shape, device: torch.device) -> list[Problem]:
+    dtype, weight_dtype = DTYPES[arguments.dtype], DTYPES[arguments.weight_dtype or arguments.dtype]
+    tf32 = arguments.tf32 and dtype is torch.float32 and device.type == "cuda"
+    sizes = shape.m, shape.n, shape.k, shape.groups
+    return [Problem(kernel, *sizes, dtype, weight_dtype, tf32) for kernel in ("forward", "grad_input", "grad_scales")]
 
 
-def _tasks(arguments: argparse.Namespace, wanted: Sequence[shapes.Shape], device: Device) -> list[Task]:
-    if arguments.tf32:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-    dtype = DTYPES[arguments.dtype]
-    weight_dtype = DTYPES[arguments.weight_dtype or arguments.dtype]
-    return [task_of(kernel, shape, dtype, weight_dtype, device) for shape in wanted for kernel in KERNELS]
+def _check(device: torch.device) -> None:
+    """Hold what was not yet checked here to float64: what fails is no candidate."""
+    print(f"rlrr-tune: checking the backends on {device}", file=sys.stderr)
+    wrong, untried = failures(device)
+    choice.failed.cache_clear()  # read before, where something was computed
+    for subject, why in wrong.items():
+        print(f"rlrr-tune: {subject} failed its check: {why}", file=sys.stderr)
+    for subject, why in untried.items():
+        print(f"rlrr-tune: {subject} could not be checked: {why}", file=sys.stderr)
 
 
-def _tune(arguments: argparse.Namespace, path: Path, machine: Machine, tasks: Sequence[Task]) -> int:
-    """Measure each task and store its outcome at once, so that stopping loses only the one at hand."""
-    where = Where.on(machine.name, machine.device.capability)
+def _tune(
+    arguments: argparse.Namespace,
+    path: Path,
+    machine: Machine,
+    plan: dict[Problem, list[Candidate]],
+    layers: dict[Problem, str],
+) -> int:
+    """Measure each problem and store its outcome at once, so that stopping loses only the one at hand."""
     date = datetime.date.today().isoformat()
     results: list[Result] = []
     stop: _Stopped | None = None
     unmeasured = stored = 0
     try:
-        for task in (progress := tqdm(tasks, unit="kernel", disable=None, leave=False)):
-            progress.set_description(str(task))
+        for problem in (progress := tqdm(plan, unit="pass", disable=None, leave=False)):
+            progress.set_description(describe(problem))
             try:
-                result = measure(task, machine, arguments.limit, arguments.rounds)
+                result = measure(problem, plan[problem], machine, arguments.rounds)
             except DeviceLostError:
                 raise
             except RuntimeError as error:  # no memory for the tensors, or a launch that cannot be timed
                 unmeasured += 1
-                tqdm.write(f"rlrr-tune: {task}: {first_line(error)}", file=sys.stderr)
+                tqdm.write(f"rlrr-tune: {describe(problem)}: {first_line(error)}", file=sys.stderr)
                 require(machine.synchronize, error)
                 continue
             results.append(result)
-            if result.best is None:
-                unmeasured += 1
-                continue
-            aside = store.add(path, [result.entry(where, date)])
-            stored += 1
-            if aside is not None:
-                tqdm.write(f"rlrr-tune: {path} was no table; it is now {aside}", file=sys.stderr)
+            unmeasured += result.best is None
+            if result.best is not None and not arguments.rules:
+                stored += _store(path, [result.entry(machine.device, date)])
+        if arguments.rules:
+            stored += _store(path, rules(results, machine.device, date))
     except KeyboardInterrupt:
         stop = _Stopped("interrupted", 130)
     except OSError as error:
         # what was measured is shown all the same
-        stop = _Stopped(f"stopped in {task}: {error}; what was stored before is kept", 1)
+        stop = _Stopped(f"stopped in {describe(problem)}: {error}; what was stored before is kept", 1)
     except DeviceLostError as error:
-        stop = _Stopped(f"the GPU stopped answering in {task}: {error}", 1)
-    report.show_results(results, f"{machine.name}, {arguments.dtype}", report.console())
-    print(f"{stored} of {len(tasks)} kernels are in {path}")
+        stop = _Stopped(f"the GPU stopped answering in {describe(problem)}: {error}", 1)
+    report.show_results(results, layers, f"{machine.name}, {arguments.dtype}", report.console())
+    print(
+        f"{len(results) - sum(r.best is None for r in results)} of {len(plan)} measured, {stored} entries into {path}"
+    )
     if stop is not None:
         raise stop
     return 1 if unmeasured else 0
 
 
-def measure(task: Task, machine: Machine, limit: int, rounds: int) -> Result:
-    """The contest of one task on a machine."""
-    copies = copies_of(task, machine.l2_bytes)
-    tensors = make_tensors(task, copies, machine.torch_device)
+def _store(path: Path, entries: Sequence[Entry]) -> int:
+    aside = tuned.add(path, entries) if entries else None
+    if aside is not None:
+        tqdm.write(f"rlrr-tune: {path} was no table; it is now {aside}", file=sys.stderr)
+    return len(entries)
+
+
+def measure(problem: Problem, found: Sequence[Candidate], machine: Machine, rounds: int) -> Result:
+    """The contest of one problem on a machine."""
+    copies = copies_of(problem, machine.cache_bytes)
+    tensors = make_tensors(problem, copies, machine.device)
     t = tensors[0]
-    wanted = yardstick.expected(task.layer.kernel, t.x, t.weight, t.scale_out, t.scale_in, t.bias, t.shift, t.dy)
+    wanted = yardstick.expected(problem.kernel, t.x, t.weight, t.scale_out, t.scale_in, t.bias, t.shift, t.dy)
 
-    def launch_one(choice: Choice, copy: int) -> tuple[torch.Tensor, ...]:
-        return run(task, tensors[copy], choice)
+    def launch(candidate: Candidate, copy: int) -> tuple[torch.Tensor, ...]:
+        return run(problem, tensors[copy], candidate)
 
-    return contest(
-        task,
-        task.choices(machine.device, limit),
-        launch_one,
-        lambda got: yardstick.judge(got, wanted).reason,
-        machine.timer,
-        copies=copies,
-        rounds=rounds,
-        synchronize=machine.synchronize,
-    )
+    def misfit(got: Sequence[torch.Tensor]) -> str | None:
+        return yardstick.judge(got, wanted).reason
+
+    timing = {"copies": copies, "rounds": rounds}
+    return contest(problem, found, launch, misfit, machine.timer, **timing, synchronize=machine.synchronize)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Which backend serves which tensors."""
 
 import importlib
-import json
+import math
 import sys
 import threading
 import warnings
@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from rlrr_kernels import backend_for, rescaled_linear, use_backend
-from rlrr_kernels.backends import choice
+from rlrr_kernels.backends import choice, tuned
 from rlrr_kernels.backends.triton import launch
 from tests.oracle import device_of, make_problem, require
+from tests.tune.entries import entry, file_of
 
 
 def test_auto_serves_cpu_tensors_by_the_cpu_ops_and_what_they_refuse_by_panels():
@@ -77,7 +78,7 @@ def test_environment_variable(tensors, monkeypatch):
     with use_backend(own):
         assert backend_for(x, x) == own
     monkeypatch.setenv("RLRR_BACKEND", "tritn")
-    with pytest.raises(ValueError, match=r"RLRR_BACKEND: unknown backend 'tritn', expected one of auto, cpu, triton"):
+    with pytest.raises(ValueError, match=r"RLRR_BACKEND: unknown backend 'tritn', expected one of auto, cpu, gluon"):
         backend_for(x, x)
 
 
@@ -99,12 +100,13 @@ def test_triton_says_why_it_cannot_serve_cpu_tensors():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Nothing loaded, nothing warned of, no rule read."""
+    """Nothing loaded, nothing warned of, nothing measured read."""
     monkeypatch.setattr(choice, "_loaded", {})
     monkeypatch.setattr(choice, "_warned", set())
     monkeypatch.setattr(choice, "_plans", {})
-    monkeypatch.setattr(choice, "_rules", choice._rules.__wrapped__)
-    return monkeypatch
+    tuned.reload()
+    yield monkeypatch
+    tuned.reload()
 
 
 def test_a_backend_that_cannot_be_imported_is_an_error_when_asked_for(fresh):
@@ -154,59 +156,99 @@ def test_importing_the_package_neither_loads_nor_warns():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def _with_rules(fresh, *rules):
-    text = json.dumps(list(rules))
-    fresh.setattr(choice.resources, "files", lambda _: mock.Mock(joinpath=lambda _: mock.Mock(read_text=lambda: text)))
+@pytest.fixture
+def measured(fresh, tmp_path):
+    """Makes entries the user's part."""
+    fresh.delenv("RLRR_TUNED", raising=False)
+    fresh.setenv("RLRR_TUNED_FILE", str(tmp_path / "tuned.json"))
+    return lambda *entries: file_of(tmp_path / "tuned.json", *entries)
 
 
-def test_a_measured_rule_goes_before_the_default_within_its_tokens(fresh):
+def test_what_was_measured_goes_before_the_default_for_its_pass_shape_and_tokens(measured):
     require("cpu")
-    rule = {"device": "cpu", "dtype": "float32", "tokens": [2, 3], "backend": "reference", "source": "-"}
-    _with_rules(fresh, rule)
-    weight = torch.zeros(4, 5)
-    served = [backend_for(torch.zeros(m, 5), weight) for m in (1, 2, 3, 4)]
-    assert served == ["cpu", "reference", "reference", "cpu"]
-    assert backend_for(torch.zeros(2, 5).bfloat16(), weight) == "cpu"
-    assert choice.explain(torch.zeros(2, 5), weight) == ("reference", "measured fastest")
+    narrow = {"dtype": torch.bfloat16, "weight_dtype": torch.bfloat16}
+    measured(
+        entry(2, 3, layer=(4, 5, 1), kernel="grad_input"),
+        entry(2, 3, layer=(4, 5, 2)),
+        entry(100, math.inf, layer=None, **narrow),
+    )
+
+    def served(m, kernel="forward", groups=2, dtype=torch.float32, n=4):
+        x, w = torch.zeros(m, 5 if kernel == "forward" else n, dtype=dtype), torch.zeros(n, 5, dtype=dtype)
+        return choice.explain(x, w, kernel, groups)
+
+    best = ("reference", "measured fastest")
+    own = ("cpu", "default for cpu")
+    assert [served(m) for m in (1, 2, 3, 4)] == [own, best, best, own]
+    assert [served(2, groups=1), served(2, n=6)] == [own, own]
+    assert [served(2, kernel, 1) for kernel in ("grad_input", "grad_scales")] == [best, own]
+    assert [served(m, dtype=torch.bfloat16) for m in (99, 100, 10**6)] == [own, best, best]
+    x, weight = torch.zeros(2, 5), torch.zeros(4, 5)
+    assert choice.module_for("forward", x, weight, 2, 2).__name__ == "rlrr_kernels.reference"
 
 
-def test_a_measured_rule_that_cannot_serve_is_passed_over(fresh):
+def test_each_pass_of_a_layer_runs_on_what_was_measured_for_it(measured):
     require("cpu")
-    _with_rules(fresh, {"device": "cpu", "dtype": "float64", "tokens": [1, None], "backend": "triton", "source": "-"})
+    measured(entry(3, layer=(4, 5, 2), kernel="grad_scales"))
+    p = make_problem(3, 4, 5, 2, dtype=torch.float32)
+    ran = []
+
+    def spied(name, kernel):
+        run = getattr(choice.load(name), kernel)
+        return mock.patch.object(choice.load(name), kernel, lambda *a: (ran.append((name, kernel)), run(*a))[1])
+
+    with spied("cpu", "forward"), spied("cpu", "grad_input"), spied("reference", "grad_scales"):
+        x, weight, u, v, bias, shift = p.forward_args
+        given = x.requires_grad_(), weight, u.requires_grad_(), v.requires_grad_(), bias, shift
+        rescaled_linear(*given).sum().backward()
+        assert ran == [("cpu", "forward"), ("cpu", "grad_input"), ("reference", "grad_scales")]
+        ran.clear()
+        torch.ops.rlrr.grad_scales(torch.ones(3, 4), x.detach(), weight, u.detach(), v.detach(), False)
+        assert ran == [("reference", "grad_scales")]
+
+
+def test_what_is_served_by_the_default_wherever_it_was_measured_is_not_looked_up(measured):
+    require("cpu")
+    measured(entry(3, layer=(4, 5, 1), backend="cpu"))
+    with mock.patch.object(tuned, "find", side_effect=AssertionError("looked up")):
+        assert choice.explain(torch.zeros(3, 5), torch.zeros(4, 5)) == ("cpu", "default for cpu")
+
+
+def test_what_was_measured_and_cannot_serve_is_passed_over(measured):
+    require("cpu")
+    wide = {"dtype": torch.float64, "weight_dtype": torch.float64}
+    measured(entry(1, math.inf, "triton", layer=None, **wide))
     x = torch.zeros(2, 5, dtype=torch.float64)
     assert backend_for(x, x) == "cpu"
 
 
-def test_a_measured_backend_that_is_not_here_is_said_once(fresh, tmp_path):
+def test_a_measured_backend_that_is_not_here_is_said_once(measured, fresh, tmp_path):
     from rlrr_kernels.backends import library
 
     require("cpu")
     fresh.setattr(library, "FOLDER", tmp_path)
     fresh.delitem(sys.modules, "rlrr_kernels.backends.cuda", raising=False)
-    _with_rules(fresh, {"device": "cpu", "dtype": "float32", "tokens": [1, None], "backend": "cuda", "source": "-"})
+    measured(entry(1, math.inf, "cuda", layer=None))
     fresh.setitem(choice._loaded, "cpu", importlib.import_module("rlrr_kernels.backends.cpu"))
     x = torch.zeros(2, 5)
     with pytest.warns(UserWarning, match="'cuda' is not available, 'cpu' serves"):
         assert backend_for(x, x) == "cpu"
 
 
-def test_the_shipped_rules_name_backends_dtypes_and_results_that_exist():
+def test_the_shipped_part_is_whole_and_names_results_that_exist():
     root = Path(__file__).parents[2]
-    rules = json.loads((Path(choice.__file__).parent / "measured.json").read_text())
-    for rule in rules:
-        assert set(rule) == {"device", "dtype", "tokens", "backend", "source"}
-        assert rule["backend"] in choice.BACKENDS
-        assert isinstance(getattr(torch, rule["dtype"]), torch.dtype)
-        assert (root / rule["source"]).exists(), rule["source"]
+    assert tuned.shipped()
+    for one in tuned.shipped():
+        assert (root / one.measured["source"]).exists(), one.measured["source"]
 
 
 def test_a_choice_forced_by_another_thread_meanwhile_is_not_kept_for_the_free_one(fresh):
     """The request is read once: what is stored belongs to the key that it is stored under."""
     plan = choice._plan
 
-    def interrupted(asked, x, weight):
+    def interrupted(*given):
         fresh.setattr(choice, "_forced", "reference")  # as another thread's use_backend
-        return plan(asked, x, weight)
+        return plan(*given)
 
     x = torch.zeros(2, 4)
     fresh.setattr(choice, "_plan", interrupted)

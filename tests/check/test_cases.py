@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 
 from rlrr_kernels import ops, reference
 from rlrr_kernels.backends import choice
-from rlrr_kernels.backends.triton import config as configs
+from rlrr_kernels.backends.problem import Problem
 from rlrr_kernels.backends.triton import launch, layer_norm
-from rlrr_kernels.backends.triton.config import Device
+from rlrr_kernels.backends.triton.choose import Device, choose
 from rlrr_kernels.check import cases
 from rlrr_kernels.check.cases import Case
 from rlrr_kernels.check.record import PRODUCTS
@@ -81,21 +82,16 @@ def test_the_shapes_are_those_that_matter():
 
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: f"sm_{device.capability[0]}0")
 def test_on_gpus_sums_are_split_and_kernels_to_compile_are_few(device):
-    path = "boxes" if device.has_wgmma else "vectors"
     split = set()
     for which in PRODUCTS:
         compiled = set()
         for c in cases.cases(which, "cuda"):
             if c.dtype is not torch.bfloat16:
                 continue
-            how = "elements" if c.k % 16 else path
-            size = (c.weight_dtype or c.dtype).itemsize
-            choose = getattr(configs, f"{which}_config")
-            last = (device, size) if which == "grad_scales" else (size, device)
-            chosen = choose(c.m, c.n, c.k, c.groups, "half", how, 2, *last)
-            config, tokens = chosen if isinstance(chosen, tuple) else (chosen, None)
-            compiled.add((config, how, size, c.groups, c.m == 1))
-            if config.splits > 1 or (tokens is not None and tokens < c.m):
+            weight_dtype, aligned = c.weight_dtype or c.dtype, c.k % 16 == 0 and c.n % 16 == 0
+            chosen = choose(Problem(which, c.m, c.n, c.k, c.groups, c.dtype, weight_dtype), device, aligned)
+            compiled.add((replace(chosen, splits=1), chosen.splits > 1, weight_dtype, c.groups))
+            if chosen.splits > 1:
                 split.add(which)
         assert len(compiled) <= 9
     assert split == set(PRODUCTS)

@@ -15,6 +15,7 @@ from rlrr_kernels.check import record
 from tests.check.conftest import forget
 from tests.check.findings import findings
 from tests.oracle import make_problem, require
+from tests.tune.entries import entry
 
 X = torch.zeros(2, 4)
 
@@ -77,10 +78,9 @@ def test_a_named_backend_is_used_whatever_it_did(file):
         assert choice.explain(X, X) == ("cpu", "asked for")
 
 
-def test_a_measured_rule_does_not_bring_it_back(file, monkeypatch):
+def test_what_was_measured_does_not_bring_it_back(file, monkeypatch):
     require("cpu")
-    rule = {"device": "cpu", "dtype": "float32", "tokens": [1, None], "backend": "cpu", "source": "-"}
-    monkeypatch.setattr(choice, "_rules", lambda device, dtype: (rule,))
+    monkeypatch.setattr(choice.tuned, "entries", lambda device: (entry(1, 10, "cpu", layer=None),))
     keep(file, findings(wrong="grad_scales"))
     with pytest.warns(UserWarning, match="'panels' serves"):
         assert backend_for(X, X) == "panels"

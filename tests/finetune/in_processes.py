@@ -3,7 +3,6 @@
 ``python -m torch.distributed.run ... -m tests.finetune.in_processes FOLDER``
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -50,6 +49,26 @@ class Unreadable(torch.utils.data.Dataset):
         return self.images[index]
 
 
+class Counted(torch.utils.data.Dataset):
+    """Remembers which images it was asked for."""
+
+    def __init__(self, images):
+        self.images, self.asked = images, []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return self.images[index]
+
+
+def mapped_images():
+    """The files of images that are mapped into this process: device, number, and name."""
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [[line[3], line[4], line[5]] for line in lines if len(line) > 5 and "rlrr-images-" in line[5]]
+
+
 def stop_in_second_epoch(self):
     if self.epoch == 1:
         raise KeyboardInterrupt
@@ -62,7 +81,11 @@ update = Trainer._update
 def main(folder):
     torch.set_num_threads(1)
     main_process = launched().main
-    found = {}
+    ready, found = prepared(folder, SIZES, out=folder / "kept", batch_size=16), {}
+    ready.splits.train.items = Counted(ready.splits.train.items)
+    found["kept"] = {"metrics": train(ready, quiet=True), "asked": ready.splits.train.items.asked}
+    found["kept"] |= {"files": mapped_images()}
+    del ready
     for name, changes in RUNS.items():
         out = folder / name
         found[name] = {"whole": train(prepared(folder, SIZES, out=out, **changes), quiet=True)}
@@ -91,7 +114,8 @@ def main(folder):
     if main_process:
         (folder / "found.json").write_text(json.dumps(everything))
     ready = prepared(folder, SIZES, out=folder / "broken")
-    train(dataclasses.replace(ready, splits=dataclasses.replace(ready.splits, train=Unreadable(ready.splits.train))))
+    ready.splits.train.items = Unreadable(ready.splits.train.items)
+    train(ready)
 
 
 if __name__ == "__main__":

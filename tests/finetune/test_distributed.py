@@ -68,6 +68,20 @@ def test_two_processes_compute_what_one_does_with_the_doubled_batch(two, one, na
 
 
 @pytest.mark.slow
+def test_two_processes_share_what_each_decodes_a_half_of(two):
+    _, found, *_ = two
+    for rank in range(2):
+        # the first image tells the shape
+        assert sorted(found[rank]["kept"]["asked"]) == sorted([0, *range(rank, SIZES[0], 2)])
+    first, second = (found[rank]["kept"]["files"] for rank in range(2))
+    # the training images and those that choose the epoch, under no name
+    assert len(first) == 2
+    assert sorted(first) == sorted(second)
+    assert all(name.endswith("(deleted)") for _, _, name in first)
+    assert results(found[0]["kept"]["metrics"]) == results(found[0]["ddp"]["whole"])
+
+
+@pytest.mark.slow
 def test_sharded_parameters_are_never_stale_after_an_evaluation(two, tmp_path):
     """The average leaves the model before training goes on, and the chosen epoch is what is tested and left in it."""
     folder, found, *_ = two

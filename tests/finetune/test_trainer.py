@@ -1,6 +1,9 @@
 """One trainer: its schedule, what a step sums up, what its draws depend on."""
 
 import math
+import re
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +144,32 @@ def test_evaluation_counts_each_image_once_and_draws_nothing(tmp_path):
         logits = runner.model.eval()(torch.stack(images))
     assert first[0] == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-5)
     assert first[1] == (logits.argmax(1) == torch.tensor(labels)).double().mean().item()
+
+
+class Slow(torch.utils.data.Dataset):
+    """Takes a tenth of a second for each image."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        time.sleep(0.1)
+        return self.items[index]
+
+
+def test_the_progress_line_says_when_training_waits_for_images(tmp_path):
+    runner, lines = trainer(tmp_path, sizes=(8, 2, 2), batch_size=4, workers=1, epochs=3), []
+    bar = SimpleNamespace(update=lambda: None, set_postfix_str=lambda line, refresh: lines.append(line))
+    runner.images.items = Slow(runner.images.items)
+    runner.train_epoch(bar)
+    share = re.search(r" images/s, (\d+)% of the time waiting for images$", lines[-1])
+    assert 25 <= int(share[1]) <= 100
+    runner.keep_images(None, quiet=True)
+    runner.train_epoch(bar)
+    assert lines[-1].endswith(" images/s")
 
 
 def test_bf16_autocast_trains(tmp_path):

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from triton.runtime.jit import JITFunction
 
 from rlrr_kernels import rescaled_linear
-from rlrr_kernels.backends import choice
-from rlrr_kernels.backends.triton import launch, tuned
-from rlrr_kernels.backends.triton.config import Config, Device
+from rlrr_kernels.backends import choice, tuned
+from rlrr_kernels.backends.problem import Problem
+from rlrr_kernels.backends.triton import launch
+from rlrr_kernels.backends.triton.choose import Choice, Device
 from rlrr_kernels.backends.triton.start import start
 from tests.backends.triton.driver import log as driver_log
 from tests.backends.triton.driver.stand_in import Machine
@@ -105,7 +106,7 @@ def loaded(method: str, workers: int) -> list[list[torch.Tensor]]:
 
 @contextlib.contextmanager
 def lock_held_by_a_thread() -> Any:
-    """The tuned table's lock, as a thread holds it while it reads the file."""
+    """The lock of the measured entries, as a thread holds it while it reads the file."""
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -125,12 +126,12 @@ def lock_held_by_a_thread() -> Any:
 
 def kernel_calls() -> list[Callable[[], None]]:
     """Launches at two sizes and dtypes; the first call of each compiles."""
-    config = Config(64, 64, 64, num_warps=4, num_stages=2)
+    tile = Choice(64, 64, 64, num_warps=4, num_stages=2)
     calls = []
     for m, dtype in ((128, torch.bfloat16), (130, torch.float16)):
         x, w = torch.zeros(m, 128, dtype=dtype), torch.zeros(256, 128, dtype=dtype)
         u, v, f = torch.zeros(256, 1), torch.zeros(2, 1, 128), torch.zeros(256)
-        calls.append(lambda x=x, w=w, u=u, v=v, f=f: launch.forward(x, w, u, v, None, f, config=config, path="vectors"))
+        calls.append(lambda x=x, w=w, u=u, v=v, f=f: launch.forward(x, w, u, v, None, f, choice=tile))
     return calls
 
 
@@ -155,7 +156,7 @@ def handles(found: dict[str, Any]) -> None:
         stack.enter_context(machine)
         stack.enter_context(torch._C.DisableTorchFunction())  # threads would not see the machine's tensors
         machine.all_memory()
-        for name, value in (("_device", device), ("_guard", contextlib.nullcontext())):
+        for name, value in (("device_of", device), ("guard", contextlib.nullcontext())):
             stack.enter_context(mock.patch.object(launch, name, lambda *_, value=value: value))
         stack.enter_context(mock.patch.object(launch, "start", lambda *a: start(*a[:-1], None)))
         calls = kernel_calls()
@@ -190,7 +191,9 @@ def main() -> None:
     found["forked workers"] = same(loaded("fork", 2), serial)
     found["spawned workers"] = same(loaded("spawn", 1), serial)
     with lock_held_by_a_thread():
-        found["lock"] = in_child(lambda: tuned.find("forward", 1, 1, 1, 1, "16-bit", "boxes", 2, 2, None) is None)
+        problem = Problem("forward", 1, 1, 1, 1, torch.float32, torch.float32)
+        # of a device that nothing was looked up for yet
+        found["lock"] = in_child(lambda: tuned.find(problem, torch.device("meta")) is None)
     handles(found)
     print(json.dumps(found))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,8 +21,7 @@ from tqdm import tqdm
 
 from rlrr_kernels import FusedRLRRLinear, apply_rlrr, load_adapter, load_official_adapter, save_adapter
 from rlrr_kernels.analysis import sources
-from rlrr_kernels.backends.triton.tuned import Table
-from rlrr_kernels.backends.triton.tuned_file import parse, read
+from rlrr_kernels.backends import tuned as measured
 from rlrr_kernels.checkpoint import adapter_metadata, load_npz_backbone
 from rlrr_kernels.finetune.commands.record import Plan, Record
 from rlrr_kernels.finetune.commands.results import find_results
@@ -46,7 +46,7 @@ from tests.reliability.mutations import (
     unpacked,
     zip_entries,
 )
-from tests.tune.entries import DEVICE, GRAD_SCALES, entry
+from tests.tune.entries import PROBLEM, TILE, entry, file_of
 
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
 
@@ -306,24 +306,23 @@ def sweep(folder: Path) -> Target:
 
 
 def tuned(folder: Path) -> Target:
-    """``rlrr-tune``'s table."""
+    """The user's part of the measured entries."""
     folder.mkdir()
-    path = folder / "tuned.json"
-    rows = [entry(), entry(m=64, layer=GRAD_SCALES, split_tokens=128), entry(m=7, config=None)]
-    path.write_text(json.dumps({"format": 1, "entries": [row.to_json() for row in rows]}))
+    rows = [entry(), entry(64, math.inf, layer=None, kernel="grad_scales"), entry(7, backend="triton", tile=TILE)]
+    path = file_of(folder / "tuned.json", *rows)
+    problems = [PROBLEM, PROBLEM._replace(kernel="grad_scales"), PROBLEM._replace(m=7)]
 
     def attempt() -> None:
-        good = []
-        for raw in read(path):
+        # the file's name is for the caller to say: a warning of the launcher, or the command
+        for raw in measured.read(path):
             try:
-                good.append(parse(raw))
+                found = measured.parse(raw)
             except ValueError:
                 continue
-        for row in good:
-            found = Table(good).lookup(row.where, row.layer, row.m, DEVICE)
-            assert found is None or (found if row.split_tokens is None else found[0]) in [each.config for each in good]
+            for problem in problems:
+                found.serves(problem)
+                found.distance(problem.m)
 
-    # the file's name is for the caller to say: a warning of the launcher, or the command
     return Target(path, attempt, (json_values, json_values, raw_bytes), says=("",))
 
 

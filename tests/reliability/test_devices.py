@@ -9,9 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, rescaled_linear, use_backend
-from rlrr_kernels.backends import choice
-from rlrr_kernels.backends.triton import config as configs
-from rlrr_kernels.backends.triton import launch, layer_norm, tuned
+from rlrr_kernels.backends import choice, tuned
+from rlrr_kernels.backends.triton import choose, launch, layer_norm
 from rlrr_kernels.backends.triton import start as start_module
 from tests.oracle import Answer, check, make_problem
 
@@ -34,13 +33,13 @@ class GPUs:
             finally:
                 self.current = before
 
-        def launched(kernel, grid, operands, numbers, constants, options, index):
+        def launched(kernel, grid, operands, free, numbers, constants, options, index):
             self.launched.append((kernel, self.current, index, {o.device.index for o in operands}))
             if self.fails:
                 raise RuntimeError("the launch failed")
 
         def found(*arguments):
-            self.asked.append(arguments[-1])
+            self.asked.append(arguments[-1].index)
 
         def properties(index):
             self.asked.append(index)
@@ -52,11 +51,9 @@ class GPUs:
         monkeypatch.setattr(layer_norm, "start", launched)
         monkeypatch.setattr(launch, "interpreting", lambda: False)
         monkeypatch.setattr(tuned, "find", found)
-        monkeypatch.setattr(configs, "cuda_device", properties)
+        monkeypatch.setattr(choose, "cuda_device", properties)
         # what a tensor without data cannot be asked for
-        monkeypatch.setattr(launch, "_fits_boxes", lambda t: False)
-        monkeypatch.setattr(launch, "_fits_vectors", lambda t: True)
-        monkeypatch.setattr(launch, "_loaded", lambda *given, **_: ("vectors", given[6]))
+        monkeypatch.setattr(launch, "_loadable", lambda weight, *activations: (True, activations))
 
 
 @pytest.fixture
@@ -71,14 +68,14 @@ def passes(device, m=64, n=96, k=4096):
     x, dy, w = torch.empty(m, k, **new), torch.empty(m, n, **new), torch.empty(n, k, **new)
     u, v, f = (torch.empty(s, device=device) for s in ((n, 1), (3, 1, k), (n,)))
     s, mean = torch.empty(k, device=device), torch.empty(m, 1, device=device)
-    whole = configs.Config(64, 32, 64, 4, 3)
-    split = configs.Config(64, 32, 64, 4, 3, splits=2)
+    whole = choose.Choice(64, 32, 64, 4, 3)
+    split = choose.Choice(64, 32, 64, 4, 3, splits=2)
     return {
-        "forward": lambda: launch.forward(x, w, u, v, f, f, config=whole),
-        # so few tokens and so deep a sum that the heuristic splits it
+        "forward": lambda: launch.forward(x, w, u, v, f, f, choice=whole),
+        # so few tokens and so deep a sum that the rule splits it
         "forward, split": lambda: launch.forward(x, w, u, v, None, f),
         "grad_input": lambda: launch.grad_input(dy, w, u, v),
-        "grad_input, split": lambda: launch.grad_input(dy, w, u, v, config=split),
+        "grad_input, split": lambda: launch.grad_input(dy, w, u, v, choice=split),
         "grad_scales": lambda: launch.grad_scales(dy, x, w, u, v, True),
         "layer_norm": lambda: layer_norm.forward(x, None, None, s, s, 1e-6, torch.bfloat16),
         "layer_norm_backward": lambda: layer_norm.backward(x, x, mean, mean, None, None, s, True),
@@ -141,7 +138,7 @@ def test_compiled_kernels_are_kept_for_each_device(monkeypatch):
 
     class Kernel:
         def __init__(self):
-            self.arg_names = ["x"]
+            self.arg_names, self.do_not_specialize = ["x", "free"], ["free"]
 
         def __getitem__(self, grid):
             def bind(*arguments, **options):
@@ -153,7 +150,7 @@ def test_compiled_kernels_are_kept_for_each_device(monkeypatch):
     monkeypatch.setattr(start_module, "CompiledKernel", Handle)
     kernel, x = Kernel(), torch.empty(64)
     for current in (0, 1, 0, 1, 1):
-        start_module.start(kernel, (1,), (x,), (), {}, {}, current)
+        start_module.start(kernel, (1,), (x,), (0,), (), {}, {}, current)
     assert asked == [0, 1]
     assert started == [0, 1, 1]
 

@@ -1,21 +1,29 @@
-"""Made-up entries and a made-up GPU."""
+"""Made-up entries, and the process that has them for the user's part."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from rlrr_kernels.backends.triton.config import Config, Device
-from rlrr_kernels.backends.triton.tuned_file import Entry, Layer, Where
+import torch
 
-DEVICE = Device(capability=(9, 0), multiprocessors=132, shared_memory=232448)
-GPU = "Made-up GPU"
-WHERE = Where.on(GPU, (9, 0))
-FORWARD = Layer("forward", 768, 3072, 1, "half", "boxes", 2, 2)
-GRAD_INPUT = Layer("grad_input", 768, 3072, 3, "half", "boxes", 2, 2)
-GRAD_SCALES = Layer("grad_scales", 768, 3072, 1, "half", "boxes", 2, 2)
-CONFIG = Config(128, 128, 64, 8, 4)
-NARROW = Config(64, 64, 64, 4, 3)
+from rlrr_kernels.backends.problem import Problem
+from rlrr_kernels.backends.tuned import FORMAT, Entry
+
+CPU = torch.device("cpu")
+TILE = {"block_m": 64, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2, "splits": 1}
+PROBLEM = Problem("forward", 1000, 768, 3072, 1, torch.float32, torch.float32)
 
 
-def entry(m: int = 1000, layer: Layer = FORWARD, config: Config | None = CONFIG, **more: Any) -> Entry:
-    return Entry(more.pop("where", WHERE), layer, m, config, **more)
+def entry(first: int = 1000, last: float | None = None, backend: str = "reference", **changes: Any) -> Entry:
+    """Of :data:`PROBLEM` on any CPU; without ``last`` for ``first`` alone."""
+    whole: dict[str, Any] = {"device": "cpu", "where": None, "kernel": "forward", "tf32": False, "backend": backend}
+    whole |= {"dtype": torch.float32, "weight_dtype": torch.float32}
+    whole |= {"layer": (768, 3072, 1), "tokens": (first, first if last is None else last)}
+    return Entry(**whole | changes)
+
+
+def file_of(path: Any, *entries: Entry) -> Any:
+    """A file with these entries."""
+    path.write_text(json.dumps({"format": FORMAT, "entries": [one.to_json() for one in entries]}))
+    return path

@@ -1,27 +1,32 @@
-"""``rlrr-tune`` as a user meets it; real kernels in the interpreter where they run, times made up."""
+"""``rlrr-tune`` as a user meets it; real passes, times made up."""
 
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 
 import pytest
 import torch
 
 from rlrr_kernels import yardstick
-from rlrr_kernels.backends.triton import config as configs
-from rlrr_kernels.backends.triton import launch, tuned
-from rlrr_kernels.backends.triton.tuned_file import Where, parse, read
-from rlrr_kernels.tune import cli, store
+from rlrr_kernels.backends import choice, tuned
+from rlrr_kernels.backends.problem import Problem
+from rlrr_kernels.backends.triton import choose, launch
+from rlrr_kernels.backends.tuned import add, parse, read
+from rlrr_kernels.check.record import Where
+from rlrr_kernels.tune import cli
 from rlrr_kernels.tune.cli import main
-from rlrr_kernels.tune.gpu import Machine
-from rlrr_kernels.tune.problem import task_of
-from rlrr_kernels.tune.shapes import Shape
-from tests.tune.entries import GPU, WHERE, entry
+from rlrr_kernels.tune.timing import Machine
+from tests.oracle import require
+from tests.tune.entries import CPU, entry
+from tests.tune.tiled import TILES, tiled  # noqa: F401
 
-SHAPE = Shape(80, 48, 64)
 SIZES = "80,48,64"
-DEVICE = launch.INTERPRETED_DEVICE
+PASSES = ["forward", "grad_input", "grad_scales"]
+ARGUMENTS = ["--shape", SIZES, "--dtype", "float32", "--rounds", "3"]
+#: Beside them the rest of the backends, of which Triton's interpreter takes seconds.
+OURS = ["--backend", "cpu", "--backend", "reference", "--backend", "tiled"]
 
 
 def last_wins(runs, copies, rounds):
@@ -36,118 +41,130 @@ def no_gain(runs, copies, rounds):
 
 
 def machine(timer=last_wins, synchronize=lambda: None):
-    return Machine(GPU, DEVICE, torch.device("cpu"), l2_bytes=0, timer=timer, synchronize=synchronize)
+    return Machine("Made-up machine", CPU, cache_bytes=0, timer=timer, synchronize=synchronize)
 
 
-@pytest.fixture
-def file(tmp_path, monkeypatch):
-    monkeypatch.setenv("RLRR_TUNED_FILE", str(tmp_path / "tuned.json"))
-    monkeypatch.delenv("RLRR_TUNED", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    tuned.reload()
-    yield tmp_path / "tuned.json"
-    tuned.reload()
+@pytest.fixture(autouse=True)
+def checked(monkeypatch):
+    """The backends' check, which takes a minute, finds nothing; the devices that were checked."""
+    asked = []
+    monkeypatch.setattr(cli, "failures", lambda device: asked.append(device) or ({}, {}))
+    return asked
 
 
 def entries(path):
     return [parse(raw) for raw in read(path)]
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_what_it_finds_is_what_the_launcher_uses(file, monkeypatch, capsys):
-    arguments = ["--shape", SIZES, "--dtype", "float32", "--rounds", "3", "--limit", "2"]
-    assert main(arguments, machine()) == 0
-    found = {one.layer.kernel: one for one in entries(file)}
-    assert set(found) == {"forward", "grad_input", "grad_scales"}
+def test_what_it_finds_is_what_serves(file, checked, capsys, tiled):  # noqa: F811
+    require("cpu")
+    assert main([*ARGUMENTS, *OURS], machine()) == 0
+    assert checked == [CPU]
     printed = capsys.readouterr().out
-    assert f"3 of 3 kernels are in {file}" in printed
+    assert f"3 of 3 measured, 3 entries into {file}" in printed
     assert "+11.1%" in printed  # 10 against 9, the two of the second contest
-
-    # what the interpreter launches on is now taken for the GPU that was tuned
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: GPU)
-    monkeypatch.setattr(configs, "cuda_device", lambda index: DEVICE)
-    for kernel, one in found.items():
-        task = task_of(kernel, SHAPE, torch.float32, torch.float32, DEVICE)
-        choices = task.choices(DEVICE, 2)
-        assert len(choices) > 1
-        got = tuned.find(kernel, 80, *task.layer[1:], 0)
-        assert got == choices[-1]
-        assert one.where == Where.on(GPU, DEVICE.capability)
-        assert one.measured["heuristic_seconds"] == 10
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_a_launch_runs_what_the_table_says(file, monkeypatch):
-    main(["--shape", SIZES, "--dtype", "float32", "--rounds", "2", "--limit", "2"], machine())
-    chosen = next(one.config for one in entries(file) if one.layer.kernel == "forward")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: GPU)
-    monkeypatch.setattr(configs, "cuda_device", lambda index: DEVICE)
-    find, asked = tuned.find, []
-
-    def on_the_gpu(*key):
-        asked.append(find(*key[:-1], 0))
-        return asked[-1]
-
-    monkeypatch.setattr(tuned, "find", on_the_gpu)
-    x, weight, u, v = torch.randn(80, 64), torch.randn(48, 64), torch.randn(48, 1), torch.randn(1, 1, 64)
-    y = launch.forward(x, weight, u, v, None, None)
-    assert asked == [chosen]
-    torch.testing.assert_close(y, x @ (weight * (1 + u @ v[0])).T, rtol=1e-4, atol=1e-4)
+    choice.reload()
+    x, weight = torch.zeros(80, 64), torch.zeros(48, 64)
+    for kernel in PASSES:
+        assert choice.explain(x, weight, kernel) == ("tiled", "measured fastest")
+        found = tuned.find(Problem(kernel, 80, 48, 64, 1, x.dtype, x.dtype), CPU)
+        assert found.tile == {"block_m": 32, "num_warps": 4, "splits": 2}
+        assert found.where == Where.of("tiled", CPU)
+        assert (found.measured["default"], found.measured["default_seconds"]) == ("cpu", 10)
+    served = [choice.backend_for(torch.zeros(m, 64), weight) for m in (56, 57, 113, 114)]
+    assert served == ["cpu", "tiled", "tiled", "cpu"]
+    assert choice.backend_for(x, torch.zeros(49, 64)) == "cpu"
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_a_candidate_that_computes_wrong_cannot_win(file, monkeypatch, capsys):
-    task = task_of("grad_input", SHAPE, torch.float32, torch.float32, DEVICE)
-    wrong = task.choices(DEVICE, 2)[-1]
-    real = launch.grad_input
+def test_a_candidate_that_computes_wrong_cannot_win(file, monkeypatch, capsys, tiled):  # noqa: F811
+    real = tiled.grad_input
 
-    def faulty(*tensors, config, path):
-        dx = real(*tensors, config=config, path=path)
-        dx[3, 5] += float(config == wrong)
+    def faulty(*tensors, choice):
+        dx = real(*tensors)
+        dx[3, 5] += float(choice == TILES[-1])
         return dx
 
-    monkeypatch.setattr(launch, "grad_input", faulty)
-    assert main(["--shape", SIZES, "--dtype", "float32", "--rounds", "2", "--limit", "2"], machine()) == 0
-    (found,) = (one for one in entries(file) if one.layer.kernel == "grad_input")
-    assert found.config != wrong
+    monkeypatch.setattr(tiled, "grad_input", faulty)
+    assert main([*ARGUMENTS, *OURS], machine()) == 0
+    found = {one.kernel: one.tile["block_m"] for one in entries(file)}
+    assert found == {"forward": 32, "grad_input": 128, "grad_scales": 32}
     out = capsys.readouterr().out
-    assert "left out: grad_input M=80 N=48 K=64" in out
-    assert "dx: " in out
+    assert "left out: grad_input M=80 N=48 K=64: tiled m32, 4 warps, 2 splits: dx: " in out
 
 
-def quick(monkeypatch, run=lambda task, tensors, choice: ()):
+@pytest.mark.usefixtures("tiled")
+def test_what_failed_its_check_is_said_and_out(file, monkeypatch, capsys):
+    require("cpu")
+    monkeypatch.setattr(cli, "failures", lambda device: ({"cpu": "forward: y: not finite"}, {"triton": "no time"}))
+    choice.failed.cache_clear()
+    monkeypatch.setattr("rlrr_kernels.check.record.failure", lambda name, *_: "wrong" if name == "cpu" else None)
+    try:
+        assert main([*ARGUMENTS, *OURS], machine(no_gain)) == 0
+    finally:
+        choice.failed.cache_clear()
+    assert "cpu" not in {one.backend for one in entries(file)}
+    said = capsys.readouterr().err
+    assert "cpu failed its check: forward: y: not finite" in said
+    assert "triton could not be checked: no time" in said
+
+
+def test_triton_s_tiles_compete_and_its_launcher_takes_the_one_that_won(file, capsys):
+    require("triton")
+    arguments = ["--shape", "33,16,32", "--dtype", "float32", "--backend", "triton", "--limit", "1"]
+    assert main(arguments, machine()) == 0
+    for kernel in PASSES:
+        problem = Problem(kernel, 33, 16, 32, 1, torch.float32, torch.float32)
+        rule, other = choose.candidates(problem, launch.INTERPRETED_DEVICE)[:2]
+        assert launch._chosen(problem, torch.empty(33, 32), True) == other != rule
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_on_a_cpu_by_the_clock(file, capsys):
+    require("cpu")
+    arguments = ["--shape", "8,16,32", "--dtype", "float64", "--rounds", "2", "--device", "cpu", *OURS[:4]]
+    assert main(arguments) == 0
+    for one in entries(file):
+        assert one.where == Where.of(one.backend, CPU)
+        assert 0 < one.measured["seconds"] <= one.measured["default_seconds"] < 1
+    assert main([*arguments, "--rules", "--out", str(file.with_name("rules.json"))], machine()) == 0
+    found = [(one.kernel, one.layer, one.tokens, one.backend) for one in entries(file.with_name("rules.json"))]
+    assert found == [(kernel, None, (8, math.inf), "reference") for kernel in PASSES]
+
+
+def quick(monkeypatch, run=lambda problem, tensors, candidate: ()):
     """Nothing is launched or checked."""
     monkeypatch.setattr(cli, "run", run)
     monkeypatch.setattr(yardstick, "expected", lambda *tensors: [])
     monkeypatch.setattr(yardstick, "judge", lambda got, wanted: yardstick.Judgement(0.0, None))
 
 
-def test_where_nothing_is_faster_the_heuristic_stays(file, monkeypatch, capsys):
+def test_where_nothing_is_faster_the_default_stays(file, monkeypatch, capsys):
     quick(monkeypatch)
-    assert main(["--shape", SIZES], machine(no_gain)) == 0
-    assert [one.config for one in entries(file)] == [None] * 3
-    assert "the heuristic's" in capsys.readouterr().out
+    assert main(ARGUMENTS, machine(no_gain)) == 0
+    own = choice.backend_for(torch.zeros(80, 64), torch.zeros(48, 64))
+    assert [(one.backend, one.tile) for one in entries(file)] == [(own, None)] * 3
+    assert "the default" in capsys.readouterr().out
 
 
 def test_ctrl_c_keeps_what_was_measured(file, monkeypatch, capsys):
-    def run(task, tensors, choice):
-        if task.layer.kernel == "grad_scales":
+    def run(problem, tensors, candidate):
+        if problem.kernel == "grad_scales":
             raise KeyboardInterrupt
         return ()
 
     quick(monkeypatch, run)
-    assert main(["--shape", SIZES], machine()) == 130
-    assert [one.layer.kernel for one in entries(file)] == ["forward", "grad_input"]
+    assert main(ARGUMENTS, machine()) == 130
+    assert [one.kernel for one in entries(file)] == ["forward", "grad_input"]
     printed = capsys.readouterr()
-    assert "2 of 3 kernels are in" in printed.out
+    assert "2 of 3 measured" in printed.out
     assert printed.err.endswith("rlrr-tune: interrupted\n")
 
 
 def test_a_gpu_that_is_lost_ends_it_with_what_was_measured(file, monkeypatch, capsys):
     lost = []
 
-    def run(task, tensors, choice):
-        if task.layer.kernel == "grad_input":
+    def run(problem, tensors, candidate):
+        if problem.kernel == "grad_input":
             lost.append(1)
             raise RuntimeError("an illegal memory access was encountered")
         return ()
@@ -157,12 +174,12 @@ def test_a_gpu_that_is_lost_ends_it_with_what_was_measured(file, monkeypatch, ca
             raise RuntimeError("an illegal memory access was encountered")
 
     quick(monkeypatch, run)
-    assert main(["--shape", SIZES], machine(synchronize=synchronize)) == 1
-    assert [one.layer.kernel for one in entries(file)] == ["forward"]
+    assert main(ARGUMENTS, machine(synchronize=synchronize)) == 1
+    assert [one.kernel for one in entries(file)] == ["forward"]
     assert "the GPU stopped answering in grad_input M=80 N=48 K=64: RuntimeError: an ill" in capsys.readouterr().err
 
 
-def test_a_kernel_that_cannot_be_timed_is_skipped_and_said(file, monkeypatch, capsys):
+def test_a_pass_that_cannot_be_timed_is_skipped_and_said(file, monkeypatch, capsys):
     def timer(runs, copies, rounds):
         if timer.calls == 0:
             timer.calls += 1
@@ -171,74 +188,81 @@ def test_a_kernel_that_cannot_be_timed_is_skipped_and_said(file, monkeypatch, ca
 
     timer.calls = 0
     quick(monkeypatch)
-    assert main(["--shape", SIZES], machine(timer)) == 1
-    assert [one.layer.kernel for one in entries(file)] == ["grad_input", "grad_scales"]
+    assert main(ARGUMENTS, machine(timer)) == 1
+    assert [one.kernel for one in entries(file)] == ["grad_input", "grad_scales"]
     assert "rlrr-tune: forward M=80 N=48 K=64: OutOfMemoryError: CUDA out of memory. Tri" in capsys.readouterr().err
 
 
-def test_dry_run_needs_no_gpu_and_writes_nothing(file, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["--model", "vit_tiny_patch16_224", "--batch", "2", "4", "--shape", "5,6,7", "--dry-run"]) == 0
+@pytest.mark.usefixtures("tiled")
+def test_dry_run_checks_and_writes_nothing(file, checked, capsys):
+    models = ["--model", "vit_tiny_patch16_224", "--batch", "2", "4"]
+    assert main([*models, "--shape", "5,6,7", "--dtype", "float32", "--device", "cpu", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "no GPU here; as for sm_90 with 132 multiprocessors" in out
-    assert "times are predictions" in out
+    assert "Would be measured on" in out
     rows = [line for line in out.splitlines() if "forward" in line]
     assert len(rows) == 1 + 2 * 4
-    assert sum(" 788 " in row for row in rows) == 4
-    assert not file.parent.joinpath("tuned.json").exists()
+    assert sum(" M=788 " in row and "vit_tiny_patch16_224: blocks.*" in row for row in rows) == 4
+    assert all("3 tiled" in row for row in rows)
+    assert not file.exists()
+    assert checked == []
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "sizes"),
+    ("options", "dtypes"),
     [
-        (["--dtype", "float32"], "ieee", (4, 4)),
-        (["--dtype", "float32", "--tf32"], "tf32", (4, 4)),
-        (["--dtype", "float16", "--weight-dtype", "float32"], "half", (2, 4)),
-        ([], "half", (2, 2)),
+        (["--dtype", "float32", "--tf32"], (torch.float32, torch.float32)),
+        (["--dtype", "float16", "--weight-dtype", "float32"], (torch.float16, torch.float32)),
+        ([], (torch.bfloat16, torch.bfloat16)),
     ],
     ids=str,
 )
-def test_dtypes_decide_the_arithmetic(file, monkeypatch, options, kind, sizes):
+def test_dtypes(file, monkeypatch, options, dtypes):
     planned = []
-    monkeypatch.setattr(cli.report, "show_plan", lambda tasks, *_: planned.extend(tasks))
+    monkeypatch.setattr(cli.report, "show_plan", lambda plan, *_: planned.extend(plan))
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         assert main(["--shape", SIZES, "--dry-run", *options], machine()) == 0
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert [task.layer.kernel for task in planned] == ["forward", "grad_input", "grad_scales"]
-    assert {(task.layer.kind, task.layer.x_size, task.layer.weight_size) for task in planned} == {(kind, *sizes)}
+    problems = [problem for _, problem, _ in planned]
+    assert [problem.kernel for problem in problems] == PASSES
+    # what a CPU computes is never TF32
+    assert {(problem.dtype, problem.weight_dtype, problem.tf32) for problem in problems} == {(*dtypes, False)}
 
 
 def test_show_says_what_is_used_and_what_is_not(file, capsys):
-    store.add(
+    add(
         file,
         [
-            entry(111, measured={"heuristic_seconds": 3e-5, "best_seconds": 2e-5}),
-            entry(222, config=None),
-            entry(333, where=WHERE._replace(triton="1.2.3")),
-            entry(444, where=WHERE._replace(kernels="old")),
+            entry(111, tile={"block_m": 32}, measured={"default_seconds": 3e-5, "seconds": 2e-5}),
+            entry(222, math.inf, where=Where.of("reference", CPU)._replace(torch_version="1.2.3")),
+            entry(333, device="Another GPU"),
         ],
     )
     content = json.loads(file.read_text())
     content["entries"].append(5)
     file.write_text(json.dumps(content))
-    assert main(["--show"]) == 0
+    assert main(["--show"], machine()) == 0
     printed = capsys.readouterr()
-    rows = {m: next(line for line in printed.out.splitlines() if f" {m} " in line) for m in (111, 222, 333, 444)}
-    assert "+50.0%" in rows[111]
-    assert "m128 n128 k64, 8 warps, 4 stages" in rows[111]
-    assert "used on this GPU" in rows[111]
-    assert "the heuristic's" in rows[222]
-    assert "not used: of Triton 1.2.3" in rows[333]
-    assert "not used: the kernels have changed" in rows[444]
-    assert "entry 4 is not used" in printed.err
+    rows = {m: next(line for line in printed.out.splitlines() if f" {m} " in line) for m in (111, 222, 333)}
+    words = (
+        "+50.0%",
+        "block_m=32",
+        "reference",
+        " used ",
+        "forward, float32, N=768 K=3072 groups=1, 111 to 111 tokens",
+    )
+    assert [word for word in words if word not in rows[111]] == []
+    assert "222 and more tokens" in rows[222]
+    assert "its own" in rows[222]
+    assert all("not used: of another device, or of other versions" in rows[m] for m in (222, 333))
+    assert "entry 3 is not used" in printed.err
 
 
 def test_show_without_a_file_and_clear(file, capsys):
-    assert main(["--show"]) == 0
+    assert main(["--show"], machine()) == 0
     assert f"there is no {file}" in capsys.readouterr().out
-    store.add(file, [entry()])
+    add(file, [entry()])
     assert main(["--clear"]) == 0
     assert not file.exists()
     assert main(["--clear"]) == 0
@@ -247,7 +271,7 @@ def test_show_without_a_file_and_clear(file, capsys):
 
 def test_out_names_another_file(file, monkeypatch, tmp_path):
     quick(monkeypatch)
-    assert main(["--shape", SIZES, "--out", str(tmp_path / "new" / "mine.json")], machine(no_gain)) == 0
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "new" / "mine.json")], machine(no_gain)) == 0
     assert len(entries(tmp_path / "new" / "mine.json")) == 3
     assert not file.exists()
 
@@ -255,7 +279,7 @@ def test_out_names_another_file(file, monkeypatch, tmp_path):
 def test_a_table_that_was_damaged_is_set_aside_and_said(file, monkeypatch, capsys):
     quick(monkeypatch)
     file.write_text("{")
-    assert main(["--shape", SIZES], machine(no_gain)) == 0
+    assert main(ARGUMENTS, machine(no_gain)) == 0
     assert file.with_name("tuned.json.damaged-1").read_text() == "{"
     assert len(entries(file)) == 3
     assert f"{file} was no table; it is now {file}.damaged-1" in capsys.readouterr().err
@@ -271,11 +295,16 @@ def test_a_table_that_was_damaged_is_set_aside_and_said(file, monkeypatch, capsy
         (["--model", "vit_tiny_patch16_224", "--batch", "0"], "--batch: expected 1 or more, got 0"),
         (["--model", "vit_tiny_patch16_224", "--img-size", "0"], "--img-size: expected 1 or more, got 0"),
         (["--model", "resnet18"], "expected a ViT, EVA, BEiT or Swin"),
+        (["--shape", SIZES, "--device", "gpu"], "--device: expected cpu, cuda or cuda:INDEX, got 'gpu'"),
+        (
+            ["--shape", SIZES, "--backend", "cuda", "--dry-run"],
+            "forward M=80 N=48 K=64: no backend serves torch.bfloat16 here",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(file, capsys, arguments, words):
     with pytest.raises(SystemExit) as stop:
-        main(arguments, machine())
+        main(arguments, None if "--device" in arguments else machine())
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("rlrr-tune: error: ")
@@ -283,18 +312,10 @@ def test_bad_arguments_are_one_line_and_status_2(file, capsys, arguments, words)
     assert message.count("\n") == 1
 
 
-def test_without_a_gpu_it_says_so(file, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as stop:
-        main(["--shape", SIZES])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "rlrr-tune: error: no CUDA GPU is available here; expected one to measure on\n"
-
-
 def test_ranks_of_a_distributed_run_do_not_tune(file, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as stop:
-        main(["--shape", SIZES], machine())
+        main(ARGUMENTS, machine())
     assert stop.value.code == 2
     assert "runs in one process" in capsys.readouterr().err
 
@@ -303,7 +324,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, file, 
     quick(monkeypatch, pytest.fail)
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
-        main(["--shape", SIZES, "--out", str(tmp_path / "file" / "t.json")], machine(partial(pytest.fail, "timed")))
+        main([*ARGUMENTS, "--out", str(tmp_path / "file" / "t.json")], machine(partial(pytest.fail, "timed")))
     assert stop.value.code == 2
     assert "file" in capsys.readouterr().err
 
@@ -313,4 +334,4 @@ def test_a_whole_run_on_a_gpu(file, gpu):
     assert main(["--shape", "394,768,768", "--rounds", "5", "--limit", "3"]) == 0
     assert len(entries(file)) == 3
     for one in entries(file):
-        assert 0 < one.measured["best_seconds"] <= one.measured["heuristic_seconds"] < 0.01
+        assert 0 < one.measured["seconds"] <= one.measured["default_seconds"] < 0.01

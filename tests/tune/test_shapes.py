@@ -1,15 +1,10 @@
-"""Shapes from the command line and from models, and how the launcher would classify them."""
+"""Shapes from the command line and from models."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
-from rlrr_kernels.backends.triton import launch, tuned
-from rlrr_kernels.backends.triton.tuned_file import Layer
-from rlrr_kernels.tune.problem import KERNELS, copies_of, make_tensors, run, task_of, traffic
 from rlrr_kernels.tune.shapes import Shape, of_model, parse, unique
-from tests.tune.entries import DEVICE
 
 
 def test_parse():
@@ -68,47 +63,3 @@ def test_a_layer_of_both_models_comes_once():
 def test_models_that_do_not_do_are_named(name, size, words):
     with pytest.raises((ValueError, TypeError), match=words):
         of_model(name, 1, size)
-
-
-def test_sets_of_tensors_outgrow_the_second_cache():
-    small = task_of("forward", Shape(197, 768, 768), torch.bfloat16, torch.bfloat16, DEVICE)
-    assert traffic(small) == 2 * (197 * 768 * 2 + 768 * 768)
-    copies = copies_of(small, 50 * 2**20)
-    assert copies * traffic(small) >= 2 * 50 * 2**20
-    assert (copies - 1) * traffic(small) < 2 * 50 * 2**20
-    assert copies_of(small, 2**40) == 64
-    assert copies_of(small, 0) == 2
-
-
-def test_sets_of_tensors_differ_and_hold_what_the_kernel_reads():
-    task = task_of("grad_input", Shape(5, 6, 7, 3), torch.bfloat16, torch.float32, DEVICE)
-    first, second = make_tensors(task, 2, torch.device("cpu"))
-    assert (first.dy.shape, first.weight.shape, first.x.shape) == ((5, 6), (6, 7), (0, 7))
-    assert (first.dy.dtype, first.weight.dtype, first.bias.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    assert not torch.equal(first.dy, second.dy)
-    assert not torch.equal(first.weight, second.weight)
-    assert first.scale_in.shape == (3, 1, 7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "shape",
-    [Shape(40, 48, 64), Shape(40, 192, 64, 3), Shape(40, 96, 64, 3), Shape(40, 24, 40), Shape(40, 30, 35)],
-    ids=str,
-)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_the_key_is_the_one_that_the_launcher_looks_up(kernel, shape, dtype, monkeypatch, triton_device):
-    asked = []
-    monkeypatch.setattr(tuned, "find", lambda *key: asked.append(key))
-    device = launch.device_of(torch.empty(1, device=triton_device))
-    task = task_of(kernel, shape, dtype, dtype, device)
-    t = make_tensors(task, 1, torch.device(triton_device))[0]
-    if kernel == "forward":
-        launch.forward(t.x, t.weight, t.scale_out, t.scale_in, t.bias, t.shift)
-    elif kernel == "grad_input":
-        launch.grad_input(t.dy, t.weight, t.scale_out, t.scale_in)
-    else:
-        launch.grad_scales(t.dy, t.x, t.weight, t.scale_out, t.scale_in, True)
-    ((name, m, *rest, _),) = asked
-    assert (Layer(name, *rest), m) == (task.layer, task.m)
-    assert run(task, t, task.choices(device, 0)[0])[0].isfinite().all()

@@ -12,23 +12,22 @@ from pathlib import Path
 import pytest
 
 from rlrr_kernels import cachefile
-from rlrr_kernels.backends.triton import tuned_file
-from rlrr_kernels.backends.triton.tuned_file import parse, read
-from rlrr_kernels.tune import store
-from tests.tune.entries import CONFIG, FORWARD, NARROW, WHERE, entry
+from rlrr_kernels.backends.tuned import FORMAT, add, parse, read
+from rlrr_kernels.check.record import Where
+from tests.tune.entries import CPU, entry
 
 #: Children only read and write files: none uses what a fork may not carry over.
 FORK = multiprocessing.get_context("fork")
 
 
 def entries(path: Path) -> dict[int, object]:
-    return {found.m: found.config for found in map(parse, read(path))}
+    return {found.tokens[0]: found.backend for found in map(parse, read(path))}
 
 
 def write_many(path: Path, start, first: int, count: int) -> None:
     start.wait()
     for m in range(first, first + count):
-        store.add(path, [entry(m)])
+        add(path, [entry(m)])
 
 
 def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path):
@@ -49,13 +48,13 @@ def write_and_tell(path: Path, written) -> None:
     while True:
         m += 1
         # large, so that a kill often falls into the writing
-        store.add(path, [entry(m, measured={"note": "x" * 200_000})])
+        add(path, [entry(m, measured={"note": "x" * 200_000})])
         written.value = m
 
 
 def test_a_killed_writer_leaves_the_file_whole_and_the_lock_free(tmp_path):
     path = tmp_path / "tuned.json"
-    store.add(path, [entry(10**6)])
+    add(path, [entry(10**6)])
     written = FORK.RawValue("q", 0)  # without a lock, which the kill would leave taken
     for delay in (0.0, 0.001, 0.003, 0.005, 0.01, 0.015, 0.02, 0.03):
         written.value = 0
@@ -69,33 +68,35 @@ def test_a_killed_writer_leaves_the_file_whole_and_the_lock_free(tmp_path):
         found = entries(path)
         assert found.keys() >= {10**6, *range(1, written.value + 1)}
         path.unlink()  # start small again
-        store.add(path, [entry(10**6)])
+        add(path, [entry(10**6)])
     # what the dead left beside it is gone
     assert sorted(p.name for p in tmp_path.iterdir()) == [".tuned.json.lock", "tuned.json"]
 
 
 def test_a_new_entry_replaces_the_same_key_only(tmp_path):
     path = tmp_path / "tuned.json"
-    store.add(path, [entry(1), entry(2)])
+    add(path, [entry(1), entry(2)])
     others = [
-        entry(1, FORWARD._replace(path="vectors")),
-        entry(1, where=WHERE._replace(triton="0.1")),
-        entry(1, where=WHERE._replace(gpu="Other")),
+        entry(1, layer=(5, 6, 1)),
+        entry(1, 2),
+        entry(1, kernel="grad_input"),
+        entry(1, where=Where.of("cpu", CPU)),
+        entry(1, device="Other"),
     ]
-    store.add(path, others)
-    store.add(path, [entry(1, config=NARROW)])
+    add(path, others)
+    add(path, [entry(1, backend="cpu")])
     found = [parse(raw) for raw in read(path)]
-    assert len(found) == 5
-    assert entry(1, config=NARROW) in found
+    assert len(found) == 7
+    assert found[-1] == entry(1, backend="cpu")
     assert entry(1) not in found
     assert all(one in found for one in [*others, entry(2)])
 
 
 def test_entries_of_another_version_stay(tmp_path):
     path = tmp_path / "tuned.json"
-    strange = {**entry(1).to_json(), "kernel": "future", "more": [1, 2]}
-    path.write_text(json.dumps({"format": tuned_file.FORMAT, "entries": [strange, 5]}))
-    assert store.add(path, [entry(1)]) is None
+    strange = {**entry(1).to_json(), "pass": "future", "more": [1, 2]}
+    path.write_text(json.dumps({"format": FORMAT, "entries": [strange, 5]}))
+    assert add(path, [entry(1)]) is None
     assert read(path)[:2] == [json.loads(json.dumps(strange)), 5]
     assert parse(read(path)[2]) == entry(1)
 
@@ -103,9 +104,9 @@ def test_entries_of_another_version_stay(tmp_path):
 def test_a_file_that_is_no_table_is_set_aside(tmp_path):
     path = tmp_path / "tuned.json"
     path.write_text("precious")
-    assert store.add(path, [entry(3)]) == tmp_path / "tuned.json.damaged-1"
+    assert add(path, [entry(3)]) == tmp_path / "tuned.json.damaged-1"
     assert (tmp_path / "tuned.json.damaged-1").read_text() == "precious"
-    assert entries(path) == {3: CONFIG}
+    assert entries(path) == {3: "reference"}
 
 
 def test_a_writer_waits_for_another(tmp_path):
@@ -120,13 +121,13 @@ def test_a_writer_waits_for_another(tmp_path):
         assert not path.exists()
     writer.join()
     assert writer.exitcode == 0
-    assert entries(path) == {1: CONFIG}
+    assert entries(path) == {1: "reference"}
 
 
 def test_clear(tmp_path):
     path = tmp_path / "tuned.json"
     assert not cachefile.clear(path)
-    store.add(path, [entry()])
+    add(path, [entry()])
     assert cachefile.clear(path)
     assert not path.exists()
     assert read(path) == []
@@ -135,20 +136,20 @@ def test_clear(tmp_path):
 def test_what_cannot_be_written_is_said_beforehand(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        cachefile.check_writable(tmp_path / "file" / "tuned.json", tuned_file.FORMAT)
+        cachefile.check_writable(tmp_path / "file" / "tuned.json", FORMAT)
     with pytest.raises(IsADirectoryError, match="expected a file"):
-        cachefile.check_writable(tmp_path, tuned_file.FORMAT)
-    cachefile.check_writable(tmp_path / "tuned.json", tuned_file.FORMAT)
+        cachefile.check_writable(tmp_path, FORMAT)
+    cachefile.check_writable(tmp_path / "tuned.json", FORMAT)
     assert not (tmp_path / "tuned.json").exists()
 
 
 def test_damaged_files_are_set_aside_one_beside_the_other(tmp_path):
     path = tmp_path / "tuned.json"
     rows = ("NaN", "-Infinity", "1e999", "-1e999")  # the last two are JSON, but nothing that could be written again
-    contents = ("{", *(f'{{"format": 1, "entries": [{{"gpu": {row}}}]}}' for row in rows))
+    contents = ("{", *(f'{{"format": 2, "entries": [{{"device": {row}}}]}}' for row in rows))
     for number, content in enumerate(contents, 1):
         path.write_text(content)
-        aside = store.add(path, [entry(3)])
+        aside = add(path, [entry(3)])
         assert aside == tmp_path / f"tuned.json.damaged-{number}"
         assert aside.read_text() == content
 
@@ -156,7 +157,7 @@ def test_damaged_files_are_set_aside_one_beside_the_other(tmp_path):
 def test_a_table_of_another_version_is_refused_before_anything_is_measured(tmp_path):
     path = tmp_path / "tuned.json"
     path.write_text('{"format": 99, "entries": []}')
-    for attempt in (lambda: cachefile.check_writable(path, tuned_file.FORMAT), lambda: store.add(path, [entry(3)])):
-        with pytest.raises(OSError, match=r"another version of rlrr_kernels wrote it \(format: expected 1, got 99\)"):
+    for attempt in (lambda: cachefile.check_writable(path, FORMAT), lambda: add(path, [entry(3)])):
+        with pytest.raises(OSError, match=r"another version of rlrr_kernels wrote it \(format: expected 2, got 99\)"):
             attempt()
     assert path.read_text() == '{"format": 99, "entries": []}'

@@ -1,165 +1,114 @@
-"""What the launcher gets from a table, and when it gets nothing."""
+"""The file of measured entries: what is found in it, when nothing is, and what it costs where it is damaged."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from rlrr_kernels.backends.triton import config as configs
-from rlrr_kernels.backends.triton import tuned, tuned_file
-from rlrr_kernels.backends.triton.config import Config
-from rlrr_kernels.backends.triton.tuned import Table
-from rlrr_kernels.tune import store
-from tests.tune.entries import CONFIG, DEVICE, FORWARD, GPU, GRAD_INPUT, GRAD_SCALES, NARROW, WHERE, entry
+from rlrr_kernels.backends import choice, tuned
+from rlrr_kernels.backends.triton import choose, launch
+from rlrr_kernels.backends.tuned import find, parse
+from rlrr_kernels.check.record import Where
+from tests.tune.entries import CPU, PROBLEM, TILE, entry, file_of
 
-QUERY = ("forward", 1000, *FORWARD[1:], 0)
+HERE = Where.of("triton", CPU)
 
 
-def lookup(table, m, layer=FORWARD, device=DEVICE):
-    return table.lookup(WHERE, layer, m, device)
+def backend(problem=PROBLEM, **changes):
+    found = find(problem._replace(**changes), CPU)
+    return found and found.backend
 
 
 @pytest.mark.parametrize(
     "change",
-    [{name: 1 if isinstance(value, int) else "other"} for name, value in FORWARD._asdict().items() if value != 1]
-    + [{"groups": 3}],
+    [
+        {"kernel": "grad_input"},
+        {"m": 999},
+        {"n": 3072},
+        {"k": 768},
+        {"groups": 3},
+        {"dtype": torch.bfloat16},
+        {"weight_dtype": torch.bfloat16},
+        {"tf32": True},
+    ],
     ids=lambda change: next(iter(change)),
 )
-def test_another_layer_gets_nothing(change):
-    assert lookup(Table([entry()]), 1000) == CONFIG
-    assert lookup(Table([entry()]), 1000, FORWARD._replace(**change)) is None
+def test_another_pass_shape_or_dtype_gets_nothing(file, change):
+    file_of(file, entry())
+    assert backend() == "reference"
+    assert backend(**change) is None
+
+
+@pytest.mark.parametrize("name", [None, *Where._fields])
+def test_another_device_or_version_of_anything_gets_nothing(file, name):
+    where = HERE if name is None else HERE._replace(**{name: "another"})
+    file_of(file, entry(device=where.device, where=where, backend="triton", tile=TILE))
+    assert backend() == ("triton" if name is None else None)
+
+
+def test_a_finding_of_one_backend_s_build_says_nothing_of_another(file):
+    file_of(file, entry(device=HERE.device, where=HERE, backend="cpu"))
+    assert backend() is None
+
+
+def test_a_gpu_is_told_by_its_name(file, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    gpus = [torch.device("cuda", index) for index in range(2)]
+    file_of(file, entry(device="GPU 1"))
+    assert find(PROBLEM, gpus[1]).backend == "reference"
+    assert find(PROBLEM, gpus[0]) is find(PROBLEM, CPU) is None
 
 
 @pytest.mark.parametrize(
-    "change", [{"gpu": "Other"}, {"capability": (8, 0)}, {"triton": "0.0"}, {"kernels": "0"}], ids=str
+    ("m", "name"),
+    [(70, None), (71, "a"), (140, "a"), (141, "b"), (282, "b"), (283, None), (400, "any"), (10**6, "any")],
 )
-def test_another_gpu_triton_or_kernel_gets_nothing(change):
-    assert Table([entry()]).lookup(WHERE._replace(**change), FORWARD, 1000, DEVICE) is None
+def test_of_bands_that_hold_m_the_nearest_counts_and_the_shape_s_own_before_one_for_any(file, m, name):
+    bands = {"a": (71, 150), "b": (130, 282)}  # the middles are 103 and 191, by ratio 140.6 lies between
+    known = dict(zip("ab", ("panels", "triton"), strict=True)) | {"any": "cpu", None: None}
+    own = [entry(*band, backend=known[one]) for one, band in bands.items()]
+    others = entry(60, 282, "cpu", layer=None, kernel="grad_input"), entry(300, math.inf, "cpu", layer=None)
+    file_of(file, *others, *own)
+    assert backend(m=m) == known[name]
+    file_of(file, entry(1, math.inf, "reference", layer=None), *own)
+    choice.reload()
+    assert backend(m=m) == (known[name] if name in bands else "reference")
 
 
-def test_the_same_m_comes_before_the_nearest():
-    table = Table([entry(1000), entry(1001, config=NARROW)])
-    assert lookup(table, 1000) == CONFIG
-    assert lookup(table, 1001) == NARROW
-    assert lookup(table, 999) == CONFIG
-    assert lookup(table, 1002) == NARROW
+def test_the_user_s_entries_come_before_the_shipped(file):
+    wide = {"dtype": torch.float64, "weight_dtype": torch.float64}
+    file_of(file)
+    assert [backend(m=m, **wide) for m in (1023, 1024, 10**6)] == [None, "reference", "reference"]
+    choice.reload()
+    file_of(file, entry(1024, math.inf, "cpu", layer=None, **wide))
+    assert backend(m=5000, **wide) == "cpu"
 
 
-def test_the_last_entry_of_the_same_key_counts():
-    assert lookup(Table([entry(), entry(config=NARROW)]), 1000) == NARROW
+def test_the_file_is_read_once(file):
+    file_of(file, entry(tile=TILE))
+    assert find(PROBLEM, CPU) == entry(tile=TILE)
+    assert find(PROBLEM, CPU).tile == TILE
+    file.unlink()
+    assert backend() == "reference"
+    assert backend(m=999) is None
 
 
-@pytest.mark.parametrize(
-    ("tuned_m", "m", "found"),
-    [
-        # 128 x 128 tiles of [m, 768] on 132 multiprocessors: six in a band of 128 tokens, 22 bands are one wave
-        (2700, 2816, True),
-        (2700, 2817, False),
-        (2817, 2816, False),
-        (200, 282, True),  # one wave, 1.41 times
-        (200, 284, False),  # one wave, 1.42 times
-        (284, 200, False),
-        # nine waves and eleven: the last one is a small part
-        (25344, 30000, True),
-        (30000, 25344, True),
-        # seven waves and eight: not yet
-        (19712, 19713, False),
-    ],
-)
-def test_a_near_m_is_served_where_it_makes_the_same_waves(tuned_m, m, found):
-    assert lookup(Table([entry(tuned_m)]), m) == (CONFIG if found else None)
-
-
-def test_waves_of_grad_input_run_over_input_features():
-    # 44 tiles in a band of 64 tokens: three bands are one wave, four are two
-    layer = GRAD_INPUT._replace(k=44 * 128)
-    table = Table([entry(192, layer, Config(64, 64, 128, 8, 3))])
-    assert lookup(table, 190, layer) == Config(64, 64, 128, 8, 3)
-    assert lookup(table, 193, layer) is None
-
-
-def test_where_the_heuristic_won_it_chooses_for_near_sizes_too():
-    table = Table([entry(1000), entry(1010, config=None)])
-    assert lookup(table, 1010) is None
-    assert lookup(table, 1009) is None
-    assert lookup(table, 1004) == CONFIG
-
-
-def test_splits_over_the_depth_stay_in_the_workspace():
-    config = replace(NARROW, splits=3)
-    table = Table([entry(197, config=config)])
-    # 3 * 4 * m * 768 bytes of 1.9 MB: up to 206 tokens; 64 x 64 tiles make two waves for both
-    assert lookup(table, 206) == config
-    assert lookup(table, 207) is None
-
-
-def test_grad_scales_keeps_the_number_of_splits():
-    table = Table([entry(12608, GRAD_SCALES, Config(64, 128, 128, 8, 3), split_tokens=1600)])
-    assert lookup(table, 12608, GRAD_SCALES) == (Config(64, 128, 128, 8, 3), 1600)
-    # 188 steps of 64 tokens over eight splits: 24 steps each
-    assert lookup(table, 12000, GRAD_SCALES) == (Config(64, 128, 128, 8, 3), 1536)
-    few = Table([entry(512, GRAD_SCALES, Config(64, 128, 128, 8, 3), split_tokens=64)])
-    # nine steps over eight splits: two each leave three without work
-    assert lookup(few, 576, GRAD_SCALES) is None
-
-
-def test_what_does_not_fit_in_shared_memory_is_not_used():
-    # three stages in flight of 64 * (128 + 128) * 2 bytes
-    assert lookup(Table([entry()]), 1000, device=replace(DEVICE, shared_memory=98304)) == CONFIG
-    assert lookup(Table([entry()]), 1000, device=replace(DEVICE, shared_memory=98303)) is None
-
-
-def test_an_operand_in_registers_is_not_for_a_compiler_that_is_not_trusted():
-    layer = GRAD_SCALES._replace(kind="tf32", x_size=4, weight_size=4)
-    wide, narrow = Config(32, 64, 64, 4, 3), Config(32, 32, 64, 4, 3)
-    for config, trusted in ((wide, True), (wide, False), (narrow, False)):
-        table = Table([entry(1024, layer, config, split_tokens=512)])
-        found = lookup(table, 1024, layer, replace(DEVICE, keeps_operands=trusted))
-        assert found == ((config, 512) if trusted or config is narrow else None)
-
-
-@pytest.fixture
-def table_file(tmp_path, monkeypatch):
-    """A file with one entry for a made-up GPU, which is the one that is here."""
-    path = tmp_path / "tuned.json"
-    store.add(path, [entry()])
-    monkeypatch.setenv("RLRR_TUNED_FILE", str(path))
-    monkeypatch.delenv("RLRR_TUNED", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: GPU)
-    monkeypatch.setattr(configs, "cuda_device", lambda index: DEVICE)
-    tuned.reload()
-    yield path
-    tuned.reload()
-
-
-def test_find_reads_the_file_once(table_file, monkeypatch):
-    reads = []
-    monkeypatch.setattr(tuned, "read", lambda path: reads.append(path) or tuned_file.read(path))
-    assert [tuned.find(*QUERY) for _ in range(3)] == [CONFIG] * 3
-    assert tuned.find("forward", 10, *QUERY[2:]) is None
-    assert reads == [table_file]
-    table_file.unlink()
-    assert tuned.find(*QUERY) == CONFIG
-    assert tuned.find("forward", 1001, *QUERY[2:]) == CONFIG
-
-
-def test_find_has_nothing_without_a_gpu(table_file):
-    assert tuned.find(*QUERY[:-1], None) is None
-
-
-def test_the_off_switch(table_file, monkeypatch):
+def test_the_off_switch_leaves_the_shipped_part(file, monkeypatch):
+    file_of(file, entry())
     monkeypatch.setenv("RLRR_TUNED", "0")
-    assert tuned.find(*QUERY) is None
+    assert backend() is None
+    assert tuned.entries(CPU) == tuned.shipped()
     monkeypatch.setenv("RLRR_TUNED", "1")
-    tuned.reload()
-    assert tuned.find(*QUERY) == CONFIG
+    choice.reload()
+    assert backend() == "reference"
 
 
 BROKEN = {
@@ -168,54 +117,46 @@ BROKEN = {
     "not text": (lambda text: "\udcff", "not JSON"),
     "deep": (lambda text: "[" * 100000, "not JSON"),
     "a list": (lambda text: "[]", "expected {"),
-    "of another format": (lambda text: text.replace('"format": 1', '"format": 2'), "format: expected 1, got 2"),
-    "with a bad entry": (lambda text: text.replace('"num_warps": 8', '"num_warps": 7'), "entry 0: config.num_warps: 7"),
+    "of an older version": (lambda text: text.replace('"format": 2', '"format": 1'), "format: expected 2, got 1"),
+    "with a bad entry": (lambda text: text.replace('"pass": "forward"', '"pass": "both"'), "entry 0: pass: expected "),
 }
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_damaged_file_costs_one_warning_and_nothing_else(table_file, how):
+def test_a_damaged_file_costs_one_warning_and_nothing_else(file, how):
     change, words = BROKEN[how]
-    table_file.write_text(change(table_file.read_text()), errors="surrogateescape")
+    file_of(file, entry()).write_text(change(file.read_text()), errors="surrogateescape")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert tuned.find(*QUERY) is None
-        assert tuned.find("forward", 1001, *QUERY[2:]) is None
+        assert backend() is None
+        assert backend(m=1001) is None
     assert len(caught) == 1
-    assert f"{table_file}: {words}" in str(caught[0].message)
+    assert f"{file}: {words}" in str(caught[0].message)
 
 
-def test_even_where_warnings_are_errors_it_raises_nothing(table_file, capsys):
-    table_file.write_text("{")
+def test_even_where_warnings_are_errors_it_raises_nothing(file, capsys):
+    file.write_text("{")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned.find(*QUERY) is None
-    assert str(table_file) in capsys.readouterr().err
+        assert backend() is None
+    assert str(file) in capsys.readouterr().err
 
 
-def test_a_bad_entry_leaves_the_good_ones(table_file):
-    content = json.loads(table_file.read_text())
-    content["entries"] += [5, {**content["entries"][0], "m": -1}]
-    table_file.write_text(json.dumps(content))
+def test_a_bad_entry_leaves_the_good_ones(file):
+    content = json.loads(file_of(file, entry()).read_text())
+    content["entries"] += [5, {**content["entries"][0], "tf32": 0}]
+    file.write_text(json.dumps(content))
     with pytest.warns(UserWarning, match=r"entry 1: expected an object, got 5 \(and 1 more\)"):
-        assert tuned.find(*QUERY) == CONFIG
+        assert backend() == "reference"
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_what_is_no_file_is_not_waited_for(table_file, kind):
-    table_file.unlink()
-    if kind == "folder":
-        table_file.mkdir()
-    else:
-        os.mkfifo(table_file)
-    with pytest.warns(UserWarning, match="expected a file"):
-        assert tuned.find(*QUERY) is None
-
-
-def test_a_file_that_was_named_and_is_not_there_is_said(table_file):
-    table_file.unlink()
-    with pytest.warns(UserWarning, match="there is no such file, though RLRR_TUNED_FILE names it"):
-        assert tuned.find(*QUERY) is None
+@pytest.mark.parametrize("kind", ["folder", "pipe", "missing"])
+def test_what_is_no_file_is_said_and_not_waited_for(file, kind):
+    make = {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "missing": lambda: None}[kind]
+    make()
+    words = "there is no such file, though RLRR_TUNED_FILE names it" if kind == "missing" else "expected a file"
+    with pytest.warns(UserWarning, match=words):
+        assert backend() is None
 
 
 def test_where_the_file_is(monkeypatch, tmp_path):
@@ -233,20 +174,82 @@ def test_where_the_file_is(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tuned.Path, "home", homeless)
     assert tuned.default_file() is None
-    assert not tuned.load()
-
-
-def test_no_file_is_no_warning(monkeypatch, tmp_path):
-    monkeypatch.delenv("RLRR_TUNED_FILE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not tuned.load()
+        assert tuned.of_user() == ()
 
 
-def test_reading_imports_no_tuner():
+def test_reading_imports_neither_the_tuner_nor_triton():
     code = (
-        "import sys, rlrr_kernels.backends.triton; sys.exit(any((name + '.').startswith('rlrr_kernels.tune.') "
-        "for name in sys.modules))"
+        "import sys, torch, rlrr_kernels; from rlrr_kernels import backend_for; x = torch.zeros(2, 4).double()\n"
+        "backend_for(x, x); sys.exit(any(name.startswith(('rlrr_kernels.tune.', 'triton.')) for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+GOOD = entry(device="GPU", where=HERE._replace(device="GPU"), backend="triton", tile=TILE, measured={"seconds": 1e-5})
+
+
+@pytest.mark.parametrize(
+    "one", [GOOD, replace(GOOD, where=None, tile=None), entry(1, math.inf, layer=None), entry(2, 3)]
+)
+def test_what_was_written_is_read(one):
+    again = parse(json.loads(json.dumps(one.to_json())))
+    assert (again, again.measured, again.key) == (one, one.measured, one.key)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    {
+        "device": ["", 5, None],
+        "where": [5, [], {"device": "GPU"}],
+        "pass": ["backward", ["forward"], None],
+        "dtype": ["float8", 5, None],
+        "weight_dtype": ["int8", []],
+        "tf32": [0, None, "false"],
+        "layer": [
+            5,
+            [768, 768],
+            [768, 768, 5],
+            [0, 1, 1],
+            [True, 768, 1],
+            [768.0, 768, 1],
+            [2**50, 1, 1],
+            ["768", 1, 1],
+        ],
+        "tokens": [5, [1], [0, 5], [1.0, 5], [7, 6], [None, 5]],
+        "backend": ["", "cudnn", 5, None],
+        "tile": [5, [1], {"block_m": -1}, {"block_m": True}, {"block_m": "64"}, {"block_m": 2**40}],
+        "measured": [[], 5],
+    }.items(),
+)
+def test_a_bad_field_is_named(field, values):
+    raw = json.loads(json.dumps(GOOD.to_json()))
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{field}: "):
+            parse({**raw, field: value})
+    if field not in ("where", "layer", "tile", "measured"):
+        with pytest.raises(ValueError, match=f"^{field}: "):
+            parse({name: value for name, value in raw.items() if name != field})
+
+
+@pytest.mark.parametrize(
+    "tile", [{}, {"rows": 64}, {**TILE, "more": 1}, {**TILE, "block_m": 24}, {**TILE, "num_stages": 11}]
+)
+def test_a_tile_that_no_kernel_takes_is_not_launched(file, monkeypatch, tile):
+    """A file that was edited is no reason to end a run."""
+    file_of(file, entry(80, layer=(48, 64, 1), backend="triton", tile=tile))
+    problem = PROBLEM._replace(m=80, n=48, k=64)
+    x = torch.empty(80, 64)
+    assert find(problem, CPU).tile == tile
+    assert launch._chosen(problem, x, True) == choose.choose(problem, launch.INTERPRETED_DEVICE)
+
+
+def test_a_tile_that_was_measured_is_launched_by_its_own_backend_alone(file):
+    problem = PROBLEM._replace(m=80, n=48, k=64)
+    rule = choose.choose(problem, launch.INTERPRETED_DEVICE)
+    assert asdict(rule) != TILE
+    for name, expected in (("triton", choose.Choice(**TILE)), ("gluon", rule)):
+        file_of(file, entry(80, layer=(48, 64, 1), backend=name, tile=TILE))
+        choice.reload()
+        assert launch._chosen(problem, torch.empty(80, 64), True) == expected

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -61,7 +62,7 @@ ALIGNED: dict[str, dict[tuple[Pass, Arithmetic], tuple[Choice, ...]]] = {
     # 227 KB of shared memory: compute capability 9.0, 10.x
     "large": {
         ("forward", "half"): _tiles((256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (32, 64, 64, 4, 4)),
-        ("forward", "tf32"): _tiles((256, 128, 32, 8, 3), (128, 128, 32, 8, 3), (32, 64, 32, 4, 4)),
+        ("forward", "tf32"): _tiles((256, 64, 32, 8, 3), (128, 128, 32, 8, 3), (32, 64, 32, 4, 4)),
         ("forward", "ieee"): _tiles((128, 64, 16, 8, 3), (64, 64, 16, 4, 3), (32, 64, 16, 4, 3)),
         ("grad_input", "half"): _tiles((256, 64, 128, 8, 3), (128, 64, 128, 8, 3), (32, 64, 64, 4, 4)),
         ("grad_input", "tf32"): _tiles((256, 32, 128, 8, 3), (128, 32, 128, 8, 3), (32, 32, 64, 4, 4)),
@@ -98,10 +99,13 @@ ALIGNED: dict[str, dict[tuple[Pass, Arithmetic], tuple[Choice, ...]]] = {
 
 #: Of all other tensors, on every GPU: an address for each element leaves few registers.
 MASKED: dict[Pass, tuple[Choice, ...]] = {
-    "forward": _tiles((64, 64, 16, 8, 2), (64, 32, 32, 4, 2)),
+    "forward": _tiles((64, 64, 16, 8, 2), (64, 32, 16, 4, 2)),
     "grad_input": _tiles((64, 32, 64, 8, 2), (64, 32, 32, 4, 2)),
     "grad_scales": _tiles((32, 64, 64, 8, 2), (16, 64, 32, 4, 2)),
 }
+
+#: With a W wider than x this one spills on compute capability 10.0.
+WIDE = Choice(256, 128, 64, 8, 3)
 
 #: On Hopper ``wgmma`` transposes no float32: dy^T would stand in registers, which Triton before 3.9 overwrites while
 #: the product still reads them (:mod:`tests.hazards`). Fewer rows than a ``wgmma`` has are multiplied by ``mma.sync``.
@@ -128,6 +132,8 @@ def tiles(problem: Problem, device: Device, aligned: bool) -> tuple[Choice, ...]
         return MASKED[problem.kernel]
     kind = next((name for name, least in _SHARED.items() if device.shared_memory >= least), "small")
     found = ALIGNED[kind][problem.kernel, arithmetic(problem)]
+    if found[0] == WIDE and problem.weight_dtype.itemsize > problem.dtype.itemsize:
+        found = found[1:]
     fitted = (_fit(problem, tile, device) for tile in found)
     return tuple(tile for tile in fitted if tile.num_stages >= 2) or MASKED[problem.kernel]
 
@@ -153,7 +159,7 @@ def _fit(problem: Problem, tile: Choice, device: Device) -> Choice:
     """With as many stages as fit; W' takes another buffer where a product reads it from shared memory."""
     rescaled = 0 if problem.kernel == "grad_scales" else problem.dtype.itemsize * tile.block_n * tile.block_k
     room = (device.shared_memory - rescaled) // stage_bytes(problem, tile)
-    return replace(tile, num_stages=min(tile.num_stages, room))
+    return tile if room >= tile.num_stages else replace(tile, num_stages=room)
 
 
 def steps(problem: Problem, tile: Choice) -> int:
@@ -187,46 +193,44 @@ def partial_bytes(problem: Problem, tile: Choice) -> int:
     return 4 * (n * (ceil_div(k, tile.block_k) + 1) + row_tiles * k)
 
 
-def _splits(problem: Problem, tile: Choice, device: Device) -> Iterator[int]:
-    """Numbers of shares worth a thought: 1, and others that differ in the steps of a share."""
-    most = WORKSPACE_BYTES // partial_bytes(problem, tile)
-    if problem.kernel == "grad_scales":
-        most = min(most, 3 * device.multiprocessors // programs(problem, tile))
-    elif programs(problem, tile) >= device.multiprocessors:
-        most = 1
-    count = steps(problem, tile)
-    yield from dict.fromkeys(shares(count, splits)[0] for splits in range(1, max(1, min(most, count)) + 1))
+def _costs(problem: Problem, tile: Choice, device: Device) -> Iterator[tuple[float, Choice, int]]:
+    """What a tile costs in one share, in two, and in as many as fill one, two or three waves of programs.
+
+    Products are split only where tiles are fewer than multiprocessors.
+    """
+    scales = problem.kernel == "grad_scales"
+    count, tiles, partial = steps(problem, tile), programs(problem, tile), partial_bytes(problem, tile)
+    room = WORKSPACE_BYTES // partial if scales or tiles < device.multiprocessors else 1
+    depth = _sum_block(problem.kernel, tile)
+    sides = tile.block_m + tile.block_n + tile.block_k - depth
+    step = tile.block_m * tile.block_n * tile.block_k + _EDGE * sides * depth
+    filling = (waves * device.multiprocessors // tiles for waves in (1, 2, 3))
+    for splits in dict.fromkeys(shares(count, max(1, min(most, room, count)))[0] for most in (1, 2, *filling)):
+        share = ceil_div(count, splits)
+        cost = float(ceil_div(tiles * splits, device.multiprocessors) * (share + _STEPS) * step)
+        if splits > 1 and not scales:
+            cost += _SECOND_KERNEL
+        if splits > 1 or scales:
+            cost += _PARTIAL_BYTE * splits * partial
+        yield cost, tile, splits
 
 
-def cost(problem: Problem, choice: Choice, device: Device) -> float:
-    """Of a choice, wave by wave."""
-    splits, share = shares(steps(problem, choice), choice.splits)
-    m, n, k = choice.block_m, choice.block_n, choice.block_k
-    depth = _sum_block(problem.kernel, choice)
-    sides = m * n * k // depth, (m + n + k - depth)
-    waves = ceil_div(programs(problem, choice) * splits, device.multiprocessors)
-    found = waves * (share + _STEPS) * depth * (sides[0] + _EDGE * sides[1])
-    if splits > 1 and problem.kernel != "grad_scales":
-        found += _SECOND_KERNEL
-    if splits > 1 or problem.kernel == "grad_scales":
-        found += int(_PARTIAL_BYTE * splits * partial_bytes(problem, choice))
-    return found
+def _ranked(problem: Problem, device: Device, aligned: bool) -> list[tuple[float, Choice, int]]:
+    """The cheapest first; ties go to the earlier tile and the fewer shares."""
+    found = [each for tile in tiles(problem, device, aligned) for each in _costs(problem, tile, device)]
+    return sorted(found, key=itemgetter(0))
 
 
 @lru_cache(maxsize=4096)
-def candidates(problem: Problem, device: Device, aligned: bool = True) -> tuple[Choice, ...]:
-    """What ``rlrr-tune`` measures, the cheapest by the rule first; ties go to the earlier tile and the fewer shares."""
-    found = [
-        replace(tile, splits=splits)
-        for tile in tiles(problem, device, aligned)
-        for splits in _splits(problem, tile, device)
-    ]
-    return tuple(sorted(found, key=lambda choice: cost(problem, choice, device)))
-
-
 def choose(problem: Problem, device: Device, aligned: bool = True) -> Choice:
     """The rule's choice."""
-    return candidates(problem, device, aligned)[0]
+    _, tile, splits = _ranked(problem, device, aligned)[0]
+    return replace(tile, splits=splits)
+
+
+def candidates(problem: Problem, device: Device, aligned: bool = True) -> tuple[Choice, ...]:
+    """What ``rlrr-tune`` measures: the rule's choice, then the others in its order."""
+    return tuple(replace(tile, splits=splits) for _, tile, splits in _ranked(problem, device, aligned))
 
 
 def refusal(problem: Problem, choice: Choice, device: Device) -> str | None:

@@ -7,6 +7,7 @@ measured for the problem (:mod:`rlrr_kernels.backends.tuned`), else the rule's; 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -29,6 +30,7 @@ from rlrr_kernels.backends.triton.sum_splits import sum_splits_kernel
 INTERPRETED_DEVICE = Device(capability=(9, 0), multiprocessors=132, shared_memory=232448)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FIELDS = {field.name for field in dataclasses.fields(Choice)}
 
 
 def interpreting() -> bool:
@@ -80,8 +82,8 @@ def _chosen(problem: Problem, x: Tensor, aligned: bool) -> Choice:
     """What was measured for a problem, or else the rule's choice."""
     device = device_of(x)
     entry = tuned.find(problem, x.device)
-    if entry is not None and entry.backend == "triton" and entry.tile is not None and aligned:
-        choice = Choice(**entry.tile)
+    if entry is not None and entry.backend == "triton" and aligned and set(entry.tile or ()) == _FIELDS:
+        choice = Choice(**entry.tile)  # type: ignore[arg-type]
         if choose.refusal(problem, choice, device) is None:
             return choice
     return choose.choose(problem, device, aligned)
@@ -284,13 +286,9 @@ def grad_scales(
 def partial_sums(
     n: int, k: int, groups: int, rows: tuple[int, int, int], need_shift: bool, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Memory for rows of partial sums of du ``[rows[0], N]``, dv ``[groups, rows[1], K]`` and df ``[rows[2], N]``.
-
-    One allocation for the three, each from a multiple of 16 bytes on: others are other code.
-    """
-    parts = (rows[0] * n, groups * rows[1] * k, rows[2] * n if need_shift else 0)
-    sizes = tuple(4 * ceil_div(part, 4) for part in parts)
-    return torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+    """Memory for rows of partial sums of du ``[rows[0], N]``, dv ``[groups, rows[1], K]`` and df ``[rows[2], N]``."""
+    sizes = (rows[0] * n, groups * rows[1] * k, rows[2] * n if need_shift else 0)
+    return tuple(torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
 
 
 def add_up(

@@ -43,7 +43,7 @@ def load_vector(vector, cols, in_d):
     return tl.load(vector + cols, mask=in_d, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def forward_kernel(
     x,  # [M, D], columns next to each other
     weight,  # [D], read if HAS_WEIGHT
@@ -87,7 +87,7 @@ def forward_kernel(
     tl.store(rstd + rows, r, mask=in_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def backward_kernel(
     dy,  # [M, D], columns next to each other
     x,  # [M, D], columns next to each other
@@ -141,7 +141,7 @@ def backward_kernel(
     tl.store(partial + int64(programs + pid) * D + cols, tl.sum(dy_sum, axis=0), mask=in_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def sum_partials_kernel(
     partial,  # [2, programs, D]
     weight,  # [D], read if HAS_WEIGHT

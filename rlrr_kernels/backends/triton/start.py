@@ -71,8 +71,10 @@ def start(
             )
     handle = kernel[grid](*operands, *free, *numbers, **constants, **options)
     if key is not None and isinstance(handle, CompiledKernel):
-        # the handle takes its arguments by position alone
-        assert kernel.arg_names[len(operands) + len(free) + len(numbers) :] == list(constants), kernel.arg_names
+        # the handle takes its arguments by position alone, and serves other values of the free ones
+        names = kernel.arg_names[len(operands) :]
+        assert names[len(free) + len(numbers) :] == list(constants), kernel.arg_names
+        assert set(names[: len(free)]) <= set(kernel.do_not_specialize), kernel.arg_names
         if len(_handles) >= MOST_HANDLES:
             _handles.clear()
         _handles[key] = handle

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from rlrr_kernels.checkpoint.trained import printable
+from rlrr_kernels.finetune.batches import Batches
 from rlrr_kernels.finetune.commands.common import Command, checking_input, console, say
 from rlrr_kernels.finetune.commands.grid import Grid
 from rlrr_kernels.finetune.commands.options import add_settings, given
 from rlrr_kernels.finetune.commands.runs import Run, add_run_argument, open_run
-from rlrr_kernels.finetune.data import ImageSet, Splits
-from rlrr_kernels.finetune.distributed import choose_device
+from rlrr_kernels.finetune.data import ImageSet, Splits, loading
+from rlrr_kernels.finetune.distributed import World, choose_device
 from rlrr_kernels.finetune.loop import load_data
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.state import check_data
@@ -171,11 +171,11 @@ def evaluate(
     dtype = AUTOCAST[settings.precision]
     loss = torch.zeros((), dtype=torch.float64)
     hits, count = torch.zeros(images.classes, dtype=torch.int64), torch.zeros(images.classes, dtype=torch.int64)
-    loader: DataLoader[Any] = DataLoader(images, batch_size=settings.batch_size, num_workers=settings.workers)
-    for inputs, classes in loader:
+    keys = Batches(len(images), settings.batch_size, World())
+    for inputs, classes in loading.batches(images, keys, device, settings.workers):
         targets = labels[classes]
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(inputs.to(device)).float().cpu()
+            logits = model(inputs).float().cpu()
         loss += F.cross_entropy(logits, targets, reduction="sum")
         hits += torch.bincount(classes[logits.argmax(1) == targets], minlength=images.classes)
         count += torch.bincount(classes, minlength=images.classes)

@@ -17,7 +17,7 @@ from rlrr_kernels.finetune.settings import check_types
 DEFAULTS: Mapping[str, Any] = {name: field.default for name, field in FIELDS.items()}
 
 #: Settings in which runs that are averaged may differ: the seed, and what changes no result by design.
-MAY_DIFFER = frozenset({"seed", "out", "resume", "data_root", "device", "workers", "tensorboard", "parallel"})
+MAY_DIFFER = frozenset({"seed", "out", "resume", "data_root", "device", "workers", "cache", "tensorboard", "parallel"})
 
 #: Settings that make a method what it is, whatever it is trained on; and those that only one method reads.
 DEFINING = ("checkpoint", "pretrained", "head_init", "img_size", "precision", "drop_path_kind", "ema")

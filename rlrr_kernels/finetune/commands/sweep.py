@@ -140,7 +140,7 @@ class Sealed(ImageSet):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: Any) -> Any:
+    def fixed(self, index: Any) -> Any:
         raise RuntimeError("a sweep's runs do not see test images")
 
 

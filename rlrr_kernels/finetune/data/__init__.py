@@ -3,6 +3,7 @@
 | file | what it owns |
 | --- | --- |
 | `images.py` | `ImageSet`: a split seen through a transform, with random draws of its own |
+| `loading.py` | batches on the device; decoded images kept for the run |
 | `pixels.py` | any image as 8 bits a channel |
 | `listed.py` | images named by list files: reading, and the checks of files and lists |
 | `duplicates.py`, `aside.py` | the same image twice; images set aside to validate on |

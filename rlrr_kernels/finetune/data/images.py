@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,26 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from rlrr_kernels.finetune.data.pixels import eight_bits
 
-Transform = Callable[[Image.Image], Tensor]
+
+@dataclass(frozen=True)
+class Transform:
+    """PIL image to tensor, in three steps: so the costly first one is needed once, and the last on the device.
+
+    Attributes:
+        fixed: PIL image of mode L or RGB -> uint8 ``[C, H', W']``, the same in every epoch, and of one shape for all.
+        drawn: that -> uint8 ``[C, H, W]``, by draws from torch's CPU generator; None: nothing is drawn.
+        finished: uint8 ``[..., C, H, W]`` -> what the model is given, element by element, on any device.
+    """
+
+    fixed: Callable[[Image.Image], Tensor]
+    drawn: Callable[[Tensor], Tensor] | None = None
+    finished: Callable[[Tensor], Tensor] = lambda pixels: pixels
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """All three."""
+        pixels = self.fixed(image)
+        return self.finished(self.drawn(pixels) if self.drawn else pixels)
+
 
 #: What Pillow raises, depending on the format, for a file that is no image or is damaged.
 UNREADABLE = (
@@ -81,10 +101,16 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     Args:
         items: indexed dataset of (PIL image, label).
-        transform: PIL image of mode L or RGB -> tensor; its random draws must come from torch.
+        transform: what becomes of each image.
         classes: labels are 0 to ``classes - 1``.
         seed: of the transform's draws.
+
+    Attributes:
+        kept: what :meth:`fixed` gives of all images, see :func:`~rlrr_kernels.finetune.data.kept.keep`: pixels uint8
+            ``[count, C, H', W']`` and labels; None: each is decoded as it is asked for.
     """
+
+    kept: tuple[Tensor, list[int]] | None = None
 
     def __init__(self, items: Any, transform: Transform, classes: int, seed: int = 0) -> None:
         self.items, self.transform, self.classes, self.seed = items, transform, classes, seed
@@ -99,6 +125,34 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             ValueError: the label is out of range.
         """
         epoch, index = index if isinstance(index, tuple) else (0, index)
+        pixels, label = self.fixed(index)
+        return self.transform.finished(self.drawn(pixels, epoch, index)), label
+
+    def fixed(self, index: int) -> tuple[Tensor, int]:
+        """What is the same in every epoch: uint8 ``[C, H', W']``, and the label. Any thread may ask.
+
+        Raises:
+            OSError, ValueError: as :meth:`__getitem__`.
+        """
+        if self.kept:
+            pixels, labels = self.kept
+            return pixels[index], labels[index]
+        image, label = self.image(index)
+        return self.transform.fixed(image), label
+
+    def drawn(self, pixels: Tensor, epoch: int, index: int) -> Tensor:
+        """What an epoch makes of the pixels of :meth:`fixed`; for one thread at a time."""
+        if not self.transform.drawn:
+            return pixels
+        with random_draws(self.seed, epoch, index):
+            return self.transform.drawn(pixels)
+
+    def image(self, index: int) -> tuple[Image.Image, int]:
+        """An image of mode L or RGB, and its label.
+
+        Raises:
+            OSError, ValueError: as :meth:`__getitem__`.
+        """
         try:
             image, label = self.items[index]
             image = eight_bits(image)
@@ -106,8 +160,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             raise OSError(f"{self.name(index)} cannot be read: {error}") from error
         if not 0 <= int(label) < self.classes:
             raise ValueError(f"{self.name(index)} has label {label}, expected 0 to {self.classes - 1}")
-        with random_draws(self.seed, epoch, index):
-            return self.transform(image), int(label)
+        return image, int(label)
 
     def name(self, index: int) -> str:
         """``image <path>``, or ``image <index>`` of a dataset without files."""

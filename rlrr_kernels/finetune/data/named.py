@@ -8,15 +8,15 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import DatasetFolder
+from torchvision.transforms.functional import pil_to_tensor
 
 from rlrr_kernels.finetune.data.aside import set_aside
-from rlrr_kernels.finetune.data.images import ImageSet, Parts, read_image
+from rlrr_kernels.finetune.data.images import ImageSet, Parts, Transform, read_image
 
 #: Prefixes of timm's dataset factory that can be indexed.
 TIMM_PREFIXES = ("torch/", "hfds/")
@@ -76,8 +76,8 @@ def read_named(name: str, root: Path | None, seed: int) -> Parts:
             images.loader = read_image
     seen, test = (Strict(images) if hasattr(images, "reader") else images for images in (seen, test))
     if not labels:
-        read = ImageSet(seen, lambda image: torch.empty(0), len(names))
-        labels = [read[i][1] for i in range(len(read))]
+        read = ImageSet(seen, Transform(pil_to_tensor), len(names))
+        labels = [read.image(i)[1] for i in range(len(read))]
     kept, aside = set_aside(labels, seed)
     return Parts(
         Subset(seen, kept), Subset(seen, aside), test, tuple(map(_class_name, names)), drawn_from="its split train"

@@ -348,6 +348,10 @@ class Kernel:
         return launch
 
 
+def _jit(fn: Callable[..., Any] | None = None, do_not_specialize: Sequence[str] = ()) -> Any:
+    return Kernel if fn is None else Kernel(fn)
+
+
 def _on_device(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return Pointer(argument)
@@ -427,10 +431,5 @@ def stand_ins() -> dict[str, ModuleType]:
         allocate_shared_memory=_allocate,
         warp_specialize=lambda functions, warps, registers=None: current().program.specialise(functions, warps),
     )
-    root = _standing_in(
-        gluon,
-        language=gl,
-        jit=lambda fn=None, **_: Kernel if fn is None else Kernel(fn),
-        constexpr_function=lambda function: function,
-    )
+    root = _standing_in(gluon, language=gl, jit=_jit, constexpr_function=lambda function: function)
     return {module.__name__: module for module in (root, gl, on_nvidia, on_hopper, barriers, boxes)}

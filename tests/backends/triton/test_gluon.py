@@ -140,6 +140,20 @@ def test_df_is_written_only_if_asked_for(gluon):
     assert without[2].shape == (0,)
 
 
+def test_slices_of_rows_take_turns(gluon, monkeypatch):
+    """Where there is room for the partial sums of one tile of 128 rows alone."""
+    p = make_problem(140, 512, 72, 2, BF16)
+    whole = gluon.run("grad_scales", p)
+    monkeypatch.setattr(gluon.module, "WORKSPACE_BYTES", 1)
+    shapes, real = [], gluon.module.plain.partial_sums
+    monkeypatch.setattr(gluon.module.plain, "partial_sums", lambda n, *a: (shapes.append(n), real(n, *a))[1])
+    sliced = gluon.run("grad_scales", p)
+    assert shapes == [128] * 4
+    assert torch.equal(sliced[0], whole[0])
+    assert torch.allclose(sliced[1], whole[1], rtol=1e-5, atol=1e-4)
+    assert torch.equal(sliced[2], whole[2])
+
+
 @pytest.mark.parametrize(("passed", "name"), [("forward", "scale_in"), ("grad_input", "scale_out")])
 def test_vectors_that_no_box_can_begin_at(gluon, passed, name):
     """As in a flat parameter."""

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from benchmarks.search_space import TARGETS
 from torch.nn import functional as F
 
 from benchmarks.disassemble import as_case, probe
-from benchmarks.search_space import TARGETS
 from rlrr_kernels import ops, use_backend
 from rlrr_kernels.backends import choice
 from rlrr_kernels.backends.triton import launch, layer_norm

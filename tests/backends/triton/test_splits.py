@@ -5,12 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from rlrr_kernels.backends.triton import config as configs
-from rlrr_kernels.backends.triton import launch
-from rlrr_kernels.backends.triton.config import Config
+from rlrr_kernels.backends.triton import choose, launch
+from rlrr_kernels.backends.triton.choose import shares
 from rlrr_kernels.backends.triton.slices import row_slices
 from tests.backends.triton.test_numerics import BF16, HALF, SINGLE, SMALL, solve
-from tests.oracle import Answer, check, make_problem
+from tests.oracle import check, make_problem
 
 #: How sums are shared out is the same for all.
 DTYPES = [BF16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (SINGLE, HALF))]
@@ -21,70 +20,59 @@ DTYPES = [BF16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (SING
     [(1, 12, (1, 12)), (3, 12, (3, 4)), (4, 5, (3, 2)), (8, 3, (3, 1)), (5, 12, (4, 3)), (7, 48, (7, 7))],
 )
 def test_no_split_is_empty(splits, steps, expected):
-    assert launch._splits(dataclasses.replace(SMALL, splits=splits), steps) == expected
+    assert shares(steps, splits) == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("m", "n", "k", "groups", "splits", "path"),
+    ("m", "n", "k", "groups", "splits"),
     [
-        (33, 45, 100, 1, 3, "elements"),  # 4 steps of K, 3 of N: two splits of each
-        (70, 30, 72, 3, 2, "elements"),  # grad_input: 3 groups of one cut step, shared by two splits
-        (70, 90, 72, 3, 4, "elements"),  # 6 steps: a split starts in the middle of a group
-        (40, 64, 96, 1, 3, "boxes"),
-        (33, 96, 64, 2, 2, "boxes"),
-        (1, 16, 8, 1, 5, "boxes"),  # one step: nothing to split
+        (33, 45, 100, 1, 3),  # 4 steps of K, 3 of N: two splits of each
+        (70, 30, 72, 3, 2),  # grad_input: 3 groups of one cut step, shared by two splits
+        (70, 90, 72, 3, 4),  # 6 steps: a split starts in the middle of a group
+        (33, 96, 64, 2, 2),  # whole steps
+        (1, 16, 8, 1, 5),  # one step: nothing to split
     ],
 )
-def test_split_over_the_depth(triton_device, monkeypatch, m, n, k, groups, splits, path, dtype):
-    if path == "boxes" and triton_device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("descriptors are for compute capability 9.0 and later")
+def test_split_over_the_depth(triton_device, monkeypatch, m, n, k, groups, splits, dtype):
     partials = []
     add = launch._sum_splits
     monkeypatch.setattr(launch, "_sum_splits", lambda *a: (partials.append(tuple(a[0].shape)), add(*a)))
-    config = dataclasses.replace(SMALL, splits=splits)
+    choice = dataclasses.replace(SMALL, splits=splits)
     p = make_problem(m, n, k, groups, dtype, device=triton_device)
-    check(p, solve(p, config, path))
-    steps = {"forward": -(-k // 32), "grad_input": groups * -(-(n // groups) // 16)}
-    cut = {kernel: launch._splits(config, count)[0] for kernel, count in steps.items()}
-    expected = [(count, m, width) for count, width in ((cut["forward"], n), (cut["grad_input"], k)) if count > 1]
-    assert partials == expected
+    check(p, solve(p, choice))
+    cut = shares(-(-k // 32), splits)[0], shares(groups * -(-(n // groups) // 16), splits)[0]
+    assert partials == [(count, m, width) for count, width in zip(cut, (n, k), strict=True) if count > 1]
 
 
 @pytest.mark.parametrize(("bias", "shift"), [(False, False), (True, False), (False, True)])
 def test_bias_and_shift_are_added_once(triton_device, bias, shift):
     p = make_problem(40, 20, 96, bias=bias, shift=shift, device=triton_device)
-    check(p, solve(p, dataclasses.replace(SMALL, splits=3), "elements"))
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_the_form_for_mma_sync_splits_too(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRETED_DEVICE", configs.Device((8, 0), 108, 166_912))
-    p = make_problem(70, 90, 72, 3, BF16)
-    check(p, solve(p, dataclasses.replace(SMALL, splits=2), "elements"))
+    check(p, solve(p, dataclasses.replace(SMALL, splits=3)))
 
 
 def test_a_split_sum_is_the_same_every_time(triton_device):
     p = make_problem(33, 32, 100, dtype=BF16, device=triton_device)
-    config = dataclasses.replace(SMALL, splits=2)
-    one, two = (solve(p, config, "elements") for _ in range(2))
+    choice = dataclasses.replace(SMALL, splits=2)
+    one, two = (solve(p, choice) for _ in range(2))
     for a, b in zip(dataclasses.astuple(one), dataclasses.astuple(two), strict=True):
         assert torch.equal(a, b)
 
 
-TILE = Config(64, 128, 256, 8, 3)
+#: Rows and columns of G in a tile.
+TILE = 128, 256
 
 
 def test_slices_cover_every_row_once_within_the_limit():
     n = k = 16384
-    slices = row_slices(n, k, 1, TILE, 1, 2**21)
+    slices = row_slices(n, k, 1, *TILE, 1, 2**21)
     assert slices[0] == (0, 0, 2688)  # 21 rows of tiles of 4 * (128 * 65 + 16384) = 98,816 bytes fit in 2 MiB
     assert [first for _, first, _ in slices[1:]] == [end for _, _, end in slices[:-1]]
     assert slices[-1][2] == n
 
 
 def test_slices_never_cross_a_group():
-    slices = row_slices(3 * 200, 4096, 3, Config(64, 64, 64, 4, 3), 1, 70_000)
+    slices = row_slices(3 * 200, 4096, 3, 64, 64, 1, 70_000)
     # a row of tiles takes 4 * (64 * 65 + 4096) = 33,024 bytes: two fit
     assert slices == tuple(
         (g, 200 * g + first, 200 * g + end) for g in range(3) for first, end in ((0, 128), (128, 200))
@@ -93,13 +81,13 @@ def test_slices_never_cross_a_group():
 
 def test_vit_layers_take_one_slice():
     for n, k, groups in ((2304, 768, 3), (4096, 1024, 1), (1280, 5120, 1)):
-        assert row_slices(n, k, groups, TILE, 1, configs.WORKSPACE_BYTES) == ((0, 0, n),)
+        assert row_slices(n, k, groups, *TILE, 1, choose.WORKSPACE_BYTES) == ((0, 0, n),)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k", "groups"), [(70, 100, 72, 1), (70, 90, 72, 3)])
 def test_grad_scales_in_slices(triton_device, monkeypatch, m, n, k, groups, dtype):
-    monkeypatch.setattr(configs, "WORKSPACE_BYTES", 2 * 2 * 4 * (16 * 4 + k))  # two rows of tiles, two splits
+    monkeypatch.setattr(choose, "WORKSPACE_BYTES", 2 * 2 * 4 * (16 * 4 + k))  # two rows of tiles, two splits
     launches = []
     kernel = launch.grad_scales_kernel
 
@@ -110,28 +98,5 @@ def test_grad_scales_in_slices(triton_device, monkeypatch, m, n, k, groups, dtyp
 
     monkeypatch.setattr(launch, "grad_scales_kernel", Counting())
     p = make_problem(m, n, k, groups, dtype, device=triton_device)
-    check(p, solve(p, SMALL, "elements"))
+    check(p, solve(p, SMALL))
     assert len(launches) == groups * -(-(n // groups) // 32)
-
-
-@pytest.mark.parametrize(
-    ("n", "groups", "resolved"),
-    [
-        (128, 2, True),  # every slice starts at a multiple of 16 bytes: it loads as the whole would
-        (3 * 40, 3, True),
-        (3 * 34, 3, False),  # groups start 68 bytes apart: the copy engine could not take their slices
-    ],
-)
-def test_a_slice_loads_as_the_whole_where_its_start_allows(triton_device, monkeypatch, n, groups, resolved):
-    m, k = 70, 64
-    monkeypatch.setattr(configs, "WORKSPACE_BYTES", 2 * 4 * (16 * 3 + k))  # one row of tiles, two splits
-    given = []
-    whole = launch.grad_scales
-    monkeypatch.setattr(launch, "grad_scales", lambda *a, **kw: (given.append(kw), whole(*a, **kw))[1])
-    p = make_problem(m, n, k, groups, BF16, device=triton_device)
-    monkeypatch.setattr(configs, "grad_scales_config", lambda *a: (SMALL, 64))
-    du, dv, df = whole(p.dy, p.x, p.weight, p.scale_out, p.scale_in, True)
-    y, dx = launch.forward(*p.forward_args), launch.grad_input(p.dy, p.weight, p.scale_out, p.scale_in)
-    check(p, Answer(y, dx, du, dv, df))
-    assert len(given) > groups
-    assert all((kw["config"] == SMALL) is resolved for kw in given)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, Subset
 
-from rlrr_kernels.finetune.data import ImageSet
+from rlrr_kernels.finetune.data import ImageSet, Transform
 from rlrr_kernels.finetune.data.listed import Entry, Listed
 
 from .folders import write_image
@@ -24,8 +24,11 @@ class Numbers:
         return Image.new("L", (2, 2)), index % 3
 
 
-def noise(image):
-    return torch.rand(4)
+def blank(image):
+    return torch.zeros(1, 2, 2, dtype=torch.uint8)
+
+
+noise = Transform(blank, lambda pixels: torch.rand(4))
 
 
 def draws(images, keys):
@@ -68,22 +71,14 @@ def test_the_process_draws_on_as_if_no_image_had_been_loaded():
     got.append(torch.rand(1))
     assert torch.equal(torch.cat(got), expected)
 
-    def fail(image):
+    def fail(pixels):
         torch.rand(1)
         raise RuntimeError("no")
 
     torch.manual_seed(0)
     with pytest.raises(RuntimeError, match="no"):
-        ImageSet(Numbers(), fail, 3)[0]
+        ImageSet(Numbers(), Transform(blank, fail), 3)[0]
     assert torch.equal(torch.rand(2), expected)
-
-
-def test_workers_draw_what_the_main_process_draws():
-    images = ImageSet(Numbers(), noise, 3, seed=1)
-    keys = [(4, index) for index in range(0, 24, 2)]
-    loader = DataLoader(images, batch_size=4, sampler=keys, num_workers=2)
-    values = torch.cat([batch for batch, _ in loader])
-    assert torch.equal(values, draws(images, keys))
 
 
 def test_a_negative_seed_is_a_seed():

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
-from rlrr_kernels.finetune.data import ImageSet, listed
+from rlrr_kernels.finetune.data import ImageSet, Transform, listed
 from rlrr_kernels.finetune.data.listed import Entry, Listed, check_images
 from rlrr_kernels.finetune.data.pixels import eight_bits
 
@@ -101,7 +102,7 @@ def test_what_has_no_range_is_refused_with_its_path_beforehand(tmp_path, monkeyp
     with pytest.raises(OSError, match=error):
         check_images(entries)
     with pytest.raises(OSError, match=error):
-        ImageSet(Listed(entries), lambda image: torch.empty(0), 1)[1]
+        ImageSet(Listed(entries), Transform(pil_to_tensor), 1)[1]
 
 
 def test_what_is_seen_is_what_torchvision_s_folders_show(tmp_path):
@@ -127,7 +128,7 @@ def test_what_is_seen_is_what_torchvision_s_folders_show(tmp_path):
         image.save(tmp_path / name, **options)
     seen = ImageSet(
         Listed([Entry(str(tmp_path / name), 0, "") for name in kinds]),
-        lambda image: torch.from_numpy(np.array(image.convert("RGB"))),
+        Transform(lambda image: torch.from_numpy(np.array(image.convert("RGB")))),
         1,
     )
     for index, name in enumerate(kinds):

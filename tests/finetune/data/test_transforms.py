@@ -87,6 +87,13 @@ def test_flip_mirrors_half_of_the_training_images_and_no_other(resize):
     assert mirrored(train=True, flip=False) == mirrored(train=False, flip=True) == 0
 
 
+@pytest.mark.gpu
+def test_a_gpu_normalises_to_the_same_bits(gpu):
+    finished = make_transform((3, 8, 8), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", train=False).finished
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
+    assert torch.equal(finished(pixels.to(gpu)).cpu(), finished(pixels))
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [

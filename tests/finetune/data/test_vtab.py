@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torchvision.transforms.functional import pil_to_tensor
 
-from rlrr_kernels.finetune.data import make_transform
+from rlrr_kernels.finetune.data import Transform, make_transform
 
 from .folders import load, red, write_vtab
 
@@ -50,7 +51,7 @@ def test_the_seed_of_the_run_decides_what_transforms_draw(root):
     write_vtab(root)
 
     def draw(seed):
-        return vtab(root, train=lambda image: torch.rand(1), seed=seed).trainval[3, 7][0]
+        return vtab(root, train=Transform(pil_to_tensor, lambda pixels: torch.rand(1)), seed=seed).trainval[3, 7][0]
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))

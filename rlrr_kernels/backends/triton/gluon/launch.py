@@ -240,15 +240,15 @@ def grad_scales(
     slices = row_slices(n, k, groups, GRAM_ROWS, GRAM_COLUMNS, splits, WORKSPACE_BYTES // 2)
     if len(slices) > 1:
 
-        def run(*part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return _gram(*part, need_shift, tokens)
+        def run(*part: Any) -> tuple[Tensor, Tensor, Tensor]:
+            return _gram(*part, need_shift=need_shift, tokens=tokens)
 
         return in_slices(run, slices, dy, x, weight, scale_out, scale_in)
-    return _gram(dy, x, weight, scale_out, scale_in, need_shift, tokens)
+    return _gram(dy, x, weight, scale_out, scale_in, need_shift=need_shift, tokens=tokens)
 
 
 def _gram(
-    dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool, tokens: int
+    dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, need_shift: bool, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`grad_scales` in one launch, and one that adds up its partial sums."""
     (m, n), k, groups = dy.shape, x.shape[1], scale_in.shape[0]

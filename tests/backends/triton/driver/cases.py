@@ -9,33 +9,29 @@ from typing import Any
 import torch
 
 from rlrr_kernels.backends.triton import launch, layer_norm
-from rlrr_kernels.backends.triton.compiler import keeps_operands
-from rlrr_kernels.backends.triton.config import Config, Device
+from rlrr_kernels.backends.triton.choose import Choice, Device
 
 #: The machine's GPUs: data sheets' multiprocessors and shared memory.
 DEVICES = (
-    Device((9, 0), 132, 232448, keeps_operands=keeps_operands()),
+    Device((9, 0), 132, 232448),
     Device((8, 0), 108, 166912),
     Device((12, 0), 170, 101376),
 )
 HOPPER, AMPERE, BLACKWELL = range(3)
 
-SMALL = Config(64, 64, 64, num_warps=4, num_stages=3)
+SMALL = Choice(64, 64, 64, num_warps=4, num_stages=3)
 OPS = ("forward", "grad_input", "grad_scales", "layer_norm")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem; ``config`` and ``path`` None leave the choice to the launcher.
-
-    ``boxes``: whether products are to load by tensor maps (``grad_scales`` does where K is a multiple of 16).
+    """A problem; ``choice`` None leaves it to the launcher.
 
     ``layout``, of x and dy: ``rows``, ``transposed``, ``expanded`` (a row for all), ``sum`` (one element for all),
     ``offset`` (4 elements from 16 bytes), ``padded`` (rows apart). ``current``: PyTorch's current GPU.
     """
 
     name: str
-    boxes: bool = True
     shape: tuple[int, int, int, int] = (128, 256, 128, 2)  # M, N, K, groups
     dtype: str = "bfloat16"
     weight: str | None = None  # x's
@@ -43,34 +39,35 @@ class Case:
     offsets: str = "float32"  # of b and f; b None if "no bias"
     tf32: bool = False
     layout: str = "rows"
-    config: Config | None = SMALL
-    path: str | None = None
+    choice: Choice | None = SMALL
     device: int = HOPPER
     current: int = HOPPER
     ops: tuple[str, ...] = OPS
 
 
-NARROW = Config(64, 32, 32, num_warps=4, num_stages=2)
+NARROW = Choice(64, 32, 32, num_warps=4, num_stages=2)
 PRODUCTS = OPS[:3]
 
 #: Cheap enough for every run of the tests.
 QUICK = (
-    Case("boxes"),
-    Case("split", config=replace(SMALL, splits=2), ops=("forward",)),
-    Case("another GPU", boxes=False, device=AMPERE, ops=("forward",)),
+    Case("plain"),
+    # what no compiled code depends on: in this order, after "plain"
+    Case("another M", shape=(130, 256, 128, 2)),
+    Case("one token", shape=(1, 256, 128, 2)),
+    Case("split", choice=replace(SMALL, splits=2), ops=("forward",)),
+    Case("another GPU", device=AMPERE, ops=("forward",)),
 )
 
-#: All but the first differ from "boxes" in one thing.
+#: All but the first differ from "plain" in one thing.
 VARIANTS = (
-    Case("vectors", boxes=False, path="vectors"),
-    Case("another M", shape=(130, 256, 128, 2)),
+    Case("plain"),
     Case("float16", dtype="float16"),
     Case("no bias", offsets="no bias"),
     Case("bfloat16 offsets", offsets="bfloat16"),
-    Case("8 warps", config=replace(SMALL, num_warps=8)),
-    Case("2 stages", config=replace(SMALL, num_stages=2)),
-    Case("split all", config=replace(SMALL, splits=2)),
-    Case("unaligned f", boxes=False, path="vectors", offsets="unaligned", ops=("forward",)),
+    Case("8 warps", choice=replace(SMALL, num_warps=8)),
+    Case("2 stages", choice=replace(SMALL, num_stages=2)),
+    Case("split all", choice=replace(SMALL, splits=2)),
+    Case("unaligned f", offsets="unaligned", ops=("forward",)),
 )
 
 _SHAPES = {
@@ -83,37 +80,32 @@ _DTYPES = {
     "bf16": {"dtype": "bfloat16"},
     "fp16": {"dtype": "float16", "scales": "float16"},
     "bf16 of fp32": {"dtype": "bfloat16", "weight": "float32"},
-    "tf32": {"dtype": "float32", "tf32": True, "config": NARROW},
+    "tf32": {"dtype": "float32", "tf32": True, "choice": NARROW},
 }
 
-#: Odd shapes in every dtype that takes boxes, layouts, paths and GPUs; tiles of the launcher's choice.
+#: Odd shapes, dtypes, layouts and GPUs; tiles of the launcher's choice.
 GRID = (
     *(
         Case(f"{shape}, {dtype}", shape=sizes, ops=PRODUCTS, **given)
         for shape, sizes in _SHAPES.items()
         for dtype, given in _DTYPES.items()
     ),
-    *(
-        Case(f"v in {dtype}, {config.block_k} wide", dtype=dtype, scales=dtype, config=config, ops=("forward",))
-        for dtype in ("float16", "bfloat16")
-        for config in (SMALL, NARROW)
-    ),
-    Case("full float32", boxes=False, dtype="float32", config=NARROW),
-    Case("odd sizes", boxes=False, shape=(131, 250, 131, 2), ops=PRODUCTS),
-    Case("odd sizes, float32", boxes=False, shape=(131, 250, 131, 2), dtype="float32", config=NARROW, ops=PRODUCTS),
+    Case("full float32", dtype="float32", choice=NARROW),
+    Case("odd sizes", shape=(131, 250, 131, 2), ops=PRODUCTS),
+    Case("odd sizes, float32", shape=(131, 250, 131, 2), dtype="float32", choice=NARROW, ops=PRODUCTS),
     Case("groups that are no whole steps", shape=(128, 240, 128, 3), ops=("forward", "grad_scales")),
-    Case("slices that do not start at 16 bytes", boxes=False, shape=(128, 3 * 4100, 1030, 3), ops=("grad_scales",)),
-    Case("slices", shape=(64, 16_384, 8192, 2), config=None, ops=("grad_scales",)),
+    Case("slices that do not start at 16 bytes", shape=(128, 3 * 4100, 1030, 3), ops=("grad_scales",)),
+    Case("slices", shape=(64, 16_384, 8192, 2), choice=None, ops=("grad_scales",)),
     *(
-        Case(layout, shape=(2048, 768, 768, 1), layout=layout, config=None)
+        Case(layout, shape=(2048, 768, 768, 1), layout=layout, choice=None)
         for layout in ("padded", "transposed", "sum", "offset")
     ),
-    Case("expanded", boxes=False, shape=(2048, 768, 768, 1), layout="expanded", config=None),
-    Case("many tokens", shape=(2**25 + 5, 16, 16, 1), config=Config(16, 16, 16, num_warps=1, num_stages=2)),
-    Case("ViT-L fc1", shape=(50_432, 4096, 1024, 1), config=None),
-    Case("ViT-B qkv of few tokens", shape=(197, 2304, 768, 3), config=None),
+    Case("expanded", shape=(2048, 768, 768, 1), layout="expanded", choice=None),
+    Case("many tokens", shape=(2**25 + 5, 16, 16, 1), choice=Choice(16, 16, 16, num_warps=1, num_stages=2)),
+    Case("ViT-L fc1", shape=(50_432, 4096, 1024, 1), choice=None),
+    Case("ViT-B qkv of few tokens", shape=(197, 2304, 768, 3), choice=None),
     *(
-        Case(f"{name} on {gpu}", boxes=False, device=gpu, shape=shape, dtype=dtype, config=None, ops=PRODUCTS)
+        Case(f"{name} on {gpu}", device=gpu, shape=shape, dtype=dtype, choice=None, ops=PRODUCTS)
         for gpu in (AMPERE, BLACKWELL)
         for name, shape in (("aligned", (394, 768, 3072, 1)), ("odd", (1, 9, 7, 3)))
         for dtype in ("bfloat16", "float32")
@@ -155,10 +147,7 @@ def tensors(case: Case) -> dict[str, torch.Tensor]:
 def calls(case: Case, t: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]]:
     """The launcher's calls for a case, by op; ``layer_norm`` is forward and backward over x's rows."""
     x, dy, w, u, v, b, f = (t.get(name) for name in ("x", "dy", "w", "u", "v", "b", "f"))
-    chosen: dict[str, Any] = {} if case.path is None else {"path": case.path}
-    if case.config:
-        chosen["config"] = case.config
-    tokens = {"split_tokens": -(-case.shape[0] // 2 // 64) * 64} if case.config else {}
+    scales = case.choice and replace(case.choice, splits=2)
     args: Any = (w, u, v)
 
     def layer_norm_passes() -> None:
@@ -167,9 +156,9 @@ def calls(case: Case, t: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]
         layer_norm.backward(y, x, mean, rstd, w[0], None, s, True)
 
     found: dict[str, Callable[[], Any]] = {
-        "forward": lambda: launch.forward(x, *args, b, f, **chosen),
-        "grad_input": lambda: launch.grad_input(dy, *args, **chosen),
-        "grad_scales": lambda: launch.grad_scales(dy, x, *args, True, **tokens, **chosen),
+        "forward": lambda: launch.forward(x, *args, b, f, choice=case.choice),
+        "grad_input": lambda: launch.grad_input(dy, *args, choice=case.choice),
+        "grad_scales": lambda: launch.grad_scales(dy, x, *args, True, choice=scales),
         "layer_norm": layer_norm_passes,
     }
     return {op: found[op] for op in case.ops}

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from triton.runtime.driver import driver
 
 from rlrr_kernels.backends.triton import launch
-from rlrr_kernels.backends.triton.config import Device
+from rlrr_kernels.backends.triton.choose import Device
 
 #: Stream of device i, as ``libcuda.c`` numbers them.
 FIRST_STREAM = 16

@@ -9,7 +9,7 @@ import torch
 from triton.runtime.driver import driver
 
 from rlrr_kernels.backends.triton import launch, start
-from rlrr_kernels.backends.triton.config import Config
+from rlrr_kernels.backends.triton.choose import Choice
 from tests.backends.triton.driver import cases
 from tests.backends.triton.driver.stand_in import Machine
 
@@ -49,13 +49,13 @@ def calls(machine: Machine) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     yield "a map where there is no copy engine", "device 8.0 has no tensor maps", _map(t)
     machine._exchange(cases.HOPPER)
 
-    config = Config(64, 64, 64, num_warps=4, num_stages=2)  # less shared memory than any block may have
-    given = cases.tensors(cases.Case("boxes"))
+    choice = Choice(64, 64, 64, num_warps=4, num_stages=2)  # less shared memory than any block may have
+    given = cases.tensors(cases.Case("plain"))
     x, w, u, v, b, f = (given[name] for name in ("x", "w", "u", "v", "b", "f"))
     start._handles.clear()
 
     def forward(**changed: Any) -> Any:
-        return launch.forward(changed.get("x", x), w, u, v, b, changed.get("f", f), config=config)
+        return launch.forward(changed.get("x", x), w, u, v, b, changed.get("f", f), choice=choice)
 
     yield "a launch", "", forward
     foreign = memoryview(bytearray(1024 * 4))
@@ -64,7 +64,7 @@ def calls(machine: Machine) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     yield "memory that is not the device's", "is not the device's", lambda: forward(f=host)
 
     (handle,) = start._handles.values()
-    (_, operands, numbers, constants) = caught(forward)
+    (_, operands, free, numbers, constants) = caught(forward)
     packed = handle.packed_metadata
 
     def again(grid: tuple[int, int, int] = (4, 1, 1), shared: int | None = None, warps: int | None = None) -> None:
@@ -72,7 +72,7 @@ def calls(machine: Machine) -> Iterator[tuple[str, str, Callable[[], Any]]]:
         num_warps, ctas, bytes_, *rest = packed
         handle.packed_metadata = (warps or num_warps, ctas, shared or bytes_, *rest)
         try:
-            handle[grid](*operands, *numbers, *constants.values())
+            handle[grid](*operands, *free, *numbers, *constants.values())
         finally:
             handle.packed_metadata = packed
 
@@ -118,7 +118,7 @@ def _while_capturing(machine: Machine, forward: Any, handle: Any) -> Iterator[tu
 
 
 def caught(call: Callable[[], Any]) -> Any:
-    """grid, operands, numbers and constants of the launch that a call makes, which is not made."""
+    """grid, operands, free and other numbers, and constants of the launch that a call makes, which is not made."""
     found: list[Any] = []
     before = launch.start
     launch.start = lambda kernel, *args: found.append(args)
@@ -126,4 +126,4 @@ def caught(call: Callable[[], Any]) -> Any:
         call()
     finally:
         launch.start = before
-    return found[0][:4]
+    return found[0][:5]

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from rlrr_kernels.backends.triton.config import Config
-from rlrr_kernels.tune.measure import MARGIN, DeviceLostError, Spread, beats, contest
-from rlrr_kernels.tune.problem import Task
-from tests.tune.entries import FORWARD, GRAD_SCALES, WHERE
+from rlrr_kernels.check.record import Where
+from rlrr_kernels.tune.candidates import Candidate
+from rlrr_kernels.tune.contest import MARGIN, DeviceLostError, Result, Spread, beats, contest, rules
+from tests.tune.entries import CPU, PROBLEM
 
-A, B, C = (Config(size, 64, 64, 4, 3) for size in (64, 128, 256))
-TASK = Task(FORWARD, 100, torch.bfloat16, torch.bfloat16)
+
+@dataclass(frozen=True)
+class Tile:
+    """A backend's choice."""
+
+    size: int
+
+
+A, B, C = Candidate("cpu", Tile(64)), Candidate("cpu", Tile(128)), Candidate("panels")
 RESULT = (torch.ones(2),)
 
 
@@ -34,14 +44,14 @@ def steady(seconds):
 
 
 def hold(clock, choices=(A, B, C), launch=lambda choice, copy: RESULT, misfit=lambda got: None, sync=lambda: None):
-    return contest(TASK, choices, launch, misfit, clock, copies=3, rounds=5, synchronize=sync)
+    return contest(PROBLEM, choices, launch, misfit, clock, copies=3, rounds=5, synchronize=sync)
 
 
 def test_the_fastest_wins_if_it_wins_again():
     clock = Clock([steady(10), steady(9), steady(8)], [steady(10), steady(8.5)])
     result = hold(clock)
     assert clock.asked == [(3, 3, 5), (2, 3, 5)]
-    assert (result.heuristic, result.best) == (A, C)
+    assert (result.default, result.best) == (A, C)
     assert result.gain == pytest.approx(10 / 8.5)  # of the second contest, whose winner was not chosen by it
     assert result.spreads[B].median == 9
 
@@ -50,7 +60,7 @@ def test_who_does_not_win_again_does_not_win():
     assert hold(Clock([steady(10), steady(9), steady(8)], [steady(10), steady(9.9)])).best == A
 
 
-def test_the_heuristic_stays_where_it_is_fastest():
+def test_the_default_stays_where_it_is_fastest():
     clock = Clock([steady(8), steady(9), steady(10)])
     result = hold(clock)
     assert result.best == A
@@ -63,7 +73,7 @@ def test_the_heuristic_stays_where_it_is_fastest():
     [
         (steady(10 / MARGIN * 0.999), True),
         (steady(10 / MARGIN * 1.001), False),
-        ([5, 5, 8, 9.96, 9.99], False),  # a fast median, but its quartiles reach the heuristic's
+        ([5, 5, 8, 9.96, 9.99], False),  # a fast median, but its quartiles reach the default's
         ([5, 5, 8, 9.9, 20], True),
     ],
 )
@@ -100,7 +110,7 @@ def test_launches_that_differ_are_left_out():
     assert result.best == C
 
 
-def test_a_heuristic_that_fails_is_replaced_by_what_works():
+def test_a_default_that_fails_is_replaced_by_what_works():
     def launch(choice, copy):
         if choice == A:
             raise RuntimeError("no")
@@ -109,7 +119,7 @@ def test_a_heuristic_that_fails_is_replaced_by_what_works():
     result = hold(Clock([steady(10), steady(9)]), launch=launch)
     assert result.best == C
     assert result.gain is None
-    assert result.entry(WHERE, "2026-01-01").config == C
+    assert result.entry(CPU, "2026-01-01").backend == "panels"
 
 
 def test_nothing_works():
@@ -117,7 +127,7 @@ def test_nothing_works():
     assert result.best is None
     assert set(result.failures) == {A, B, C}
     with pytest.raises(ValueError, match="nothing could be measured"):
-        result.entry(WHERE, "2026-01-01")
+        result.entry(CPU, "2026-01-01")
 
 
 def test_a_device_that_is_lost_ends_the_contest():
@@ -140,34 +150,31 @@ def test_what_a_launch_did_wrong_shows_at_the_wait():
     assert result.failures == {A: "RuntimeError: misaligned"}
 
 
-def test_the_entry_says_what_was_found():
-    result = hold(Clock([steady(10), steady(9), steady(8)], [steady(10), steady(8)]))
-    entry = result.entry(WHERE, "2026-01-01")
-    assert (entry.where, entry.layer, entry.m, entry.config, entry.split_tokens) == (WHERE, FORWARD, 100, C, None)
-    assert entry.measured == {
-        "date": "2026-01-01",
-        "dtype": "bfloat16",
-        "candidates": 3,
-        "heuristic_seconds": 10,
-        "best_seconds": 8,
+def test_the_entry_names_the_backend_and_a_tile_that_is_not_its_own_choice():
+    found = hold(Clock([steady(10), steady(8), steady(9)], [steady(10), steady(8)])).entry(CPU, "2026-01-01")
+    assert (found.kernel, found.dtype, found.layer) == ("forward", torch.float32, (768, 3072, 1))
+    assert (found.tokens, found.backend, found.tile) == ((708, 1414), "cpu", {"size": 128})
+    assert found.where == Where.of("cpu", CPU)
+    assert found.measured == {
+        **{"date": "2026-01-01", "candidates": 3, "default": "cpu, 64 size"},
+        **{"default_seconds": 10, "seconds": 8},
     }
-    stays = hold(Clock([steady(8), steady(9), steady(10)])).entry(WHERE, "2026-01-01")
-    assert stays.config is None
-    assert stays.measured["best_seconds"] == 8
+    stays = hold(Clock([steady(8), steady(9), steady(10)])).entry(CPU, "2026-01-01")
+    assert (stays.backend, stays.tile, stays.measured["seconds"]) == ("cpu", None, 8)
+    other = hold(Clock([steady(10), steady(9), steady(8)], [steady(10), steady(8)])).entry(CPU, "2026-01-01")
+    assert (other.backend, other.tile) == ("panels", None)
 
 
-def test_the_tokens_of_a_split_are_part_of_the_choice():
-    task = Task(GRAD_SCALES, 100, torch.bfloat16, torch.bfloat16)
-    clock = Clock([steady(10), steady(8)], [steady(10), steady(8)])
-    result = contest(
-        task,
-        [(A, 64), (A, 128)],
-        lambda choice, copy: RESULT,
-        lambda got: None,
-        clock,
-        copies=1,
-        rounds=5,
-        synchronize=lambda: None,
-    )
-    entry = result.entry(WHERE, "2026-01-01")
-    assert (entry.config, entry.split_tokens) == (A, 128)
+def test_one_entry_rules_where_another_backend_wins_over_all_of_them():
+    def result(m, n, cpu, panels):
+        spreads = {A: cpu * 2, B: cpu, C: panels}
+        problem = PROBLEM._replace(m=m, n=n)
+        return Result(problem, [A, B, C], A, {one: Spread(s, s, s) for one, s in spreads.items()})
+
+    def found(*results):
+        return {(e.device, e.where, e.layer, e.tokens, e.backend) for e in rules(results, CPU, "2026-01-01")}
+
+    few, many = [result(10, 1, 1, 3), result(10, 2, 9, 5)], [result(99, 1, 1, 3), result(99, 2, 9, 8)]
+    assert found(*few, *many) == {("cpu", None, None, (10, 98), "panels")}
+    assert found(*few) == {("cpu", None, None, (10, math.inf), "panels")}
+    assert found(*many) == found() == set()

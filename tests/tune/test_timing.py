@@ -1,4 +1,4 @@
-"""Timing by graphs, on a made-up GPU whose clock stands still but for what it runs."""
+"""Timing by graphs and by turns, on made-up devices whose clocks stand still but for what they run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from rlrr_kernels.tune.gpu import _LAUNCHES, this_machine, time_graphs
+from rlrr_kernels.tune import timing
+from rlrr_kernels.tune.timing import _LAUNCHES, _TURN, time_graphs, time_turns
 
 
 class MadeUpGPU:
@@ -101,8 +102,16 @@ def test_runs_take_turns_and_another_begins_each_round(gpu):
     ]
 
 
-def test_a_device_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="--device: expected 0 to 1, got 2"):
-        this_machine(2)
+def test_on_a_cpu_each_run_fills_its_turn_and_another_begins_each_round(monkeypatch):
+    now, log = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def run(which, seconds, copy):
+        log.append((which, copy))
+        now[0] += seconds
+
+    long, short = 3 * _TURN, _TURN / 4
+    times = time_turns([lambda copy: run("long", long, copy), lambda copy: run("short", short, copy)], 3, 2)
+    assert times == [pytest.approx([long] * 2), pytest.approx([short] * 2)]
+    turn = [("short", 0), ("short", 1), ("short", 2), ("short", 0)]
+    assert log == [("long", 0), ("short", 0), ("long", 0), *turn, *turn, ("long", 0)]

@@ -1,67 +1,65 @@
-"""The GPU: what a choice depends on, and how launches are timed on it."""
+"""The device, and how launches are timed on it: by CUDA graphs on a GPU, by the clock on a CPU, in turns on both."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rlrr_kernels.backends.triton import config as configs
-from rlrr_kernels.backends.triton import launch
-from rlrr_kernels.backends.triton.config import Device
-from rlrr_kernels.tune.measure import Timer
+from rlrr_kernels.check.record import device_name
+from rlrr_kernels.tune.contest import Timer
 
 #: Launches in one timed graph: what the CPU needs to start the next graph is then hidden behind them.
 _LAUNCHES = 16
 
-#: Seconds of work before the first round, for the clocks to rise.
+#: Seconds of work on a GPU before the first round, for the clocks to rise; seconds of one timed turn on a CPU.
 _WARM_UP = 0.2
+_TURN = 0.01
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where candidates are measured. ``l2_bytes``: size of its second cache."""
+    """Where candidates are measured. ``cache_bytes``: size of a GPU's second cache."""
 
     name: str
-    device: Device
-    torch_device: torch.device
-    l2_bytes: int
+    device: torch.device
+    cache_bytes: int
     timer: Timer
     synchronize: Callable[[], object]
 
 
-def this_machine(index: int | None = None) -> Machine:
-    """A CUDA device, by default the current one.
-
-    Raises:
-        ValueError: there is none, not this one, or the Triton kernels do not run on it, and why.
-    """
-    if not torch.cuda.is_available():
-        raise ValueError("no CUDA GPU is available here; expected one to measure on")
-    if index is not None and not 0 <= index < torch.cuda.device_count():
-        raise ValueError(f"--device: expected 0 to {torch.cuda.device_count() - 1}, got {index}")
-    if index is not None:
-        torch.cuda.set_device(index)
-    device = torch.device("cuda", torch.cuda.current_device())
-    probe = torch.empty(1, 1, device=device)
-    why = launch.unsupported(probe, probe)
-    if why is not None:
-        raise ValueError(f"the Triton kernels do not run here: {why}")
+def machine_of(device: torch.device) -> Machine:
+    """A CPU, or a CUDA device, which becomes the current one."""
+    if device.type == "cpu":
+        return Machine(device_name(device), device, 0, time_turns, lambda: None)
+    torch.cuda.set_device(device)
     properties = torch.cuda.get_device_properties(device)
-    return Machine(
-        name=properties.name,
-        device=configs.cuda_device(device.index),
-        torch_device=device,
-        l2_bytes=properties.L2_cache_size,
-        timer=time_graphs,
-        synchronize=torch.cuda.synchronize,
-    )
+    return Machine(properties.name, device, properties.L2_cache_size, time_graphs, torch.cuda.synchronize)
+
+
+def time_turns(runs: Sequence[Callable[[int], object]], copies: int, rounds: int) -> list[list[float]]:
+    """A :data:`~rlrr_kernels.tune.contest.Timer` by the clock: each run as often as fills a turn."""
+
+    def spent(run: Callable[[int], object], count: int) -> float:
+        began = time.perf_counter()
+        for i in range(count):
+            run(i % copies)
+        return (time.perf_counter() - began) / count
+
+    counts = [max(1, min(1000, math.ceil(_TURN / max(spent(run, 1), 1e-9)))) for run in runs]
+    seconds: list[list[float]] = [[] for _ in runs]
+    for turn in range(rounds):
+        for i in range(len(runs)):
+            which = (turn + i) % len(runs)
+            seconds[which].append(spent(runs[which], counts[which]))
+    return seconds
 
 
 def time_graphs(runs: Sequence[Callable[[int], object]], copies: int, rounds: int) -> list[list[float]]:
-    """A :data:`~rlrr_kernels.tune.measure.Timer` on the current GPU.
+    """A :data:`~rlrr_kernels.tune.contest.Timer` on the current GPU.
 
     Each run is one CUDA graph of launches that go round the sets of tensors; the graphs take turns, and another
     begins in each round. Every run must have been launched before, so that nothing is compiled in a capture.
