@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -251,5 +251,5 @@ def refusal(problem: Problem, choice: Choice, device: Device) -> str | None:
 @lru_cache(maxsize=64)
 def cuda_device(index: int) -> Device:
     """Read a GPU's properties once."""
-    p = torch.cuda.get_device_properties(index)
+    p: Any = torch.cuda.get_device_properties(index)  # torch's stubs differ in what they know of it
     return Device((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)

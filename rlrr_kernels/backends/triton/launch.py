@@ -262,8 +262,8 @@ def grad_scales(
     slices = row_slices(n, k, groups, bn, bk, splits, choose.WORKSPACE_BYTES)
     if len(slices) > 1:
 
-        def run(*part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return grad_scales(*part, need_shift, choice=choice)
+        def run(*part: Any) -> tuple[Tensor, Tensor, Tensor]:
+            return grad_scales(*part, need_shift=need_shift, choice=choice)
 
         return in_slices(run, slices, dy, x, weight, scale_out, scale_in)
     group_tiles = ceil_div(n // groups, bn)
