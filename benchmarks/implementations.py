@@ -25,9 +25,12 @@ TOKENS = MODELS["vit_b"][0].tokens
 LAYERS = {shape.layer: (shape.n, shape.k, shape.groups) for shape in MODELS["vit_b"]}
 
 #: Implementation -> the backend that it asks for.
-BACKENDS = {results.TRITON: "triton", results.CUDA: "cuda", results.CUDA_HOPPER: "cuda", results.CPU: "cpu"}
+BACKENDS = {
+    **{results.GLUON: "gluon", results.TRITON: "triton", results.CUDA: "cuda", results.CUDA_HOPPER: "cuda"},
+    results.CPU: "cpu",
+}
 #: Of these -> what `python -m rlrr_kernels check` calls it.
-CHECKED = {results.TRITON: "triton", results.CUDA: "cuda", results.CUDA_HOPPER: "cuda-hopper", results.CPU: "cpu"}
+CHECKED = {**BACKENDS, results.CUDA_HOPPER: "cuda-hopper"}
 
 
 @dataclass
@@ -281,7 +284,7 @@ def names(direction: str, device: str, searched: bool = False) -> list[str]:
     bare = [name for name, directions in _BARE.items() if direction in directions]
     if direction == "grad_scales":
         return bare
-    left_out = {results.CPU} if device == "cuda" else {results.TRITON, results.CUDA, results.CUDA_HOPPER}
+    left_out = {results.CPU} if device == "cuda" else BACKENDS.keys() - {results.CPU}
     if not searched or device == "cpu":
         left_out.add(results.FORMULA_MAX)
     return [n for n in results.LAYER_IMPLEMENTATIONS if n not in left_out and (n not in _BARE or n in bare)]

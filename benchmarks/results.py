@@ -47,7 +47,7 @@ PARTIAL = "-partial"
 GRAPH, EVENTS, WALL = "graph", "events", "wall"
 
 OURS = "rlrr_kernels"
-TRITON, CUDA = "rlrr_kernels/triton", "rlrr_kernels/cuda"
+GLUON, TRITON, CUDA = "rlrr_kernels/gluon", "rlrr_kernels/triton", "rlrr_kernels/cuda"
 CUDA_HOPPER, CPU = "rlrr_kernels/cuda-hopper", "rlrr_kernels/cpu"
 FORMULA, FORMULA_COMPILED, FORMULA_MAX = "formula", "formula compiled", "formula max-autotune"
 RECOMPUTE, RECOMPUTE_COMPILED = "recompute", "recompute compiled"
@@ -66,7 +66,7 @@ OFFICIAL, OFFICIAL_COMPILED = "official formula", "official formula compiled"
 SSF, FULL, PROBE = "SSF", "full fine-tuning", "linear probe"
 
 LAYER_IMPLEMENTATIONS = (
-    *(OURS, TRITON, CUDA, CUDA_HOPPER, CPU, FORMULA, FORMULA_COMPILED, FORMULA_MAX),
+    *(OURS, GLUON, TRITON, CUDA, CUDA_HOPPER, CPU, FORMULA, FORMULA_COMPILED, FORMULA_MAX),
     *(RECOMPUTE, RECOMPUTE_COMPILED, FACTORED, PLAIN, LORA, HIRA, PRODUCTS, THREE_OPS),
 )
 NORM_IMPLEMENTATIONS = (OURS, FORMULA, FORMULA_COMPILED, COMPOSED, LAYER_NORM)

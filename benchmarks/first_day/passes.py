@@ -25,7 +25,7 @@ from benchmarks.timing import Call, Variant
 from rlrr_kernels import ops
 
 BLAS = "BLAS"
-NAMES = (results.TRITON, results.CUDA, results.CUDA_HOPPER)
+NAMES = (results.GLUON, results.TRITON, results.CUDA, results.CUDA_HOPPER)
 
 
 def _forward(i: Inputs) -> Tensor:

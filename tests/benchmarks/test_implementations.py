@@ -187,7 +187,7 @@ def test_every_implementation_has_its_directions_on_each_device():
     on_gpu = set(implementations.names("both", "cuda", True))
     assert on_gpu == set(results.LAYER_IMPLEMENTATIONS) - {results.CPU}
     on_cpu = set(implementations.names("both", "cpu", True))
-    assert on_gpu - on_cpu == {results.TRITON, results.CUDA, results.CUDA_HOPPER, results.FORMULA_MAX}
+    assert on_gpu - on_cpu == {results.GLUON, results.TRITON, results.CUDA, results.CUDA_HOPPER, results.FORMULA_MAX}
     assert results.FORMULA_MAX not in implementations.names("both", "cuda")
     assert results.PRODUCTS not in implementations.names("forward_no_grad", "cuda")
     assert implementations.names("grad_scales", "cuda") == [results.GRAD_SCALES, results.BARE_GRAD]
