@@ -48,7 +48,7 @@ GRAPH, EVENTS, WALL = "graph", "events", "wall"
 
 OURS = "rlrr_kernels"
 GLUON, TRITON, CUDA = "rlrr_kernels/gluon", "rlrr_kernels/triton", "rlrr_kernels/cuda"
-CUDA_HOPPER, CPU = "rlrr_kernels/cuda-hopper", "rlrr_kernels/cpu"
+CUDA_HOPPER, CPU, PANELS = "rlrr_kernels/cuda-hopper", "rlrr_kernels/cpu", "rlrr_kernels/panels"
 FORMULA, FORMULA_COMPILED, FORMULA_MAX = "formula", "formula compiled", "formula max-autotune"
 RECOMPUTE, RECOMPUTE_COMPILED = "recompute", "recompute compiled"
 FACTORED = "factored"
@@ -66,7 +66,7 @@ OFFICIAL, OFFICIAL_COMPILED = "official formula", "official formula compiled"
 SSF, FULL, PROBE = "SSF", "full fine-tuning", "linear probe"
 
 LAYER_IMPLEMENTATIONS = (
-    *(OURS, GLUON, TRITON, CUDA, CUDA_HOPPER, CPU, FORMULA, FORMULA_COMPILED, FORMULA_MAX),
+    *(OURS, GLUON, TRITON, CUDA, CUDA_HOPPER, CPU, PANELS, FORMULA, FORMULA_COMPILED, FORMULA_MAX),
     *(RECOMPUTE, RECOMPUTE_COMPILED, FACTORED, PLAIN, LORA, HIRA, PRODUCTS, THREE_OPS),
 )
 NORM_IMPLEMENTATIONS = (OURS, FORMULA, FORMULA_COMPILED, COMPOSED, LAYER_NORM)

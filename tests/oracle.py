@@ -20,13 +20,14 @@ BACKENDS = [
     pytest.param("panels"),
     pytest.param("cpu"),
     pytest.param("triton"),
+    pytest.param("gluon", marks=pytest.mark.gpu),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 
 
 def device_of(backend: str) -> str:
     """Where a backend's tensors live: Triton takes the GPU's where there is one, else the interpreter's."""
-    return "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
+    return "cuda" if backend in ("cuda", "gluon") or (backend == "triton" and torch.cuda.is_available()) else "cpu"
 
 
 def backends_with(dtypes: Iterable[torch.dtype], backends: Iterable[Any] = BACKENDS) -> list[Any]:

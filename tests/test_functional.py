@@ -147,7 +147,7 @@ def test_nothing_is_computed_or_kept_that_nobody_needs(needs, calls, keeps_x):
     kept: list[torch.Tensor] = []
     done: list[str] = []
 
-    backend = ops.backend(p.x, p.weight)
+    backend = ops.backend("forward", p.x, p.weight, p.scale_in)
 
     def spy(name):
         op = getattr(backend, name)
@@ -169,7 +169,7 @@ def test_df_is_not_computed_where_neither_bias_nor_shift_needs_it():
     p = make_problem(5, 6, 4)
     u = p.scale_out.clone().requires_grad_()
     asked = []
-    backend = ops.backend(p.x, p.weight)
+    backend = ops.backend("forward", p.x, p.weight, p.scale_in)
     op = backend.grad_scales
     with mock.patch.object(backend, "grad_scales", lambda *a: (asked.append(a[-1]), op(*a))[1]):
         rescaled_linear(p.x, p.weight, u, p.scale_in, p.bias, p.shift).backward(p.dy)

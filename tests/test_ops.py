@@ -110,7 +110,7 @@ def test_nobody_watching_the_backend_is_called_itself():
     seen = []
     library_call = torch.ops.rlrr.forward.default
     assert ops.forward is library_call
-    backend = ops.backend(p.x, p.weight)
+    backend = ops.backend("forward", p.x, p.weight, p.scale_in)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "forward", lambda *a: seen.append("op"))
         patch.setattr(backend, "forward", lambda *a: (seen.append("backend"), torch.zeros(3, 4))[1])

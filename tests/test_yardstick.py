@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from rlrr_kernels import reference, yardstick
-from rlrr_kernels.tune.problem import KERNELS, make_tensors, task_of
-from rlrr_kernels.tune.shapes import Shape
+from rlrr_kernels.backends.problem import Problem as Task
+from rlrr_kernels.tune.candidates import make_tensors
 from tests.oracle import Problem, differentiate
-from tests.tune.entries import DEVICE
 
-SMALL = Shape(100, 48, 64, 3)
+KERNELS = ("forward", "grad_input", "grad_scales")
+SMALL = (100, 48, 64, 3)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def a_task(kernel, dtype=torch.float32, shape=SMALL):
-    task = task_of(kernel, shape, dtype, dtype, DEVICE)
+    task = Task(kernel, *shape, dtype, dtype)
     return task, make_tensors(task, 1, torch.device("cpu"))[0]
 
 
 def expected(task, t):
-    return yardstick.expected(task.layer.kernel, t.x, t.weight, t.scale_out, t.scale_in, t.bias, t.shift, t.dy)
+    return yardstick.expected(task.kernel, t.x, t.weight, t.scale_out, t.scale_in, t.bias, t.shift, t.dy)
 
 
 def misfit(got, wanted):
@@ -42,7 +42,7 @@ def served(kernel, t):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_right_result_passes_and_one_wrong_element_does_not(kernel, dtype):
-    task, tensors = a_task(kernel, dtype, Shape(1000, 96, 128, 3))
+    task, tensors = a_task(kernel, dtype, (1000, 96, 128, 3))
     wanted = expected(task, tensors)
     got = served(kernel, tensors)
     assert misfit(got, wanted) is None

@@ -171,6 +171,6 @@ def test_an_errors_first_line_says_it():
 
 def test_names_are_told_apart():
     everything = (*results.LAYER_IMPLEMENTATIONS, *results.NORM_IMPLEMENTATIONS, *results.STEP_IMPLEMENTATIONS)
-    assert len(set(results.LAYER_IMPLEMENTATIONS)) == 16
+    assert len(set(results.LAYER_IMPLEMENTATIONS)) == 18
     assert len(set(results.STEP_IMPLEMENTATIONS)) == 9
     assert results.OTHER_FUNCTIONS - {results.GRAD_SCALES, results.BARE_GRAD} <= set(everything)

@@ -125,7 +125,10 @@ def test_a_signal_ends_the_workers_with_the_command(file, tmp_path, number):
         (["--device", "gpu"], "--device: expected cpu, cuda or cuda:INDEX, got 'gpu'"),
         (["--device", "cuda:x"], "--device: expected cpu, cuda or cuda:INDEX, got 'cuda:x'"),
         (["--device", "cuda:99"], "CUDA devices that torch sees, got 'cuda:99'"),
-        (["--device", "cpu", "--backend", "tritn"], "--backend: expected one of cpu, gluon, triton, cuda,"),
+        (
+            ["--device", "cpu", "--backend", "tritn"],
+            "--backend: expected one of cpu, gluon, triton, cuda, cuda-hopper, got",
+        ),
         (["--device", "cpu", "--backend", "triton"], "--backend: triton does not run on cpu"),
         (["--device", "cpu", "--seconds", "0"], "--seconds: expected more than 0, got 0"),
         (["--device", "cpu", "--seconds", "nan"], "--seconds: expected more than 0, got nan"),

@@ -39,7 +39,14 @@ from tests.reliability.properties.solvers import base_machine, hopper_machine, m
 HALF, BF16, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 RESULTS = ("y", "dx", "du", "dv", "df")
 HOSTS = ("cuda_host", "cuda_host_large", "hopper_host")
-BACKENDS = ["reference", "cpu", "triton", pytest.param("cuda", marks=pytest.mark.gpu), *HOSTS]
+BACKENDS = [
+    "reference",
+    "panels",
+    "cpu",
+    "triton",
+    *(pytest.param(b, marks=pytest.mark.gpu) for b in ("gluon", "cuda")),
+    *HOSTS,
+]
 INF, NAN = math.inf, math.nan
 
 #: NumPy's, of which Triton's interpreter is made.
