@@ -1,7 +1,7 @@
 """One pass of a backend at tiny shapes for compute-sanitizer: ``python -m benchmarks.first_day.sanitized NAME PASS``.
 
 Nothing but our kernels and copies runs on the GPU: what is right is computed on the CPU, as a BLAS under the tool takes
-minutes and reports its own. ``NAME``: triton, cuda or hopper. Ends with status 1 where a value is wrong.
+minutes and reports its own. ``NAME``: gluon, triton, cuda or hopper. Ends with status 1 where a value is wrong.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from benchmarks.implementations import Inputs, make_inputs
 from benchmarks.timing import Unavailable
 from rlrr_kernels import ops, reference
 
-NAMES = {"triton": results.TRITON, "cuda": results.CUDA, "hopper": results.CUDA_HOPPER}
+NAMES = {"gluon": results.GLUON, "triton": results.TRITON, "cuda": results.CUDA, "hopper": results.CUDA_HOPPER}
 PASSES = ("forward", "grad_input", "grad_scales")
 #: M, N, K, groups: odd edges everywhere, groups that end within a tile, split sums, whole tiles and one row more.
 SHAPES = ((33, 17, 19, 1), (70, 30, 72, 3), (130, 96, 136, 3), (16, 64, 1024, 1), (257, 264, 72, 1))
+#: What Gluon's kernels take themselves: tiles for half of 132 multiprocessors, odd edges, whole groups of rows.
+GLUON_SHAPES = ((1001, 1160, 136, 1), (1001, 1152, 136, 3))
 #: Largest relative error; that values are right to the last bit is for the numeric tests.
 LIMITS = {torch.bfloat16: 0.02, torch.float32: 1e-4}
+GLUON_LIMITS = {torch.bfloat16: 0.02, torch.float16: 0.003}
 
 
 def _run(module: ModuleType, which: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -42,8 +45,9 @@ def wrong(backend: str, which: str) -> list[str]:
         Unavailable: the backend does not serve this GPU.
     """
     found = []
-    for shape in SHAPES:
-        for dtype, limit in LIMITS.items():
+    gluon = backend == "gluon"
+    for shape in GLUON_SHAPES if gluon else SHAPES:
+        for dtype, limit in (GLUON_LIMITS if gluon else LIMITS).items():
             i: Inputs = make_inputs(*shape, dtype, "cpu")
             tensors = [t.detach() for t in (*i.arguments, i.dy)]
             there = [t.cuda() for t in tensors]

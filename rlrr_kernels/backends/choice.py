@@ -66,8 +66,8 @@ def requested() -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the block, in all threads, on one backend.
 
-    ``name``: ``"cpu"``, ``"triton"``, ``"cuda"``, ``"reference"`` or ``"auto"`` (the
-    default choice). It takes precedence over the environment variable
+    ``name``: ``"cpu"``, ``"gluon"``, ``"triton"``, ``"cuda"``, ``"panels"``, ``"reference"`` or
+    ``"auto"`` (the default choice). It takes precedence over the environment variable
     ``RLRR_BACKEND``. Backward runs on whatever is in force when it runs. Raises
     ``ValueError`` for another name; an op raises ``RuntimeError`` where the named
     backend cannot serve its tensors.

@@ -29,9 +29,10 @@ def test_auto_serves_cpu_tensors_by_the_cpu_ops_and_what_they_refuse_by_panels()
 
 
 @pytest.mark.gpu
-def test_auto_serves_gpu_tensors_by_triton_and_float64_by_panels(gpu):
+def test_auto_serves_gpu_tensors_by_gluon_or_triton_and_float64_by_panels(gpu):
     x = torch.zeros(2, 4, device=gpu)
     assert backend_for(x, x) == "triton"
+    assert backend_for(x.half(), x.half()) == ("gluon" if torch.cuda.get_device_capability(gpu)[0] == 9 else "triton")
     assert backend_for(x.double(), x.double()) == "panels"
 
 

@@ -151,3 +151,20 @@ def test_layer_norms_kernels_are_judged_by_their_own_pass(file, monkeypatch, wro
     assert (choice.failed("triton", OnGPU.device) is None) == (wrong != "forward")
     with use_backend("triton"):
         assert ops.layer_norm_kernels(OnGPU()) is layer_norm
+
+
+@pytest.mark.parametrize("wrong", [None, "grad_input"])
+def test_where_gluon_failed_triton_serves(file, monkeypatch, wrong):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(choice, "_plans", {})
+    monkeypatch.setattr(choice.tuned, "entries", lambda device: ())
+    for name in ("gluon", "triton"):
+        monkeypatch.setattr(choice.load(name), "unsupported", lambda x, weight: None)
+    monkeypatch.setattr(OnGPU, "dtype", torch.bfloat16, raising=False)
+    keep(file, findings("gluon", wrong, OnGPU.device))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert backend_for(OnGPU(), OnGPU()) == ("triton" if wrong else "gluon")
+    assert ["'gluon' is not available, 'triton' serves" in str(warning.message) for warning in said] == [True] * bool(
+        wrong
+    )

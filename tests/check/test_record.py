@@ -71,7 +71,11 @@ def test_a_library_that_is_rebuilt_is_another(file, tmp_path, monkeypatch, subje
 
 
 def test_what_decides_which_kernels_run_is_part_of_the_build(monkeypatch):
-    for subject, variable in (("triton", "TRITON_PTXAS_PATH"), ("cpu", "RLRR_CPU_CAPABILITY")):
+    for subject, variable in (
+        ("triton", "TRITON_PTXAS_PATH"),
+        ("gluon", "TRITON_PTXAS_PATH"),
+        ("cpu", "RLRR_CPU_CAPABILITY"),
+    ):
         digests = set()
         for value in ("", "0"):
             monkeypatch.setenv(variable, value)
@@ -82,7 +86,7 @@ def test_what_decides_which_kernels_run_is_part_of_the_build(monkeypatch):
     where = Where.of("cpu", CPU)
     assert (where.driver, where.triton_version, where.torch_version) == ("none", "none", torch.__version__)
     assert torch.backends.cpu.get_cpu_capability() in where.device
-    assert Where.of("triton", CPU).triton_version == triton.__version__
+    assert Where.of("triton", CPU).triton_version == Where.of("gluon", CPU).triton_version == triton.__version__
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Pretend that a Hopper GPU is here, to rehearse on a CPU what is to run on a GPU: with this folder in PYTHONPATH.
 
-"cuda" is the CPU, a CUDA graph replays nothing, and both GPU backends are the formula: plumbing only, no number means
-anything. ``PRETENDED_FAULT=BACKEND.PASS=KIND,...`` makes a pass of "triton", "cuda" or "hopper" hang, die (a signal),
-lose the GPU (every later call fails) or compute something wrong, at ``PRETENDED_TOKENS`` tokens, by default 37.
+"cuda" is the CPU, a CUDA graph replays nothing, and the GPU backends are the formula: plumbing only, no number means
+anything. ``PRETENDED_FAULT=BACKEND.PASS=KIND,...`` makes a pass of "gluon", "triton", "cuda" or "hopper" hang, die (a
+signal), lose the GPU (every later call fails) or compute something wrong, at ``PRETENDED_TOKENS`` tokens, by default 37.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _faulty(backend: str, which: str, module: types.ModuleType) -> Any:
 
 
 class _Backends:
-    """Finds ``rlrr_kernels.backends.choice``, and puts the formula behind both GPU backends of it."""
+    """Finds ``rlrr_kernels.backends.choice``, and puts the formula behind the GPU backends of it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "rlrr_kernels.backends.choice":
@@ -151,7 +151,7 @@ class _Backends:
             load(module)
             from rlrr_kernels import reference
 
-            for backend in ("triton", "cuda"):
+            for backend in ("gluon", "triton", "cuda"):
                 pretended: Any = types.ModuleType(f"pretended_{backend}")
                 for which in ("forward", "grad_input", "grad_scales"):
                     setattr(pretended, which, _faulty(backend, which, pretended))
