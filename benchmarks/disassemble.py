@@ -188,11 +188,10 @@ def main() -> None:
             m, n, k, groups = (arguments.pop(key) for key in ("m", "n", "k", "groups"))
             wanted = arguments.pop("disassemble", False), arguments.pop("sass", False)
             kernel = arguments.pop("kernel")
-            backend = {"triton": launch, "gluon": gluon}[arguments.pop("backend", "triton")]
+            plain = arguments.pop("backend", "triton") == "triton"
+            backend, tile = (launch, choose.Choice) if plain else (gluon, gluon.Width)
             if "choice" in arguments:
-                arguments["choice"] = choose.Choice(**arguments["choice"])
-            if "chosen" in arguments:
-                arguments["chosen"] = gluon.Width(*arguments["chosen"])
+                arguments["choice"] = tile(**arguments["choice"])
             x, dy, weight, u, v, offset = (
                 torch.empty(shape, dtype=t, device="meta")
                 for shape, t in (

@@ -70,9 +70,8 @@ def gluon_cases(kernel: Pass) -> Iterator[dict[str, Any]]:
     """Every form of a Gluon kernel: widths, dtypes, one and several groups."""
     widths = WIDTHS if kernel != "grad_scales" else (None,)
     for width, dtype, groups in itertools.product(widths, ("bfloat16", "float16"), (1, 3)):
-        chosen = {} if width is None else {"chosen": dataclasses.astuple(width)}
         types = {"dtype": dtype, "weight_dtype": dtype, "sass": True}
-        yield as_case(kernel, "half", backend="gluon", **WHOLE, groups=groups, **types, **chosen)
+        yield as_case(kernel, "half", width, backend="gluon", **WHOLE, groups=groups, **types)
 
 
 CASES = {"triton": plain_cases, "gluon": gluon_cases}
@@ -101,7 +100,7 @@ def wrong(report: dict[str, Any], device: Device) -> list[str]:
 def _wrong_in_gluon(report: dict[str, Any], lines: list[str]) -> Iterator[str]:
     yield from disorder(lines)
     code = figures(lines)
-    two = report["case"].get("chosen", (0, 0))[1] > 0
+    two = report["case"].get("choice", {}).get("extra", 0) > 0
     if code.step > (most := MOST_STEP_OF_TWO if two else MOST_STEP):
         yield f"takes {code.step} instructions a step, expected {most} at most"
     if code.after > MOST_AFTER:

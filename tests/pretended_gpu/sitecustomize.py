@@ -2,7 +2,8 @@
 
 "cuda" is the CPU, a CUDA graph replays nothing, and the GPU backends are the formula: plumbing only, no number means
 anything. ``PRETENDED_FAULT=BACKEND.PASS=KIND,...`` makes a pass of "gluon", "triton", "cuda" or "hopper" hang, die (a
-signal), lose the GPU (every later call fails) or compute something wrong, at ``PRETENDED_TOKENS`` tokens, by default 37.
+signal), lose the GPU (every later call fails) or compute something wrong, at ``PRETENDED_TOKENS`` tokens, by default
+37.
 """
 
 from __future__ import annotations

@@ -261,10 +261,7 @@ def grad_scales(
     k_tiles = ceil_div(k, bk)
     slices = row_slices(n, k, groups, bn, bk, splits, choose.WORKSPACE_BYTES)
     if len(slices) > 1:
-
-        def run(*part: Any) -> tuple[Tensor, Tensor, Tensor]:
-            return grad_scales(*part, need_shift=need_shift, choice=choice)
-
+        run = functools.partial(grad_scales, need_shift=need_shift, choice=choice)
         return in_slices(run, slices, dy, x, weight, scale_out, scale_in)
     group_tiles = ceil_div(n // groups, bn)
     rows = (splits * k_tiles, splits * group_tiles, splits)

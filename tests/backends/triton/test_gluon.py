@@ -59,7 +59,7 @@ class Gluon:
         self.module.multiprocessors = lambda _: programs
         self.module.GRAM_STAGES = stages
         scales = p.weight, p.scale_out, p.scale_in
-        chosen: dict[str, Any] = {"chosen": self.module.Width(wide, extra, stages)}
+        chosen: dict[str, Any] = {"choice": self.module.Width(wide, extra, stages)}
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True)  # new tensors are NaN
         try:

@@ -7,7 +7,8 @@ kernels of :mod:`rlrr_kernels.backends.triton.launch`, which split sums.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from rlrr_kernels.backends import tuned
+from rlrr_kernels.backends.problem import Problem
 from rlrr_kernels.backends.triton import launch as plain
-from rlrr_kernels.backends.triton.choose import WORKSPACE_BYTES
+from rlrr_kernels.backends.triton.choose import WORKSPACE_BYTES, Device
 from rlrr_kernels.backends.triton.gluon.gram import gram_kernel
 from rlrr_kernels.backends.triton.gluon.product import product_kernel
 from rlrr_kernels.backends.triton.slices import in_slices, row_slices
@@ -68,15 +71,36 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def width(m: int, rows: int, multiprocessors: int) -> Width | None:
-    """The tile for a result ``[m, rows]`` that takes the fewest tokens' time, wave by wave; None for too few tiles."""
+def widths(m: int, rows: int, multiprocessors: int) -> tuple[Width, ...]:
+    """The tiles for a result ``[m, rows]``, that which takes the fewest tokens' time, wave by wave, first.
+
+    None where there are too few tiles for the multiprocessors.
+    """
 
     def cost(w: Width) -> int:
         return ceil_div(ceil_div(m, w.tokens) * ceil_div(rows, ROWS), multiprocessors) * (w.tokens + _TILE_TOKENS)
 
     if 2 * ceil_div(m, WIDTHS[-1].tokens) * ceil_div(rows, ROWS) < multiprocessors:
-        return None
-    return min(WIDTHS, key=cost)
+        return ()
+    return tuple(sorted(WIDTHS, key=cost))
+
+
+def candidates(problem: Problem, device: Device) -> tuple[Width | None, ...]:
+    """What ``rlrr-tune`` measures, the rule's choice first; grad_scales, and what goes elsewhere, has none to make."""
+    if problem.kernel == "grad_scales":
+        return (None,)
+    rows = problem.n if problem.kernel == "forward" else problem.k
+    return widths(problem.m, rows, device.multiprocessors) or (None,)
+
+
+def _chosen(problem: Problem, act: Tensor) -> Width | None:
+    """What was measured for a product, or else the rule's choice; None for too few tiles."""
+    rows = problem.n if problem.kernel == "forward" else problem.k
+    fitting = widths(problem.m, rows, multiprocessors(act))
+    entry = tuned.find(problem, act.device)
+    if entry is not None and entry.backend == "gluon" and entry.tile is not None:
+        fitting = (*(w for w in fitting if asdict(w) == entry.tile), *fitting)
+    return fitting[0] if fitting else None
 
 
 @lru_cache(maxsize=4096)
@@ -136,13 +160,13 @@ def _product(
     bias: Tensor | None,
     shift: Tensor | None,
     groups: int,
-    chosen: Width,
+    choice: Width,
     forward: bool,
 ) -> None:
     """One launch of ``product_kernel``: act ``[M, depth]`` and W into out ``[M, rows]``."""
     (m, depth), rows = act.shape, out.shape[1]
     steps = ceil_div(depth, DEPTH)
-    wide, extra = chosen.wide, chosen.extra or 64
+    wide, extra = choice.wide, choice.extra or 64
     operands = (
         _boxes(act, wide, DEPTH),
         _boxes(act, extra, DEPTH),
@@ -157,7 +181,7 @@ def _product(
     row_tiles = ceil_div(rows, ROWS)
     start(
         product_kernel,
-        (min(ceil_div(m, chosen.tokens) * row_tiles, multiprocessors(act)),),
+        (min(ceil_div(m, choice.tokens) * row_tiles, multiprocessors(act)),),
         operands,
         (m,),
         (rows, steps, ceil_div(row_tiles, groups), ceil_div(steps, groups)),
@@ -168,9 +192,9 @@ def _product(
             "HAS_SHIFT": shift is not None,
             "PAIRED_BF16": act.dtype is torch.bfloat16,
             "WIDE": wide,
-            "EXTRA": chosen.extra,
+            "EXTRA": choice.extra,
             "DEPTH": DEPTH,
-            "STAGES": chosen.stages,
+            "STAGES": choice.stages,
         },
         {"num_warps": 4},
         act.device.index,
@@ -185,34 +209,34 @@ def forward(
     bias: Tensor | None,
     shift: Tensor | None,
     *,
-    chosen: Width | None = None,
+    choice: Width | None = None,
 ) -> Tensor:
     """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
-    (m, _), n, groups = x.shape, weight.shape[0], scale_in.shape[0]
-    chosen = chosen or width(m, n, multiprocessors(x))
+    (m, k), n, groups = x.shape, weight.shape[0], scale_in.shape[0]
+    choice = choice or _chosen(Problem("forward", m, n, k, groups, x.dtype, weight.dtype), x)
     u, v = plain.vectors(scale_out, scale_in)
     v = _aligned(v)
-    if chosen is None or n % 8 or not _fits(x, weight, v) or not _whole_groups(n, groups):
+    if choice is None or n % 8 or not _fits(x, weight, v) or not _whole_groups(n, groups):
         return plain.forward(x, weight, scale_out, scale_in, bias, shift)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     with plain.guard(x):
-        _product(x, weight, y, u, v, bias, shift, groups, chosen, True)
+        _product(x, weight, y, u, v, bias, shift, groups, choice, True)
     return y
 
 
 def grad_input(
-    dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, chosen: Width | None = None
+    dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, choice: Width | None = None
 ) -> Tensor:
     """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
     (m, n), k, groups = dy.shape, weight.shape[1], scale_in.shape[0]
-    chosen = chosen or width(m, k, multiprocessors(dy))
+    choice = choice or _chosen(Problem("grad_input", m, n, k, groups, dy.dtype, weight.dtype), dy)
     u, v = plain.vectors(scale_out, scale_in)
     u = _aligned(u.float().view(1, n))  # in boxes, as the depth is N here
-    if chosen is None or k % 8 or not _fits(dy, weight, u) or not _whole_groups(n, groups):
+    if choice is None or k % 8 or not _fits(dy, weight, u) or not _whole_groups(n, groups):
         return plain.grad_input(dy, weight, scale_out, scale_in)
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
     with plain.guard(dy):
-        _product(dy, weight, dx, v, u, None, None, groups, chosen, False)
+        _product(dy, weight, dx, v, u, None, None, groups, choice, False)
     return dx
 
 
@@ -239,10 +263,7 @@ def grad_scales(
     # its tiles have one row of dv, and df once: at most half of what these take
     slices = row_slices(n, k, groups, GRAM_ROWS, GRAM_COLUMNS, splits, WORKSPACE_BYTES // 2)
     if len(slices) > 1:
-
-        def run(*part: Any) -> tuple[Tensor, Tensor, Tensor]:
-            return _gram(*part, need_shift=need_shift, tokens=tokens)
-
+        run = functools.partial(_gram, need_shift=need_shift, tokens=tokens)
         return in_slices(run, slices, dy, x, weight, scale_out, scale_in)
     return _gram(dy, x, weight, scale_out, scale_in, need_shift=need_shift, tokens=tokens)
 
