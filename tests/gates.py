@@ -121,15 +121,16 @@ def _range(values: list[int]) -> str:
 
 
 def cells(reports: list[dict[str, Any]], failed: list[list[str]]) -> tuple[Any, ...]:
-    """Of a line: compiled, wrong, hazards, shared memory, and of Gluon's code: step, after, barriers."""
+    """Of a line: compiled, wrong, hazards, shared memory, and of Gluon's code: :class:`Figures`."""
     hazardous = sum(any(line.startswith("hazard") for line in lines) for lines in failed)
     shared = max(report["shared"] for report in reports)
     found = len(reports), sum(map(bool, failed)), hazardous, max(r["registers"] for r in reports), shared
     codes = [figures(parsed(r["sass"])[r["name"]]) for r in reports if of_gluon(r)]
     if not codes:
-        return (*found, "", "", "")
+        return (*found, "", "", "", "")
     barriers = "; ".join(dict.fromkeys(f"{code.barriers[0]}, {code.barriers[1]}" for code in codes))
-    return (*found, _range([code.step for code in codes]), _range([code.after for code in codes]), barriers)
+    steps = (_range([code.step for code in codes]), _range([code.longest for code in codes]))
+    return (*found, *steps, _range([code.after for code in codes]), barriers)
 
 
 def triton_version(python: str) -> str:
@@ -159,7 +160,7 @@ def main() -> int:
     arguments = parser.parse_args()
     bad = False
     heads = ("Triton", "backend", "pass", "compiled", "wrong", "hazards", "registers", "shared memory")
-    heads = (*heads, "a step", "after a tile", "barriers in, after")
+    heads = (*heads, "a step", "the longest", "after a tile", "barriers in, after")
     print(f"| {' | '.join(heads)} |\n| --- | --- | --- |{' ---: |' * (len(heads) - 3)}")
     for version in arguments.version or ["installed"]:
         python = sys.executable if version == "installed" else interpreter(version, arguments.folder)

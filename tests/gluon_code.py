@@ -21,13 +21,15 @@ class Figures:
     """Of the slower of two warpgroups, in instructions of one warp.
 
     Attributes:
-        step: of the product's loop.
+        step: of the product's loop, without what most steps skip.
+        longest: of the loop, all in all.
         after: from the wait for a tile's last product to the next tile.
         barriers: of the warpgroup in a step, and after it.
         block_barriers: of the whole block in a step.
     """
 
     step: int
+    longest: int
     after: int
     barriers: tuple[int, int]
     block_barriers: int
@@ -63,14 +65,27 @@ def figures(lines: Sequence[str]) -> Figures:
         bars = [text for text in step if "BAR.SYNC" in text]
         own = sum(bool(_WARPGROUP.search(text)) for text in bars)
         rest = sum("BAR.SYNC" in text for text in after)
-        found.append((len(step), len(after), (own, rest), len(bars) - own))
+        found.append((_least(lines, first, end), len(step), len(after), (own, rest), len(bars) - own))
     one, other = found
     return Figures(
         max(one[0], other[0]),
         max(one[1], other[1]),
-        (max(one[2][0], other[2][0]), max(one[2][1], other[2][1])),
-        max(one[3], other[3]),
+        max(one[2], other[2]),
+        (max(one[3][0], other[3][0]), max(one[3][1], other[3][1])),
+        max(one[4], other[4]),
     )
+
+
+def _least(lines: Sequence[str], first: int, end: int) -> int:
+    """Instructions on the shortest way through a loop."""
+    at = {lines[place]: place for place in range(first, end + 1) if lines[place].startswith(_LABELS)}
+    cost = [0] * (end + 2)
+    for place in range(end, first - 1, -1):
+        branch = _BRANCH.search(lines[place])
+        skips = branch is not None and at.get(branch[1], first) > place
+        rest = min(cost[place + 1], cost[at[branch[1]]]) if branch and skips else cost[place + 1]
+        cost[place] = rest + (not lines[place].startswith(_LABELS))
+    return cost[first]
 
 
 def _instructions(lines: Sequence[str]) -> list[str]:

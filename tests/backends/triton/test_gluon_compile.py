@@ -36,7 +36,10 @@ def test_figures_are_of_the_slower_warpgroup():
     # a branch back from cold code, into a loop, is none
     cold = ["EXIT", ".L_x_9", "BRA `(.L_x_1)"]
     lines = [*warpgroup(0, 20, 30, own), *warpgroup(2, 25, 10, own), *cold]
-    assert figures(lines) == Figures(step=25, after=30, barriers=(1, 0), block_barriers=0)
+    assert figures(lines) == Figures(step=25, longest=25, after=30, barriers=(1, 0), block_barriers=0)
+    # of a group's first step: the others skip it
+    lines[3:3] = ["@P2 BRA `(.L_x_8)", *["LDG.E R6, desc[UR30][R4.64]"] * 9, ".L_x_8"]
+    assert (figures(lines).step, figures(lines).longest) == (25, 30)
     for barrier in (whole, "BAR.SYNC.DEFER_BLOCKING 0x0, 0x180"):
         assert figures([*warpgroup(0, 20, 30, own), *warpgroup(2, 25, 10, barrier)]).block_barriers == 1
     with pytest.raises(ValueError, match="two warpgroups, got 1"):
