@@ -61,7 +61,7 @@ def _tiles(*sizes: tuple[int, int, int, int, int]) -> tuple[Choice, ...]:
 ALIGNED: dict[str, dict[tuple[Pass, Arithmetic], tuple[Choice, ...]]] = {
     # 227 KB of shared memory: compute capability 9.0, 10.x
     "large": {
-        ("forward", "half"): _tiles((256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (32, 64, 64, 4, 4)),
+        ("forward", "half"): _tiles((256, 128, 64, 8, 3), (128, 64, 64, 8, 4), (32, 64, 64, 4, 4)),
         ("forward", "tf32"): _tiles((256, 64, 32, 8, 3), (128, 128, 32, 8, 3), (32, 64, 32, 4, 4)),
         ("forward", "ieee"): _tiles((128, 64, 16, 8, 3), (64, 64, 16, 4, 3), (32, 64, 16, 4, 3)),
         ("grad_input", "half"): _tiles((256, 64, 128, 8, 3), (128, 64, 128, 8, 3), (32, 64, 64, 4, 4)),
@@ -104,8 +104,8 @@ MASKED: dict[Pass, tuple[Choice, ...]] = {
     "grad_scales": _tiles((32, 64, 64, 8, 2), (16, 64, 32, 4, 2)),
 }
 
-#: With a W wider than x this one spills on compute capability 10.0.
-WIDE = Choice(256, 128, 64, 8, 3)
+#: With a W wider than x the first spills on compute capability 10.0; without, the second does with Triton 3.6.
+WIDE, WIDE_OF_WIDER = Choice(256, 128, 64, 8, 3), Choice(128, 128, 64, 8, 3)
 
 #: On Hopper ``wgmma`` transposes no float32: dy^T would stand in registers, which Triton before 3.9 overwrites while
 #: the product still reads them (:mod:`tests.hazards`). Fewer rows than a ``wgmma`` has are multiplied by ``mma.sync``.
@@ -133,7 +133,7 @@ def tiles(problem: Problem, device: Device, aligned: bool) -> tuple[Choice, ...]
     kind = next((name for name, least in _SHARED.items() if device.shared_memory >= least), "small")
     found = ALIGNED[kind][problem.kernel, arithmetic(problem)]
     if found[0] == WIDE and problem.weight_dtype.itemsize > problem.dtype.itemsize:
-        found = found[1:]
+        found = (WIDE_OF_WIDER, *found[1:])
     fitted = (_fit(problem, tile, device) for tile in found)
     return tuple(tile for tile in fitted if tile.num_stages >= 2) or MASKED[problem.kernel]
 

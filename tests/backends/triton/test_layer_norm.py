@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from benchmarks.search_space import TARGETS
 from torch.nn import functional as F
 
 from benchmarks.disassemble import as_case, probe
@@ -12,6 +11,7 @@ from rlrr_kernels import ops, use_backend
 from rlrr_kernels.backends import choice
 from rlrr_kernels.backends.triton import launch, layer_norm
 from rlrr_kernels.yardstick import relative_error
+from tests.backends.triton.test_compile import TARGETS
 from tests.oracle import Answer, strided
 from tests.test_norm_numerics import check
 
@@ -177,7 +177,7 @@ def test_a_tile_holds_the_row_in_the_registers_of_its_warps(d):
 
 
 def test_programs_fill_the_gpu_and_no_more(monkeypatch):
-    monkeypatch.setattr(launch, "_device", lambda x: TARGETS["sm_90"])
+    monkeypatch.setattr(launch, "device_of", lambda x: TARGETS["sm_90"])
     tile = layer_norm._tile(768)
     rows = tile.rows
     assert layer_norm._programs(torch.empty(1, 768), tile) == 1
