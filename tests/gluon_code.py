@@ -59,9 +59,7 @@ def figures(lines: Sequence[str]) -> Figures:
     found = []
     for first, end in steps:
         step = _instructions(lines[first : end + 1])
-        outer = next((b for a, b in loops if a < first and end < b and _stores(lines[end:b])), end)
-        waits = [n for n in range(end, outer) if "WARPGROUP.DEPBAR" in lines[n]]
-        after = _instructions(lines[waits[-1] + 1 : outer + 1]) if waits else []
+        after = _instructions(_end(lines, end))
         bars = [text for text in step if "BAR.SYNC" in text]
         own = sum(bool(_WARPGROUP.search(text)) for text in bars)
         rest = sum("BAR.SYNC" in text for text in after)
@@ -92,8 +90,17 @@ def _instructions(lines: Sequence[str]) -> list[str]:
     return [text for text in lines if not text.startswith(_LABELS)]
 
 
-def _stores(lines: Sequence[str]) -> bool:
-    return any("UTMASTG" in text for text in lines)
+def _end(lines: Sequence[str], end: int) -> Sequence[str]:
+    """From the wait for a tile's last product to the branch to the next tile; nothing where no tile follows another.
+
+    ``end``: the last line of the loop before it.
+    """
+    store = next((n for n in range(end, len(lines)) if "UTMASTG" in lines[n]), None)
+    if store is None:
+        return ()
+    wait = max(n for n in range(end, store) if "WARPGROUP.DEPBAR" in lines[n])
+    back = next(n for n in range(store, len(lines)) if _BRANCH.search(lines[n]))
+    return lines[wait + 1 : back + 1]
 
 
 def disorder(lines: Sequence[str]) -> Iterator[str]:
