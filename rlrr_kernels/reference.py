@@ -64,7 +64,7 @@ def formula(
     return y.to(x.dtype)
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """An op runs inside the user's autocast region, which would narrow the products below once more."""
     if x.is_meta:  # which autocast does not know
         return nullcontext()
@@ -86,13 +86,13 @@ def forward(
         offset = bias.to(wide) + shift.to(wide)
     if offset is not None:
         offset = offset.to(x.dtype)
-    with without_autocast(x):
+    with _without_autocast(x):
         return F.linear(x, rescaled_weight(weight, scale_out, scale_in, x.dtype), offset)
 
 
 def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
     """dx = dy W' ``[M, K]`` in dy's dtype."""
-    with without_autocast(dy):
+    with _without_autocast(dy):
         return dy @ rescaled_weight(weight, scale_out, scale_in, dy.dtype)
 
 
@@ -106,7 +106,7 @@ def grad_scales(
     groups, rank, k = scale_in.shape
     wide = accumulation_dtype(x.dtype)
     dy, x = dy.to(wide), x.to(wide)
-    with without_autocast(x):
+    with _without_autocast(x):
         p = ((dy.mT @ x) * weight.to(wide)).view(groups, weight.shape[0] // groups, k)
         du = p @ scale_in.to(wide).mT
         dv = scale_out.to(wide).view(groups, -1, rank).mT @ p
@@ -121,5 +121,5 @@ def grad_shift(dy: Tensor) -> Tensor:
 def grad_weight(dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
     """dW = (dy^T x) * S ``[N, K]`` in W's dtype, for a W that trains after all: no pass of a backend."""
     wide = accumulation_dtype(dy.dtype)
-    with without_autocast(dy):
+    with _without_autocast(dy):
         return ((dy.mT @ x).to(wide) * scale_matrix(scale_out, scale_in, wide)).to(weight.dtype)

@@ -1,22 +1,32 @@
-"""The three passes in plain PyTorch, a panel of W' at a time: for devices that have no kernels of their own here.
+"""Plain PyTorch that never forms W' whole: a panel of it at a time, in one scratch, multiplied by the device's BLAS.
 
-W' is never whole. A panel of it is formed in a scratch of at most :data:`SCRATCH_BYTES`, multiplied by ``torch.mm`` and
-overwritten by the next: some rows of W' in forward, some columns in grad_input, some rows of G = dy^T x in
-grad_scales, which are reduced at once. So each result comes from one product, and no rounded parts are added up.
-Shapes and letters as in :mod:`rlrr_kernels.reference`. It serves every device and floating dtype, at any rank.
+Forward forms panels of N, within a group of rows, and grad_input panels of K, so that one product gives each element
+of y and dx: no rounded parts are added up. grad_scales forms G = dy^T x in panels of either, in float32, and reduces
+each at once. Nothing waits for the device, and the shapes alone decide the order of all sums.
+
+Each product and each operation on a panel has an ``out`` or is in place: nothing is allocated for a panel, and autocast
+leaves them alone. Shapes as in :mod:`rlrr_kernels.reference`; rank 1.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from rlrr_kernels.reference import accumulation_dtype, grad_shift, without_autocast
+from rlrr_kernels.reference import accumulation_dtype
 
-#: Most memory that a panel takes with what it is formed from; one row or column is the least.
-SCRATCH_BYTES = 2**21
+#: Bytes that a pass takes beside its results, and what a BLAS takes for itself.
+SCRATCH = 2 << 20
+#: Bytes of widened tokens at a time, where the BLAS gives no float32 for narrow operands: a part of the scratch on a
+#: CPU; beside it on other devices, where a launch costs more than memory.
+TOKENS, TOKENS_ELSEWHERE = 3 << 18, 16 << 20
+#: On a CPU an operation on several dtypes copies operands: a panel is formed in so many steps.
+STEPS = 8
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -24,129 +34,202 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+@torch.no_grad()
 def forward(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """y ``[M, N]`` in x's dtype."""
-    w, u, v, wide = _grouped(weight, scale_out, scale_in, x.dtype)
     offset = bias if shift is None else shift
     if bias is not None and shift is not None:
-        offset = bias.to(wide) + shift.to(wide)  # their own dtypes may be narrower than x's
-    x = _once(x)
-    offset = None if offset is None else offset.to(x.dtype)
-    y = x.new_empty((x.shape[0], weight.shape[0]))
-    panel = _Panel(x, wide)
-    with without_autocast(x):
-        for groups, rows, span in _row_spans(w, panel.element_bytes):
-            rescaled = panel.form(w[groups, rows], u[groups, rows], v[groups]).mT
+        wide = accumulation_dtype(x.dtype)  # their own dtypes may be narrower than x's
+        offset = bias.to(wide) + shift.to(wide)
+    if offset is not None:
+        offset = offset.to(x.dtype)
+    x, y = _in_place(x), x.new_empty(x.shape[0], weight.shape[0])
+    rescaled = _Rescaled(weight, scale_out, scale_in, x.dtype)
+    groups, rows, k = rescaled.weight.shape
+    size = _size(rows, rescaled.most(k), halve=groups == 1)
+    rescaled.allocate(1, size, k)
+    for group in range(groups):
+        for within in _panels(rows, size):
+            panel = rescaled.panel(slice(group, group + 1), within, slice(None)).mT
+            at = slice(group * rows + within.start, group * rows + within.stop)
             if offset is None:
-                torch.mm(x, rescaled, out=y[:, span])
+                torch.mm(x, panel, out=y[:, at])
             else:
-                torch.addmm(offset[span], x, rescaled, out=y[:, span])
+                torch.addmm(offset[at], x, panel, out=y[:, at])
     return y
 
 
+@torch.no_grad()
 def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
     """dx = dy W' ``[M, K]`` in dy's dtype."""
-    w, u, v, wide = _grouped(weight, scale_out, scale_in, dy.dtype)
-    dy = _once(dy)
-    (n, k) = weight.shape
-    dx = dy.new_empty((dy.shape[0], k))
-    panel = _Panel(dy, wide)
-    with without_autocast(dy):
-        for span in _spans(k, SCRATCH_BYTES // (n * panel.element_bytes), 2):
-            torch.mm(dy, panel.form(w[:, :, span], u, v[:, :, span]), out=dx[:, span])
+    dy, dx = _in_place(dy), dy.new_empty(dy.shape[0], weight.shape[1])
+    rescaled = _Rescaled(weight, scale_out, scale_in, dy.dtype)
+    groups, rows, k = rescaled.weight.shape
+    size = _size(k, rescaled.most(groups * rows), halve=True)
+    rescaled.allocate(groups, rows, size)
+    for columns in _panels(k, size):
+        torch.mm(dy, rescaled.panel(slice(None), slice(None), columns), out=dx[:, columns])
     return dx
 
 
+@torch.no_grad()
 def grad_scales(
     dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du ``[N, r]``, dv ``[G, r, K]`` and df ``[N]`` (``[0]`` unless asked for) in float32 or float64."""
-    w, u, v, wide = _grouped(weight, scale_out, scale_in, x.dtype)
-    dy, x = _once(dy), _once(x)
-    du = torch.empty(u.shape, dtype=wide, device=x.device)
-    dv = torch.zeros(v.shape, dtype=wide, device=x.device)
-    with without_autocast(x):
-        # a third of the scratch for P = G * W, one for what G is formed from, one for P v and P u
-        for groups, rows, span in _row_spans(w, 3 * wide.itemsize):
-            part = w[groups, rows]
-            p = _gram(dy[:, span], x, wide).view(part.shape).mul_(part)
-            product = torch.empty_like(p)
-            for r in range(u.shape[2]):
-                # not by torch.mv, which adds up one after another: sum does so in pairs
-                du[groups, rows, r] = torch.mul(p, v[groups, r, None], out=product).sum(2)
-                dv[groups, r] += torch.mul(p, u[groups, rows, r, None], out=product).sum(1)
-    return du.view(scale_out.shape), dv, grad_shift(dy) if need_shift else du.new_empty(0)
+    """du ``[N, 1]``, dv ``[G, 1, K]`` and df ``[N]`` (``[0]`` unless asked for) in float32 or float64.
+
+    With G = dy^T x and P = G * W:  du = P v^T,  dv = u^T P,  df = sum of dy over the tokens.
+    """
+    groups, _, k = scale_in.shape
+    rows, wide = weight.shape[0] // groups, accumulation_dtype(x.dtype)
+    u, v = scale_out[:, 0].to(wide), scale_in[:, 0].to(wide)
+    du, dv = torch.zeros_like(u), torch.zeros_like(v)
+    df = grad_shift(dy) if need_shift else du.new_empty(0)  # before there is a scratch: it takes as much
+    product = _Product(dy, x)
+    copies = _copies(x.device, wide, weight.dtype)
+    most = int(product.left / (wide.itemsize + copies / STEPS))
+    if rows < k:  # the longer side is cut: a BLAS reads the other side's operand again for each panel
+        height, width = rows, _size(k, most // rows, halve=groups == 1)
+    else:
+        height, width = _size(rows, most // k, halve=groups == 1), k
+    product.allocate(height, width)
+    step = -(-height // STEPS) if copies else height
+    for group, within, columns in itertools.product(range(groups), _panels(rows, height), _panels(k, width)):
+        at = slice(group * rows + within.start, group * rows + within.stop)
+        part = product.panel(at, columns)
+        for some, w in zip(part.split(step), weight[at, columns].split(step), strict=True):
+            some.mul_(w)
+        du[at].addmv_(part, v[group, columns])
+        dv[group, columns].addmv_(part.mT, u[at])
+    return du[:, None], dv[:, None], df
 
 
-def _gram(dy: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
-    """dy^T x ``[rows, K]``, summed and left in ``wide``."""
-    if x.dtype is wide:
-        return dy.mT @ x
-    if x.is_cuda and torch.version.hip is None:
-        return torch.mm(dy.mT, x, out_dtype=wide)
-    # elsewhere products of 16-bit numbers come rounded to 16 bits: some tokens at a time are widened instead
-    total = torch.zeros((dy.shape[1], x.shape[1]), dtype=wide, device=x.device)
-    for tokens in _spans(len(x), SCRATCH_BYTES // (3 * wide.itemsize * (dy.shape[1] + x.shape[1]))):
-        total.addmm_(dy[tokens].mT.to(wide), x[tokens].to(wide))
-    return total
+def grad_shift(dy: Tensor) -> Tensor:
+    """df = dy ``[M, N]`` summed over the tokens ``[N]``, in float32 or float64, where neither u nor v trains."""
+    wide = accumulation_dtype(dy.dtype)
+    if not _copies(dy.device, dy.dtype, wide):
+        return dy.sum(0, dtype=wide)
+    # a CPU sums a wide copy of narrow terms
+    size = max(SCRATCH // wide.itemsize // dy.shape[0], 1)
+    return torch.cat([part.sum(0, dtype=wide) for part in dy.split(size, 1)])
 
 
-class _Panel:
-    """Memory for one panel of W' at a time: for the type of its sums, and for the operands' where that is another."""
+class _Rescaled:
+    """W' ``[N, K]``, a panel at a time."""
 
-    def __init__(self, like: Tensor, wide: torch.dtype) -> None:
-        self._wide = torch.empty(0, dtype=wide, device=like.device)
-        self._narrow = self._wide if like.dtype is wide else like.new_empty(0)
-        #: of one element of W'
-        self.element_bytes = wide.itemsize + (0 if like.dtype is wide else like.dtype.itemsize)
+    def __init__(self, weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> None:
+        groups, self.dtype, self.wide = scale_in.shape[0], dtype, accumulation_dtype(dtype)
+        # views, whatever the strides: [G, N / G, K], [G, N / G, 1] and [G, 1, K]
+        self.weight = weight.unflatten(0, (groups, -1))
+        self.u = scale_out.to(self.wide).unflatten(0, (groups, -1))
+        self.v = scale_in.to(self.wide)
+        self.one = self.v.new_ones(())
+        self.copies = _copies(weight.device, self.wide, weight.dtype, dtype)
 
-    def form(self, w: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """W (1 + u v) ``[g * rows, cols]`` of w ``[g, rows, cols]``; overwritten by the next call."""
-        wide = self._wide
-        if wide.shape != w.shape:
-            wide = self._wide.resize_(w.shape)
-        # products by the element, not a matmul: TF32 would round u and v to 10 bits
-        torch.mul(u[:, :, :1], v[:, :1], out=wide)
-        for r in range(1, u.shape[2]):
-            wide.addcmul_(u[:, :, r : r + 1], v[:, r : r + 1])
-        wide.add_(1).mul_(w)
-        if self._narrow is self._wide:
-            return wide.flatten(0, 1)
-        return self._narrow.resize_(w.shape).copy_(wide).flatten(0, 1)
+    def _step(self, rows: int) -> int:
+        return -(-rows // STEPS) if self.copies else rows
 
+    def most(self, across: int) -> int:
+        """How many rows (columns) of ``across`` elements a panel may have."""
+        rows = self.weight.shape[1]
+        formed = self.copies + (0 if self.dtype is self.wide else self.wide.itemsize)
+        return int(SCRATCH / across / (self.dtype.itemsize + formed * self._step(rows) / rows))
 
-def _grouped(
-    weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-    """W ``[G, N / G, K]``, u ``[G, N / G, r]`` and v ``[G, r, K]`` in the type of the sums, and that type."""
-    wide, groups = accumulation_dtype(dtype), scale_in.shape[0]
-    return weight.unflatten(0, (groups, -1)), scale_out.to(wide).unflatten(0, (groups, -1)), scale_in.to(wide), wide
+    def allocate(self, groups: int, rows: int, columns: int) -> None:
+        """For panels of this size at most."""
+        new = self.weight.new_empty
+        self.scratch = new(groups * rows * columns, dtype=self.dtype)
+        if self.dtype is not self.wide:
+            self.scales = new(groups * self._step(rows) * columns, dtype=self.wide)
 
-
-def _once(t: Tensor) -> Tensor:
-    """A matrix as ``torch.mm`` reads it without a copy, which it would make for each panel."""
-    rows, cols = t.stride()
-    plain = (cols == 1 and rows >= t.shape[1]) or (rows == 1 and cols >= t.shape[0])
-    return t if plain else t.contiguous()
-
-
-def _spans(length: int, most: int, least_parts: int = 1) -> Iterator[slice]:
-    """``length`` in as few parts of at most ``most`` as can be, nearly equal; ``least_parts`` where it has so many."""
-    parts = max(-(-length // max(1, most)), min(least_parts, length))
-    step = -(-length // parts)
-    return (slice(first, min(first + step, length)) for first in range(0, length, step))
+    def panel(self, groups: slice, rows: slice, columns: slice) -> Tensor:
+        """These rows of these groups, one after another; overwritten by the next panel."""
+        weight, u, v = self.weight[groups, rows, columns], self.u[groups, rows], self.v[groups, :, columns]
+        panel = _as(self.scratch, *weight.shape)
+        step = self._step(weight.shape[1])
+        for part, w, some in zip(panel.split(step, 1), weight.split(step, 1), u.split(step, 1), strict=True):
+            scale = part if self.dtype is self.wide else _as(self.scales, *part.shape)
+            torch.addcmul(self.one, some, v, out=scale)
+            torch.mul(scale, w, out=part)
+        return panel.flatten(0, 1)
 
 
-def _row_spans(w: Tensor, element_bytes: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(groups, rows of each, rows of W) of the panels of W ``[G, N / G, K]``: of whole groups, or within one."""
-    groups, rows, k = w.shape
-    most = SCRATCH_BYTES // (k * element_bytes)
-    if groups > 1 and rows <= most:
-        for some in _spans(groups, most // rows, 2):
-            yield some, slice(None), slice(some.start * rows, some.stop * rows)
-        return
-    for group in range(groups):
-        for part in _spans(rows, most, 2):
-            yield slice(group, group + 1), part, slice(group * rows + part.start, group * rows + part.stop)
+class _Product:
+    """G = dy^T x ``[N, K]`` in float32 or float64, a panel at a time.
+
+    Attributes:
+        left: bytes of scratch for a panel.
+    """
+
+    def __init__(self, dy: Tensor, x: Tensor) -> None:
+        self.wide, self.narrow = accumulation_dtype(x.dtype), x.dtype is not accumulation_dtype(x.dtype)
+        on_cpu = x.device.type == "cpu"
+        self.widens = self.narrow and not _gives_float32(x.device)
+        self.dy, self.x = (dy, x) if self.widens else (_in_place(dy), _in_place(x))
+        self.tokens = TOKENS if on_cpu else TOKENS_ELSEWHERE
+        self.left = SCRATCH - (TOKENS if self.widens and on_cpu else 0)
+
+    def allocate(self, rows: int, columns: int) -> None:
+        """For panels of this size at most."""
+        new = functools.partial(self.x.new_empty, dtype=self.wide)
+        self.gradient = new(rows * columns)
+        if self.widens:
+            self.chunk = min(max(self.tokens // self.wide.itemsize // (rows + columns), 1), self.x.shape[0])
+            self.wide_dy, self.wide_x = new(self.chunk * rows), new(self.chunk * columns)
+
+    def panel(self, rows: slice, columns: slice) -> Tensor:
+        """This part of G; overwritten by the next."""
+        dy, x = self.dy[:, rows], self.x[:, columns]
+        gradient = _as(self.gradient, dy.shape[1], x.shape[1])
+        if self.widens:
+            for i, (some_dy, some_x) in enumerate(zip(dy.split(self.chunk), x.split(self.chunk), strict=True)):
+                wide_dy = _as(self.wide_dy, *some_dy.shape).copy_(some_dy)
+                wide_x = _as(self.wide_x, *some_x.shape).copy_(some_x)
+                gradient.addmm_(wide_dy.mT, wide_x, beta=min(i, 1))
+        elif self.narrow:
+            torch.mm(dy.mT, x, out_dtype=self.wide, out=gradient)
+        else:
+            torch.mm(dy.mT, x, out=gradient)
+        return gradient
+
+
+def _as(scratch: Tensor, *shape: int) -> Tensor:
+    """The beginning of a scratch as a tensor of this shape."""
+    return scratch[: math.prod(shape)].view(shape)
+
+
+def _gives_float32(device: torch.device) -> bool:
+    """Whether the BLAS has products of narrow operands that are float32: NVIDIA's alone, as PyTorch has it."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _in_place(t: Tensor) -> Tensor:
+    """Where a BLAS cannot read it as it is, a copy: one, instead of one for each panel."""
+    (rows, columns), (a, b) = t.shape, t.stride()
+    return t if (b == 1 and a >= columns) or (a == 1 and b >= rows) else t.contiguous()
+
+
+def _copies(device: torch.device, *dtypes: torch.dtype) -> int:
+    """Bytes of the copies, for each element, of an operation on these dtypes. Other devices convert in its kernel."""
+    if device.type != "cpu":
+        return 0
+    common = functools.reduce(torch.promote_types, dtypes)
+    return sum(common.itemsize for dtype in dtypes if dtype is not common)
+
+
+def _size(count: int, most: int, halve: bool) -> int:
+    """Rows (columns) of a panel, of ``count`` in all and ``most`` at most; ``halve``: never all of them."""
+    number = max(-(-count // max(most, 1)), 2 if halve else 1)
+    size = -(-count // number)
+    for tile in (128, 16):  # of a BLAS
+        if most >= tile:
+            size = min(-(-size // tile), most // tile) * tile
+            break
+    return min(size, -(-count // 2) if halve else count)
+
+
+def _panels(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,80 +1,176 @@
-"""``panels`` beyond the suite of all backends: what a panel is, higher ranks, memory."""
+"""Plain PyTorch in panels: many of them, what they take, and how they are cut."""
+
+from unittest import mock
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import peak_extra_bytes
-from rlrr_kernels import reference
 from rlrr_kernels.backends import panels
-from tests.backends.test_numerics import solve
-from tests.oracle import check, make_problem
+from tests.backends.test_numerics import RESULTS, solve
+from tests.oracle import check, make_problem, strided
 
-SHAPES = [
-    (64, 1536, 1024, 3),  # panels within each group
-    (300, 500, 8, 500),  # a group a row: many groups in a panel
-    (40, 2, 1000, 1),
-    (40, 1000, 2, 1),
-    (20, 12, 9000, 4),
-    (2000, 700, 640, 1),  # 16-bit tokens are widened some at a time
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+SHAPES = [  # M, N, K, groups
+    (65, 130, 67, 1),
+    (70, 96, 131, 3),
+    (40, 60, 24, 20),  # groups of three rows
+    (300, 17, 300, 1),
+    (33, 300, 17, 2),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("m", "n", "k", "groups"), SHAPES)
-def test_shapes_across_panels(m, n, k, groups, dtype):
-    check(p := make_problem(m, n, k, groups, dtype), solve(p, "panels"))
+@pytest.fixture
+def many(monkeypatch):
+    """So little scratch that small problems have many panels, and many chunks of tokens."""
+    monkeypatch.setattr(panels, "SCRATCH", 12 << 10)
+    monkeypatch.setattr(panels, "TOKENS", 4 << 10)
 
 
-@pytest.mark.parametrize(("shape", "expected"), [((1, 10, 8), 2), ((4, 2, 8), 2), ((3, 700, 1024), 6), ((1, 1, 8), 1)])
-def test_panels_are_few_and_none_is_the_whole_weight(shape, expected):
-    """Each row once, in order, and within the scratch."""
-    groups, rows, _ = shape
-    weight = torch.arange(float(groups * rows)).view(groups, rows, 1).expand(shape)
-    spans = list(panels._row_spans(weight, 4))
-    assert len(spans) == expected
-    seen = []
-    for some, part, span in spans:
-        panel = weight[some, part]
-        assert panel.numel() * 4 <= panels.SCRATCH_BYTES
-        assert panel[:, :, 0].flatten().tolist() == list(range(span.start, span.stop))
-        seen += range(span.start, span.stop)
-    assert seen == list(range(groups * rows))
-
-
-@pytest.mark.parametrize("rank", [2, 5])
-def test_any_rank(rank):
-    """As the formula, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    x, w, u, v, dy = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((9, 8), (6, 8), (6, rank), (3, rank, 8), (9, 6))
-    )
-    torch.testing.assert_close(panels.forward(x, w, u, v, None, None), reference.forward(x, w, u, v, None, None))
-    torch.testing.assert_close(panels.grad_input(dy, w, u, v), reference.grad_input(dy, w, u, v))
-    torch.testing.assert_close(panels.grad_scales(dy, x, w, u, v, True), reference.grad_scales(dy, x, w, u, v, True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_extra_memory_stays_within_the_scratch(dtype):
-    """At 4,096 x 2,048 W' has 16 to 64 MB; results, and sums over the width of W, are not counted as scratch."""
-    m, n, k = 64, 4096, 2048
-    p = make_problem(m, n, k, 2, dtype)
-    scales = p.weight, p.scale_out, p.scale_in
-    small = 64 * (n + k) * torch.float64.itemsize  # vectors, and results of one pass
-    for run in (
-        lambda: (panels.forward(p.x, *scales, p.bias, p.shift),),
-        lambda: (panels.grad_input(p.dy, *scales),),
-        lambda: panels.grad_scales(p.dy, p.x, *scales, True),
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_many_panels(many, pair, shape):
+    p = make_problem(*shape, *pair)
+    with (
+        mock.patch.object(torch, "mm", wraps=torch.mm) as mm,
+        mock.patch.object(torch, "addmm", wraps=torch.addmm) as y,
     ):
-        assert peak_extra_bytes(run) <= panels.SCRATCH_BYTES + small
+        got = solve(p, "panels")
+    check(p, got)
+    assert y.call_count >= max(2, shape[3])
+    assert mm.call_count >= 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_memory_of_few_wide_operands_does_not_grow_with_the_tokens(dtype):
-    """x and dy are read where they are, widened a part at a time."""
-    extra = []
-    for m in (4000, 16000):
-        p = make_problem(m, 96, 512, 1, dtype)
-        run = lambda p=p: panels.grad_scales(p.dy, p.x, p.weight, p.scale_out, p.scale_in, False)  # noqa: E731
-        extra.append(peak_extra_bytes(run))
-    assert extra[1] <= extra[0] + 2**16
+@pytest.mark.parametrize("how", ["transposed", "sliced", "columns of a wider matrix"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_change_no_sum_s_terms(many, dtype, how):
+    p = make_problem(45, 96, 67, 3, dtype=dtype)
+    p.x, p.dy, p.weight = (strided(t, how) for t in (p.x, p.dy, p.weight))
+    check(p, solve(p, "panels"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_weight_is_rounded_once(many, dtype, groups):
+    """With x = I, y is W'^T itself; with dy = I, dx is W'."""
+    p = make_problem(96, 96, 96, groups, dtype, bias=False, shift=False)
+    p.x = p.dy = torch.eye(96, dtype=dtype)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    v = p.scale_in.repeat_interleave(96 // groups, 0)[:, 0]
+    scales = torch.addcmul(torch.ones((), dtype=wide), p.scale_out, v)
+    rescaled = (p.weight.to(wide) * scales).to(dtype)
+    got = solve(p, "panels")
+    assert torch.equal(got.y, rescaled.mT)
+    assert torch.equal(got.dx, rescaled)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_blas_that_gives_float32_for_narrow_operands(many, monkeypatch, dtype):
+    """NVIDIA's: G is one product, of operands that no one widens."""
+    mm, asked = torch.mm, []
+
+    def wide_mm(a, b, out_dtype=None, *, out):
+        asked.append(out_dtype)
+        return mm(a, b, out=out) if out_dtype is None else out.copy_(mm(a.to(out_dtype), b.to(out_dtype)))
+
+    monkeypatch.setattr(panels, "_gives_float32", lambda device: True)
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    p = make_problem(65, 130, 67, dtype=dtype)
+    got = solve(p, "panels")
+    monkeypatch.undo()
+    check(p, got)
+    assert asked.count(torch.float32) >= 2
+
+
+def test_tensors_that_need_gradients_are_taken_as_they_are():
+    """As the ops take them, outside of any autograd.Function."""
+    p = make_problem(5, 6, 4)
+    plain = solve(p, "panels")
+    for t in (p.x, p.dy, p.scale_out, p.scale_in, p.bias, p.shift):
+        t.requires_grad_()
+    got = solve(p, "panels")
+    for name in RESULTS:
+        assert torch.equal(getattr(got, name), getattr(plain, name)), name
+
+
+def passes(p):
+    scales = (p.weight, p.scale_out, p.scale_in)
+    return {
+        "forward": lambda: (panels.forward(p.x, *scales, p.bias, p.shift),),
+        "grad_input": lambda: (panels.grad_input(p.dy, *scales),),
+        "grad_scales": lambda: panels.grad_scales(p.dy, p.x, *scales, True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("pair", "shape"), list(zip(PAIRS, [(3072, 1024, 3), (1024, 3072, 1)] * 3, strict=True)), ids=str
+)
+def test_no_pass_takes_more_than_2_mb(monkeypatch, pair, shape):
+    """Nor does it for many tokens. Products into ``out`` are left out: oneDNN's take scratch of their own."""
+    monkeypatch.setattr(torch, "mm", lambda a, b, *, out: out)
+    monkeypatch.setattr(torch, "addmm", lambda offset, a, b, *, out: out)
+    n, k, groups = shape
+    p = make_problem(1000, n, k, groups, *pair)
+    vectors = 16 * (n + groups * k)
+    for name, run in passes(p).items():
+        assert 2**20 < peak_extra_bytes(run) < 2 * 2**20 + vectors < n * k * p.x.itemsize / 2, name
+
+
+def test_a_small_weight_is_not_formed_whole_either():
+    """64 KB: a panel could hold it. Half of it and half of G, besides vectors."""
+    p = make_problem(4, 128, 128)
+    for name, run in passes(p).items():
+        assert peak_extra_bytes(run) < 4 * 128 * 128 // 2 + 4096, name
+
+
+def test_nothing_is_allocated_for_a_panel():
+    """Not for strides that no BLAS reads either: x and dy are copied once."""
+    counts = []
+    for n in (2048, 8192):
+        p = make_problem(4, n, 1024)
+        p.x, p.dy = strided(p.x, "sliced"), strided(p.dy, "sliced")
+        for run in passes(p).values():
+            run()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            for run in passes(p).values():
+                run()
+        events = record.profiler.kineto_results.events()
+        counts.append(sum(e.name() == "[memory]" and e.nbytes() > 0 for e in events))
+    assert counts[0] == counts[1]
+
+
+def test_panels_cover_all_fit_and_are_tiles_where_they_can():
+    for count in range(1, 700, 9):
+        for most in (0, 1, 5, 16, 50, 127, 128, 300, 1000):
+            for halve in (False, True):
+                size = panels._size(count, most, halve)
+                found = [i for panel in panels._panels(count, size) for i in range(count)[panel]]
+                assert found == list(range(count))
+                assert size <= max(most, 1)
+                assert not halve or count == 1 or size < count
+    assert panels._size(768, 597, False) == panels._size(768, 597, True) == 384
+    assert panels._size(3072, 455, False) == 384
+    assert panels._size(768, 113, False) == 112
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_gpu(gpu, dtype):
+    for shape in [(394, 768, 768, 1), (197, 96, 131, 3), (64, 768, 3072, 1)]:
+        check(p := make_problem(*shape, dtype, device=gpu), solve(p, "panels"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_graph_holds_all_passes_and_little_memory(gpu):
+    p = make_problem(512, 4096, 4096, dtype=torch.bfloat16, device=gpu)
+    eager = solve(p, "panels")
+    for name, run in passes(p).items():
+        assert peak_extra_bytes(run) < 2 * 2**20, name
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = solve(p, "panels")
+    graph.replay()
+    for name in RESULTS:
+        assert torch.equal(getattr(captured, name), getattr(eager, name)), name

@@ -23,6 +23,7 @@ from tests.reliability.properties.solvers import backend, missing, own_instructi
 #: Examples of one turn: seconds each, not minutes.
 TURNS = {
     "reference": 300,
+    "panels": 300,
     "cpu": 300,
     "triton": 60,
     "cuda": 300,

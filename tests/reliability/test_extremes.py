@@ -142,7 +142,7 @@ def test_infinity_and_nan_go_where_the_formula_takes_them(backend, dtype):
                 formula = differentiate(p, DOUBLE)
                 assert not all(getattr(formula, result).isfinite().all() for result in RESULTS)
                 padded = {"scale_out": ("y",), "scale_in": ("dx",)}.get(name, ())
-                if backend in ("reference", "cpu"):
+                if backend in ("reference", "panels", "cpu"):
                     padded = ()
                 assert_kinds(solve(p, backend), formula, padded, f"{name} {value} at {place}, {shape}")
                 seen += 1
@@ -222,7 +222,7 @@ def test_subnormal_numbers_are_not_flushed(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=str)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "panels", "cpu"])
 def test_set_flush_denormal_flushes_and_changes_nothing_else(backend, dtype):
     p = problem(backend, dtype, (19, 12, 21, 2))
     small, y = products(backend, dtype, 2.0 ** (SMALLEST[dtype] + 6))
@@ -305,7 +305,7 @@ def far(t: Tensor, stride: int, columns: bool = False) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [SINGLE, BF16, DOUBLE], ids=str)
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "panels", "cpu", "triton"])
 def test_offsets_beyond_two_to_the_31(backend, columns, dtype):
     """x, dy and W each with rows or columns 2**31 + 5 elements apart."""
     if device_of(backend) != "cpu":

@@ -23,6 +23,7 @@ from tests.reliability.properties.strategies import cases
 #: workers share. More than 2,000 in all.
 PARTS = {
     "reference": (48, 220, 2),
+    "panels": (24, 220, 1),
     "cpu": (60, 400, 3),
     # on a GPU an example compiles two to five kernels, of seconds each
     "triton": (6, 58 if device_of("triton") == "cpu" else 12, 3),

@@ -134,7 +134,7 @@ def always(case: Case) -> bool:
 def backend(name: str) -> Backend:
     """A backend by name: those of ``use_backend``, and ``cuda_host``, ``cuda_host_large`` and ``hopper_host``."""
     both = (("float64", "float64"),)
-    if name == "reference":
+    if name in ("reference", "panels"):
         return Backend(name, "cpu", Domain((*PAIRS, *both), 160, True, ALSO), through_autograd(name), never)
     if name == "cpu":
         pairs = tuple(p for p in (*PAIRS, *both) if "float16" not in p)
