@@ -100,7 +100,7 @@ ALIGNED: dict[str, dict[tuple[Pass, Arithmetic], tuple[Choice, ...]]] = {
 #: Of all other tensors, on every GPU: an address for each element leaves few registers.
 MASKED: dict[Pass, tuple[Choice, ...]] = {
     "forward": _tiles((64, 64, 16, 8, 2), (64, 32, 16, 4, 2)),
-    "grad_input": _tiles((64, 32, 64, 8, 2), (64, 32, 32, 4, 2)),
+    "grad_input": _tiles((64, 32, 64, 8, 2), (64, 16, 32, 4, 2)),
     "grad_scales": _tiles((32, 64, 64, 8, 2), (16, 64, 32, 4, 2)),
 }
 
