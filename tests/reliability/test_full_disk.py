@@ -13,6 +13,7 @@ import torch
 
 from rlrr_kernels import apply_rlrr, load_adapter, save_adapter
 from rlrr_kernels.analysis import cli as analysis
+from rlrr_kernels.backends import tuned
 from rlrr_kernels.checkpoint import files
 from rlrr_kernels.finetune import report, train
 from rlrr_kernels.finetune.report import NotWritten
@@ -229,7 +230,7 @@ def test_an_adapter_stays_as_it_was_where_the_disk_fills_while_it_is_replaced(tm
 
 @pytest.mark.usefixtures("interpreted")
 def test_tuning_shows_what_it_measured_where_the_table_cannot_be_written(tmp_path, monkeypatch, capsys):
-    file, add, calls = tmp_path / "t.json", tune.store.add, []
+    file, add, calls = tmp_path / "t.json", tuned.add, []
 
     def full(path, entries):
         calls.append(path)
@@ -237,10 +238,10 @@ def test_tuning_shows_what_it_measured_where_the_table_cannot_be_written(tmp_pat
             raise OSError(errno.ENOSPC, f"{path} cannot be written: No space left on device")
         return add(path, entries)
 
-    monkeypatch.setattr(tune.store, "add", full)
+    monkeypatch.setattr(tuned, "add", full)
     arguments = ["--shape", SIZES, "--dtype", "float32", "--rounds", "2", "--limit", "1", "--out", str(file)]
     assert tune.main(arguments, machine()) == 1
     out, err = capsys.readouterr()
-    assert f"1 of 3 kernels are in {file}" in out
+    assert f"2 of 3 measured, 1 entries into {file}" in out
     assert f"{file} cannot be written: No space left on device; what was stored before is kept" in err
     assert len(json.loads(file.read_text())["entries"]) == 1

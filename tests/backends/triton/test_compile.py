@@ -73,7 +73,13 @@ def wrong(report, device):
             for arch in ("sm_80", "sm_90")
         ),
         *(
-            pytest.param(arch, (kernel,), {}, id=f"{arch}-{kernel}", marks=pytest.mark.slow)
+            pytest.param(
+                arch,
+                (kernel,),
+                {} if arch in ("sm_80", "sm_90") else {"layouts": (True,)},
+                id=f"{arch}-{kernel}",
+                marks=pytest.mark.slow,
+            )
             for arch in TARGETS
             for kernel in KERNELS
         ),
