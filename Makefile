@@ -70,7 +70,7 @@ floor: $(VENV)/.built  ## the suite with the oldest torch and Triton, on the lib
 	RLRR_BUILD_CPU=0 RLRR_BUILD_CUDA=0 $(VENV)-floor/bin/python -m pip install --quiet --editable '.[test]'
 	$(VENV)-floor/bin/python -m pytest $(PARALLEL)
 
-gates: $(READY)  ## Hopper kernels, as each TRITON compiles them: registers in use, boxes, spills, read from machine code
+gates: $(READY)  ## Hopper kernels, as each TRITON compiles them: hazards, spills, steps, read from machine code
 	$(PY) -m tests.gates $(TRITON)
 
 sanitize: $(READY)  ## on a GPU: every kernel, Triton's and Hopper's too, under memcheck and racecheck
