@@ -69,7 +69,7 @@ ALIGNED: dict[str, dict[tuple[Pass, Arithmetic], tuple[Choice, ...]]] = {
         ("grad_input", "ieee"): _tiles((128, 16, 64, 8, 3), (64, 16, 64, 4, 3), (32, 16, 64, 4, 3)),
         ("grad_scales", "half"): _tiles((64, 128, 256, 8, 3), (64, 128, 128, 8, 4), (64, 64, 64, 4, 4)),
         ("grad_scales", "tf32"): _tiles((32, 128, 128, 8, 3), (32, 128, 64, 8, 3)),
-        ("grad_scales", "ieee"): _tiles((16, 128, 64, 8, 3), (16, 64, 64, 4, 3)),
+        ("grad_scales", "ieee"): _tiles((16, 128, 64, 8, 3), (16, 64, 32, 4, 3)),
     },
     # 163 KB: 8.0, 8.7
     "medium": {
@@ -81,7 +81,7 @@ ALIGNED: dict[str, dict[tuple[Pass, Arithmetic], tuple[Choice, ...]]] = {
         ("grad_input", "ieee"): _tiles((128, 16, 64, 8, 3), (64, 16, 64, 4, 3), (32, 16, 64, 4, 3)),
         ("grad_scales", "half"): _tiles((64, 128, 128, 8, 3), (32, 64, 64, 4, 4)),
         ("grad_scales", "tf32"): _tiles((32, 128, 128, 8, 3), (32, 128, 64, 8, 3), (32, 64, 64, 4, 3)),
-        ("grad_scales", "ieee"): _tiles((16, 128, 64, 8, 3), (16, 64, 64, 4, 3)),
+        ("grad_scales", "ieee"): _tiles((16, 128, 64, 8, 3), (16, 64, 32, 4, 3)),
     },
     # 99 KB: 8.6, 8.9, 12.x
     "small": {
@@ -91,9 +91,9 @@ ALIGNED: dict[str, dict[tuple[Pass, Arithmetic], tuple[Choice, ...]]] = {
         ("grad_input", "half"): _tiles((128, 32, 128, 8, 3), (128, 32, 64, 4, 4), (64, 32, 64, 4, 4)),
         ("grad_input", "tf32"): _tiles((128, 32, 64, 4, 3), (64, 32, 64, 4, 3)),
         ("grad_input", "ieee"): _tiles((128, 16, 64, 8, 3), (64, 16, 64, 4, 3), (32, 16, 64, 4, 3)),
-        ("grad_scales", "half"): _tiles((32, 128, 128, 8, 4), (32, 64, 64, 4, 4)),
+        ("grad_scales", "half"): _tiles((32, 128, 128, 8, 4), (32, 64, 64, 8, 4)),
         ("grad_scales", "tf32"): _tiles((32, 128, 64, 8, 3), (32, 64, 64, 4, 3)),
-        ("grad_scales", "ieee"): _tiles((16, 128, 64, 8, 3), (16, 64, 64, 4, 3)),
+        ("grad_scales", "ieee"): _tiles((16, 128, 64, 8, 3), (16, 64, 32, 4, 3)),
     },
 }
 
@@ -101,11 +101,14 @@ ALIGNED: dict[str, dict[tuple[Pass, Arithmetic], tuple[Choice, ...]]] = {
 MASKED: dict[Pass, tuple[Choice, ...]] = {
     "forward": _tiles((64, 64, 16, 8, 2), (64, 32, 16, 4, 2)),
     "grad_input": _tiles((64, 32, 64, 8, 2), (64, 16, 32, 4, 2)),
-    "grad_scales": _tiles((32, 64, 64, 8, 2), (16, 64, 32, 4, 2)),
+    "grad_scales": _tiles((16, 64, 64, 4, 2), (16, 64, 32, 4, 2)),
 }
 
-#: With a W wider than x the first spills on compute capability 10.0; without, the second does with Triton 3.6.
-WIDE, WIDE_OF_WIDER = Choice(256, 128, 64, 8, 3), Choice(128, 128, 64, 8, 3)
+#: Tiles that spill where W is wider than x -> those in their place.
+OF_A_WIDER_W = {
+    Choice(256, 128, 64, 8, 3): Choice(128, 128, 64, 8, 3),
+    Choice(64, 128, 256, 8, 3): Choice(64, 128, 128, 8, 4),
+}
 
 #: On Hopper ``wgmma`` transposes no float32: dy^T would stand in registers, which Triton before 3.9 overwrites while
 #: the product still reads them (:mod:`tests.hazards`). Fewer rows than a ``wgmma`` has are multiplied by ``mma.sync``.
@@ -132,8 +135,8 @@ def tiles(problem: Problem, device: Device, aligned: bool) -> tuple[Choice, ...]
         return MASKED[problem.kernel]
     kind = next((name for name, least in _SHARED.items() if device.shared_memory >= least), "small")
     found = ALIGNED[kind][problem.kernel, arithmetic(problem)]
-    if found[0] == WIDE and problem.weight_dtype.itemsize > problem.dtype.itemsize:
-        found = (WIDE_OF_WIDER, *found[1:])
+    if problem.weight_dtype.itemsize > problem.dtype.itemsize:
+        found = tuple(dict.fromkeys(OF_A_WIDER_W.get(tile, tile) for tile in found))
     fitted = (_fit(problem, tile, device) for tile in found)
     return tuple(tile for tile in fitted if tile.num_stages >= 2) or MASKED[problem.kernel]
 

@@ -92,15 +92,15 @@ def grad_scales_kernel(
     else:
         k_start = k_tile * BLOCK_K
         offs_k = k_start + tl.arange(0, BLOCK_K)
+        offs_m = tl.arange(0, BLOCK_M)[:, None]
+        in_k = offs_k[None, :] < K
+        dy_ptrs = dy + (offs_m.to(tl.int64) * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn)
+        x_ptrs = x + (offs_m.to(tl.int64) * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk)
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for m in tl.range(m_first, m_last, BLOCK_M):
-            offs_m = m + tl.arange(0, BLOCK_M)[:, None]
-            rows = offs_m.to(tl.int64)
-            in_m = offs_m < m_last
-            dy_ptrs = dy + rows * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
-            x_ptrs = x + rows * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
-            dy_tile = tl.load(dy_ptrs, mask=in_m & in_n[None, :], other=0.0)
-            x_tile = tl.load(x_ptrs, mask=in_m & (offs_k[None, :] < K), other=0.0)
+            in_m = offs_m < m_last - m
+            dy_tile = tl.load(dy_ptrs + int64(m) * stride_dym, mask=in_m & in_n[None, :], other=0.0)
+            x_tile = tl.load(x_ptrs + int64(m) * stride_xm, mask=in_m & in_k, other=0.0)
             if ROUND_TF32:
                 # one operand is enough to stay near a product of two rounded ones
                 dy_tile = round_to_tf32(dy_tile)
