@@ -76,16 +76,20 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+def offset_of(bias: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """b + f ``[N]``, rounded once to ``dtype``; None where there is neither."""
+    offset = bias if shift is None else shift
+    if bias is not None and shift is not None:
+        wide = accumulation_dtype(dtype)  # their own dtypes may be narrower than x's
+        offset = bias.to(wide) + shift.to(wide)
+    return None if offset is None else offset.to(dtype)
+
+
 def forward(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """y ``[M, N]`` in x's dtype."""
-    offset = bias if shift is None else shift
-    if bias is not None and shift is not None:
-        wide = accumulation_dtype(x.dtype)  # their own dtypes may be narrower than x's
-        offset = bias.to(wide) + shift.to(wide)
-    if offset is not None:
-        offset = offset.to(x.dtype)
+    offset = offset_of(bias, shift, x.dtype)
     with _without_autocast(x):
         return F.linear(x, rescaled_weight(weight, scale_out, scale_in, x.dtype), offset)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlrr_kernels.reference import accumulation_dtype
+from rlrr_kernels.reference import accumulation_dtype, offset_of
 
 #: Bytes that a pass takes beside its results, and what a BLAS takes for itself.
 SCRATCH = 2 << 20
@@ -39,12 +39,7 @@ def forward(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """y ``[M, N]`` in x's dtype."""
-    offset = bias if shift is None else shift
-    if bias is not None and shift is not None:
-        wide = accumulation_dtype(x.dtype)  # their own dtypes may be narrower than x's
-        offset = bias.to(wide) + shift.to(wide)
-    if offset is not None:
-        offset = offset.to(x.dtype)
+    offset = offset_of(bias, shift, x.dtype)
     x, y = _in_place(x), x.new_empty(x.shape[0], weight.shape[0])
     rescaled = _Rescaled(weight, scale_out, scale_in, x.dtype)
     groups, rows, k = rescaled.weight.shape

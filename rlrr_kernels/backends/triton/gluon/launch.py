@@ -74,7 +74,7 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 def widths(m: int, rows: int, multiprocessors: int) -> tuple[Width, ...]:
     """The tiles for a result ``[m, rows]``, that which takes the fewest tokens' time, wave by wave, first.
 
-    None where there are too few tiles for the multiprocessors.
+    Empty where there are too few tiles for the multiprocessors.
     """
 
     def cost(w: Width) -> int:
