@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases, processes
-from rlrr_kernels.check import cli as check
+from rlrr_kernels.check import command as check
 
 FOLDER = Path(__file__).parent
 SUITES = {"layer": "test_layer.py", "norm": "test_norm.py", "launch": "test_launch.py", "step": "test_vit_step.py"}

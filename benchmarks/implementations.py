@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from benchmarks import baselines, results
 from benchmarks.cases import MODELS
 from benchmarks.timing import Call, Rejected, Unavailable
-from rlrr_kernels import backend_for, ops, reference, rescaled_linear, use_backend
-from rlrr_kernels.backends import choice
-from rlrr_kernels.check import record
+from rlrr_kernels import backend_for, ops, rescaled_linear, use_backend
+from rlrr_kernels.backends import choice, reference, verdicts
 
 #: ViT-B/16: tokens of one image, and (N, K, groups) of the four linears of a block
 TOKENS = MODELS["vit_b"][0].tokens
@@ -339,7 +338,7 @@ def require_check(name: str, device: torch.device) -> None:
     Raises:
         Rejected: it has, on this device.
     """
-    why = record.failure(CHECKED[name], device) if name in CHECKED else None
+    why = verdicts.failure(CHECKED[name], device) if name in CHECKED else None
     if why is not None:
         raise Rejected(f"check: {why}")
 

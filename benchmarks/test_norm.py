@@ -22,7 +22,7 @@ from benchmarks.memory import peak_and_results, saved_for_backward
 from benchmarks.results import COMPOSED, FORMULA, FORMULA_COMPILED, LAYER_NORM, NORM_IMPLEMENTATIONS, OURS, LayerCase
 from benchmarks.suite import Outcome, Rivals, outcome, parametrize, turn_by_turn
 from benchmarks.timing import Call, Variant
-from rlrr_kernels.norm import SSFLayerNorm
+from rlrr_kernels.layers.norm import SSFLayerNorm
 from rlrr_kernels.ops import compose_affine, layer_norm_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

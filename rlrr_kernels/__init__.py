@@ -1,8 +1,6 @@
 """Fused kernels for fine-tuning through a rescaled weight: y = x (W * (1 + u v))^T + b + f."""
 
-from rlrr_kernels import tuners as tuners  # for what it sets up
 from rlrr_kernels._version import __version__
-from rlrr_kernels.adapt import apply_rlrr
 from rlrr_kernels.backends.choice import backend_for, use_backend
 from rlrr_kernels.checkpoint import (
     adapter_metadata,
@@ -12,13 +10,15 @@ from rlrr_kernels.checkpoint import (
     load_official_adapter,
     save_adapter,
 )
-from rlrr_kernels.config import RLRRConfig
-from rlrr_kernels.export import decomposition_table
-from rlrr_kernels.functional import rescaled_linear
-from rlrr_kernels.linear import FusedRLRRLinear
-from rlrr_kernels.merge import disable_adapter, merge, merge_and_unload, unmerge
-from rlrr_kernels.norm import SSFAffine, SSFLayerNorm
-from rlrr_kernels.parameters import count_parameters, param_groups, print_trainable_parameters
+from rlrr_kernels.layers.linear import FusedRLRRLinear
+from rlrr_kernels.layers.norm import SSFAffine, SSFLayerNorm
+from rlrr_kernels.models import tuners as tuners  # for what it sets up
+from rlrr_kernels.models.adapt import apply_rlrr
+from rlrr_kernels.models.config import RLRRConfig
+from rlrr_kernels.models.merge import disable_adapter, merge, merge_and_unload, unmerge
+from rlrr_kernels.models.parameters import count_parameters, param_groups, print_trainable_parameters
+from rlrr_kernels.ops.export import decomposition_table
+from rlrr_kernels.ops.linear import rescaled_linear
 
 __all__ = [
     "FusedRLRRLinear",

@@ -1,4 +1,4 @@
-"""Problems, their float64 answers, and the yardstick every backend is measured with (:mod:`rlrr_kernels.yardstick`)."""
+"""Problems, their float64 answers, and the yardstick that measures every backend (``rlrr_kernels.check.yardstick``)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrr_kernels import reference
-from rlrr_kernels.backends import choice
-from rlrr_kernels.yardstick import allowed, cut, relative_error
+from rlrr_kernels.backends import choice, reference
+from rlrr_kernels.check.yardstick import allowed, cut, relative_error
 
 #: Every backend; tests that need a GPU, or a library that is not built, are skipped with the reason.
 BACKENDS = [

@@ -1,4 +1,4 @@
-"""``python -m rlrr_kernels.info`` says what is here and what serves."""
+"""``python -m rlrr_kernels info`` says what is here and what serves."""
 
 import subprocess
 import sys
@@ -6,14 +6,15 @@ import sys
 import pytest
 import torch
 
-from rlrr_kernels import info, use_backend
+from rlrr_kernels import use_backend
+from rlrr_kernels.__main__ import info
 from rlrr_kernels.backends import choice
 from tests.oracle import require
 
 
 def test_it_names_versions_backends_and_choices():
     require("cpu")
-    done = subprocess.run([sys.executable, "-m", "rlrr_kernels.info"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "rlrr_kernels", "info"], capture_output=True, text=True, check=True)
     words = [line.split() for line in done.stdout.splitlines()]
     assert ["rlrr_kernels", "0.1.0"] in words
     assert torch.__version__ in done.stdout
@@ -31,8 +32,8 @@ def test_it_says_why_not(monkeypatch):
     monkeypatch.setattr(choice, "_warned", set())
     monkeypatch.setattr(choice, "_plans", {})
     with pytest.warns(UserWarning, match="'cpu' is not available, 'panels' serves"):
-        report = "\n".join(info.lines())
+        report = "\n".join(info())
     assert "cuda       not available: it cannot be imported: no such file" in report
     assert "float32    panels     cpu cannot serve it" in report
     with use_backend("triton"):
-        assert "float64    none       backend 'triton' cannot serve" in "\n".join(info.lines())
+        assert "float64    none       backend 'triton' cannot serve" in "\n".join(info())

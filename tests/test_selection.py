@@ -30,7 +30,9 @@ def _pytest(*options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_tritons_cases_are_the_gpus_where_there_is_one():
     """What is parametrised by backend, and what is marked; the CPU's are not."""
-    done = _pytest("--collect-only", "-m", "gpu", "tests/backends/test_numerics.py", "tests/test_norm_numerics.py")
+    done = _pytest(
+        "--collect-only", "-m", "gpu", "tests/backends/test_numerics.py", "tests/layers/test_norm_numerics.py"
+    )
     names = [line for line in done.stdout.splitlines() if "::" in line]
     backends = {name.partition("[")[2].partition("-")[0].rstrip("]") for name in names if "::test_strides" in name}
     assert backends == {"gluon", "triton", "cuda"}, done.stdout + done.stderr

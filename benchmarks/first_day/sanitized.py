@@ -17,7 +17,8 @@ from benchmarks import implementations, results
 from benchmarks.agreement import relative_error
 from benchmarks.implementations import Inputs, make_inputs
 from benchmarks.timing import Unavailable
-from rlrr_kernels import ops, reference
+from rlrr_kernels import ops
+from rlrr_kernels.backends import reference
 
 NAMES = {"gluon": results.GLUON, "triton": results.TRITON, "cuda": results.CUDA, "hopper": results.CUDA_HOPPER}
 PASSES = ("forward", "grad_input", "grad_scales")

@@ -162,7 +162,7 @@ def tune(day: Day) -> None:
     for name, hopper, rivals in (("tune", "0", []), ("tune-hopper", "1", ["--backend", "gluon", "--backend", "cuda"])):
         table = str(day.out / f"{name}.json")
         narrow = ["--backend", "cpu"] if day.rehearse else rivals
-        command = ["-m", "rlrr_kernels.tune.cli", *options, *narrow, "--out", table, "--limit", str(limit)]
+        command = ["-m", "rlrr_kernels.tune.__main__", *options, *narrow, "--out", table, "--limit", str(limit)]
         done = day.python(name, 240, *command, RLRR_CUDA_HOPPER=hopper)
         day.note(done, table)
         day.rows(done.lines[-24:])

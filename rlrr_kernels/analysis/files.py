@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlrr_kernels.checkpoint import reading
+from rlrr_kernels.io import reading
 
 # PEFT and this package call them alike
 ADAPTER_TENSORS = "adapter_model.safetensors"

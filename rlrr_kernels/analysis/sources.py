@@ -20,7 +20,7 @@ from rlrr_kernels.analysis.files import ADAPTER_CONFIG, ADAPTER_TENSORS, adapter
 from rlrr_kernels.analysis.updates import LowRank, OutputScaled, Replaced, Rescaled, Update
 from rlrr_kernels.checkpoint import adapter_metadata
 from rlrr_kernels.checkpoint.manifest import Manifest, fingerprint, same_weights
-from rlrr_kernels.linear import FusedRLRRLinear
+from rlrr_kernels.layers.linear import FusedRLRRLinear
 
 #: Options of PEFT that make something else of A and B than W + scaling * B A.
 _NOT_PLAIN_LORA = (

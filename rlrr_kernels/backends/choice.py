@@ -32,7 +32,7 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cuda": ("rlrr_kernels.backends.cuda", ()),
     "panels": ("rlrr_kernels.backends.panels", ("cuda", "cpu", "mps", "xpu")),
     # W' whole in each pass: by name alone
-    "reference": ("rlrr_kernels.reference", ()),
+    "reference": ("rlrr_kernels.backends.reference", ()),
 }
 
 _forced: str | None = None
@@ -105,10 +105,10 @@ def failed(name: str, device: torch.device, *passes: str) -> str | None:
     ``passes``: those that count, by default the three of the linear layer. Read once a process.
     """
     # not at import: the package's other parts come after this one
-    from rlrr_kernels.check import record
+    from rlrr_kernels.backends import verdicts
 
     subject = "cuda-hopper" if name == "cuda" and os.environ.get("RLRR_CUDA_HOPPER") == "1" else name
-    why = record.failure(subject, device, passes or record.PRODUCTS)
+    why = verdicts.failure(subject, device, passes or verdicts.PRODUCTS)
     return None if why is None else f"failed its check on this device: {why}"
 
 

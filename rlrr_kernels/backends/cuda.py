@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels.backends import library
-from rlrr_kernels.reference import grad_shift as grad_shift
+from rlrr_kernels.backends.reference import grad_shift as grad_shift
 
 if torch.version.cuda is None:
     raise ImportError(f"torch {torch.__version__} is built without CUDA")

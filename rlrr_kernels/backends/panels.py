@@ -5,7 +5,7 @@ of y and dx: no rounded parts are added up. grad_scales forms G = dy^T x in pane
 each at once. Nothing waits for the device, and the shapes alone decide the order of all sums.
 
 Each product and each operation on a panel has an ``out`` or is in place: nothing is allocated for a panel, and autocast
-leaves them alone. Shapes as in :mod:`rlrr_kernels.reference`; rank 1.
+leaves them alone. Shapes as in :mod:`rlrr_kernels.backends.reference`; rank 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlrr_kernels.reference import accumulation_dtype, offset_of
+from rlrr_kernels.backends.reference import accumulation_dtype, offset_of
 
 #: Bytes that a pass takes beside its results, and what a BLAS takes for itself.
 SCRATCH = 2 << 20

@@ -6,7 +6,7 @@ Two files of one format: ``measured.json`` beside this module, which is shipped,
       "weight_dtype": "bfloat16", "tf32": false, "layer": [2304, 768, 3], "tokens": [8916, 17830], "backend": "triton",
       "tile": {"block_m": 256, ...}, "measured": {...}}, ...]}
 
-``where`` is what a measurement holds for (:class:`rlrr_kernels.check.record.Where`): with another driver, torch,
+``where`` is what a measurement holds for (:class:`rlrr_kernels.backends.verdicts.Where`): with another driver, torch,
 Triton or build the entry is not used. In the shipped file it is null, and holds for the device. ``layer`` is N, K and
 groups, or null for all; ``tokens`` the first and last M, null for no end. Of the entries that fit, one for the layer
 comes before one for all, then the one whose middle is nearest to M, by ratio.
@@ -32,7 +32,7 @@ import torch
 from rlrr_kernels.backends.problem import Pass, Problem
 
 if TYPE_CHECKING:
-    from rlrr_kernels.check.record import Where
+    from rlrr_kernels.backends.verdicts import Where
 
 #: The version of the files' layout.
 FORMAT = 2
@@ -111,9 +111,9 @@ def parse(raw: Any) -> Entry:
     Raises:
         ValueError: the first field that is not as expected.
     """
-    from rlrr_kernels import cachefile  # not at import: the package's other parts come after this one
     from rlrr_kernels.backends.choice import BACKENDS
-    from rlrr_kernels.check.record import Where
+    from rlrr_kernels.backends.verdicts import Where
+    from rlrr_kernels.io import cache  # not at import: the package's other parts come after this one
 
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {raw!r:.40}")
@@ -121,7 +121,7 @@ def parse(raw: Any) -> Entry:
     if where is not None:
         if not isinstance(where, dict) or set(where) != set(Where._fields):
             raise ValueError(f"where: expected {', '.join(Where._fields)}, got {where!r:.40}")
-        where = Where(**{name: cachefile.text(where, name) for name in Where._fields})
+        where = Where(**{name: cache.text(where, name) for name in Where._fields})
     first, last = _numbers(raw, "tokens", 2, end=True)
     layer = None if raw.get("layer") is None else _numbers(raw, "layer", 3)
     if layer is not None and layer[0] % layer[2]:
@@ -137,7 +137,7 @@ def parse(raw: Any) -> Entry:
     if not isinstance(measured, dict):
         raise ValueError(f"measured: expected an object, got {measured!r:.40}")
     return Entry(
-        cachefile.text(raw, "device"),
+        cache.text(raw, "device"),
         where,
         _one_of(raw, "pass", get_args(Pass)),
         _DTYPES[_one_of(raw, "dtype", _DTYPES)],
@@ -171,23 +171,23 @@ def _numbers(raw: Mapping[str, Any], name: str, count: int, end: bool = False) -
 
 def default_file() -> Path | None:
     """Where the user's choices are kept: ``RLRR_TUNED_FILE``, else in the cache folder; None where there is no home."""
-    from rlrr_kernels import cachefile  # not at import: the package's other parts come after this one
+    from rlrr_kernels.io import cache  # not at import: the package's other parts come after this one
 
-    return cachefile.default_file("RLRR_TUNED_FILE", "tuned.json")
+    return cache.default_file("RLRR_TUNED_FILE", "tuned.json")
 
 
 def read(path: Path) -> list[Any]:
-    """The raw entries of a file, as :func:`rlrr_kernels.cachefile.read`."""
-    from rlrr_kernels import cachefile  # not at import: the package's other parts come after this one
+    """The raw entries of a file, as :func:`rlrr_kernels.io.cache.read`."""
+    from rlrr_kernels.io import cache  # not at import: the package's other parts come after this one
 
-    return cachefile.read(path, FORMAT)
+    return cache.read(path, FORMAT)
 
 
 def add(path: Path, entries: Iterable[Entry]) -> Path | None:
-    """Put entries into a file, in place of those for the same; as :func:`rlrr_kernels.cachefile.add`."""
-    from rlrr_kernels import cachefile  # not at import: the package's other parts come after this one
+    """Put entries into a file, in place of those for the same; as :func:`rlrr_kernels.io.cache.add`."""
+    from rlrr_kernels.io import cache  # not at import: the package's other parts come after this one
 
-    return cachefile.add(path, FORMAT, {entry.key: entry.to_json() for entry in entries}, _key_of)
+    return cache.add(path, FORMAT, {entry.key: entry.to_json() for entry in entries}, _key_of)
 
 
 def _key_of(raw: Any) -> object:
@@ -208,13 +208,13 @@ def of_user() -> tuple[Entry, ...]:
 
     What cannot be used is left out with one warning that names the file and the first reason.
     """
-    from rlrr_kernels import cachefile
+    from rlrr_kernels.io import cache
 
     path = default_file()
     if path is None or os.environ.get("RLRR_TUNED") == "0":
         return ()
     missing = "there is no such file, though RLRR_TUNED_FILE names it" if os.environ.get("RLRR_TUNED_FILE") else None
-    return tuple(cachefile.load(path, read, parse, "left out, the defaults serve there", missing))
+    return tuple(cache.load(path, read, parse, "left out, the defaults serve there", missing))
 
 
 _loading = threading.Lock()
@@ -251,7 +251,7 @@ def holds(entry: Entry, device: torch.device) -> bool:
     if entry.where is None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return entry.device == name
-    from rlrr_kernels.check.record import Where
+    from rlrr_kernels.backends.verdicts import Where
 
     return entry.where.subject == entry.backend and entry.where == Where.of(entry.backend, device)
 

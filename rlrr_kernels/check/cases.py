@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlrr_kernels import yardstick
 from rlrr_kernels.backends import choice
-from rlrr_kernels.yardstick import Expected
+from rlrr_kernels.check import yardstick
+from rlrr_kernels.check.yardstick import Expected
 
 #: Tokens of the ViT-B layers: 32 images on a GPU, so that four processes at once fit in 8 GB; 2 on a CPU, whose
 #: float64 answers take most of the time.
@@ -52,7 +52,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def module_of(subject: str, device: torch.device) -> ModuleType | str:
-    """The backend behind one of :data:`rlrr_kernels.check.record.SUBJECTS`, or why it is not here."""
+    """The backend behind one of :data:`rlrr_kernels.backends.verdicts.SUBJECTS`, or why it is not here."""
     if subject != "cuda-hopper":
         return choice.load(subject)
     if torch.cuda.get_device_capability(device)[0] != 9:
@@ -105,7 +105,7 @@ def run(
 
     Args:
         module: a backend (see :mod:`rlrr_kernels.ops`), or LayerNorm's kernels for ``layer_norm``.
-        which: a pass of :data:`rlrr_kernels.check.record.SUBJECTS`.
+        which: a pass of :data:`rlrr_kernels.backends.verdicts.SUBJECTS`.
         tell: called with ``"launched"`` once a case's kernels are compiled and launched, when a GPU may still be at
             them, and with ``"done"`` once it has been judged.
 

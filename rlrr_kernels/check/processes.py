@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Literal, NamedTuple, NoReturn
 
+from rlrr_kernels.backends.verdicts import Where
 from rlrr_kernels.check import worker
-from rlrr_kernels.check.record import Where
 
 #: ``not here``: the backend, or the GPU that it is for; ``not tried``: the check itself could not be made.
 Verdict = Literal["right", "wrong", "not here", "not tried"]
@@ -40,7 +40,7 @@ def exit_on_signals() -> None:
 
 
 class Task(NamedTuple):
-    """A pass of one of :data:`rlrr_kernels.check.record.SUBJECTS` on a device, ``cpu`` or ``cuda:0``."""
+    """A pass of one of :data:`rlrr_kernels.backends.verdicts.SUBJECTS` on a device, ``cpu`` or ``cuda:0``."""
 
     subject: str
     which: str

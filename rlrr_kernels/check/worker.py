@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from rlrr_kernels.check import cases, record
+from rlrr_kernels.backends import verdicts
+from rlrr_kernels.check import cases
 
 MARK = "rlrr_kernels check: "
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     subject, which, device = arguments[0], arguments[1], torch.device(arguments[2])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    say(record.Where.of(subject, device)._asdict())
+    say(verdicts.Where.of(subject, device)._asdict())
     say(answer(subject, which, device))
     return 0
 

@@ -1,9 +1,9 @@
 """Adapters on disk, and the checkpoints of the published code."""
 
 from rlrr_kernels.checkpoint.adapter import CARD, CONFIG, WEIGHTS, adapter_metadata, load_adapter, save_adapter
-from rlrr_kernels.checkpoint.files import write_atomically
 from rlrr_kernels.checkpoint.npz import load_npz_backbone
 from rlrr_kernels.checkpoint.official import convert_official, load_official_adapter
+from rlrr_kernels.io.files import write_atomically
 
 __all__ = [
     "CARD",

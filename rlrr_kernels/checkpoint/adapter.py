@@ -21,12 +21,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import apply_rlrr
 from rlrr_kernels.checkpoint import manifest as manifests
 from rlrr_kernels.checkpoint.card import model_card
-from rlrr_kernels.checkpoint.files import is_temporary, replace_folder, write_atomically, write_folder
 from rlrr_kernels.checkpoint.manifest import Manifest, whole
-from rlrr_kernels.checkpoint.reading import Tensors, read_safetensors
 from rlrr_kernels.checkpoint.trained import (
     check_enabled,
     check_fit,
@@ -35,9 +32,12 @@ from rlrr_kernels.checkpoint.trained import (
     trained_parameters,
     trained_statistics,
 )
-from rlrr_kernels.config import RLRRConfig
-from rlrr_kernels.heads import head
-from rlrr_kernels.wrappers import plain_name, unwrapped
+from rlrr_kernels.io.files import is_temporary, replace_folder, write_atomically, write_folder
+from rlrr_kernels.io.reading import Tensors, read_safetensors
+from rlrr_kernels.models.adapt import apply_rlrr
+from rlrr_kernels.models.config import RLRRConfig
+from rlrr_kernels.models.heads import head
+from rlrr_kernels.models.wrappers import plain_name, unwrapped
 
 CONFIG, WEIGHTS, CARD = manifests.FILE_NAME, "adapter_model.safetensors", "README.md"
 

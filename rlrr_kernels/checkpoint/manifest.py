@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rlrr_kernels._version import __version__
-from rlrr_kernels.adapt import adapters
-from rlrr_kernels.checkpoint.reading import expect_names, read_json
-from rlrr_kernels.config import RLRRConfig
-from rlrr_kernels.linear import FusedRLRRLinear
-from rlrr_kernels.reference import accumulation_dtype
-from rlrr_kernels.wrappers import plain_name
+from rlrr_kernels.backends.reference import accumulation_dtype
+from rlrr_kernels.io.reading import expect_names, read_json
+from rlrr_kernels.layers.linear import FusedRLRRLinear
+from rlrr_kernels.models.adapt import adapters
+from rlrr_kernels.models.config import RLRRConfig
+from rlrr_kernels.models.wrappers import plain_name
 
 FORMAT_VERSION = 1
 FILE_NAME = "adapter_config.json"

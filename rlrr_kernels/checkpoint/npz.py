@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from rlrr_kernels.adapt import adapters, remember_head
-from rlrr_kernels.checkpoint.reading import Header, npz_arrays, npz_headers
 from rlrr_kernels.checkpoint.trained import check_unmerged, in_short
-from rlrr_kernels.heads import head
-from rlrr_kernels.wrappers import unwrapped
+from rlrr_kernels.io.reading import Header, npz_arrays, npz_headers
+from rlrr_kernels.models.adapt import adapters, remember_head
+from rlrr_kernels.models.heads import head
+from rlrr_kernels.models.wrappers import unwrapped
 
 Shape = tuple[int, ...]
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.adapt import apply_rlrr
-from rlrr_kernels.checkpoint.reading import read_pickled
 from rlrr_kernels.checkpoint.trained import SHOWN, check_fit, copy_into
-from rlrr_kernels.config import RLRRConfig
-from rlrr_kernels.heads import head
-from rlrr_kernels.wrappers import unwrapped
+from rlrr_kernels.io.reading import read_pickled
+from rlrr_kernels.models.adapt import apply_rlrr
+from rlrr_kernels.models.config import RLRRConfig
+from rlrr_kernels.models.heads import head
+from rlrr_kernels.models.wrappers import unwrapped
 
 _QKV = ("query", "key", "value")
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels import running
-from rlrr_kernels.adapt import adapters, apply_rlrr, head_parameters
-from rlrr_kernels.bypass import skeleton_of
-from rlrr_kernels.config import RLRRConfig
-from rlrr_kernels.linear import FusedRLRRLinear
-from rlrr_kernels.wrappers import plain_name
+from rlrr_kernels.layers.linear import FusedRLRRLinear
+from rlrr_kernels.models import running
+from rlrr_kernels.models.adapt import adapters, apply_rlrr, head_parameters
+from rlrr_kernels.models.bypass import skeleton_of
+from rlrr_kernels.models.config import RLRRConfig
+from rlrr_kernels.models.wrappers import plain_name
 
 #: What an error message lists at most.
 SHOWN = 8

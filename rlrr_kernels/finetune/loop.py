@@ -24,7 +24,7 @@ from rlrr_kernels.finetune.report import NotWritten, RunFolder, check_place
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.state import State, check_data, check_settings, read_state
 from rlrr_kernels.finetune.trainer import Trainer
-from rlrr_kernels.parameters import count_parameters
+from rlrr_kernels.models.parameters import count_parameters
 
 #: Protocol -> the split that is evaluated after each epoch and chooses the best; None: the last epoch counts.
 CHOOSES = {"choose-epoch": "val", "final": None, "best-on-test": "test"}

@@ -12,15 +12,15 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from rlrr_kernels import running
-from rlrr_kernels.adapt import apply_rlrr, replace
-from rlrr_kernels.architectures import architecture_of
 from rlrr_kernels.checkpoint import load_npz_backbone
-from rlrr_kernels.checkpoint.reading import read_state_dict
 from rlrr_kernels.checkpoint.trained import LOADED, in_short, printable
 from rlrr_kernels.finetune.peers import apply_lora, apply_ssf, matching_rank
 from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.heads import head
+from rlrr_kernels.io.reading import read_state_dict
+from rlrr_kernels.models import running
+from rlrr_kernels.models.adapt import apply_rlrr, replace
+from rlrr_kernels.models.architectures import architecture_of
+from rlrr_kernels.models.heads import head
 
 #: What the command line calls dtypes.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlrr_kernels.adapt import apply_rlrr, qkv_readers, replace
-from rlrr_kernels.bypass import skeleton_of
-from rlrr_kernels.heads import head
-from rlrr_kernels.linear import FusedRLRRLinear
-from rlrr_kernels.parameters import count_parameters
-from rlrr_kernels.reference import accumulation_dtype
+from rlrr_kernels.backends.reference import accumulation_dtype
+from rlrr_kernels.layers.linear import FusedRLRRLinear
+from rlrr_kernels.models.adapt import apply_rlrr, qkv_readers, replace
+from rlrr_kernels.models.bypass import skeleton_of
+from rlrr_kernels.models.heads import head
+from rlrr_kernels.models.parameters import count_parameters
 
 
 class SSFLinear(nn.Linear):

@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rlrr_kernels.checkpoint import write_atomically
-from rlrr_kernels.checkpoint.files import check_writable, in_units
 from rlrr_kernels.finetune.distributed import World, on_main
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.state import FILE, State
+from rlrr_kernels.io.files import check_writable, in_units
 
 COLOURS = {"rlrr": "#1f5fa8", "linear": "#d08a1d", "full": "#5a9153", "ssf": "#8c6bb1", "lora": "#b0506a"}
 PACKAGES = ("rlrr_kernels", "torch", "triton", "timm", "torchvision", "numpy", "scikit-learn")

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlrr_kernels.checkpoint.reading import expect
 from rlrr_kernels.finetune.embedded import EMBEDDED_MODEL
-from rlrr_kernels.linear import INITS
+from rlrr_kernels.io.reading import expect
+from rlrr_kernels.layers.linear import INITS
 
 METHODS = ("rlrr", "ssf", "lora", "linear", "full")
 PROTOCOLS = ("choose-epoch", "final", "best-on-test")

@@ -13,10 +13,10 @@ import safetensors.torch
 from torch import Tensor
 
 from rlrr_kernels.checkpoint import write_atomically
-from rlrr_kernels.checkpoint.reading import expect, expect_names, parse_json, read_json, read_safetensors
 from rlrr_kernels.checkpoint.trained import printable
 from rlrr_kernels.finetune.data import Splits, is_path
 from rlrr_kernels.finetune.settings import PROTOCOLS, Settings, check_types
+from rlrr_kernels.io.reading import expect, expect_names, parse_json, read_json, read_safetensors
 
 FORMAT = "rlrr_kernels.state/1"
 

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from rlrr_kernels.checkpoint import save_adapter
-from rlrr_kernels.checkpoint.reading import expect
 from rlrr_kernels.finetune import distributed
 from rlrr_kernels.finetune.augment import Mixing
 from rlrr_kernels.finetune.batches import Batch, Batches, keyed_seed
@@ -25,7 +24,8 @@ from rlrr_kernels.finetune.data import ImageSet, Splits, loading
 from rlrr_kernels.finetune.ema import Average
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.state import State
-from rlrr_kernels.parameters import param_groups
+from rlrr_kernels.io.reading import expect
+from rlrr_kernels.models.parameters import param_groups
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

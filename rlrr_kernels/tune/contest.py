@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlrr_kernels.backends.problem import Problem
 from rlrr_kernels.backends.tuned import Entry
-from rlrr_kernels.check.record import Where
+from rlrr_kernels.backends.verdicts import Where
 from rlrr_kernels.tune.candidates import Candidate, describe
 
 #: A candidate's median must be this many times faster than the default's, and their quartiles must not overlap.

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels import bypass
-from rlrr_kernels.adapt import apply_rlrr
-from rlrr_kernels.linear import FusedRLRRLinear
+from rlrr_kernels.layers.linear import FusedRLRRLinear
+from rlrr_kernels.models import bypass
+from rlrr_kernels.models.adapt import apply_rlrr
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlrr_kernels.check.record import device_name
+from rlrr_kernels.backends.verdicts import device_name
 from rlrr_kernels.tune.contest import Timer
 
 #: Launches in one timed graph: what the CPU needs to start the next graph is then hidden behind them.

@@ -12,7 +12,7 @@ from torch import nn
 import rlrr_kernels.finetune.embedded  # noqa: F401  registers the model
 from rlrr_kernels.analysis import base_weights, full_checkpoint
 from tests.checkpoint.test_npz import google_arrays
-from tests.models import small_swin, stir
+from tests.small_models import small_swin, stir
 
 
 def test_base_weights_of_a_run_a_model_and_a_file_are_the_same(tmp_path):

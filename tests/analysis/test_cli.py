@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 import rlrr_kernels.finetune.embedded  # noqa: F401  registers the model
 from rlrr_kernels import apply_rlrr, save_adapter
-from rlrr_kernels.analysis.cli import COLUMNS, main
+from rlrr_kernels.analysis.__main__ import COLUMNS, main
 from rlrr_kernels.analysis.report import SUMMARY
-from tests.models import stir
+from tests.small_models import stir
 
 MODEL = "vit_embedded_patch7_28"
 
@@ -71,7 +71,7 @@ def test_bad_arguments_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, 
 
 
 def test_an_output_that_cannot_be_written_is_said_before_the_work(tuned, capsys, monkeypatch):
-    monkeypatch.setattr("rlrr_kernels.analysis.cli.analyze", pytest.fail)
+    monkeypatch.setattr("rlrr_kernels.analysis.__main__.analyze", pytest.fail)
     (tuned / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
         main([MODEL, "--rlrr", str(tuned / "run"), "--out", str(tuned / "file")])
@@ -83,7 +83,7 @@ def test_ctrl_c_writes_nothing(tuned, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlrr_kernels.analysis.cli.analyze", interrupt)
+    monkeypatch.setattr("rlrr_kernels.analysis.__main__.analyze", interrupt)
     assert main([MODEL, "--rlrr", str(tuned / "run"), "--out", str(tuned / "out")]) == 130
     assert not list((tuned / "out").iterdir())
     assert "interrupted" in capsys.readouterr().err

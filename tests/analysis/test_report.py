@@ -10,7 +10,7 @@ from rlrr_kernels.analysis import Tuned, analyze, layer_view, linear_weights, rl
 from rlrr_kernels.analysis.figure import draw
 from rlrr_kernels.analysis.report import FORMAT, parts, summary
 from rlrr_kernels.analysis.updates import LowRank, OutputScaled, Replaced
-from tests.models import small_vit, stir
+from tests.small_models import small_vit, stir
 
 
 def normal(*shape, seed=0):

@@ -16,7 +16,7 @@ from rlrr_kernels.analysis import (
     ssf_checkpoint,
 )
 from rlrr_kernels.analysis.updates import LowRank, OutputScaled, Replaced, Rescaled
-from tests.models import small_swin, small_vit, stir
+from tests.small_models import small_swin, small_vit, stir
 
 LINEARS = {f"blocks.{i}.{leaf}" for i in range(2) for leaf in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
 

@@ -185,7 +185,7 @@ def test_what_was_measured_goes_before_the_default_for_its_pass_shape_and_tokens
     assert [served(2, kernel, 1) for kernel in ("grad_input", "grad_scales")] == [best, own]
     assert [served(m, dtype=torch.bfloat16) for m in (99, 100, 10**6)] == [own, best, best]
     x, weight = torch.zeros(2, 5), torch.zeros(4, 5)
-    assert choice.module_for("forward", x, weight, 2, 2).__name__ == "rlrr_kernels.reference"
+    assert choice.module_for("forward", x, weight, 2, 2).__name__ == "rlrr_kernels.backends.reference"
 
 
 def test_each_pass_of_a_layer_runs_on_what_was_measured_for_it(measured):

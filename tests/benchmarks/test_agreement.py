@@ -12,7 +12,7 @@ from benchmarks.agreement import Formula, relative_error
 from benchmarks.cases import Shape
 from benchmarks.suite import Rivals
 from benchmarks.timing import Rejected
-from rlrr_kernels.check import record
+from rlrr_kernels.backends import verdicts
 
 TINY = Shape("vit_b", "tiny", "qkv", 5, 24, 16, 3)
 
@@ -84,7 +84,7 @@ def test_a_layer_that_is_wrong_is_not_timed(direction, dtype, monkeypatch):
 
 
 def test_a_backend_that_failed_its_check_is_not_run(monkeypatch):
-    monkeypatch.setattr(record, "failure", lambda subject, device: "forward: off" if subject == "cpu" else None)
+    monkeypatch.setattr(verdicts, "failure", lambda subject, device: "forward: off" if subject == "cpu" else None)
     x = torch.randn(4, 16)
     with pytest.raises(Rejected, match=r"^check: forward: off$"):
         implementations.served_by(results.CPU, x, x)
@@ -99,4 +99,4 @@ def test_a_backend_that_failed_its_check_is_not_run(monkeypatch):
 
 def test_every_backend_that_is_timed_has_a_check():
     assert implementations.CHECKED.keys() == implementations.BACKENDS.keys() - {results.PANELS}
-    assert set(implementations.CHECKED.values()) == set(record.SUBJECTS)
+    assert set(implementations.CHECKED.values()) == set(verdicts.SUBJECTS)

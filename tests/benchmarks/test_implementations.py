@@ -14,7 +14,8 @@ from benchmarks import implementations, results
 from benchmarks.implementations import Inputs, call
 from benchmarks.memory import saved_for_backward
 from benchmarks.timing import Unavailable
-from rlrr_kernels import backend_for, reference
+from rlrr_kernels import backend_for
+from rlrr_kernels.backends import reference
 from tests.oracle import Answer, Problem, assert_close, check, differentiate, make_problem
 
 COMPILED = (results.FORMULA_COMPILED, results.RECOMPUTE_COMPILED, results.FORMULA_MAX)

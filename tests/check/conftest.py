@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlrr_kernels.backends import choice
-from rlrr_kernels.check import record
+from rlrr_kernels.backends import choice, verdicts
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def forget() -> None:
     """As in a new process."""
-    record.kept.cache_clear()
-    record.build_of.cache_clear()
+    verdicts.kept.cache_clear()
+    verdicts.build_of.cache_clear()
     choice.failed.cache_clear()
     choice._plans.clear()

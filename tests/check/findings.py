@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlrr_kernels.check.record import SUBJECTS, Finding, Where
+from rlrr_kernels.backends.verdicts import SUBJECTS, Finding, Where
 
 CPU = torch.device("cpu")
 

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlrr_kernels import ops, reference
-from rlrr_kernels.backends import choice
+from rlrr_kernels import ops
+from rlrr_kernels.backends import choice, reference
 from rlrr_kernels.backends.problem import Problem
 from rlrr_kernels.backends.triton import launch, layer_norm
 from rlrr_kernels.backends.triton.choose import Device, choose
+from rlrr_kernels.backends.verdicts import PRODUCTS
 from rlrr_kernels.check import cases
 from rlrr_kernels.check.cases import Case
-from rlrr_kernels.check.record import PRODUCTS
 from tests.oracle import require
 
 CPU = torch.device("cpu")

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from rlrr_kernels import __main__ as package
-from rlrr_kernels.check import cli, record
+from rlrr_kernels.backends import verdicts as record
+from rlrr_kernels.backends.verdicts import Where
+from rlrr_kernels.check import command as cli
 from rlrr_kernels.check.processes import Outcome, Task
-from rlrr_kernels.check.record import Where
 from tests.check.conftest import forget
 from tests.check.findings import CPU, findings
 from tests.locks import holding, wait_until_free, wait_until_held

@@ -8,10 +8,10 @@ import warnings
 import pytest
 import torch
 
-from rlrr_kernels import backend_for, info, ops, rescaled_linear, use_backend
-from rlrr_kernels.backends import choice
+from rlrr_kernels import backend_for, ops, rescaled_linear, use_backend
+from rlrr_kernels.__main__ import info
+from rlrr_kernels.backends import choice, verdicts
 from rlrr_kernels.backends.triton import launch, layer_norm
-from rlrr_kernels.check import record
 from tests.check.conftest import forget
 from tests.check.findings import findings
 from tests.oracle import make_problem, require
@@ -21,11 +21,11 @@ X = torch.zeros(2, 4)
 
 
 def keep(file, found):
-    record.add(file, found)
+    verdicts.add(file, found)
     forget()
 
 
-@pytest.mark.parametrize("wrong", record.PRODUCTS)
+@pytest.mark.parametrize("wrong", verdicts.PRODUCTS)
 def test_auto_leaves_out_what_failed_and_says_so(file, wrong):
     require("cpu")
     keep(file, findings(wrong=wrong))
@@ -55,7 +55,7 @@ def test_nor_is_it_loaded_to_tell_what_is_here(file, monkeypatch):
     loaded, load = [], choice.load
     monkeypatch.setattr(choice, "load", lambda name: loaded.append(name) or load(name))
     with pytest.warns(UserWarning, match="'panels' serves"):
-        report = list(info.lines())
+        report = list(info())
     assert "cpu" not in loaded
     assert "  cpu        not loaded: it failed its check on this device: forward: y: not finite" in report
     assert "    cpu          failed: forward: y: not finite" in report
@@ -88,7 +88,7 @@ def test_what_was_measured_does_not_bring_it_back(file, monkeypatch):
 
 def test_cuda_is_judged_by_the_kernels_that_it_uses(monkeypatch):
     asked = []
-    monkeypatch.setattr(record, "failure", lambda subject, device, passes: asked.append(subject))
+    monkeypatch.setattr(verdicts, "failure", lambda subject, device, passes: asked.append(subject))
     for hopper in ("0", "1"):
         choice.failed.cache_clear()
         monkeypatch.setenv("RLRR_CUDA_HOPPER", hopper)
@@ -101,9 +101,9 @@ def test_the_record_is_read_once_and_no_call_asks_again(file, monkeypatch):
     require("cpu")
     keep(file, findings())
     read, asked = [], []
-    monkeypatch.setattr(record.cachefile, "read", lambda path, layout: read.append(path) or [])
-    failure = record.failure
-    monkeypatch.setattr(record, "failure", lambda *a: asked.append(a) or failure(*a))
+    monkeypatch.setattr(verdicts.cache, "read", lambda path, layout: read.append(path) or [])
+    failure = verdicts.failure
+    monkeypatch.setattr(verdicts, "failure", lambda *a: asked.append(a) or failure(*a))
     p = make_problem(3, 4, 5)
     for _ in range(3):
         rescaled_linear(*p.forward_args)

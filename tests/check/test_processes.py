@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
+from rlrr_kernels.backends.verdicts import Where
 from rlrr_kernels.check import cases, worker
 from rlrr_kernels.check.processes import Task, exit_on_signals, run, understood
-from rlrr_kernels.check.record import Where
 from tests.locks import holding, wait_until_free, wait_until_held
 from tests.oracle import require
 

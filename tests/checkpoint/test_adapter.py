@@ -15,7 +15,7 @@ from rlrr_kernels import FusedRLRRLinear, apply_rlrr, count_parameters, disable_
 from rlrr_kernels.checkpoint import CARD, CONFIG, WEIGHTS, adapter_metadata, load_adapter, save_adapter
 from rlrr_kernels.checkpoint.manifest import Manifest
 from tests.checkpoint.test_files import fail_at
-from tests.models import X, small_swin, small_vit, stir
+from tests.small_models import X, small_swin, small_vit, stir
 
 
 def tuned(model=None, **options):

@@ -6,7 +6,7 @@ import yaml
 
 from rlrr_kernels import apply_rlrr, load_adapter, save_adapter
 from rlrr_kernels.finetune.embedded import EMBEDDED_MODEL
-from tests.models import X, small_vit, stir
+from tests.small_models import X, small_vit, stir
 
 
 def card_of(folder):

@@ -10,7 +10,7 @@ from rlrr_kernels import RLRRConfig, count_parameters
 from rlrr_kernels.checkpoint import CONFIG, load_adapter, save_adapter
 from rlrr_kernels.checkpoint.manifest import Manifest
 from tests.checkpoint.test_adapter import assert_untouched, edit, tuned, values_of
-from tests.models import small_swin, small_vit
+from tests.small_models import small_swin, small_vit
 
 
 @pytest.fixture

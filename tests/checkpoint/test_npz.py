@@ -10,7 +10,7 @@ from timm.layers import resample_abs_pos_embed
 
 from rlrr_kernels import apply_rlrr, merge
 from rlrr_kernels.checkpoint import load_npz_backbone
-from tests.models import X, small_swin, small_vit, stir
+from tests.small_models import X, small_swin, small_vit, stir
 
 
 def google_arrays(model):

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from rlrr_kernels import apply_rlrr, merge, param_groups, use_backend
 from rlrr_kernels.checkpoint.official import convert_official, load_official_adapter
-from tests.models import X, small_swin, small_vit, stir
 from tests.oracle import BACKENDS, assert_close, require
+from tests.small_models import X, small_swin, small_vit, stir
 
 #: What the published code computes in float64, on a ViT of two blocks and 48 features.
 FIXTURE = dict(np.load(Path(__file__).parents[1] / "fixtures" / "official_vit_float64.npz"))

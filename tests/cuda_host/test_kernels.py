@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrr_kernels.yardstick import relative_error
+from rlrr_kernels.check.yardstick import relative_error
 from tests.cuda_host.machine import BACKWARDS, FORWARDS, LARGE, PASSES, SHUFFLED, SMALL, Machine, rows_apart
 from tests.oracle import Answer, Problem, assert_close, check, differentiate, make_problem, strided
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from rlrr_kernels.finetune import Settings
-from rlrr_kernels.finetune.cli import COMMANDS, main, parser
+from rlrr_kernels.finetune.__main__ import COMMANDS, main, parser
 from rlrr_kernels.finetune.commands.options import as_options
 
 

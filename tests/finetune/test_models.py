@@ -12,7 +12,7 @@ from rlrr_kernels import count_parameters
 from rlrr_kernels.finetune import Settings, prepare
 from rlrr_kernels.finetune.models import _drop_elements, _zero_head, build_model, load_backbone
 from tests.checkpoint.test_npz import google_arrays
-from tests.models import small_swin, stir
+from tests.small_models import small_swin, stir
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import nn
 
 from rlrr_kernels import SSFAffine, SSFLayerNorm, apply_rlrr, count_parameters
 from rlrr_kernels.finetune.peers import SSFLinear, apply_lora, apply_ssf, matching_rank
-from tests.models import X, small_swin, small_vit, stir
+from tests.small_models import X, small_swin, small_vit, stir
 
 
 def test_ssf_puts_an_affine_after_every_linear_norm_and_the_patch_embedding():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlrr_kernels.finetune import Settings, prepare, report, train
-from rlrr_kernels.finetune.cli import main
+from rlrr_kernels.finetune.__main__ import main
 from rlrr_kernels.finetune.report import RunFolder
 from rlrr_kernels.finetune.state import FILE, State, check_settings, read_state, resumed
 from rlrr_kernels.finetune.trainer import Trainer

@@ -110,7 +110,7 @@ def _pretend() -> None:
 
 
 def _faulty(backend: str, which: str, module: types.ModuleType) -> Any:
-    from rlrr_kernels import reference
+    from rlrr_kernels.backends import reference
 
     faults = dict(one.split("=") for one in os.environ.get("PRETENDED_FAULT", "").split(",") if one)
 
@@ -150,7 +150,7 @@ class _Backends:
 
         def exec_module(module: types.ModuleType) -> None:
             load(module)
-            from rlrr_kernels import reference
+            from rlrr_kernels.backends import reference
 
             for backend in ("gluon", "triton", "cuda"):
                 pretended: Any = types.ModuleType(f"pretended_{backend}")

@@ -17,13 +17,13 @@ import torch
 from rlrr_kernels import load_official_adapter
 from rlrr_kernels.checkpoint import load_npz_backbone
 from rlrr_kernels.checkpoint.manifest import Manifest
-from rlrr_kernels.checkpoint.reading import read_safetensors
 from rlrr_kernels.finetune.commands.results import read_run
 from rlrr_kernels.finetune.data.arrays import read_fashion_mnist, read_npz
 from rlrr_kernels.finetune.data.fgvc import read_json
 from rlrr_kernels.finetune.data.vtab import read_list
 from rlrr_kernels.finetune.models import load_backbone
 from rlrr_kernels.finetune.state import read_state
+from rlrr_kernels.io.reading import read_safetensors
 from tests.checkpoint.test_npz import google_arrays
 from tests.reliability import hostile
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from rlrr_kernels import apply_rlrr, disable_adapter, merge, merge_and_unload, unmerge
-from tests.models import small_vit, stir
 from tests.oracle import assert_close
 from tests.reliability.in_processes import case
+from tests.small_models import small_vit, stir
 
 CASES = {}
 MESH = None

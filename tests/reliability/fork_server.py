@@ -31,7 +31,7 @@ def main() -> None:
     # threads would not live on in a forked child, and what waits for them would wait for ever
     torch.set_num_threads(1)
     from rlrr_kernels.finetune import loop, report
-    from rlrr_kernels.finetune.cli import main as command
+    from rlrr_kernels.finetune.__main__ import main as command
     from rlrr_kernels.finetune.data.arrays import read_digits
     from rlrr_kernels.finetune.settings import Settings
     from tests.finetune.runs import shrink

@@ -35,7 +35,6 @@ from rlrr_kernels.finetune.state import check_settings, read_state
 from rlrr_kernels.finetune.trainer import Trainer
 from tests.checkpoint.test_npz import google_arrays
 from tests.finetune.runs import prepared
-from tests.models import stir
 from tests.reliability.mutations import (
     Mutation,
     json_values,
@@ -46,6 +45,7 @@ from tests.reliability.mutations import (
     unpacked,
     zip_entries,
 )
+from tests.small_models import stir
 from tests.tune.entries import PROBLEM, TILE, entry, file_of
 
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}

@@ -16,12 +16,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
-from rlrr_kernels import (
-    FusedRLRRLinear,
-    SSFLayerNorm,
-    parallel,
-)
-from rlrr_kernels.parallel import RLRRColwiseParallel, RLRRRowwiseParallel, RLRRSequenceParallel
+from rlrr_kernels import FusedRLRRLinear, SSFLayerNorm
+from rlrr_kernels.layers import parallel
+from rlrr_kernels.layers.parallel import RLRRColwiseParallel, RLRRRowwiseParallel, RLRRSequenceParallel
 from tests.oracle import Answer, assert_close, check, make_problem
 from tests.reliability.in_processes import case
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import parallelize_module
 
 from rlrr_kernels import FusedRLRRLinear
-from rlrr_kernels.parallel import clip_grad_norm_
+from rlrr_kernels.layers.parallel import clip_grad_norm_
 from tests.oracle import Answer, check, make_problem
 from tests.reliability import tensor_parallel_models as models
 from tests.reliability.in_processes import case

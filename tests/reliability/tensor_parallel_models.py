@@ -14,22 +14,14 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional as F
 
-from rlrr_kernels import (
-    apply_rlrr,
-    disable_adapter,
-    load_adapter,
-    merge,
-    merge_and_unload,
-    parallel,
-    save_adapter,
-    unmerge,
-)
-from rlrr_kernels.parallel import RLRRColwiseParallel, RLRRRowwiseParallel
-from tests.models import small_vit, stir
+from rlrr_kernels import apply_rlrr, disable_adapter, load_adapter, merge, merge_and_unload, save_adapter, unmerge
+from rlrr_kernels.layers import parallel
+from rlrr_kernels.layers.parallel import RLRRColwiseParallel, RLRRRowwiseParallel
 from tests.oracle import assert_close
 from tests.reliability import tensor_parallel as layers
 from tests.reliability.in_processes import case
 from tests.reliability.tensor_parallel import CASES, WHOLE, full, start
+from tests.small_models import small_vit, stir
 
 __all__ = ["CASES", "start"]
 

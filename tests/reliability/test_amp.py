@@ -6,9 +6,11 @@ from unittest import mock
 import pytest
 import torch
 
-from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, linear, reference, rescaled_linear
-from tests.models import X, small_vit, stir
+from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, rescaled_linear
+from rlrr_kernels.backends import reference
+from rlrr_kernels.layers import linear
 from tests.oracle import assert_close, make_problem
+from tests.small_models import X, small_vit, stir
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 HALVES = [torch.bfloat16, torch.float16]

@@ -12,18 +12,10 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from rlrr_kernels import (
-    FusedRLRRLinear,
-    SSFAffine,
-    SSFLayerNorm,
-    apply_rlrr,
-    ops,
-    reference,
-    rescaled_linear,
-    use_backend,
-)
-from tests.models import X, small_vit, stir
+from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, ops, rescaled_linear, use_backend
+from rlrr_kernels.backends import reference
 from tests.oracle import make_problem
+from tests.small_models import X, small_vit, stir
 
 NAMES = ("x", "weight", "scale_out", "scale_in", "bias", "shift")
 SUBSETS = [s for n in range(1, 7) for s in itertools.combinations(range(6), n)]
@@ -179,7 +171,7 @@ def test_second_derivatives_of_ssf_layer_norm(needs, affine):
         return torch.func.functional_call(norm, {"ssf_scale": s, "ssf_shift": t}, (x,))
 
     def own_ops(x, s, t):  # those that a GPU and 16-bit rows take
-        from rlrr_kernels.norm import _SSFLayerNorm
+        from rlrr_kernels.layers.norm import _SSFLayerNorm
 
         return _SSFLayerNorm.apply(x, norm.weight, norm.bias, s, t, norm.eps, x.dtype)
 

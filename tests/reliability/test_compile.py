@@ -11,9 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, ops, reference, use_backend
-from tests.models import X, small_swin, small_vit, stir
+from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, ops, use_backend
+from rlrr_kernels.backends import reference
 from tests.oracle import assert_close
+from tests.small_models import X, small_swin, small_vit, stir
 
 SIZES = (5, 7, 9, 2, 33, 64, 3, 100)
 

@@ -14,8 +14,8 @@ from torch.export import Dim, export
 
 import rlrr_kernels
 from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, merge, merge_and_unload, ops, use_backend
-from tests.models import X, small_swin, small_vit, stir
 from tests.oracle import Answer, assert_close, check, differentiate, make_problem
+from tests.small_models import X, small_swin, small_vit, stir
 
 TABLE = rlrr_kernels.decomposition_table()
 MODELS = {"vit": partial(small_vit, depth=1), "swin": partial(small_swin, depths=(1, 1))}

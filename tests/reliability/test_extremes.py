@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlrr_kernels import reference, rescaled_linear, use_backend
-from rlrr_kernels.backends import choice
+from rlrr_kernels import rescaled_linear, use_backend
+from rlrr_kernels.backends import choice, reference
 from tests.backends import test_numerics
 from tests.cuda_host.machine import LARGE, SMALL
 from tests.oracle import (

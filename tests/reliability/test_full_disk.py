@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from rlrr_kernels import apply_rlrr, load_adapter, save_adapter
-from rlrr_kernels.analysis import cli as analysis
+from rlrr_kernels.analysis import __main__ as analysis
 from rlrr_kernels.backends import tuned
-from rlrr_kernels.checkpoint import files
 from rlrr_kernels.finetune import report, train
 from rlrr_kernels.finetune.report import NotWritten
 from rlrr_kernels.finetune.state import read_state
 from rlrr_kernels.finetune.trainer import Trainer
-from rlrr_kernels.tune import cli as tune
+from rlrr_kernels.io import files
+from rlrr_kernels.tune import __main__ as tune
 from tests.finetune.commands.conftest import status
 from tests.finetune.runs import prepared, results
-from tests.models import stir
 from tests.reliability.hostile import tiny_vit
+from tests.small_models import stir
 from tests.tune.test_cli import SIZES, machine
 
 SMALL = {"sizes": (8, 8, 8), "batch_size": 8, "method": "linear"}

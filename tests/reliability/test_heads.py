@@ -12,10 +12,10 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.resnet import BasicBlock
 
 from rlrr_kernels import FusedRLRRLinear, SSFLayerNorm, apply_rlrr, disable_adapter, load_adapter, save_adapter
-from rlrr_kernels.adapt import adapters
 from rlrr_kernels.checkpoint.trained import trained_parameters
-from rlrr_kernels.heads import head
-from tests.models import X, small_vit, stir
+from rlrr_kernels.models.adapt import adapters
+from rlrr_kernels.models.heads import head
+from tests.small_models import X, small_vit, stir
 
 
 class Wrapped(nn.Module):

@@ -17,17 +17,18 @@ from torch import nn
 
 from rlrr_kernels import apply_rlrr, load_adapter, load_official_adapter, save_adapter
 from rlrr_kernels.analysis import sources
-from rlrr_kernels.checkpoint import load_npz_backbone, reading
-from rlrr_kernels.checkpoint.reading import read_safetensors
+from rlrr_kernels.checkpoint import load_npz_backbone
 from rlrr_kernels.finetune.commands.runs import open_run
 from rlrr_kernels.finetune.data.arrays import read_npz
 from rlrr_kernels.finetune.data.fgvc import read_json
 from rlrr_kernels.finetune.data.vtab import read_list
 from rlrr_kernels.finetune.models import load_backbone
-from tests.models import stir
+from rlrr_kernels.io import reading
+from rlrr_kernels.io.reading import read_safetensors
 from tests.reliability import bombs, hostile
 from tests.reliability.memory import peak_growth
 from tests.reliability.mutations import mutated
+from tests.small_models import stir
 
 #: Format -> how many mutated files of it, and what makes its target.
 FORMATS = {

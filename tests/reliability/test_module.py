@@ -11,10 +11,10 @@ from torch import nn
 
 from rlrr_kernels import FusedRLRRLinear, RLRRConfig, SSFAffine, SSFLayerNorm, apply_rlrr, merge, unmerge
 from rlrr_kernels import merge_and_unload as unload
-from tests.models import ROWS as x
-from tests.models import X, small_swin, small_vit, tuned
-from tests.models import formula_of as formula
-from tests.models import small_layer as layer
+from tests.small_models import ROWS as x
+from tests.small_models import X, small_swin, small_vit, tuned
+from tests.small_models import formula_of as formula
+from tests.small_models import small_layer as layer
 
 
 class Tied(nn.Module):

@@ -10,9 +10,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from rlrr_kernels import FusedRLRRLinear, apply_rlrr, disable_adapter, merge
 from rlrr_kernels import merge_and_unload as unload
-from tests.models import ROWS as x
-from tests.models import formula_of as formula
-from tests.models import small_layer as layer
+from tests.small_models import ROWS as x
+from tests.small_models import formula_of as formula
+from tests.small_models import small_layer as layer
 
 
 class Doubled(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rlrr_kernels import FusedRLRRLinear, apply_rlrr, disable_adapter, merge, merge_and_unload, unmerge
-from tests.models import X, small_swin, small_vit, stir, tuned
+from tests.small_models import X, small_swin, small_vit, stir, tuned
 
 
 def other(make=small_vit):

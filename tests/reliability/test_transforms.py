@@ -11,9 +11,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, ops, reference, rescaled_linear
-from tests.models import X, small_vit, stir
+from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, ops, rescaled_linear
+from rlrr_kernels.backends import reference
 from tests.oracle import assert_close, make_problem
+from tests.small_models import X, small_vit, stir
 
 ALL = tuple(range(6))
 

@@ -20,7 +20,7 @@ from rlrr_kernels import (
     save_adapter,
     unmerge,
 )
-from tests.models import X, small_layer, small_vit, stir, tuned
+from tests.small_models import X, small_layer, small_vit, stir, tuned
 
 
 def compiled(model):

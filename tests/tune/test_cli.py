@@ -9,14 +9,14 @@ from functools import partial
 import pytest
 import torch
 
-from rlrr_kernels import yardstick
 from rlrr_kernels.backends import choice, tuned
 from rlrr_kernels.backends.problem import Problem
 from rlrr_kernels.backends.triton import choose, launch
 from rlrr_kernels.backends.tuned import add, parse, read
-from rlrr_kernels.check.record import Where
-from rlrr_kernels.tune import cli
-from rlrr_kernels.tune.cli import main
+from rlrr_kernels.backends.verdicts import Where
+from rlrr_kernels.check import yardstick
+from rlrr_kernels.tune import __main__ as cli
+from rlrr_kernels.tune.__main__ import main
 from rlrr_kernels.tune.timing import Machine
 from tests.oracle import require
 from tests.tune.entries import CPU, entry
@@ -97,7 +97,7 @@ def test_what_failed_its_check_is_said_and_out(file, monkeypatch, capsys):
     require("cpu")
     monkeypatch.setattr(cli, "failures", lambda device: ({"cpu": "forward: y: not finite"}, {"triton": "no time"}))
     choice.failed.cache_clear()
-    monkeypatch.setattr("rlrr_kernels.check.record.failure", lambda name, *_: "wrong" if name == "cpu" else None)
+    monkeypatch.setattr("rlrr_kernels.backends.verdicts.failure", lambda name, *_: "wrong" if name == "cpu" else None)
     try:
         assert main([*ARGUMENTS, *OURS], machine(no_gain)) == 0
     finally:

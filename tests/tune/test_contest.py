@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rlrr_kernels.check.record import Where
+from rlrr_kernels.backends.verdicts import Where
 from rlrr_kernels.tune.candidates import Candidate
 from rlrr_kernels.tune.contest import MARGIN, DeviceLostError, Result, Spread, beats, contest, rules
 from tests.tune.entries import CPU, PROBLEM

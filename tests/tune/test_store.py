@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from rlrr_kernels import cachefile
 from rlrr_kernels.backends.tuned import FORMAT, add, parse, read
-from rlrr_kernels.check.record import Where
+from rlrr_kernels.backends.verdicts import Where
+from rlrr_kernels.io import cache
 from tests.tune.entries import CPU, entry
 
 #: Children only read and write files: none uses what a fork may not carry over.
@@ -111,7 +111,7 @@ def test_a_file_that_is_no_table_is_set_aside(tmp_path):
 
 def test_a_writer_waits_for_another(tmp_path):
     path = tmp_path / "tuned.json"
-    with cachefile.alone(path):
+    with cache.alone(path):
         start = FORK.Barrier(2)
         writer = FORK.Process(target=write_many, args=(path, start, 1, 1))
         writer.start()
@@ -126,9 +126,9 @@ def test_a_writer_waits_for_another(tmp_path):
 
 def test_clear(tmp_path):
     path = tmp_path / "tuned.json"
-    assert not cachefile.clear(path)
+    assert not cache.clear(path)
     add(path, [entry()])
-    assert cachefile.clear(path)
+    assert cache.clear(path)
     assert not path.exists()
     assert read(path) == []
 
@@ -136,10 +136,10 @@ def test_clear(tmp_path):
 def test_what_cannot_be_written_is_said_beforehand(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        cachefile.check_writable(tmp_path / "file" / "tuned.json", FORMAT)
+        cache.check_writable(tmp_path / "file" / "tuned.json", FORMAT)
     with pytest.raises(IsADirectoryError, match="expected a file"):
-        cachefile.check_writable(tmp_path, FORMAT)
-    cachefile.check_writable(tmp_path / "tuned.json", FORMAT)
+        cache.check_writable(tmp_path, FORMAT)
+    cache.check_writable(tmp_path / "tuned.json", FORMAT)
     assert not (tmp_path / "tuned.json").exists()
 
 
@@ -157,7 +157,7 @@ def test_damaged_files_are_set_aside_one_beside_the_other(tmp_path):
 def test_a_table_of_another_version_is_refused_before_anything_is_measured(tmp_path):
     path = tmp_path / "tuned.json"
     path.write_text('{"format": 99, "entries": []}')
-    for attempt in (lambda: cachefile.check_writable(path, FORMAT), lambda: add(path, [entry(3)])):
+    for attempt in (lambda: cache.check_writable(path, FORMAT), lambda: add(path, [entry(3)])):
         with pytest.raises(OSError, match=r"another version of rlrr_kernels wrote it \(format: expected 2, got 99\)"):
             attempt()
     assert path.read_text() == '{"format": 99, "entries": []}'

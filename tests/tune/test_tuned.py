@@ -16,7 +16,7 @@ import torch
 from rlrr_kernels.backends import choice, tuned
 from rlrr_kernels.backends.triton import choose, launch
 from rlrr_kernels.backends.tuned import find, parse
-from rlrr_kernels.check.record import Where
+from rlrr_kernels.backends.verdicts import Where
 from tests.tune.entries import CPU, PROBLEM, TILE, entry, file_of
 
 HERE = Where.of("triton", CPU)

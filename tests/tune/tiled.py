@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlrr_kernels import reference
-from rlrr_kernels.backends import choice
+from rlrr_kernels.backends import choice, reference
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What ``rlrr-finetune`` does, one module a command; ``finetune/cli.py`` holds the table."""
+"""What ``rlrr-finetune`` does, one module a command; ``finetune/__main__.py`` holds the table."""

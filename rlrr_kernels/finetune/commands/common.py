@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlrr_kernels.checkpoint.files import check_writable
 from rlrr_kernels.finetune.distributed import launched
+from rlrr_kernels.io.files import check_writable
 
 INTERRUPTED = 130
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rlrr_kernels.checkpoint import write_atomically
-from rlrr_kernels.checkpoint.files import check_writable
-from rlrr_kernels.checkpoint.reading import expect, inside, read_json
 from rlrr_kernels.finetune import state
 from rlrr_kernels.finetune.commands.grid import Grid
 from rlrr_kernels.finetune.commands.results import read_run
 from rlrr_kernels.finetune.recipes import TASKS, recipe
 from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.io.files import check_writable
+from rlrr_kernels.io.reading import expect, inside, read_json
 
 FORMAT = "rlrr_kernels.sweep/1"
 #: Settings that differ between the runs of a sweep, or that no result depends on.

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlrr_kernels.checkpoint.reading import expect, inside, read_json
 from rlrr_kernels.finetune.commands.options import FIELDS, shown
 from rlrr_kernels.finetune.recipes import TASKS, VTAB_GROUPS, recipe
 from rlrr_kernels.finetune.settings import check_types
+from rlrr_kernels.io.reading import expect, inside, read_json
 
 DEFAULTS: Mapping[str, Any] = {name: field.default for name, field in FIELDS.items()}
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels import adapter_metadata, load_adapter, merge_and_unload
-from rlrr_kernels.adapt import adapters
 from rlrr_kernels.checkpoint import WEIGHTS
 from rlrr_kernels.checkpoint.manifest import Manifest
-from rlrr_kernels.checkpoint.reading import expect, expect_names
 from rlrr_kernels.finetune.commands.results import read_run
 from rlrr_kernels.finetune.models import build_model
 from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.linear import FusedRLRRLinear
+from rlrr_kernels.io.reading import expect, expect_names
+from rlrr_kernels.layers.linear import FusedRLRRLinear
+from rlrr_kernels.models.adapt import adapters
 
 #: Settings with which a model is built as timm builds it.
 BARE: Mapping[str, Any] = {"method": "full", "frozen_dtype": ""}

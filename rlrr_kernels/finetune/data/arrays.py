@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rlrr_kernels.checkpoint.reading import npz_arrays, npz_headers
 from rlrr_kernels.finetune.data.aside import set_aside
 from rlrr_kernels.finetune.data.duplicates import equal_arrays
 from rlrr_kernels.finetune.data.folder import SPLITS, split_of
 from rlrr_kernels.finetune.data.images import Parts, numbered
 from rlrr_kernels.finetune.data.pixels import scaled
+from rlrr_kernels.io.reading import npz_arrays, npz_headers
 
 #: The most images in one of Fashion-MNIST's files.
 IDX_IMAGES = 60_000

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlrr_kernels.checkpoint.reading import LARGEST_LIST, inside, read_bytes
 from rlrr_kernels.finetune.data.aside import set_aside
 from rlrr_kernels.finetune.data.duplicates import check_distinct, equal_files
 from rlrr_kernels.finetune.data.images import Parts
 from rlrr_kernels.finetune.data.listed import Entry, Listed, check_images, check_together, need_file
 from rlrr_kernels.finetune.recipes import FGVC
+from rlrr_kernels.io.reading import LARGEST_LIST, inside, read_bytes
 
 #: Folder of a task under the root, and of its images in there.
 FOLDERS = {

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlrr_kernels.checkpoint.files import in_units
 from rlrr_kernels.finetune import distributed
 from rlrr_kernels.finetune.data.images import ImageSet
 from rlrr_kernels.finetune.distributed import World
+from rlrr_kernels.io.files import in_units
 
 A = TypeVar("A")
 B = TypeVar("B")

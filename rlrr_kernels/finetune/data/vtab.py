@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlrr_kernels.checkpoint.reading import LARGEST_LIST, inside, read_bytes
 from rlrr_kernels.finetune.data.duplicates import check_distinct, equal_files
 from rlrr_kernels.finetune.data.images import Parts, numbered
 from rlrr_kernels.finetune.data.listed import (
@@ -17,6 +16,7 @@ from rlrr_kernels.finetune.data.listed import (
     share_files,
 )
 from rlrr_kernels.finetune.recipes import VTAB
+from rlrr_kernels.io.reading import LARGEST_LIST, inside, read_bytes
 
 
 def read_vtab(root: Path, task: str) -> Parts:

@@ -10,7 +10,7 @@ from benchmarks.disassemble import as_case, probe
 from rlrr_kernels import ops, use_backend
 from rlrr_kernels.backends import choice
 from rlrr_kernels.backends.triton import launch, layer_norm
-from rlrr_kernels.yardstick import relative_error
+from rlrr_kernels.check.yardstick import relative_error
 from tests.backends.triton.test_compile import TARGETS
 from tests.oracle import Answer, strided
 from tests.test_norm_numerics import check

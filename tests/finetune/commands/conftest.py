@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from rlrr_kernels.finetune import report
-from rlrr_kernels.finetune.cli import main
+from rlrr_kernels.finetune.__main__ import main
 
 #: Of every run here: quick, on the CPU, without side files.
 QUICK = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "16", "--device", "cpu", "--no-tensorboard"]

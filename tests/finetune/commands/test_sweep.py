@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlrr_kernels.finetune.cli import parser
+from rlrr_kernels.finetune.__main__ import parser
 from rlrr_kernels.finetune.commands import options, sweep
 from rlrr_kernels.finetune.commands.common import CommandError
 from rlrr_kernels.finetune.commands.record import Plan, Point, Record, published_grid

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlrr_kernels.reference import accumulation_dtype
+from rlrr_kernels.backends.reference import accumulation_dtype
 from tests.oracle import Problem, strided
 
 NAMES = ("x", "weight", "scale_out", "scale_in", "bias", "shift")

@@ -1,0 +1,362 @@
+"""FusedRLRRLinear: ``nn.Linear`` with a frozen weight and a trained rescaling of it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rlrr_kernels.backends.reference import accumulation_dtype, rescaled_weight
+from rlrr_kernels.layers.ownership import check_dtype, check_linear, need_no_fsdp, need_own
+from rlrr_kernels.ops.export import refuse_script
+from rlrr_kernels.ops.linear import rescaled_linear
+
+#: The starts of u and v that have a name, see :class:`FusedRLRRLinear`.
+INITS = ("paper", "identity")
+
+#: One of :data:`INITS`, or a function that fills (scale_out, scale_in) in place.
+Init = str | Callable[[Tensor, Tensor], None]
+
+
+def check_init(init: object) -> None:
+    """``ValueError`` unless it is one of :data:`INITS` or can be called."""
+    if not callable(init) and init not in INITS:
+        raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {init!r}")
+
+
+def init_name(init: Init) -> str:
+    """What a layer's ``repr`` calls it."""
+    return init if isinstance(init, str) else getattr(init, "__name__", repr(init))
+
+
+class FusedRLRRLinear(nn.Linear):
+    """y = x (W * (1 + u v))^T + b + f, with W and b frozen and u, v, f trained.
+
+    Takes the place of ``nn.Linear``: same first arguments, same ``weight`` and
+    ``bias`` keys, so checkpoints of the plain layer load (with ``strict=False``, as
+    they lack the three new tensors). Source: RLRR, arXiv 2403.19067, Eq. 16 and 20.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether the frozen layer has a bias.
+        device, dtype: of ``weight`` and ``bias``.
+        groups: equal blocks of output rows with a v each: 3 for a fused qkv.
+        init: ``"paper"`` draws v from U(+-sqrt(6/K)) and u from U(+-sqrt(6)), so
+            W' differs from W at the start; ``"identity"`` sets u = 0 and draws v, so
+            the layer starts as the plain one; a callable gets ``(scale_out, scale_in)``
+            and fills both in place.
+
+    Attributes:
+        weight: W ``[N, K]``, frozen. bias: b ``[N]`` or None, frozen.
+        scale_out: u ``[N, 1]``. scale_in: v ``[1, K]``, or ``[groups, 1, K]``.
+        shift: f ``[N]``, 0 at the start.
+            These three are trained, in float32 (float64 with a float64 weight).
+        enabled: False computes the frozen layer alone, bit for bit.
+        merged: whether :meth:`merge` put W' and b + f in the place of W and b.
+
+    While merged, ``state_dict`` still gives the frozen W and b, and a layer without b has a ``bias`` parameter.
+
+    Raises:
+        TypeError: ``dtype`` is not float16, bfloat16, float32 or float64.
+        ValueError: ``groups`` does not divide N, or ``init`` is an unknown name.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        groups: int = 1,
+        init: Init = "paper",
+    ) -> None:
+        if groups < 1 or out_features % groups:
+            raise ValueError(f"groups: expected a divisor of out_features = {out_features}, got {groups}")
+        check_init(init)
+        check_dtype("dtype", dtype or torch.get_default_dtype())
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.groups = groups
+        self.init = init
+        self.enabled = True
+        self.merged = False
+        #: whether the frozen layer has a bias; the merged one always does
+        self.frozen_bias = bias
+        #: the frozen W and b while W' and b + f are in their place, if they were kept
+        self._frozen: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        new: dict[str, Any] = {"device": self.weight.device, "dtype": accumulation_dtype(self.weight.dtype)}
+        v_shape = (1, in_features) if groups == 1 else (groups, 1, in_features)
+        self.scale_out = nn.Parameter(torch.empty((out_features, 1), **new))
+        self.scale_in = nn.Parameter(torch.empty(v_shape, **new))
+        self.shift = nn.Parameter(torch.empty(out_features, **new))
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.reset_scales()
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, groups: int = 1, init: Init = "paper", dtype: torch.dtype | None = None
+    ) -> FusedRLRRLinear:
+        """Take over a layer's own weight and bias (no copy) and freeze them.
+
+        Args:
+            linear: the layer to replace; its parameters are shared and frozen.
+            groups, init: as in the constructor.
+            dtype: keep weight and bias in this dtype instead (a copy).
+
+        Raises:
+            TypeError: no ``nn.Linear``, or one that computes something else, whose weight is computed from other
+                tensors (``torch.nn.utils``' parametrize, prune, weight_norm), has no data yet, is quantised or in FSDP.
+            ValueError: as the constructor.
+        """
+        check_linear(linear)
+        dtype = dtype or linear.weight.dtype
+        check_dtype("dtype", dtype)
+        layer = cls(linear.in_features, linear.out_features, False, "meta", groups=groups, init=init)
+        new: dict[str, Any] = {"device": linear.weight.device, "dtype": accumulation_dtype(dtype)}
+        linear.requires_grad_(False)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        if dtype is not linear.weight.dtype:
+            layer.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+            if linear.bias is not None:
+                layer.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)
+        for name in ("scale_out", "scale_in", "shift"):
+            shape = getattr(layer, name).shape
+            setattr(layer, name, nn.Parameter(torch.empty(shape, **new)))
+        layer.reset_scales()
+        return layer.train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """Draw W and b as ``nn.Linear`` does and u, v, f as :meth:`reset_scales`, as FSDP asks for after ``to_empty``.
+
+        Pretrained W and b are to be loaded afterwards.
+
+        Raises:
+            RuntimeError: W' and b + f are in the place of W and b, or a tensor is computed from others.
+        """
+        if not hasattr(self, "shift"):  # from nn.Linear's constructor
+            super().reset_parameters()
+            return
+        if self.merged:
+            raise RuntimeError("FusedRLRRLinear: cannot reset while it is merged; unmerge first")
+        need_own(self, "reset", "weight", "bias", "scale_out", "scale_in", "shift")
+        super().reset_parameters()
+        self.reset_scales()
+
+    @torch.no_grad()
+    def reset_scales(self) -> None:
+        """Draw u and v anew as ``init`` says and set f to zero; W and b stay. Does nothing on the meta device.
+
+        Raises:
+            RuntimeError: one of them is computed from other tensors.
+        """
+        need_own(self, "reset", "scale_out", "scale_in", "shift")
+        if self.shift.is_meta:
+            return
+        self.shift.zero_()
+        if callable(self.init):
+            self.init(self.scale_out, self.scale_in)
+            return
+        bound = math.sqrt(6 / self.in_features) if self.in_features else 0.0
+        self.scale_in.uniform_(-bound, bound)
+        if self.init == "identity":
+            self.scale_out.zero_()
+        else:
+            self.scale_out.uniform_(-math.sqrt(6), math.sqrt(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., N]`` in x's dtype, or autocast's.
+
+        Raises:
+            RuntimeError: a pass that is to train u, v, f while they are merged.
+        """
+        if self.merged or not self.enabled:
+            return self._plain(x)
+        return rescaled_linear(x, self.weight, self.scale_out, self.scale_in, self.bias, self.shift)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        if self.merged and self.enabled and self.training and torch.is_grad_enabled():
+            raise RuntimeError("FusedRLRRLinear: u, v, f are merged and would not train; unmerge first")
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if self.merged and not self.enabled:
+            if self._frozen is None:
+                raise RuntimeError("FusedRLRRLinear: disabled, but the frozen weight was not kept when merging")
+            weight, bias = self._frozen
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @torch.no_grad()
+    def merged_weight(self) -> tuple[Tensor, Tensor]:
+        """W' and b + f, formed in float32 and rounded once to the frozen dtype, in memory of their own.
+
+        Raises:
+            RuntimeError: they are already merged.
+        """
+        if self.merged:
+            raise RuntimeError("FusedRLRRLinear: u, v and f are already merged")
+        dtype = self.weight.dtype
+        scale_in = self.scale_in.view(self.groups, 1, self.in_features)
+        if hasattr(self.weight, "device_mesh"):
+            from rlrr_kernels.layers import parallel  # whoever has a DTensor has imported what this does
+
+            weight: Tensor = parallel.sharded_weight(self.weight, self.scale_out, scale_in, dtype)
+        else:
+            weight = rescaled_weight(self.weight, self.scale_out, scale_in, dtype)
+        bias = self.shift if self.bias is None else self.bias.to(self.shift.dtype) + self.shift
+        return weight, bias.to(dtype, copy=True)
+
+    def merge(self, keep: bool = True) -> None:
+        """Put W' and b + f in the place of W and b, for inference at the cost of the plain layer.
+
+        Args:
+            keep: keep W and b for :meth:`unmerge`, at the cost of a second weight in memory.
+
+        Raises:
+            RuntimeError: they are already merged, W or b is computed from other tensors, or FSDP holds them.
+        """
+        need_own(self, "merge", "weight", "bias")
+        need_no_fsdp(self, "merge")
+        weight, bias = self.merged_weight()
+        self._frozen = (cast(nn.Parameter, self.weight), self.bias) if keep else None
+        self.frozen_bias = self.bias is not None
+        # new parameters: W may be tied to a layer that is not merged
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.merged = True
+
+    @property
+    def kept(self) -> bool:
+        """Whether the frozen W and b are kept while W' and b + f are in their place."""
+        return self._frozen is not None
+
+    def unmerge(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """Put W and b back, the very tensors that were there.
+
+        Args:
+            weight, bias: W ``[N, K]`` and b, needed if they were not kept, as loaded anew.
+
+        Raises:
+            RuntimeError: nothing is merged, W was not kept and is not given, W' is computed from other tensors, or
+                FSDP holds it.
+            ValueError: a weight or bias of another shape.
+        """
+        if not self.merged:
+            raise RuntimeError("FusedRLRRLinear: nothing is merged")
+        need_own(self, "unmerge", "weight", "bias")
+        need_no_fsdp(self, "unmerge")
+        if self._frozen is None:
+            if weight is None:
+                raise RuntimeError("FusedRLRRLinear: the frozen weight was not kept; give it to unmerge")
+            if (bias is not None) is not self.frozen_bias:
+                wanted = "the frozen bias" if self.frozen_bias else "none, as the frozen layer has none"
+                raise ValueError(f"bias: expected {wanted}, got {'one' if bias is not None else 'none'}")
+            for name, given, expected in (("weight", weight, self.weight.shape), ("bias", bias, self.shift.shape)):
+                if given is not None and given.shape != expected:
+                    raise ValueError(f"{name}: expected shape {list(expected)}, got {list(given.shape)}")
+            self._frozen = (
+                _frozen_as(self.weight, weight),
+                None if bias is None else _frozen_as(self.bias, bias),
+            )
+        self.weight, self.bias = self._frozen  # type: ignore[assignment]  # nn.Linear's bias may be None
+        self._frozen, self.merged = None, False
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` that computes the same, always with a bias. It shares no memory with this layer."""
+        if self.merged:
+            weight, bias = self.weight.detach().clone(), self.bias.detach().clone()
+        else:
+            weight, bias = self.merged_weight()
+        linear = nn.Linear(self.in_features, self.out_features, True, "meta", weight.dtype)
+        linear.weight, linear.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedRLRRLinear:
+        super()._apply(fn, recurse)
+        if self._frozen is not None:
+            weight, bias = self._frozen
+            self._frozen = _moved(weight, fn), None if bias is None else _moved(bias, fn)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.merged:
+            return
+        if self._frozen is None:
+            where = prefix.rstrip(".") or "model"
+            raise RuntimeError(f"{where}: the frozen weight was not kept when merging; unmerge first")
+        need_own(self, "give a state dict", "weight", "bias")
+        # in their places, so that the order of keys is that of the unmerged layer
+        for name, kept in zip(("weight", "bias"), self._frozen, strict=True):
+            if kept is None:
+                del destination[prefix + name]
+            else:
+                destination[prefix + name] = kept if keep_vars else kept.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.merged:
+            words = "model: it is merged; unmerge before loading"
+            if words not in error_msgs:
+                error_msgs.append(words)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        trained = [prefix + name for name in ("scale_out", "scale_in", "shift")]
+        if missing_keys[-3:] == trained and prefix + "weight" in state_dict:
+            missing_keys[:] = [*map(str, missing_keys[:-1]), _LackedByPlain(missing_keys[-1])]
+
+    __prepare_scriptable__ = refuse_script
+
+    def extra_repr(self) -> str:
+        state = "" if self.enabled else ", disabled"
+        state += ", merged" if self.merged else ""
+        return f"{super().extra_repr()}, groups={self.groups}, init={init_name(self.init)}{state}"
+
+
+class _LackedByPlain(str):
+    """A missing key whose place in PyTorch's error of a strict load says what to do; elsewhere an ordinary string.
+
+    PyTorch tells a layer neither whether a load is strict nor lets it word the error, but formats the keys. The
+    result of a load that is not strict holds them too, for anyone to format.
+    """
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        if sys._getframe(1).f_globals.get("__name__") != nn.Module.__module__:
+            return super().__format__(spec)
+        return f"{self!s} (a plain checkpoint lacks what trains: load it before apply_rlrr, or with strict=False)"
+
+
+def _frozen_as(like: Tensor, values: Tensor) -> nn.Parameter:
+    if hasattr(like, "device_mesh"):
+        from rlrr_kernels.layers import parallel  # whoever has a DTensor has imported what this does
+
+        values = parallel.laid_out_as(values, like)
+    return nn.Parameter(values.to(like), requires_grad=False)
+
+
+def _moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """What ``nn.Module.to`` makes of a parameter: the same object where it can be, for ties to it."""
+    data = fn(parameter.data)
+    if not torch._has_compatible_shallow_copy_type(parameter.data, data):
+        return nn.Parameter(data, parameter.requires_grad)
+    parameter.data = data
+    return parameter

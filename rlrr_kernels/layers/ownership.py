@@ -1,0 +1,77 @@
+"""Whether the tensors of a linear layer are its own, so that they can be taken over, replaced or drawn anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from rlrr_kernels.ops.linear import FLOATS
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """``TypeError`` unless the layer computes in it."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
+
+
+def check_linear(linear: object, name: str = "linear") -> None:
+    """See that :meth:`~rlrr_kernels.FusedRLRRLinear.from_linear` takes this layer; errors call it ``name``.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    kind: Any = type(linear)
+    if not isinstance(linear, nn.Linear) or kind.forward is not nn.Linear.forward or "forward" in vars(linear):
+        own = "" if not isinstance(linear, nn.Linear) else ", whose forward is its own"
+        raise TypeError(f"{name}: expected a plain nn.Linear, got {kind.__module__}.{kind.__qualname__}{own}")
+    if under_fsdp(linear):
+        raise TypeError(f"{name}: FSDP has taken over its parameters; adapt the model before it is sharded")
+    for part in ("weight", "bias"):
+        if part not in linear._parameters:
+            raise TypeError(
+                f"{name}: its {part} is no parameter but computed from others (parametrize, prune, weight_norm); "
+                "remove that first"
+            )
+    weight = linear.weight
+    if is_lazy(weight):
+        raise TypeError(f"{name}: {kind.__name__} has no weight yet; call it once before")
+    wrapped = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "device_mesh")  # but for a DTensor
+    if wrapped or weight.layout is not torch.strided:
+        raise TypeError(
+            f"{name}.weight: expected a plain tensor, got {type(weight).__name__} of layout {weight.layout}; "
+            "adapt a layer before it is quantised or made sparse"
+        )
+    check_dtype(f"{name}.weight", weight.dtype)
+    if weight.shape != (linear.out_features, linear.in_features):
+        raise ValueError(
+            f"{name}.weight: expected shape {[linear.out_features, linear.in_features]} as its features say, "
+            f"got {list(weight.shape)}"
+        )
+
+
+def need_own(layer: nn.Module, verb: str, *names: str) -> None:
+    """``RuntimeError`` if one of these tensors is none of the layer's parameters but computed from others."""
+    for name in names:
+        if name not in layer._parameters:
+            raise RuntimeError(
+                f"FusedRLRRLinear: cannot {verb} while {name} is computed from other tensors "
+                "(parametrize, prune, weight_norm); remove that first"
+            )
+
+
+def need_no_fsdp(layer: nn.Module, verb: str) -> None:
+    """``RuntimeError`` under FSDP, whose next pass would put the parameters that it knows back without a word."""
+    if under_fsdp(layer):
+        raise RuntimeError(
+            f"FusedRLRRLinear: cannot {verb} under FSDP, which would put its own parameters back; "
+            f"{verb} a plain model that has loaded the full state dict"
+        )
+
+
+def under_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP, of either kind, has taken over the parameters of this module itself."""
+    return getattr(module, "_is_fsdp_managed_module", False)

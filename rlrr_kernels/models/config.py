@@ -1,0 +1,150 @@
+"""What :func:`~rlrr_kernels.apply_rlrr` does to a model, as one record that can be written to JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlrr_kernels.layers.linear import Init, check_init
+
+#: Dtypes in which frozen weights may be kept.
+FROZEN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class RLRRConfig:
+    """Which layers are adapted, and how.
+
+    Attributes:
+        target_modules: names of ``nn.Linear`` modules, or shell patterns over full names
+            (``"blocks.*.mlp.fc1"``). None: those of the published method, for the
+            architectures in :mod:`rlrr_kernels.models.architectures`.
+        exclude_modules: names or patterns to leave out again, of linears and norms, or of modules
+            that hold them.
+        groups: pattern over linears -> number of row blocks with a v each. None: three
+            for the fused qkv of a plain vision transformer (published as three layers), one
+            for Swin's (published as one); linears outside of the patterns have one.
+        norm_affine: train a scale and a shift after each LayerNorm (SSF). True: after every
+            LayerNorm of the model; None: after those of the published method where
+            ``target_modules`` is None, after none where you name the targets. Norms of other kinds (RMSNorm,
+            BatchNorm, ...) get none, which a warning says. A LayerNorm that computes something else (convnext's
+            over channels) has to be left out in ``exclude_modules``.
+        patch_affine: the same after the patch embedding.
+        init: start of u and v, see :class:`~rlrr_kernels.FusedRLRRLinear`; affines start
+            as published too, or at the identity with ``"identity"``.
+        train_head: train the head, which is new for each task. True: what ``model.get_classifier()`` returns
+            (timm), or the modules called ``classifier``, ``head``, ``heads``, ``fc`` or ``score`` (torchvision,
+            transformers; :data:`rlrr_kernels.models.heads.NAMES` has all). Names of modules, or patterns over full
+            names: those instead, as PEFT's ``modules_to_save``. Patterns in ``target_modules`` and affines do
+            not reach into the head, trained or not; a linear of it that is named in full is adapted.
+        train_batch_norm: train the weights, biases and running statistics of batch norms (and what else has such
+            statistics), which are then saved with the adapter. Otherwise they are frozen: in evaluation, whatever
+            ``model.train()`` says. In the head they train with it.
+        frozen_dtype: keep the frozen weights and biases of the adapted linears in this dtype
+            (a name, or a ``torch.dtype``); None: as they are.
+
+    Raises:
+        ValueError, TypeError: a value that is none of the above.
+    """
+
+    target_modules: Sequence[str] | None = None
+    exclude_modules: Sequence[str] = ()
+    groups: Mapping[str, int] | None = None
+    norm_affine: bool | None = None
+    patch_affine: bool | None = None
+    init: Init = "paper"
+    train_head: bool | str | Sequence[str] = True
+    train_batch_norm: bool = False
+    frozen_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if not isinstance(self.train_head, bool):
+            object.__setattr__(self, "train_head", _head_names(self.train_head))
+        if self.groups is not None:
+            object.__setattr__(self, "groups", _groups(self.groups))
+        for name, allowed in (
+            ("norm_affine", (True, False, None)),
+            ("patch_affine", (True, False, None)),
+            ("train_batch_norm", (True, False)),
+        ):
+            if not any(getattr(self, name) is value for value in allowed):
+                raise TypeError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        check_init(self.init)
+        if self.frozen_dtype is not None:
+            object.__setattr__(self, "frozen_dtype", _frozen_dtype(self.frozen_dtype))
+
+    def __hash__(self) -> int:
+        # equal records have equal hashes, and equality of groups does not look at their order
+        groups = None if self.groups is None else frozenset(self.groups.items())
+        others = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "groups")
+        return hash((groups, *others))
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """What ``train_head`` names, if it does."""
+        return self.train_head if isinstance(self.train_head, tuple) else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers. An ``init`` that is a function becomes ``"custom"``."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("target_modules", "exclude_modules"):
+            values[name] = None if values[name] is None else list(values[name])
+        values["train_head"] = list(self.head_names) or self.train_head
+        values["groups"] = None if self.groups is None else dict(self.groups)
+        values["init"] = "custom" if callable(self.init) else self.init
+        if self.frozen_dtype is not None:
+            values["frozen_dtype"] = str(self.frozen_dtype).removeprefix("torch.")
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RLRRConfig:
+        """The inverse of :meth:`to_dict`, but that a ``"custom"`` start becomes ``"paper"``.
+
+        Raises:
+            ValueError: an unknown field. ValueError, TypeError: a bad value.
+        """
+        unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"RLRRConfig: unknown field {unknown[0]!r}")
+        given = dict(values)
+        if given.get("init") == "custom":
+            given["init"] = "paper"
+        return cls(**given)
+
+
+def _patterns(name: str, given: Any) -> tuple[str, ...] | None:
+    if given is None and name == "target_modules":
+        return None
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{name}: expected a sequence of names or patterns, got {given!r}")
+    return tuple(patterns)
+
+
+def _head_names(given: Any) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"train_head: expected True, False, or names of modules, got {given!r}")
+    return tuple(names)
+
+
+def _groups(given: Any) -> dict[str, int]:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"groups: expected a mapping of patterns to numbers of groups, got {given!r}")
+    for pattern, count in given.items():
+        if not isinstance(pattern, str) or type(count) is not int or count < 1:
+            raise ValueError(f"groups: expected patterns and numbers of 1 or more, got {pattern!r}: {count!r}")
+    return dict(given)
+
+
+def _frozen_dtype(given: Any) -> torch.dtype:
+    for name, dtype in FROZEN_DTYPES.items():
+        if given is dtype or given == name:
+            return dtype
+    raise ValueError(f"frozen_dtype: expected one of {', '.join(FROZEN_DTYPES)}, got {given!r}")

@@ -1,0 +1,246 @@
+"""``rlrr-tune``: find the fastest backend and tile for given layers on this device, and keep them for ``auto``."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from rlrr_kernels.backends import choice, tuned
+from rlrr_kernels.backends.problem import Problem
+from rlrr_kernels.backends.tuned import FORMAT, Entry
+from rlrr_kernels.check import yardstick
+from rlrr_kernels.check.command import device_of, failures
+from rlrr_kernels.io import cache
+from rlrr_kernels.tune import report, shapes
+from rlrr_kernels.tune.candidates import Candidate, candidates, copies_of, describe, make_tensors, run
+from rlrr_kernels.tune.contest import DeviceLostError, Result, contest, first_line, require, rules
+from rlrr_kernels.tune.timing import Machine, machine_of
+
+DESCRIPTION = """\
+Measure which backend, with which tile, is fastest for given layers on this device, and
+keep it. Later runs read the result by themselves; RLRR_TUNED=0 switches it off. Every
+backend is first held to float64 (python -m rlrr_kernels check); what is wrong is out.
+
+    rlrr-tune --model vit_base_patch16_224 --batch 64
+    rlrr-tune --shape 12608,2304,768,3 --shape 12608,768,768 --dtype float16
+    rlrr-tune --show
+"""
+
+
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
+
+
+class _Stopped(Exception):
+    """Measuring ended early; what was measured is kept."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    result = argparse.ArgumentParser(
+        prog="rlrr-tune", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = result.add_argument
+    add("--model", action="append", default=[], metavar="NAME", help="timm model; may be repeated")
+    add("--batch", type=int, nargs="+", default=[64], metavar="B", help="images in a batch (default: 64)")
+    add("--img-size", type=int, metavar="PIXELS", help="of the models, where not their own")
+    add(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="M,N,K[,groups]",
+        help="tokens, output features, input features of a layer; may be repeated",
+    )
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of x (default: %(default)s)")
+    add("--weight-dtype", choices=DTYPES, help="of the frozen weight (default: as x)")
+    add("--tf32", action="store_true", help="float32 products in TF32, as where training allows it")
+    add("--backend", action="append", default=[], choices=choice.BACKENDS, help="may be repeated (default: all)")
+    add("--rules", action="store_true", help="keep instead what measured.json has: backends alone, for any N and K")
+    add("--rounds", type=int, default=30, help="timed rounds of a contest (default: %(default)s)")
+    add("--limit", type=int, default=24, help="tiles of a backend beside its own choice (default: %(default)s)")
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:INDEX (default: the GPU, else the CPU)")
+    add("--out", type=Path, metavar="FILE", help="the file (default: the one that is read)")
+    add("--dry-run", action="store_true", help="list what would be measured")
+    add("--show", action="store_true", help="print what is stored")
+    add("--clear", action="store_true", help="delete what is stored")
+    return result
+
+
+def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
+    """Exit status: 0 done, 1 something could not be measured, 2 bad arguments, 130 stopped by Ctrl-C.
+
+    ``machine``: where to measure; by default the device that is named.
+    """
+    options = parser()
+    arguments = options.parse_args(argv)
+    try:
+        return _main(arguments, machine)
+    except _Stopped as stop:
+        print(f"rlrr-tune: {stop}", file=sys.stderr)
+        return stop.status
+    except KeyboardInterrupt:
+        print("rlrr-tune: interrupted; nothing was measured", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError) as error:
+        options.exit(2, f"rlrr-tune: error: {' '.join(str(error).split())}\n")
+
+
+def _main(arguments: argparse.Namespace, machine: Machine | None) -> int:
+    path = arguments.out or tuned.default_file()
+    if path is None:
+        raise ValueError("there is no home folder for the file; name one by --out or RLRR_TUNED_FILE")
+    if arguments.clear:
+        print(f"deleted {path}" if cache.clear(path) else f"there is no {path}")
+        return 0
+    device = machine.device if machine else device_of(arguments.device)
+    if arguments.show:
+        _show(path, device)
+        return 0
+    for name, least in (("rounds", 2), ("limit", 0), ("img_size", 1)):
+        given = getattr(arguments, name)
+        if given is not None and given < least:
+            raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, got {given}")
+    wanted = _shapes(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("rlrr-tune runs in one process; the ranks of a distributed run only read what it found")
+    if arguments.tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    machine = machine or machine_of(device)
+    if not arguments.dry_run:
+        cache.check_writable(path, FORMAT)  # what would fail at the end fails before minutes of measuring
+        _check(device)
+    layers = {problem: shape.name for shape in wanted for problem in _problems(arguments, shape, device)}
+    plan = {p: candidates(p, device, arguments.limit, arguments.backend) for p in layers}
+    if arguments.dry_run:
+        rows = [(layers[problem], problem, found) for problem, found in plan.items()]
+        report.show_plan(rows, f"Would be measured on {machine.name}, after a check", report.console())
+        return 0
+    return _tune(arguments, path, machine, plan, layers)
+
+
+def _show(path: Path, device: torch.device) -> None:
+    rows = tuned.read(path)
+    if not path.exists():
+        print(f"there is no {path}; rlrr-tune --model or --shape makes it")
+        return
+    entries = []
+    for index, raw in enumerate(rows):
+        try:
+            entries.append(tuned.parse(raw))
+        except ValueError as error:
+            print(f"entry {index} is not used: {error}", file=sys.stderr)
+    report.show_stored(entries, device, str(path), report.console())
+
+
+def _shapes(arguments: argparse.Namespace) -> list[shapes.Shape]:
+    if not arguments.model and not arguments.shape:
+        raise ValueError("nothing to tune for: give --model or --shape (or --show, --clear)")
+    if min(arguments.batch) < 1:
+        raise ValueError(f"--batch: expected 1 or more, got {min(arguments.batch)}")
+    found = [shapes.parse(text) for text in arguments.shape]
+    for name in arguments.model:
+        for batch in arguments.batch:
+            found += shapes.of_model(name, batch, arguments.img_size)
+    return shapes.unique(found)
+
+
+def _problems(arguments: argparse.Namespace, shape: shapes.Shape, device: torch.device) -> list[Problem]:
+    dtype, weight_dtype = DTYPES[arguments.dtype], DTYPES[arguments.weight_dtype or arguments.dtype]
+    tf32 = arguments.tf32 and dtype is torch.float32 and device.type == "cuda"
+    sizes = shape.m, shape.n, shape.k, shape.groups
+    return [Problem(kernel, *sizes, dtype, weight_dtype, tf32) for kernel in ("forward", "grad_input", "grad_scales")]
+
+
+def _check(device: torch.device) -> None:
+    """Hold what was not yet checked here to float64: what fails is no candidate."""
+    print(f"rlrr-tune: checking the backends on {device}", file=sys.stderr)
+    wrong, untried = failures(device)
+    choice.failed.cache_clear()  # read before, where something was computed
+    for subject, why in wrong.items():
+        print(f"rlrr-tune: {subject} failed its check: {why}", file=sys.stderr)
+    for subject, why in untried.items():
+        print(f"rlrr-tune: {subject} could not be checked: {why}", file=sys.stderr)
+
+
+def _tune(
+    arguments: argparse.Namespace,
+    path: Path,
+    machine: Machine,
+    plan: dict[Problem, list[Candidate]],
+    layers: dict[Problem, str],
+) -> int:
+    """Measure each problem and store its outcome at once, so that stopping loses only the one at hand."""
+    date = datetime.date.today().isoformat()
+    results: list[Result] = []
+    stop: _Stopped | None = None
+    unmeasured = stored = 0
+    try:
+        for problem in (progress := tqdm(plan, unit="pass", disable=None, leave=False)):
+            progress.set_description(describe(problem))
+            try:
+                result = measure(problem, plan[problem], machine, arguments.rounds)
+            except DeviceLostError:
+                raise
+            except RuntimeError as error:  # no memory for the tensors, or a launch that cannot be timed
+                unmeasured += 1
+                tqdm.write(f"rlrr-tune: {describe(problem)}: {first_line(error)}", file=sys.stderr)
+                require(machine.synchronize, error)
+                continue
+            results.append(result)
+            unmeasured += result.best is None
+            if result.best is not None and not arguments.rules:
+                stored += _store(path, [result.entry(machine.device, date)])
+        if arguments.rules:
+            stored += _store(path, rules(results, machine.device, date))
+    except KeyboardInterrupt:
+        stop = _Stopped("interrupted", 130)
+    except OSError as error:
+        # what was measured is shown all the same
+        stop = _Stopped(f"stopped in {describe(problem)}: {error}; what was stored before is kept", 1)
+    except DeviceLostError as error:
+        stop = _Stopped(f"the GPU stopped answering in {describe(problem)}: {error}", 1)
+    report.show_results(results, layers, f"{machine.name}, {arguments.dtype}", report.console())
+    print(
+        f"{len(results) - sum(r.best is None for r in results)} of {len(plan)} measured, {stored} entries into {path}"
+    )
+    if stop is not None:
+        raise stop
+    return 1 if unmeasured else 0
+
+
+def _store(path: Path, entries: Sequence[Entry]) -> int:
+    aside = tuned.add(path, entries) if entries else None
+    if aside is not None:
+        tqdm.write(f"rlrr-tune: {path} was no table; it is now {aside}", file=sys.stderr)
+    return len(entries)
+
+
+def measure(problem: Problem, found: Sequence[Candidate], machine: Machine, rounds: int) -> Result:
+    """The contest of one problem on a machine."""
+    copies = copies_of(problem, machine.cache_bytes)
+    tensors = make_tensors(problem, copies, machine.device)
+    t = tensors[0]
+    wanted = yardstick.expected(problem.kernel, t.x, t.weight, t.scale_out, t.scale_in, t.bias, t.shift, t.dy)
+
+    def launch(candidate: Candidate, copy: int) -> tuple[torch.Tensor, ...]:
+        return run(problem, tensors[copy], candidate)
+
+    def misfit(got: Sequence[torch.Tensor]) -> str | None:
+        return yardstick.judge(got, wanted).reason
+
+    timing = {"copies": copies, "rounds": rounds}
+    return contest(problem, found, launch, misfit, machine.timer, **timing, synchronize=machine.synchronize)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

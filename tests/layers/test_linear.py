@@ -1,0 +1,180 @@
+"""FusedRLRRLinear behaves as nn.Linear, trains only u, v, f, and merges."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from rlrr_kernels import FusedRLRRLinear, use_backend
+from rlrr_kernels.backends import reference
+from tests.oracle import BACKENDS, require
+
+
+def test_it_is_a_linear_with_the_same_arguments_and_keys():
+    layer = FusedRLRRLinear(8, 6, False, "cpu", torch.float16)
+    assert isinstance(layer, nn.Linear)
+    assert layer.bias is None
+    assert layer.weight.dtype is torch.float16
+    plain = nn.Linear(8, 6)
+    layer = FusedRLRRLinear(8, 6)
+    missing, unexpected = layer.load_state_dict(plain.state_dict(), strict=False)
+    assert (sorted(missing), unexpected) == (["scale_in", "scale_out", "shift"], [])
+    assert torch.equal(layer.weight, plain.weight)
+    assert torch.equal(layer.bias, plain.bias)
+
+
+def test_only_scales_and_shift_train_and_they_are_float32():
+    layer = FusedRLRRLinear(8, 6, dtype=torch.bfloat16)
+    trained = {name: p.dtype for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {"scale_out": torch.float32, "scale_in": torch.float32, "shift": torch.float32}
+    assert FusedRLRRLinear(8, 6, dtype=torch.float64).shift.dtype is torch.float64
+
+
+@pytest.mark.parametrize(("groups", "v_shape"), [(1, (1, 8)), (3, (3, 1, 8))])
+def test_forward_is_the_formula(groups, v_shape):
+    layer = FusedRLRRLinear(8, 6, groups=groups)
+    nn.init.normal_(layer.shift)
+    assert layer.scale_in.shape == v_shape
+    x = torch.randn(2, 5, 8)
+    v = layer.scale_in.view(groups, 1, 8)
+    expected = reference.formula(x, layer.weight, layer.scale_out, v, layer.bias, layer.shift)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+    rows = 6 // groups
+    by_group = [
+        x @ (layer.weight[i * rows + j] * (1 + layer.scale_out[i * rows + j] * v[i, 0]))
+        for i in range(groups)
+        for j in range(rows)
+    ]
+    assert torch.allclose(layer(x), torch.stack(by_group, -1) + layer.bias + layer.shift, atol=1e-5)
+
+
+def test_paper_init_is_uniform_with_the_papers_bounds():
+    layer = FusedRLRRLinear(600, 500)
+    for values, bound in ((layer.scale_in, math.sqrt(6 / 600)), (layer.scale_out, math.sqrt(6))):
+        assert values.abs().max() <= bound
+        assert values.abs().max() > 0.97 * bound
+        assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert not layer.shift.any()
+
+
+def test_identity_init_starts_as_the_plain_layer_and_can_leave_it():
+    plain = nn.Linear(8, 6)
+    layer = FusedRLRRLinear.from_linear(plain, init="identity")
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(layer(x), plain(x))
+    layer(x).square().sum().backward()
+    assert layer.scale_out.grad.abs().min() > 0  # u moves, since v is not 0
+    assert not layer.scale_in.grad.any()  # v waits for u
+
+
+def test_a_callable_init_fills_both_in_place():
+    def ones(u, v):
+        u.fill_(1.0)
+        v.fill_(2.0)
+
+    layer = FusedRLRRLinear(8, 6, init=ones)
+    assert torch.equal(layer.scale_out, torch.ones(6, 1))
+    assert torch.equal(layer.scale_in, torch.full((1, 8), 2.0))
+    assert "init=ones" in repr(layer)
+
+
+def test_a_callable_init_is_called_once_by_from_linear():
+    calls = []
+    FusedRLRRLinear.from_linear(nn.Linear(8, 6), init=lambda u, v: calls.append(u.device.type))
+    assert calls == ["cpu"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_from_linear_shares_and_freezes(dtype):
+    plain = nn.Linear(8, 6, dtype=dtype).eval()
+    layer = FusedRLRRLinear.from_linear(plain, groups=2)
+    assert layer.weight is plain.weight
+    assert layer.bias is plain.bias
+    assert not layer.weight.requires_grad
+    assert not layer.training
+    assert layer.scale_out.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    assert layer(torch.randn(3, 8, dtype=dtype)).dtype is dtype
+
+
+def test_from_linear_on_meta_stays_there():
+    layer = FusedRLRRLinear.from_linear(nn.Linear(8, 6, bias=False, device="meta"))
+    assert layer.scale_out.is_meta
+    assert layer(torch.empty(2, 8, device="meta")).shape == (2, 6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_to_linear_computes_the_same(groups, bias):
+    layer = FusedRLRRLinear(8, 6, bias, groups=groups)
+    nn.init.normal_(layer.shift)
+    merged = layer.to_linear()
+    assert type(merged) is nn.Linear
+    x = torch.randn(5, 8)
+    assert torch.allclose(merged(x), layer(x), atol=1e-6)
+    assert merged.weight.data_ptr() != layer.weight.data_ptr()
+
+
+def test_merging_a_narrow_weight_rounds_once_from_float32():
+    layer = FusedRLRRLinear(64, 32, dtype=torch.bfloat16)
+    exact = layer.weight.double() * (1 + layer.scale_out.double() * layer.scale_in.double())
+    assert torch.equal(layer.to_linear().weight, exact.float().bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"groups": 4}, "groups: expected a divisor of out_features = 6, got 4"),
+        ({"groups": 0}, "groups: expected a divisor of out_features = 6, got 0"),
+        ({"init": "papr"}, "init: expected 'paper', 'identity' or a callable, got 'papr'"),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        FusedRLRRLinear(8, 6, **arguments)
+
+
+def test_repr_copy_and_pickle():
+    layer = FusedRLRRLinear(8, 6, groups=3, init="identity")
+    assert repr(layer) == ("FusedRLRRLinear(in_features=8, out_features=6, bias=True, groups=3, init=identity)")
+    x = torch.randn(2, 8)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+        assert [n for n, p in twin.named_parameters() if p.requires_grad] == ["scale_out", "scale_in", "shift"]
+
+
+def test_training_moves_only_what_trains_and_lowers_the_loss():
+    torch.manual_seed(0)
+    layer = FusedRLRRLinear(16, 12, groups=3)
+    frozen = [layer.weight.clone(), layer.bias.clone()]
+    x, target = torch.randn(64, 16), torch.randn(64, 12)
+    optimizer = torch.optim.AdamW((p for p in layer.parameters() if p.requires_grad), lr=0.05)
+    losses = []
+    for _ in range(60):
+        loss = (layer(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(layer.weight, frozen[0])
+    assert torch.equal(layer.bias, frozen[1])
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values != ("reference",)])
+def test_a_step_is_the_same_through_a_backend_and_the_reference(backend):
+    device = require(backend)
+    torch.manual_seed(0)
+    layer = FusedRLRRLinear(24, 18, groups=3, device=device)
+    x = torch.randn(10, 24, device=device)
+    grads = {}
+    for name in ("reference", backend):
+        layer.zero_grad()
+        with use_backend(name):
+            layer(x).square().mean().backward()
+        grads[name] = [layer.scale_out.grad, layer.scale_in.grad, layer.shift.grad]
+    for a, b in zip(*grads.values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+        assert a.any()
