@@ -28,7 +28,6 @@ from rlrr_kernels.checkpoint.trained import (
     check_enabled,
     check_fit,
     copy_into,
-    reshard,
     trained_parameters,
     trained_statistics,
 )
@@ -36,8 +35,7 @@ from rlrr_kernels.io.files import is_temporary, replace_folder, write_atomically
 from rlrr_kernels.io.reading import Tensors, read_safetensors
 from rlrr_kernels.models.adapt import apply_rlrr
 from rlrr_kernels.models.config import RLRRConfig
-from rlrr_kernels.models.heads import head
-from rlrr_kernels.models.wrappers import plain_name, unwrapped
+from rlrr_kernels.models.modules import head, plain_name, reshard, unwrapped
 
 CONFIG, WEIGHTS, CARD = manifests.FILE_NAME, "adapter_model.safetensors", "README.md"
 

@@ -18,9 +18,8 @@ from rlrr_kernels._version import __version__
 from rlrr_kernels.backends.reference import accumulation_dtype
 from rlrr_kernels.io.reading import expect_names, read_json
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.models.adapt import adapters
 from rlrr_kernels.models.config import RLRRConfig
-from rlrr_kernels.models.wrappers import plain_name
+from rlrr_kernels.models.modules import adapters, plain_name
 
 FORMAT_VERSION = 1
 FILE_NAME = "adapter_config.json"

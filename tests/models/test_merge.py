@@ -241,7 +241,7 @@ def test_a_merge_that_rounding_undoes_warns_with_the_share(size, least, most):
     with torch.no_grad():
         layer.scale_out.fill_(1.0)
         layer.scale_in.normal_(std=size)
-    lost, changed = lost_updates(layer)
+    lost, changed = lost_updates(layer, layer.merged_weight()[0])
     there = layer.weight != 0  # what is zero stays zero, and loses nothing
     assert lost == int((there & (layer.to_linear().weight == layer.weight)).sum())
     assert changed == int(there.sum()) > 60_000
@@ -250,7 +250,7 @@ def test_a_merge_that_rounding_undoes_warns_with_the_share(size, least, most):
     with pytest.warns(UserWarning, match=rf"torch.bfloat16.*undoes the update of {lost / changed:.0%} of the weights"):
         merge(model)
     wide = FusedRLRRLinear(256, 256, init="identity")
-    assert lost_updates(wide) == (0, 0)
+    assert lost_updates(wide, wide.merged_weight()[0]) == (0, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         merge(tuned())

@@ -13,8 +13,7 @@ from torchvision.models.resnet import BasicBlock
 
 from rlrr_kernels import FusedRLRRLinear, SSFLayerNorm, apply_rlrr, disable_adapter, load_adapter, save_adapter
 from rlrr_kernels.checkpoint.trained import trained_parameters
-from rlrr_kernels.models.adapt import adapters
-from rlrr_kernels.models.heads import head
+from rlrr_kernels.models.modules import adapters, head
 from tests.small_models import X, small_vit, stir
 
 
