@@ -1,5 +1,22 @@
 """Which backend serves which tensors.
 
+A backend is a module with these functions (shapes as in :mod:`rlrr_kernels.backends.reference`); it knows nothing of
+``nn.Module``, autocast or autograd::
+
+    forward(x, weight, scale_out, scale_in, bias, shift) -> y
+    grad_input(dy, weight, scale_out, scale_in) -> dx
+    grad_scales(dy, x, weight, scale_out, scale_in, need_shift) -> (du, dv, df)
+    grad_shift(dy) -> df, if neither u nor v trains
+    unsupported(x, weight) -> why it cannot serve these tensors, or None
+
+and, if it serves LayerNorm too::
+
+    layer_norm(x, weight, bias, scale, shift, eps, dtype) -> (y, mean, rstd)
+    layer_norm_backward(dy, x, mean, rstd, weight, bias, scale, need_x) -> (dx, ds, dt)
+    unsupported_layer_norm(x) -> why it cannot serve x, or None
+
+To add one, write the module and add its line to :data:`BACKENDS` (and its name to :data:`LAYER_NORM_BACKENDS`).
+
 ``auto`` takes, for each pass, what was measured fastest (:mod:`rlrr_kernels.backends.tuned`), else the first of the
 backends that are tried for the device type without being asked; in both cases one that can serve the tensors, and
 that has not failed ``python -m rlrr_kernels check`` on this device.
@@ -34,6 +51,9 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     # W' whole in each pass: by name alone
     "reference": ("rlrr_kernels.backends.reference", ()),
 }
+
+#: The backends that serve LayerNorm, best first, for the device types above; ``reference`` serves all the rest.
+LAYER_NORM_BACKENDS = ("triton",)
 
 _forced: str | None = None
 _loaded: dict[str, ModuleType | str] = {}
@@ -152,10 +172,7 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor) -> _Plan:
     if name is not None:
         why = refusal(name, x, weight)
         if why is not None:
-            raise RuntimeError(
-                f"backend {name!r} cannot serve {why}. Leave the choice open "
-                "(RLRR_BACKEND=auto, use_backend('auto')) or name another: " + ", ".join(BACKENDS)
-            )
+            raise RuntimeError(_cannot_serve(name, why))
         return _Plan(name, "asked for", _loaded_module(name))
     refused: list[str] = []
     measured = _measured(x, weight, refused)
@@ -218,6 +235,38 @@ def _chosen(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int) -
 def module_for(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int = 1) -> ModuleType:
     """The backend that serves a pass over this many rows of x (or dy), as :func:`explain` names it."""
     return _chosen(kernel, x, weight, tokens, groups)[2]
+
+
+def module_for_layer_norm(x: Tensor) -> ModuleType:
+    """The backend that serves LayerNorm over the last dimension of x ``[..., D]``.
+
+    If the backend that is asked for has no LayerNorm, that is ``reference``.
+
+    Raises:
+        RuntimeError: If a backend that is asked for and has one cannot serve x.
+    """
+    asked = requested()
+    for name in LAYER_NORM_BACKENDS if x.numel() else ():
+        if name != asked and (asked is not None or x.device.type not in BACKENDS[name][1]):
+            continue
+        # what failed its check may not even survive being loaded
+        found = (None if name == asked else failed(name, x.device, "layer_norm")) or load(name)
+        why = found if isinstance(found, str) else found.unsupported_layer_norm(x)
+        if why is None:
+            assert not isinstance(found, str)
+            return found
+        if name == asked:
+            raise RuntimeError(_cannot_serve(name, f"LayerNorm: {why}"))
+        if isinstance(found, str):
+            say_once(name, "reference", why)
+    return _loaded_module("reference")
+
+
+def _cannot_serve(name: str, why: str) -> str:
+    return (
+        f"backend {name!r} cannot serve {why}. Leave the choice open (RLRR_BACKEND=auto, use_backend('auto')) or name "
+        f"another: {', '.join(BACKENDS)}"
+    )
 
 
 def backend_for(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1) -> str:

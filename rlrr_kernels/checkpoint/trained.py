@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from rlrr_kernels.models.adapt import apply_rlrr
 from rlrr_kernels.models.bypass import meta_copy
 from rlrr_kernels.models.config import RLRRConfig
 from rlrr_kernels.models.modules import adapters, head_parameters, plain_name
+from rlrr_kernels.ops import route
 
 #: What an error message lists at most.
 SHOWN = 8
@@ -136,18 +136,7 @@ def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.dev
                 setattr(module, leaf, made[id(old)])
     for name, tensor in tensors.items():
         if id(own[name]) not in made:
-            own[name].copy_(_as_sharded(tensor, own[name]))
-
-
-def _as_sharded(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """``tensor`` laid out over processes as ``parameter`` is, where that is."""
-    if not hasattr(parameter, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    layout: Any = parameter
-    assert isinstance(layout, DTensor)
-    return distribute_tensor(tensor.to(layout.device_mesh.device_type), layout.device_mesh, layout.placements)
+            own[name].copy_(route.laid_out_as(tensor, own[name]))
 
 
 def check_enabled(model: nn.Module) -> None:

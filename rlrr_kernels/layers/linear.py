@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlrr_kernels.backends.reference import accumulation_dtype, rescaled_weight
-from rlrr_kernels.layers.ownership import check_dtype, check_linear, need_no_fsdp, need_own
-from rlrr_kernels.ops.export import refuse_script
+from rlrr_kernels.layers.ownership import check_dtype, check_linear, check_not_in_fsdp, check_own_parameters
+from rlrr_kernels.ops import route
 from rlrr_kernels.ops.linear import rescaled_linear
 
 #: The starts of u and v that have a name, see :class:`FusedRLRRLinear`.
@@ -32,6 +31,18 @@ def check_init(init: object) -> None:
 def init_name(init: Init) -> str:
     """What a layer's ``repr`` calls it."""
     return init if isinstance(init, str) else getattr(init, "__name__", repr(init))
+
+
+def refuse_script(module: nn.Module) -> nn.Module:
+    """What ``torch.jit.script`` calls first (``__prepare_scriptable__``).
+
+    Raises:
+        RuntimeError: Always, and says what to use instead.
+    """
+    raise RuntimeError(
+        f"{type(module).__name__}: torch.jit.script cannot compile it; use torch.export or torch.jit.trace, "
+        "or script what merge_and_unload returns"
+    )
 
 
 class FusedRLRRLinear(nn.Linear):
@@ -147,7 +158,7 @@ class FusedRLRRLinear(nn.Linear):
             return
         if self.merged:
             raise RuntimeError("FusedRLRRLinear: cannot reset while it is merged; unmerge first")
-        need_own(self, "reset", "weight", "bias", "scale_out", "scale_in", "shift")
+        check_own_parameters(self, "reset", "weight", "bias", "scale_out", "scale_in", "shift")
         super().reset_parameters()
         self.reset_scales()
 
@@ -158,7 +169,7 @@ class FusedRLRRLinear(nn.Linear):
         Raises:
             RuntimeError: one of them is computed from other tensors.
         """
-        need_own(self, "reset", "scale_out", "scale_in", "shift")
+        check_own_parameters(self, "reset", "scale_out", "scale_in", "shift")
         if self.shift.is_meta:
             return
         self.shift.zero_()
@@ -204,12 +215,9 @@ class FusedRLRRLinear(nn.Linear):
             raise RuntimeError("FusedRLRRLinear: u, v and f are already merged")
         dtype = self.weight.dtype
         scale_in = self.scale_in.view(self.groups, 1, self.in_features)
-        if hasattr(self.weight, "device_mesh"):
-            from rlrr_kernels.layers import parallel  # whoever has a DTensor has imported what this does
-
-            weight: Tensor = parallel.sharded_weight(self.weight, self.scale_out, scale_in, dtype)
-        else:
-            weight = rescaled_weight(self.weight, self.scale_out, scale_in, dtype)
+        sharding = route.sharding_of(self.weight)
+        form = rescaled_weight if sharding is None else sharding.rescaled_weight
+        weight = form(self.weight, self.scale_out, scale_in, dtype)
         bias = self.shift if self.bias is None else self.bias.to(self.shift.dtype) + self.shift
         return weight, bias.to(dtype, copy=True)
 
@@ -221,8 +229,8 @@ class FusedRLRRLinear(nn.Linear):
         """
         if self.merged:
             raise RuntimeError("FusedRLRRLinear: u, v and f are already merged")
-        need_own(self, "merge", "weight", "bias")
-        need_no_fsdp(self, "merge")
+        check_own_parameters(self, "merge", "weight", "bias")
+        check_not_in_fsdp(self, "merge")
 
     def merge(self, keep: bool = True) -> None:
         """Put W' and b + f in the place of W and b, for inference at the cost of the plain layer.
@@ -258,8 +266,8 @@ class FusedRLRRLinear(nn.Linear):
         """
         if not self.merged:
             raise RuntimeError("FusedRLRRLinear: nothing is merged")
-        need_own(self, "unmerge", "weight", "bias")
-        need_no_fsdp(self, "unmerge")
+        check_own_parameters(self, "unmerge", "weight", "bias")
+        check_not_in_fsdp(self, "unmerge")
 
     def unmerge(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
         """Put W and b back, the very tensors that were there.
@@ -315,7 +323,7 @@ class FusedRLRRLinear(nn.Linear):
         if self._frozen is None:
             where = prefix.rstrip(".") or "model"
             raise RuntimeError(f"{where}: the frozen weight was not kept when merging; unmerge first")
-        need_own(self, "give a state dict", "weight", "bias")
+        check_own_parameters(self, "give a state dict", "weight", "bias")
         # in their places, so that the order of keys is that of the unmerged layer
         for name, kept in zip(("weight", "bias"), self._frozen, strict=True):
             if kept is None:
@@ -341,9 +349,6 @@ class FusedRLRRLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        trained = [prefix + name for name in ("scale_out", "scale_in", "shift")]
-        if missing_keys[-3:] == trained and prefix + "weight" in state_dict:
-            missing_keys[:] = [*map(str, missing_keys[:-1]), _LackedByPlain(missing_keys[-1])]
 
     __prepare_scriptable__ = refuse_script
 
@@ -353,27 +358,8 @@ class FusedRLRRLinear(nn.Linear):
         return f"{super().extra_repr()}, groups={self.groups}, init={init_name(self.init)}{state}"
 
 
-class _LackedByPlain(str):
-    """A missing key whose place in PyTorch's error of a strict load says what to do; elsewhere an ordinary string.
-
-    PyTorch tells a layer neither whether a load is strict nor lets it word the error, but formats the keys. The
-    result of a load that is not strict holds them too, for anyone to format.
-    """
-
-    __slots__ = ()
-
-    def __format__(self, spec: str) -> str:
-        if sys._getframe(1).f_globals.get("__name__") != nn.Module.__module__:
-            return super().__format__(spec)
-        return f"{self!s} (a plain checkpoint lacks what trains: load it before apply_rlrr, or with strict=False)"
-
-
 def _frozen_as(like: Tensor, values: Tensor) -> nn.Parameter:
-    if hasattr(like, "device_mesh"):
-        from rlrr_kernels.layers import parallel  # whoever has a DTensor has imported what this does
-
-        values = parallel.laid_out_as(values, like)
-    return nn.Parameter(values.to(like), requires_grad=False)
+    return nn.Parameter(route.laid_out_as(values, like).to(like), requires_grad=False)
 
 
 def _moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:

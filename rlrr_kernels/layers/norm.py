@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlrr_kernels import ops
-from rlrr_kernels.backends.reference import accumulation_dtype
-from rlrr_kernels.layers.linear import Init, check_init, init_name
-from rlrr_kernels.ops.export import refuse_script
+from rlrr_kernels.backends.reference import accumulation_dtype, compose_affine
+from rlrr_kernels.layers.linear import Init, check_init, init_name, refuse_script
+from rlrr_kernels.ops import layer_norm
 
 
 class _Affine(nn.Module):
@@ -165,7 +163,7 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
         """
         if not self.enabled:
             return self._frozen(x)
-        _check(x, self.ssf_scale)
+        layer_norm.check(x, self.ssf_scale)
         dtype = self._dtype(x)
         if x.dtype is torch.float64 and self._always_float32:
             x = x.float()
@@ -173,25 +171,7 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
             raise TypeError(
                 f"x: float64 goes with float64 only, got {x.dtype} with ssf_scale of {self.ssf_scale.dtype}"
             )
-        parameters = self.weight, self.bias, self.ssf_scale, self.ssf_shift
-        if type(x) not in ops.PLAIN and hasattr(x, "device_mesh"):
-            from rlrr_kernels.layers import parallel  # whoever has a DTensor has imported what this does
-
-            return parallel.sharded_layer_norm(self._normalise, x, parameters, dtype)
-        return self._normalise(x, parameters, dtype)
-
-    def _normalise(
-        self, x: Tensor, parameters: tuple[Tensor | None, Tensor | None, Tensor, Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        """Both affines, with w, b, s and t given."""
-        wide = accumulation_dtype(x.dtype)
-        # on a GPU the op chooses; elsewhere PyTorch's own LayerNorm is the shortest way, but it would keep a
-        # widened copy of 16-bit rows, unless a compiler plans what is kept
-        plain = torch.compiler.is_compiling() or ops.transformed() or ops.recorded_for_others()
-        if plain or (x.dtype is wide and not x.is_cuda and ops.layer_norm_kernels(x) is None):
-            composed = ops.compose_affine(*parameters, wide)
-            return F.layer_norm(x.to(wide), self.normalized_shape, *composed, self.eps).to(dtype)
-        return _SSFLayerNorm.apply(x, *parameters, self.eps, dtype)  # type: ignore[no-any-return]
+        return layer_norm.affine_layer_norm(x, self.weight, self.bias, self.ssf_scale, self.ssf_shift, self.eps, dtype)
 
     def _frozen(self, x: Tensor) -> Tensor:
         """The frozen LayerNorm by its own class's code; weights stored narrower than x are widened first."""
@@ -226,7 +206,7 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
         """
         wide = accumulation_dtype(self.ssf_scale.dtype)
         dtype = wide if self.weight is None else self.weight.dtype
-        composed = ops.compose_affine(self.weight, self.bias, self.ssf_scale, self.ssf_shift, wide)
+        composed = compose_affine(self.weight, self.bias, self.ssf_scale, self.ssf_shift, wide)
         norm = self.base(self.normalized_shape[0], eps=self.eps)
         norm.weight, norm.bias = (nn.Parameter(values.to(dtype, copy=True)) for values in composed)
         if hasattr(self, "_fast_norm"):
@@ -275,7 +255,7 @@ class SSFAffine(_Affine):
         """
         if not self.enabled:
             return x
-        _check(x, self.ssf_scale)
+        layer_norm.check(x, self.ssf_scale)
         y = x * self.ssf_scale + self.ssf_shift
         return y if not x.is_meta and torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
@@ -283,68 +263,7 @@ class SSFAffine(_Affine):
         return f"{self.ssf_scale.shape[0]}, init={init_name(self.init)}"
 
 
-class _SSFLayerNorm(torch.autograd.Function):
-    """The two ops on ``[M, D]``. Second derivatives, and a weight or bias that trains too, go through plain PyTorch."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor,
-        shift: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        y, mean, rstd = ops.layer_norm(ops.rows(x), weight, bias, scale, shift, eps, dtype)
-        ctx.save_for_backward(x, mean, rstd, weight, bias, scale)
-        ctx.shift_dtype = shift.dtype
-        # a view made in here could not be changed in place, as callers of nn.LayerNorm may
-        return torch.ops.aten._unsafe_view(y, x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias, scale = ctx.saved_tensors
-        x_needs, weight_needs, bias_needs, scale_needs, shift_needs, *_ = ctx.needs_input_grad
-        dy, rows = ops.rows(grad), ops.rows(x)
-        dx = dw = db = ds = dt = None
-        if ops.in_plain_torch(grad) or weight_needs or bias_needs:
-            wide = mean.dtype
-            dx, dy_xhat, dy_sum = ops.layer_norm_sums(dy, rows, mean, rstd, weight, scale, (x_needs, True, True))
-            assert dy_xhat is not None
-            assert dy_sum is not None
-            if weight_needs:
-                dw = (dy_xhat * scale.to(wide)).to(weight.dtype)
-            if bias_needs:
-                db = (dy_sum * scale.to(wide)).to(bias.dtype)
-            ds = dy_xhat if weight is None else dy_xhat * weight.to(wide)
-            ds = ds if bias is None else ds + dy_sum * bias.to(wide)
-            dt = dy_sum
-        else:
-            dx, ds, dt = ops.layer_norm_backward(dy, rows, mean, rstd, weight, bias, scale, x_needs)
-        return (
-            dx.view(x.shape) if dx is not None and x_needs else None,
-            dw,
-            db,
-            ds.to(scale.dtype) if scale_needs else None,
-            dt.to(ctx.shift_dtype) if shift_needs else None,
-            None,
-            None,
-        )
-
-
 def _is_plain(kind: type) -> bool:
     """Whether a class is a LayerNorm over the last dimension and nothing else."""
     timm = sys.modules.get("timm.layers")  # whoever has a layer of timm's has imported it
     return kind in (nn.LayerNorm, getattr(timm, "LayerNorm", None), getattr(timm, "LayerNormFp32", None))
-
-
-def _check(x: Tensor, scale: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x: expected a floating-point tensor, got {given}")
-    if scale.device != x.device:
-        raise ValueError(f"ssf_scale: expected device {x.device} as x, got {scale.device}")
-    if x.dim() == 0 or x.shape[-1] != scale.shape[0]:
-        raise ValueError(f"x: expected shape [..., {scale.shape[0]}], got {list(x.shape)}")

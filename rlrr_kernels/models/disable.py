@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlrr_kernels.layers.ownership import holds_fsdp1, reshard
 from rlrr_kernels.models import running_stats
-from rlrr_kernels.models.modules import adapted_linears, adapters, head, head_parameters, reshard, unwrapped
+from rlrr_kernels.models.modules import adapted_linears, adapters, head, head_parameters, unwrapped
+from rlrr_kernels.ops import route
 
 
 @dataclass
@@ -66,7 +67,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         raise RuntimeError("model: it was merged with keep=False; unmerge it with the base weights first")
     inner: Any = unwrapped(model)
     base: BaseState = getattr(inner, "_rlrr_base", BaseState())
-    if (base.head or base.norms) and _in_fsdp1(model):
+    if (base.head or base.norms) and holds_fsdp1(model):
         raise RuntimeError("model: FSDP1 holds the head, which cannot become that of the base model for a time")
     modules = [module for _, module in adapters(model)]
     was_enabled = [module.enabled for module in modules]
@@ -122,13 +123,4 @@ def _trained_tensors(model: nn.Module, base: BaseState) -> tuple[list[Tensor], l
 @torch.no_grad()
 def _copy(values: list[Tensor], tensors: list[Tensor]) -> None:
     for value, tensor in zip(values, tensors, strict=True):
-        if hasattr(tensor, "device_mesh"):
-            from rlrr_kernels.layers import parallel  # whoever has a DTensor has imported what this does
-
-            value = parallel.laid_out_as(value, tensor)
-        tensor.copy_(value)
-
-
-def _in_fsdp1(model: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
+        tensor.copy_(route.laid_out_as(value, tensor))

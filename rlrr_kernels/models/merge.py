@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from rlrr_kernels.backends.reference import accumulation_dtype
 from rlrr_kernels.layers.linear import FusedRLRRLinear
 from rlrr_kernels.layers.norm import SSFAffine, SSFLayerNorm
-from rlrr_kernels.layers.ownership import need_no_fsdp, need_own
+from rlrr_kernels.layers.ownership import check_not_in_fsdp, check_own_parameters
 from rlrr_kernels.models import running_stats
 from rlrr_kernels.models.disable import BaseState
 from rlrr_kernels.models.modules import adapted_linears, adapters, plain_name, replace, unwrapped
+from rlrr_kernels.ops.route import whole
 
 #: A merge warns if rounding undoes the update of more than this share of the weights.
 LOST_SHARE = 0.1
@@ -129,8 +130,8 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
     layers, inner = adapted_linears(model), unwrapped(model)
     for _, layer in layers:
         # the plain module takes over the hooks, with which pruning would go on
-        need_own(layer, "unload", "weight", "bias", "scale_out", "scale_in", "shift")
-        need_no_fsdp(layer, "unload")
+        check_own_parameters(layer, "unload", "weight", "bias", "scale_out", "scale_in", "shift")
+        check_not_in_fsdp(layer, "unload")
     _check_values(model, safe_merge)
     if isinstance(inner, FusedRLRRLinear | SSFLayerNorm):
         return _to_plain(inner)
@@ -182,7 +183,7 @@ def lost_updates(layer: FusedRLRRLinear, merged: Tensor) -> tuple[int, int]:
     """
     if layer.weight.is_meta:
         return 0, 0
-    merged, weight, u, v = map(_whole, (merged, layer.weight, layer.scale_out, layer.scale_in))
+    merged, weight, u, v = map(whole, (merged, layer.weight, layer.scale_out, layer.scale_in))
     update = (u.view(layer.groups, -1, 1) != 0) & (v.view(layer.groups, 1, -1) != 0)
     should_change = update.view_as(merged) & (weight != 0)
     return int((should_change & (merged == weight)).sum()), int(should_change.sum())
@@ -192,16 +193,13 @@ def has_effect(name: str, tensor: Tensor) -> bool:
     """Return whether an added bias has a value other than 0, or an added weight of a norm one other than 1."""
     if tensor.is_meta:
         return False
-    return bool((_whole(tensor) != (1 if name.endswith("weight") else 0)).any())
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return all of a sharded tensor. Processes that decided by their shards might decide differently, and hang."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return bool((whole(tensor) != (1 if name.endswith("weight") else 0)).any())
 
 
 def _check_values(model: nn.Module, safe_merge: bool) -> None:
     """Form the merged values of each adapter once, and check them.
+
+    Of sharded layers whole tensors are checked: processes that came to different results would wait for each other.
 
     Raises:
         ValueError: If ``safe_merge`` is set and a value is not finite.
@@ -225,7 +223,7 @@ def _check_values(model: nn.Module, safe_merge: bool) -> None:
             values = norm.weight, norm.bias
         elif safe_merge:
             values = module.ssf_scale, module.ssf_shift
-        if safe_merge and not all(value is None or bool(_whole(value).isfinite().all()) for value in values):
+        if safe_merge and not all(value is None or bool(whole(value).isfinite().all()) for value in values):
             raise ValueError(f"safe_merge: {name} would get values that are not finite; nothing is changed")
     if lost_total > LOST_SHARE * changed_total:
         share, name, _ = max(shares, key=lambda each: each[:2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -72,16 +71,6 @@ def check_not_distributed(model: nn.Module) -> None:
                 f"model: {'DistributedDataParallel' if ddp else 'FSDP'} has taken over its parameters; adapt the plain "
                 "model (apply_rlrr, load_adapter), and wrap or shard it then"
             )
-
-
-def reshard(model: nn.Module) -> None:
-    """Put the shards of FSDP2's parameters back: after a forward pass some parameters are whole."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:  # a sharded model would have imported it
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.layers.ownership import need_no_fsdp, need_own
+from rlrr_kernels.layers.ownership import check_not_in_fsdp, check_own_parameters
 from rlrr_kernels.models.merge import ADDED_BIAS_REMEDY, has_effect
 from rlrr_kernels.models.modules import replace
 
@@ -76,8 +76,8 @@ def _merge(tuner: Any, *args: Any, **options: Any) -> None:
     if isinstance(layer, FusedRLRRLinear):
         if not layer.enabled:
             raise RuntimeError("FusedRLRRLinear: cannot merge while it is switched off, as inside disable_adapter")
-        need_own(layer, "merge", "weight", "bias")
-        need_no_fsdp(layer, "merge")
+        check_own_parameters(layer, "merge", "weight", "bias")
+        check_not_in_fsdp(layer, "merge")
         vars(tuner)["_rescaled"] = layer  # not in _modules: the model must not hold it twice
         replace(tuner, "base_layer", layer.to_linear())
         if not layer.frozen_bias and has_effect("bias", layer.shift):
