@@ -19,8 +19,8 @@ from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.io.reading import read_state_dict
 from rlrr_kernels.models import running_stats
 from rlrr_kernels.models.adapt import apply_rlrr, replace
-from rlrr_kernels.models.architectures import architecture_of
 from rlrr_kernels.models.heads import head
+from rlrr_kernels.models.selection import architecture_of
 
 #: What the command line calls dtypes.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
