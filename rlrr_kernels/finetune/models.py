@@ -19,7 +19,7 @@ from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.io.reading import read_state_dict
 from rlrr_kernels.models import running_stats
 from rlrr_kernels.models.adapt import apply_rlrr, replace
-from rlrr_kernels.models.heads import head
+from rlrr_kernels.models.modules import head
 from rlrr_kernels.models.selection import architecture_of
 
 #: What the command line calls dtypes.
