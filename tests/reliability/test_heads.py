@@ -61,6 +61,10 @@ MODELS = {
     "torchvision Swin": (tv_swin, {"head"}),
     "torchvision ConvNeXt": (tv_convnext, {"classifier.0", "classifier.2"}),
     "timm": (small_vit, {"head"}),
+    "timm DeiT with a teacher": (
+        lambda: timm.create_model("deit_tiny_distilled_patch16_224", depth=1, num_classes=3, img_size=32),
+        {"head", "head_dist"},
+    ),
     "a model after a normalisation": (lambda: nn.Sequential(nn.Flatten(0, 0), small_vit()), {"1.head"}),
 }
 
