@@ -11,8 +11,8 @@ from rlrr_kernels.backends.triton.choose import Choice
 from tests.oracle import Answer, Problem, check, differentiate, make_problem, strided
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
-#: Of float16 the suite of all backends has every shape too; beside bfloat16 no kernel has code of its own for it.
-DTYPES = [SINGLE, BF16, pytest.param(HALF, marks=pytest.mark.slow)]
+#: The suite of all backends runs 16-bit dtypes over such shapes too.
+DTYPES = [SINGLE, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (BF16, HALF))]
 
 # small tiles, so that small problems meet many tiles, several splits and every kind of edge
 SMALL = Choice(block_m=32, block_n=16, block_k=32, num_warps=4, num_stages=2)

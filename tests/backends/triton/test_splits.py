@@ -8,11 +8,11 @@ import torch
 from rlrr_kernels.backends.triton import choose, launch
 from rlrr_kernels.backends.triton.choose import shares
 from rlrr_kernels.backends.triton.slices import row_slices
-from tests.backends.triton.test_numerics import BF16, HALF, SINGLE, SMALL, solve
+from tests.backends.triton.test_numerics import BF16, SINGLE, SMALL, solve
 from tests.oracle import check, make_problem
 
-#: How sums are shared out is the same for all.
-DTYPES = [BF16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (SINGLE, HALF))]
+#: Sums are split in the same way for every dtype, and float32 is interpreted the fastest.
+DTYPES = [SINGLE, pytest.param(BF16, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_bias_and_shift_are_added_once(triton_device, bias, shift):
 
 
 def test_a_split_sum_is_the_same_every_time(triton_device):
-    p = make_problem(33, 32, 100, dtype=BF16, device=triton_device)
+    p = make_problem(33, 32, 100, device=triton_device)
     choice = dataclasses.replace(SMALL, splits=2)
     one, two = (solve(p, choice) for _ in range(2))
     for a, b in zip(dataclasses.astuple(one), dataclasses.astuple(two), strict=True):
