@@ -32,7 +32,7 @@ SHAPES = [  # M, N, K, groups
     (394, 96, 50, 2),  # many splits over the tokens
 ]
 #: For interpreted kernels the others are slow tests: they are larger, and tests/backends/triton has such shapes too.
-QUICK = [(shape, torch.bfloat16) for shape in SHAPES if shape[0] * shape[1] < 3000]
+QUICK = [(shape, torch.bfloat16) for shape in SHAPES if shape[0] * shape[1] < 2000]
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
     """Two programs that wrote one place differently would race on a GPU; run backwards, they would show here."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    p = make_problem(70, 30, 72, 3)  # tiles that are cut short by their group's end
+    p = make_problem(40, 30, 72, 3)  # tiles that are cut short by their group's end
     forwards = solve(p, SMALL)
     set_index, order = builder.set_grid_idx, []
 
