@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlrr_kernels
 from rlrr_kernels import rescaled_linear
+from rlrr_kernels.backends import reference
 from rlrr_kernels.ops import linear, route
 from tests.oracle import make_problem
-from tests.reliability.test_transforms import TRANSFORMS, arguments, assert_same, written_out
+from tests.reliability.test_transforms import TRANSFORMS, arguments, assert_same, batched_gradients, written_out
 
 #: TorchScript's tracer warns that it is deprecated, and that shapes are checked.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
@@ -104,6 +107,16 @@ def test_transforms_are_right(function):
     if function is rescaled_linear:
         for name in ("forward over reverse", "batched gradients"):
             assert_same(TRANSFORMS[name](function, a), TRANSFORMS[name](written_out, a))
+
+
+@pytest.mark.usefixtures("any_torch")
+def test_no_kernel_is_given_a_batch_of_gradients():
+    """On the CPU PyTorch would call an op once for each of them; a Triton kernel would ask for their memory."""
+    forward_alone = SimpleNamespace(forward=reference.forward)
+    a = arguments()
+    with mock.patch.object(linear, "_backend", return_value=forward_alone):
+        got = batched_gradients(rescaled_linear, a)
+    assert_same(got, batched_gradients(written_out, a))
 
 
 @pytest.mark.usefixtures("any_torch")

@@ -165,15 +165,6 @@ def test_nothing_is_a_transform_where_there_is_none():
             assert torch.equal(rescaled_linear(*p.forward_args), reference.forward(*p.forward_args))
 
 
-def test_no_kernel_is_given_a_batch_of_gradients():
-    """On the CPU PyTorch would call an op once for each of them; a Triton kernel would ask for their memory."""
-    forward_alone = SimpleNamespace(forward=reference.forward)
-    a = arguments()
-    with mock.patch.object(linear, "_backend", return_value=forward_alone):
-        got = batched_gradients(rescaled_linear, a)
-    assert_same(got, batched_gradients(written_out, a))
-
-
 def test_rounding_under_a_transform_is_the_formulas():
     p = make_problem(9, 24, 20, 3, torch.bfloat16, weight_dtype=torch.float32)
     y = func.vmap(rescaled_linear, (0, *[None] * 5))(p.x[:, None], *p.forward_args[1:])
