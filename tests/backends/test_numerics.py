@@ -42,7 +42,7 @@ def backends_and_shapes():
         yield pytest.param(*case.values, *shape, id=f"{case.id}-{shape}", marks=marks)
 
 
-@pytest.mark.parametrize(("backend", "dtype", "m", "n", "k", "groups"), backends_and_shapes())
+@pytest.mark.parametrize(("backend", "dtype", "m", "n", "k", "groups"), list(backends_and_shapes()))
 def test_shapes(backend, m, n, k, groups, dtype):
     p = make_problem(m, n, k, groups, dtype, device=require(backend, dtype))
     check(p, solve(p, backend))
