@@ -15,7 +15,7 @@ from torch.export import Dim, export
 import rlrr_kernels
 from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, merge, merge_and_unload, use_backend
 from rlrr_kernels.ops import layer_norm, linear
-from tests.oracle import Answer, assert_close, check, differentiate, make_problem
+from tests.oracle import assert_close, differentiate, make_problem
 from tests.small_models import X, small_swin, small_vit, stir
 
 TABLE = rlrr_kernels.decomposition_table()
@@ -131,23 +131,6 @@ def test_an_exported_program_trains_as_the_model(decomposed):
         else:
             torch.testing.assert_close(p.grad, expected[name])
     assert sum(grad is not None for grad in expected.values()) == 5
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_the_op_by_itself_differentiates_as_the_layer(groups):
-    p = make_problem(5, 12, 8, groups)
-    x, u, v, b, f = (t.clone().requires_grad_() for t in (p.x, p.scale_out, p.scale_in, p.bias, p.shift))
-    y = linear.forward(x, p.weight, u, v, b, f)
-    dx, du, dv, db, df = torch.autograd.grad(y, (x, u, v, b, f), p.dy)
-    check(p, Answer(y.detach(), dx, du, dv, df))
-    assert torch.equal(db, df)
-    with torch.no_grad():
-        assert not linear.forward(x, p.weight, u, v, b, f).requires_grad
-    wide = make_problem(3, 4, 2, 2, torch.float64)
-    arguments = [t.requires_grad_() for t in (wide.x, wide.scale_out, wide.scale_in)]
-    assert torch.autograd.gradgradcheck(
-        lambda x, u, v: linear.forward(x, wide.weight, u, v, wide.bias, wide.shift), arguments
-    )
 
 
 class Loss(nn.Module):
