@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rlrr_kernels.finetune import Settings
-from rlrr_kernels.finetune.augment import Mixing
+from rlrr_kernels.finetune.batches import Mixing
 
 
 def batch(count):

@@ -10,7 +10,7 @@ import pytest
 
 from rlrr_kernels.finetune import Settings
 from rlrr_kernels.finetune.__main__ import COMMANDS, main, parser
-from rlrr_kernels.finetune.commands.options import as_options
+from rlrr_kernels.finetune.commands.common import as_options
 
 
 def run(*words):
@@ -67,7 +67,7 @@ def test_each_command_has_help_of_its_own(capsys, name):
         (["sweep", "--lr", "1e-3"], "unrecognized arguments: --lr"),
         (["--epochs=3", "--warmup-epochs", "5"], "--warmup-epochs: expected less than --epochs 3, got 5"),
         (["--restart-factor", "2"], "--restart-factor: expected 1 with --restart-epochs 0 and --cooldown-epochs 0: "),
-        (["--early-stop", "1", "--protocol", "final"], "--early-stop: expected 0 with --protocol final, which looks"),
+        (["--early-stop", "1", "--protocol", "final"], "--early-stop: expected 0 with --protocol final, which uses"),
         (["sweep", "--lrs", "-1"], "--lrs: expected a finite number"),
         (["sweep", "--seeds", "1", "-1"], "--seeds: expected at least 0"),
         (["merge", ".", "--out", "a.pth"], "--out: expected a name that ends in .safetensors"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlrr_kernels.finetune.ema import Average
+from rlrr_kernels.finetune.trainer import Average
 
 
 def test_it_is_the_exponential_average_from_the_first_values():

@@ -11,9 +11,8 @@ from torchvision.transforms import v2
 
 from rlrr_kernels import load_adapter
 from rlrr_kernels.checkpoint import adapter_metadata
-from rlrr_kernels.finetune import Settings, loop, prepare, report, train
-from rlrr_kernels.finetune.ema import Average
-from rlrr_kernels.finetune.trainer import Trainer
+from rlrr_kernels.finetune import Settings, loop, prepare, run_folder, train
+from rlrr_kernels.finetune.trainer import Average, Trainer
 from tests.finetune.runs import prepared
 
 
@@ -21,7 +20,7 @@ from tests.finetune.runs import prepared
 def quick_drawing(request, monkeypatch):
     """Only the first test looks at the curves."""
     if request.function is not test_a_run_writes_its_three_files_and_says_everything:
-        monkeypatch.setattr(report, "draw_curves", lambda metrics: b"a picture")
+        monkeypatch.setattr(run_folder, "draw_curves", lambda metrics: b"a picture")
 
 
 def test_a_run_writes_its_three_files_and_says_everything(tmp_path):

@@ -10,7 +10,7 @@ from timm.layers import DropPath
 
 from rlrr_kernels import count_parameters
 from rlrr_kernels.finetune import Settings, prepare
-from rlrr_kernels.finetune.models import _drop_elements, _zero_head, build_model, load_backbone
+from rlrr_kernels.finetune.backbone import _drop_elements, _zero_head, build_model, load_backbone
 from tests.checkpoint.test_npz import google_arrays
 from tests.small_models import small_swin, stir
 

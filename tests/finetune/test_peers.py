@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rlrr_kernels import SSFAffine, SSFLayerNorm, apply_rlrr, count_parameters
-from rlrr_kernels.finetune.peers import SSFLinear, apply_lora, apply_ssf, matching_rank
+from rlrr_kernels.finetune.backbone import SSFLinear, apply_lora, apply_ssf, matching_rank
 from tests.small_models import X, small_swin, small_vit, stir
 
 

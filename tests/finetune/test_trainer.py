@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from rlrr_kernels.finetune.trainer import Trainer
+from rlrr_kernels.finetune.trainer import Trainer, logits_of
 from tests.finetune.runs import prepared
 
 
@@ -174,7 +174,7 @@ def test_the_progress_line_says_when_training_waits_for_images(tmp_path):
 
 def test_bf16_autocast_trains(tmp_path):
     runner = trainer(tmp_path, precision="bf16", warmup_epochs=0)
-    assert runner._logits(runner.model, runner.images[0][0][None]).dtype == torch.float32
+    assert logits_of(runner.model, runner.images[0][0][None], "bf16").dtype == torch.float32
     seen = []
     runner.model.blocks[0].mlp.act.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     first, second = (epoch(runner)["train_loss"] for _ in range(2))

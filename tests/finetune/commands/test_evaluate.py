@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 
 from rlrr_kernels import apply_rlrr, save_adapter
-from rlrr_kernels.finetune.commands.evaluate import evaluate, split_of
+from rlrr_kernels.finetune.commands.evaluate import split_of
 from rlrr_kernels.finetune.data import ImageSet, Transform
+from rlrr_kernels.finetune.distributed import World
 from rlrr_kernels.finetune.loop import load_data
 from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.finetune.trainer import evaluate
 from tests.finetune.commands.conftest import QUICK, digits, metrics_of, status
 
 
@@ -124,7 +126,7 @@ def test_counts_by_class_are_of_the_label_not_of_the_answer():
         model[1].bias.copy_(torch.tensor([0.0, 2.0, 0.0]))
     items = [(Image.new("L", (1, 1)), label) for label in (0, 1, 1, 2)]
     images = ImageSet(items, Transform(lambda _: torch.zeros(1, 2, 2)), 3)
-    result = evaluate(model, images, Settings(batch_size=3), torch.device("cpu"), torch.arange(3))
+    result = evaluate(model, images, Settings(batch_size=3), torch.device("cpu"), World())
     assert result.hits.tolist() == [0, 2, 0]
     assert result.images.tolist() == [1, 2, 1]
     assert result.accuracy == 0.5

@@ -308,7 +308,7 @@ def test_a_real_run_is_read(tuned, capsys):
 
 
 def test_a_group_without_tasks_is_no_zero():
-    means = results.means("vtab", {"vtab/cifar": 0.4})
+    means = results.means("vtab", {"vtab/cifar": results.Cell((0.4,), (0,), {})})
     assert means is not None
     assert (means.over_tasks, means.of_groups, dict(means.groups)) == (0.4, 0.4, {"natural": 0.4})
-    assert results.means("vtab", {"fgvc/cub": 0.4}) is None
+    assert results.means("vtab", {"fgvc/cub": results.Cell((0.4,), (0,), {})}) is None

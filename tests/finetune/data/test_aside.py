@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlrr_kernels.finetune.data.aside import set_aside
+from rlrr_kernels.finetune.data.parts import set_aside
 
 
 def test_a_fifth_is_set_aside_by_the_seed():

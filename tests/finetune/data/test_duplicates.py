@@ -5,9 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from rlrr_kernels.finetune.data import duplicates
-from rlrr_kernels.finetune.data.duplicates import check_distinct, equal_arrays, equal_files
-from rlrr_kernels.finetune.data.listed import Entry
+from rlrr_kernels.finetune.data import parts
+from rlrr_kernels.finetune.data.parts import Entry, check_distinct, equal_arrays, equal_files
 
 
 def test_two_spellings_of_one_file_are_one_file():
@@ -33,7 +32,7 @@ def test_files_that_a_disk_numbers_alike_are_two(tmp_path, monkeypatch):
     entries = [Entry(str(tmp_path / name), 0, name) for name in "ab"]
     for entry in entries:
         open(entry.path, "w").close()
-    monkeypatch.setattr(duplicates, "_identity", lambda path: (1, 1))
+    monkeypatch.setattr(parts, "_identity", lambda path: (1, 1))
     check_distinct(entries)
 
 
@@ -46,7 +45,7 @@ def files(folder, **contents):
 
 def test_equal_contents_are_counted_and_a_pair_named(tmp_path):
     """Not of equal size alone, nor of equal size and end."""
-    end = bytes(duplicates.END)
+    end = bytes(parts.END)
     train = files(tmp_path, a=b"1234", b=b"one" + end, c=b"xy")
     test = files(tmp_path / "test", d=b"4321", e=b"two" + end, f=b"one" + end, g=b"1234", h=b"1")
     (line,) = equal_files(train, test, ("train", "test"))
@@ -56,10 +55,10 @@ def test_equal_contents_are_counted_and_a_pair_named(tmp_path):
 
 def test_what_would_be_too_much_to_read_is_said(tmp_path, monkeypatch):
     train, test = files(tmp_path, a=b"1234", b=b"5"), files(tmp_path / "test", c=b"1234", d=b"67")
-    monkeypatch.setattr(duplicates, "COMPARED_BYTES", 7)
+    monkeypatch.setattr(parts, "COMPARED_BYTES", 7)
     (line,) = equal_files(train, test, ("train", "test"))
     assert line == ("note: train and test were not searched for equal images, as 2 files would have to be read")
-    monkeypatch.setattr(duplicates, "COMPARED_BYTES", 8)
+    monkeypatch.setattr(parts, "COMPARED_BYTES", 8)
     assert equal_files(train, test, ("train", "test"))[0].startswith("warning: 1 of 2 test images is the same as one")
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 
 from rlrr_kernels.finetune.data import ImageSet, Transform
-from rlrr_kernels.finetune.data.listed import Entry, Listed
+from rlrr_kernels.finetune.data.parts import Entry, Listed
 
 from .folders import write_image
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlrr_kernels.finetune.data import listed
-from rlrr_kernels.finetune.data.listed import Entry, check_images
+from rlrr_kernels.finetune.data import parts
+from rlrr_kernels.finetune.data.parts import Entry, check_images
 
 from .folders import write_image
 
@@ -61,7 +61,7 @@ def photographs(tmp_path):
 @pytest.fixture(params=[10, 1], ids=["short list", "long list"])
 def limit(request, monkeypatch):
     """How long a list may be for its images to be decoded; the lists here have three."""
-    monkeypatch.setattr(listed, "DECODED_UP_TO", request.param)
+    monkeypatch.setattr(parts, "DECODED_UP_TO", request.param)
 
 
 def rewrite(entry, change):
@@ -112,7 +112,7 @@ def test_of_long_lists_too_each_file_must_be_an_image(photographs, content, erro
 
 def test_of_long_lists_a_file_with_header_and_end_is_not_decoded(photographs, monkeypatch):
     """Else the check would take minutes for the 73,728 test images of a VTAB-1k task."""
-    monkeypatch.setattr(listed, "DECODED_UP_TO", 2)
+    monkeypatch.setattr(parts, "DECODED_UP_TO", 2)
     decoded = []
     monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", lambda self: decoded.append(self.format))
     check_images(photographs)

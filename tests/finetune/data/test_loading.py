@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from rlrr_kernels.finetune.batches import Batches
 from rlrr_kernels.finetune.data import ImageSet, loading, make_transform
 from rlrr_kernels.finetune.data.images import random_draws
-from rlrr_kernels.finetune.data.listed import Entry, Listed
+from rlrr_kernels.finetune.data.parts import Entry, Listed
 from rlrr_kernels.finetune.distributed import World
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from rlrr_kernels.finetune.data import ImageSet, Transform, listed
-from rlrr_kernels.finetune.data.listed import Entry, Listed, check_images
-from rlrr_kernels.finetune.data.pixels import eight_bits
+from rlrr_kernels.finetune.data import ImageSet, Transform, parts
+from rlrr_kernels.finetune.data.images import eight_bits
+from rlrr_kernels.finetune.data.parts import Entry, Listed, check_images
 
 from .folders import load, write_classes
 
@@ -92,7 +92,7 @@ REFUSED = {
 @pytest.mark.parametrize("limit", [10, 1], ids=["short list", "long list"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_range_is_refused_with_its_path_beforehand(tmp_path, monkeypatch, name, limit):
-    monkeypatch.setattr(listed, "DECODED_UP_TO", limit)
+    monkeypatch.setattr(parts, "DECODED_UP_TO", limit)
     paths = [tmp_path / "a good.png", tmp_path / name]
     deep().save(paths[0])
     REFUSED[name].save(paths[1], **({"format": "PPM"} if name.endswith("pfm") else {}))
