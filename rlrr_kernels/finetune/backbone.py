@@ -68,7 +68,7 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
     elif settings.method == "linear":
         model.requires_grad_(False)
         head(model).requires_grad_(True)
-    running.hold(model)
+    running_stats.freeze(model)
     return model
 
 
