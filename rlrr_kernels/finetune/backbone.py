@@ -19,12 +19,12 @@ from rlrr_kernels.checkpoint.trained import LOADED, in_short, printable
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.io.reading import read_state_dict
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.models import running
-from rlrr_kernels.models.adapt import apply_rlrr, qkv_readers, replace
-from rlrr_kernels.models.architectures import architecture_of
-from rlrr_kernels.models.bypass import skeleton_of
-from rlrr_kernels.models.heads import head
+from rlrr_kernels.models import running_stats
+from rlrr_kernels.models.adapt import apply_rlrr, qkv_readers
+from rlrr_kernels.models.bypass import meta_copy
+from rlrr_kernels.models.modules import head, replace
 from rlrr_kernels.models.parameters import count_parameters
+from rlrr_kernels.models.selection import architecture_of
 
 #: Names of dtypes on the command line.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,7 +78,7 @@ def check_statistics(model: nn.Module, settings: Settings) -> None:
     Raises:
         ValueError: If the model has a batch norm that would train.
     """
-    name = next((name for name, _ in running.trained(model)), None)
+    name = next((name for name, _ in running_stats.trained_norms(model)), None)
     if name is not None:
         raise ValueError(
             f"model: {settings.model!r} has batch norm that would train with method={settings.method!r}: {name}; "
@@ -243,10 +243,10 @@ def apply_lora(model: nn.Module, rank: int) -> nn.Module:
 def matching_rank(model: nn.Module) -> int:
     """The smallest LoRA rank that trains at least as many parameters as RLRR, without the head."""
     per_rank = sum(linear.in_features + linear.out_features for _, linear in _adapted_linears(model))
-    count, _ = count_parameters(apply_rlrr(skeleton_of(model), train_head=False))
+    count, _ = count_parameters(apply_rlrr(meta_copy(model), train_head=False))
     return -(-count // per_rank)
 
 
 def _adapted_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    adapted = apply_rlrr(skeleton_of(model), train_head=False)
+    adapted = apply_rlrr(meta_copy(model), train_head=False)
     return [(name, layer) for name, layer in adapted.named_modules() if isinstance(layer, FusedRLRRLinear)]

@@ -29,7 +29,7 @@ from rlrr_kernels.finetune.commands.common import (
 from rlrr_kernels.finetune.saved_run import PEERS, SavedRun, open_run
 from rlrr_kernels.io.files import write_atomically
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.models.adapt import adapters
+from rlrr_kernels.models.modules import adapters
 
 DESCRIPTION = """\
 Write a tuned model as plain weights, with no trace of the method left: rescaled
