@@ -165,8 +165,7 @@ class Run:
         """Collect what is needed to resume here. All processes must call this."""
         best = self.best if CHOOSES[self.metrics["protocol"]] and self.metrics["epochs"] else None
         names = ("settings", "processes", "images", "classes", "data_fingerprint")
-        # a run begun by an older version has no fingerprint
-        recorded = {name: self.metrics[name] for name in names if name in self.metrics}
+        recorded = {name: self.metrics[name] for name in names}
         return self.trainer.state(best, {**recorded, "metrics": self.metrics})
 
     def save(self) -> None:

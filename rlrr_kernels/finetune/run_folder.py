@@ -50,9 +50,9 @@ class State:
     """A run after a whole number of epochs.
 
     Attributes:
-        record: JSON values. ``settings``, ``processes``, ``images``, ``classes`` and ``data_fingerprint`` (missing in
-            older runs) must match those of a continuation; ``epoch`` is the number of finished epochs; ``metrics`` and
-            ``scaler`` are the run's metrics and the gradient scaler's state.
+        record: JSON values. ``settings``, ``processes``, ``images``, ``classes`` and ``data_fingerprint`` must match
+            those of a continuation; ``epoch`` is the number of finished epochs; ``metrics`` and ``scaler`` are the
+            run's metrics and the gradient scaler's state.
         tensors: Whole tensors on the CPU: ``trained/<name>``, ``optimizer/<name>/<key>``, and if they exist
             ``best/<name>`` and ``average/<name>``.
     """

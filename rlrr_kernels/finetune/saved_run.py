@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from rlrr_kernels.checkpoint import WEIGHTS, adapter_metadata, load_adapter
 from rlrr_kernels.checkpoint.manifest import Manifest
 from rlrr_kernels.checkpoint.trained import printable
 from rlrr_kernels.finetune.backbone import build_model
-from rlrr_kernels.finetune.data import Splits, is_path
+from rlrr_kernels.finetune.data import Splits
 from rlrr_kernels.finetune.run_folder import ADAPTER, METRICS, STATE, STATE_FORMAT, State
 from rlrr_kernels.finetune.settings import DEFAULTS, PROTOCOLS, Settings, check_types
 from rlrr_kernels.io.reading import expect, expect_names, parse_json, read_json, read_safetensors
@@ -25,12 +24,11 @@ from rlrr_kernels.io.reading import expect, expect_names, parse_json, read_json,
 #: ``data_root`` must hold the same images, see :func:`check_data`.
 MAY_DIFFER = frozenset({"device", "workers", "cache", "out", "resume", "tensorboard", "data", "data_root"})
 
-#: Types of the entries of ``metrics.json`` that are read. A run that diverged lacks some, and older runs lack others.
+#: Types of the entries of ``metrics.json`` that are read. A run that diverged lacks some.
 METRICS_TYPES: Mapping[str, tuple[type, ...]] = {
     "test_accuracy": (float,),
     "classes": (int,),
     "data_fingerprint": (str,),
-    "protocol": (str,),
     "task": (str, type(None)),
     "protocol_note": (str,),
     "error": (str,),
@@ -64,6 +62,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         metrics = read_json(path)
         settings = expect(metrics, "settings", dict)
         check_types(settings)
+        expect(metrics, "protocol", str)
         for name in ("model", "seed"):
             expect(settings, name, type(DEFAULTS[name]))
         for name, types in METRICS_TYPES.items():
@@ -122,7 +121,7 @@ def _check_record(record: Mapping[str, Any]) -> None:
     check_types(record["settings"])
     metrics = expect(record, "metrics", dict)
     epochs = expect(metrics, "epochs", list)
-    expect({"data_fingerprint": None, **record}, "data_fingerprint", str, type(None))
+    expect(record, "data_fingerprint", str)
     expect_names(metrics, "class_names", record["classes"])
     for name in ("settings", "processes", "images", "classes", "data_fingerprint"):
         if metrics.get(name) != record.get(name):
@@ -162,16 +161,11 @@ def settings_to_resume(folder: Path, options: Mapping[str, Any]) -> Settings:
 def recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Complete the settings in a file by the defaults of settings that were added later.
 
-    Older runs wrote relative paths. They are taken as relative to the current folder.
-
     Raises:
         ValueError: If a value has the wrong type.
     """
     check_types(values)
-    known = {**Settings().to_dict(), **values}
-    paths = [name for name in ("checkpoint", "data_root") if known[name] is not None]
-    paths += ["data"] if is_path(known["data"]) else []
-    return known | {name: os.path.abspath(known[name]) for name in paths}
+    return {**Settings().to_dict(), **values}
 
 
 def check_settings(recorded: Mapping[str, Any], settings: Settings, source: str) -> None:
@@ -230,17 +224,10 @@ def check_data(recorded: Mapping[str, Any], settings: Settings, splits: Splits) 
         splits: The images.
 
     Raises:
-        ValueError: If they are not, or if that is unknown.
+        ValueError: If they are not.
     """
-    own, where = recorded.get("data_fingerprint"), settings.task or settings.data
-    # older versions, which recorded no fingerprint, already drew validation images of these by class
-    by_class = settings.task or settings.data.endswith(".npz")
-    if own is None and splits.drawn_from and not by_class:
-        raise ValueError(
-            f"data: the run on {where} is of an older version, which set other images aside to validate on: "
-            "which it was trained on is not known"
-        )
-    if own is not None and own != splits.fingerprint:
+    if expect(recorded, "data_fingerprint", str) != splits.fingerprint:
+        where = settings.task or settings.data
         raise ValueError(
             f"data: expected the images of the run, got others in {where}: other names, classes, order or number"
         )

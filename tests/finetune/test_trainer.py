@@ -1,4 +1,4 @@
-"""One trainer: its schedule, what a step sums up, what its draws depend on."""
+"""The trainer: its schedule, steps, random draws, evaluation and moving average."""
 
 import math
 import re
@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from rlrr_kernels.finetune.trainer import Trainer, logits_of
+from rlrr_kernels.finetune.trainer import Average, Trainer, logits_of
 from tests.finetune.runs import prepared
 
 
@@ -193,3 +193,32 @@ def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(tmp_path):
     epoch(runner)
     assert runner.scaler.get_scale() == 2.0**8
     assert not torch.equal(runner.trained()["head.weight"], before["head.weight"])
+
+
+def test_it_is_the_exponential_average_from_the_first_values():
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    average, expected = Average({"p": parameter}, 0.9), torch.tensor([1.0, 2.0])
+    for value in (3.0, -1.0, 5.0):
+        with torch.no_grad():
+            parameter.fill_(value)
+        average.update()
+        expected = 0.9 * expected + 0.1 * value
+    torch.testing.assert_close(average.values["p"], expected)
+
+
+def test_the_model_holds_it_inside_and_its_own_values_afterwards_even_after_an_error():
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    average = Average({"p": parameter}, 0.5)
+    with torch.no_grad():
+        parameter.fill_(3.0)
+    average.update()
+
+    def look():
+        with average.in_place():
+            assert parameter.item() == 2.0
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        look()
+    assert parameter.item() == 3.0
+    assert average.values["p"].item() == 2.0

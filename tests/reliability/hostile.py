@@ -234,7 +234,8 @@ def unfinished(folder: Path) -> Target:
     trainer.train_epoch(tqdm(disable=True))
     settings = ready.settings.to_dict()
     epoch = {"epoch": 1, "train_loss": 2.0, "train_accuracy": 0.1, "val_loss": 2.1, "val_accuracy": 0.2, "lr": 0.1}
-    agreed = {"settings": settings, "processes": 1, "images": {"train": 8, "val": 8, "test": 8}, "classes": 10}
+    agreed = {"settings": settings, "processes": 1, "images": {"train": 8, "val": 8, "test": 8}, "classes": 10,
+              "data_fingerprint": ready.splits.fingerprint}  # fmt: skip
     metrics = {"run": str(folder), "protocol": "choose-epoch", **agreed, "epochs": [epoch], "train_seconds": 1.0,
                "best_epoch": 1, "interrupted": False, "finished": False}  # fmt: skip
     trainer.state(trainer.trained(), {**agreed, "metrics": metrics}).write(folder)

@@ -161,7 +161,7 @@ def remarks(saved: SavedRun, split: str, options: Collection[str], result: Evalu
                 "the same accuracy as in metrics.json" if same else f"metrics.json: {metrics['test_accuracy']:.4f}"
             )
         return lines + ([metrics["protocol_note"]] if "protocol_note" in metrics else [])
-    if split == "val" and metrics.get("protocol", "choose-epoch") == "choose-epoch":
+    if split == "val" and metrics["protocol"] == "choose-epoch":
         return ["the epoch was chosen on these images"]
     return [f"the {split} images were trained on"]
 

@@ -145,10 +145,8 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
             why = metrics.get("error") or ("interrupted" if metrics.get("interrupted") else "no test accuracy")
             left_out.append(f"{folder}: {why}")
             continue
-        settings = {**DEFAULTS, **metrics["settings"]}
-        # before there were protocols, runs chose the epoch on validation images
-        settings["protocol"] = metrics.get("protocol") or settings.get("protocol") or "choose-epoch"
-        task = metrics.get("task") or settings.get("task") or str(settings.get("data"))
+        settings = {**DEFAULTS, **metrics["settings"], "protocol": metrics["protocol"]}
+        task = settings["task"] or settings["data"]
         results.append(Result(folder, task, settings["seed"], float(accuracy), settings))
     return results, left_out
 

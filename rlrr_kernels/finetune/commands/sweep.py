@@ -217,10 +217,9 @@ def earlier_metrics(folder: Path, settings: Settings) -> dict[str, Any] | None:
 
 
 def _check_data_again(metrics: Mapping[str, Any], settings: Settings) -> None:
-    """Check the images of a finished run if they may have been moved, or the run recorded no fingerprint."""
+    """Check the images of a finished run if they may have been moved."""
     own, given = recorded_settings(metrics["settings"]), settings.to_dict()
-    moved = any(own[name] != given[name] for name in ("data", "data_root"))
-    if moved or "data_fingerprint" not in metrics:
+    if any(own[name] != given[name] for name in ("data", "data_root")):
         check_data(metrics, settings, load_data(settings))
 
 

@@ -91,7 +91,7 @@ def report(metrics: Mapping[str, Any]) -> int:
         return INTERRUPTED
     if "protocol_note" in metrics:
         print_lines(metrics["protocol_note"])
-    epoch = f"best epoch {metrics['best_epoch']}, " if metrics.get("protocol") != "final" else "last epoch, "
+    epoch = f"best epoch {metrics['best_epoch']}, " if metrics["protocol"] != "final" else "last epoch, "
     print_lines(f"{epoch}test accuracy {metrics['test_accuracy']:.4f}")
     print_lines(f"wrote {folder / 'adapter'}, {folder / 'metrics.json'}, {folder / 'curves.png'}")
     return 0

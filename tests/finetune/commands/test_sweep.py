@@ -97,7 +97,12 @@ def test_a_run_that_ended_before_its_first_epoch_starts_anew(data, tmp_path, lef
     folder = tmp_path / "run"
     folder.mkdir()
     if left != "nothing":
-        metrics = {"settings": settings.to_dict(), "error": "RuntimeError: out of memory", "finished": False}
+        metrics = {
+            "settings": settings.to_dict(),
+            "protocol": "choose-epoch",
+            "error": "RuntimeError: out of memory",
+            "finished": False,
+        }
         (folder / "metrics.json").write_text(json.dumps(metrics))
     metrics = sweep.one_run(folder, settings, World(), test=False)
     assert metrics["finished"] is True
@@ -107,7 +112,9 @@ def test_a_run_that_ended_before_its_first_epoch_starts_anew(data, tmp_path, lef
 
 def test_a_run_folder_with_other_settings_is_refused_not_removed(tmp_path):
     settings = Settings(method="linear")
-    (tmp_path / "metrics.json").write_text(json.dumps({"settings": settings.to_dict() | {"min_lr": 1e-5}}))
+    (tmp_path / "metrics.json").write_text(
+        json.dumps({"settings": settings.to_dict() | {"min_lr": 1e-5}, "protocol": "choose-epoch"})
+    )
     with pytest.raises(CommandError, match=r"min_lr: expected 1e-05, as in the run in .*, got 1e-08"):
         sweep.one_run(tmp_path, settings, World(), test=False)
     assert (tmp_path / "metrics.json").exists()

@@ -6,8 +6,6 @@ from unittest import mock
 import pytest
 import torch
 
-from rlrr_kernels.finetune.run_folder import State
-from rlrr_kernels.finetune.saved_run import read_state
 from rlrr_kernels.finetune.settings import Settings, describe_settings, settings_from
 from tests.finetune.commands.conftest import QUICK, metrics_of, status
 from tests.finetune.data.folders import write_classes
@@ -180,26 +178,6 @@ def test_images_that_were_moved_are_given_by_their_new_place(pets, tmp_path, cap
     write_classes(tmp_path / "moved" / "test", {"hen": 1}, grey=10)
     assert status("eval", pets / "run", "--split", "val") == 2
     assert "data: expected the images of the run" in capsys.readouterr().err
-
-
-def test_a_run_whose_images_an_older_version_set_aside_is_refused(pets, capsys):
-    state = read_state(pets / "run")
-    for record in (state.record, state.record["metrics"]):
-        del record["data_fingerprint"]
-    State(state.record, state.tensors).write(pets / "run")
-    assert status("--resume", "run") == 2
-    assert "an older version, which set other images aside" in capsys.readouterr().err
-
-
-def test_a_run_of_an_older_version_on_the_same_images_goes_on(data, tmp_path):
-    with mock.patch.object(torch.optim.AdamW, "step", side_effect=KeyboardInterrupt):
-        status("--data", data, "--out", tmp_path / "run", *QUICK)
-    state = read_state(tmp_path / "run")
-    for record in (state.record, state.record["metrics"]):
-        del record["data_fingerprint"]
-    State(state.record, state.tensors).write(tmp_path / "run")
-    assert status("--resume", tmp_path / "run") == 0
-    assert "data_fingerprint" not in metrics_of(tmp_path / "run")
 
 
 def test_the_data_of_a_task_s_run_is_not_to_be_replaced(vtab, tmp_path, capsys):
