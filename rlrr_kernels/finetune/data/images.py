@@ -292,9 +292,8 @@ def random_draws(*key: int) -> Iterator[None]:
     """
     generator = torch.default_generator
     state = generator.get_state()
-    # the CPU generator uses 32 bits of its seed. SeedSequence spreads the key over them; it takes no negative numbers
-    words = [part % 2**64 for part in key]
-    generator.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+    # the CPU generator uses 32 bits of its seed, over which SeedSequence spreads the key
+    generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
     try:
         yield
     finally:

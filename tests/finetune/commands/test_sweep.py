@@ -153,9 +153,7 @@ def test_more_values_keep_what_is_finished(data, tmp_path):
             "--epochs: .* holds a sweep with 2, got 3; --epochs 2 goes on with it, another --out",
         ),
         (["--head-init", "zero"], "--head-init: .* with 'random', got 'zero'; --head-init random goes on with it"),
-        (["--lrs", "-1"], "--lrs: expected a finite number"),
         (["--drop-paths", "1"], "--drop-paths: expected 0 or more and less than 1"),
-        (["--seeds", "-1"], "--seeds: expected at least 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(data, tmp_path, capsys, words, message):

@@ -67,13 +67,6 @@ def test_a_warm_up_that_nobody_asked_for_fits_the_epochs_and_says_so(tmp_path, g
     assert not any("warmup_epochs" in line for line in lines if said)
 
 
-def test_one_epoch_needs_no_other_option(data, tmp_path, capsys):
-    words = ["--data", data, "--batch-size", "16", "--device", "cpu", "--no-tensorboard", "--method", "linear"]
-    assert status(*words, "--epochs", "1", "--out", tmp_path / "run") == 0
-    assert capsys.readouterr().out.count("warm-up: 0 epochs, not the usual 2, as the run has 1\n") == 1
-    assert metrics_of(tmp_path / "run")["settings"]["warmup_epochs"] == 0
-
-
 @pytest.mark.parametrize("task", ["fgvc/cub", "fgvc-aug/cub", "vtab/kitti"])
 def test_any_number_of_epochs_fits_every_recipe(tmp_path, task):
     for epochs in (1, 7, 13):
@@ -92,11 +85,6 @@ def test_a_task_runs_by_its_recipe_and_tests_once_after_the_last_epoch(vtab, tmp
     assert metrics["settings"]["lr"] == 3e-3
     assert metrics["settings"]["epochs"] == 2
     assert f"last epoch, test accuracy {metrics['test_accuracy']:.4f}" in out
-
-
-def test_best_on_test_says_so(data, tmp_path, capsys):
-    assert status("--data", data, "--protocol", "best-on-test", "--out", tmp_path / "run", *QUICK) == 0
-    assert "chosen on the test images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("after", [0, 5])
@@ -124,13 +112,6 @@ def test_resume_into_an_empty_folder_takes_the_given_options(data, tmp_path):
     (tmp_path / "run").mkdir()
     assert status("--resume", tmp_path / "run", "--data", data, "--lr", "0.004", *QUICK) == 0
     assert metrics_of(tmp_path / "run")["settings"]["lr"] == 0.004
-
-
-def test_a_resumed_run_refuses_another_learning_rate(data, tmp_path, capsys):
-    with mock.patch.object(torch.optim.AdamW, "step", side_effect=KeyboardInterrupt):
-        status("--data", data, "--out", tmp_path / "run", *QUICK)
-    assert status("--resume", tmp_path / "run", "--lr", "0.5") == 2
-    assert "lr: expected 0.01, as in the run to resume, got 0.5" in capsys.readouterr().err
 
 
 @pytest.fixture

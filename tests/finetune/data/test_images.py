@@ -79,12 +79,6 @@ def test_the_process_draws_on_as_if_no_image_had_been_loaded():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_a_negative_seed_is_a_seed():
-    images = ImageSet(Numbers(), noise, 3, seed=-1)
-    assert torch.equal(images[0][0], images[0][0])
-    assert not torch.equal(images[0][0], ImageSet(Numbers(), noise, 3, seed=1)[0][0])
-
-
 def test_labels_out_of_range_are_an_error():
     images = ImageSet(Numbers(), noise, 2)
     assert images[1][1] == 1

@@ -123,20 +123,6 @@ def test_each_image_is_decoded_once_and_no_file_is_left(entries, tmp_path):
     assert list((tmp_path / "kept").iterdir()) == []
 
 
-def test_a_run_sees_what_lies_on_the_disk_when_it_begins(entries):
-    images = image_set(entries)
-    loading.keep(images, World(), 1, 2**30)
-    before = images[0][0].clone()
-    status = os.stat(entries[0].path)
-    write(entries[0].path, 3)
-    os.utime(entries[0].path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert torch.equal(images[0][0], before)
-    again = image_set(entries)
-    loading.keep(again, World(), 1, 2**30)
-    assert torch.equal(again[0][0], image_set(entries)[0][0])
-    assert not torch.equal(again[0][0], before)
-
-
 def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
