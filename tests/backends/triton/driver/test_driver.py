@@ -73,10 +73,7 @@ def test_a_first_use_while_a_graph_is_captured_is_one_clear_error_that_leaves_th
     found = {line.pop("capture"): line for line in [dict(line) for line in quick] if "capture" in line}
     cold = found.pop("first use")
     assert cold["log"] == [], "calling the driver would end the capture"
-    words = (
-        "RuntimeError: rlrr_kernels: forward_kernel is not on the GPU yet for [128, 128] float16, [256, 128] float16"
-    )
-    assert cold["error"].startswith(words)
+    assert "forward_kernel is not on the GPU yet for [128, 128] float16, [256, 128] float16" in cold["error"]
     assert "Run the layer once" in cold["error"]
     assert len(found) == 4
     for name, line in found.items():
@@ -94,8 +91,7 @@ def test_a_launch_is_given_its_operands_and_numbers_in_order(quick):
     assert whole["parameters"][:16] == ["x", "w", "v", "u", "b", "f", "new 0", *numbers]
     split, added = cases["split", "forward"]
     assert (split["grid"], split["threads"]) == ([8, 2, 1], 128)
-    assert split["parameters"][:4] == ["x", "w", "v", "u"]
-    assert split["parameters"][6:8] == ["new 0", 128]
+    assert split["parameters"][:8] == ["x", "w", "v", "u", "b", "f", "new 0", 128]
     assert added["parameters"][:7] == ["new 0", "b", "f", "new 1", 128, 2, 256]
 
 
