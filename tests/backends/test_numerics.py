@@ -88,11 +88,11 @@ def test_scales_of_another_dtype_and_strides(backend, scales):
 
 @pytest.mark.parametrize(("backend", "dtype"), backends_with(DTYPES))
 def test_power_of_two_scales_equal_a_prescaled_weight_bit_for_bit(backend, dtype):
-    """1 + uv in {2, 4} rounds nothing, so rescaling must change no bit of the product."""
+    """1 + uv in {2, 4, -2, -1/2} rounds nothing, so rescaling must change no bit of the product."""
     p, plain = (
         make_problem(50, 32, 48, 2, dtype, bias=False, shift=False, device=require(backend, dtype)) for _ in range(2)
     )
-    p.scale_out = 1.0 + 2.0 * (torch.arange(32, device=p.x.device, dtype=p.scale_out.dtype)[:, None] % 2)
+    p.scale_out = torch.tensor([1.0, 3.0, -3.0, -1.5] * 8, device=p.x.device, dtype=p.scale_out.dtype)[:, None]
     p.scale_in = torch.ones_like(p.scale_in)
     plain.weight = (plain.weight * (1 + p.scale_out)).to(dtype)
     plain.scale_out = torch.zeros_like(p.scale_out)

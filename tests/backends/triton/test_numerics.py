@@ -69,15 +69,6 @@ def test_an_infinity_stays_out_of_padding_and_of_the_next_group(triton_device):
     assert formula.dv.isfinite().sum() == 71, "the first group's columns but for the last"
 
 
-@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
-def test_strides(triton_device, how):
-    p = make_problem(45, 26, 35, device=triton_device)
-    p.x, p.dy, p.weight = strided(p.x, how), strided(p.dy, how), strided(p.weight, how)
-    if how == "expanded":
-        assert p.dy.stride() == (0, 0)
-    check(p, solve(p, SMALL))
-
-
 @pytest.mark.parametrize("how", ["transposed", "expanded", "shifted"])
 def test_activations_are_copied_where_that_alone_makes_them_load_by_vectors(triton_device, how, monkeypatch):
     """What ``y.sum().backward()`` gives is one number, and every tile would load it by the element."""
@@ -114,22 +105,6 @@ def test_rows_are_taken_for_aligned_only_where_they_are(triton_device):
         "off by one element": (_shifted(x), False),
     }
     assert {name: launch._aligned(t) for name, (t, _) in cases.items()} == {n: found for n, (_, found) in cases.items()}
-
-
-@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
-def test_negative_powers_of_two_equal_a_prescaled_weight_bit_for_bit(triton_device, dtype):
-    """1 + uv = -2 or -1/2 rounds nothing, so rescaling must change no bit of the product."""
-    p = make_problem(50, 32, 48, 2, dtype, bias=False, shift=False, device=triton_device)
-    p.scale_out = 1.0 - 0.5 * (torch.arange(32, device=triton_device)[:, None] % 2)
-    p.scale_in = torch.full_like(p.scale_in, -3.0)
-    scale = 1 + p.scale_out * p.scale_in[0, 0, 0]
-    assert set(scale.flatten().tolist()) == {-2.0, -0.5}
-    plain = make_problem(50, 32, 48, 2, dtype, bias=False, shift=False, device=triton_device)
-    plain.weight = (plain.weight.float() * scale).to(dtype)
-    plain.scale_out = torch.zeros_like(plain.scale_out)
-    a, b = solve(p, SMALL), solve(plain, SMALL)
-    assert torch.equal(a.y, b.y)
-    assert torch.equal(a.dx, b.dx)
 
 
 @pytest.mark.usefixtures("interpreted")
