@@ -1,4 +1,4 @@
-"""What PyTorch does to modules leaves a layer right, or is refused by one clear error."""
+"""PyTorch's operations on modules: copies, conversions, hooks, wrappers. They work, or raise one clear error."""
 
 import copy
 import gc
@@ -107,7 +107,7 @@ def test_a_layer_made_without_data_is_as_a_fresh_one_after_reset_parameters(make
     empty = make(device="meta").to_empty(device="cpu")
     with torch.no_grad():
         for parameter in empty.parameters():
-            parameter.fill_(float("nan"))  # what to_empty leaves may be anything
+            parameter.fill_(float("nan"))  # to_empty leaves any values
     torch.manual_seed(3)
     empty.reset_parameters()
     for (name, a), (_, b) in zip(fresh.named_parameters(), empty.named_parameters(), strict=True):
@@ -149,8 +149,8 @@ NAMES = [
 ]
 
 
-def test_names_and_their_order_are_these_merged_or_not():
-    """Checkpoints and optimiser states of users hold them: a change here breaks theirs."""
+def test_parameters_keep_their_names_and_order_merged_or_not():
+    """Users' checkpoints and optimiser states hold these names: a change here would break them."""
     model = tuned(partial(small_vit, depth=1))
     for treat in (lambda: model, lambda: merge(model), lambda: unmerge(model)):
         treat()
@@ -168,7 +168,7 @@ def test_a_layer_without_bias_has_one_while_it_is_merged_and_saves_none():
     assert [n for n, _ in made.named_parameters()] == names
 
 
-def test_a_config_is_a_key_with_groups_too():
+def test_equal_configs_have_equal_hashes():
     a = RLRRConfig(groups={"a": 3, "b": 1}, target_modules=["a"], frozen_dtype="bfloat16")
     b = RLRRConfig(groups={"b": 1, "a": 3}, target_modules=["a"], frozen_dtype=torch.bfloat16)
     assert a == b
@@ -273,7 +273,7 @@ def test_modules_are_compiled_in_place_and_keep_their_names():
     assert list(copy.deepcopy(model).state_dict()) == NAMES
 
 
-def test_repr_says_what_state_a_layer_is_in():
+def test_repr_shows_the_state_of_a_layer():
     made = layer(groups=3)
     made.enabled = False
     made.merge()
