@@ -333,7 +333,7 @@ def test_classes_of_other_names_are_refused(tmp_path):
         train(prepared(tmp_path, **options), quiet=True)
     for split in ("train", "test"):
         (images / split / "cat").rename(images / split / "pet")
-    with pytest.raises(ValueError, match="data: expected the images of the run, got others in .*: other names"):
+    with pytest.raises(ValueError, match=r"data: expected the images of the run, got others in .*: other names"):
         prepared(tmp_path, resume=tmp_path / "run", **options)
     for split in ("train", "test"):
         (images / split / "pet").rename(images / split / "cat")
