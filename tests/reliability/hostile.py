@@ -362,7 +362,7 @@ def images(folder: Path, layout: str) -> Target:
                 assert parts.test.labels.tolist() == said["test_labels"].tolist()
                 assert parts.test.images.flatten().tolist() == said["test_images"].flatten().tolist()
                 assert len(parts.train) + len(parts.val) == len(said["train_labels"])
-                assert parts.classes == 1 + max(*said["train_labels"], *said["test_labels"])
+                assert len(parts.class_names) == 1 + max(*said["train_labels"], *said["test_labels"])
 
         return Target(path, attempt, (zip_entries, raw_bytes), (ValueError, FileNotFoundError))
     path = folder / "train-images-idx3-ubyte.gz"
