@@ -23,7 +23,7 @@ from rlrr_kernels.finetune.data.arrays import read_npz
 from rlrr_kernels.finetune.data.fgvc import read_json
 from rlrr_kernels.finetune.data.vtab import read_list
 from rlrr_kernels.finetune.models import load_backbone
-from rlrr_kernels.io import reading
+from rlrr_kernels.io import checks, reading
 from rlrr_kernels.io.reading import read_safetensors
 from tests.reliability import bombs, hostile
 from tests.reliability.memory import peak_growth
@@ -249,7 +249,8 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     torch.save({}, tmp_path / "a.pth")
-    monkeypatch.setattr(reading, "open", refuse, raising=False)
+    for module in (reading, checks):
+        monkeypatch.setattr(module, "open", refuse, raising=False)
     with pytest.raises(ValueError, match=r"a\.pth cannot be read: .*Permission denied"):
         getattr(reading, read)(tmp_path / "a.pth")
 

@@ -111,7 +111,7 @@ def test_a_file_that_is_no_table_is_set_aside(tmp_path):
 
 def test_a_writer_waits_for_another(tmp_path):
     path = tmp_path / "tuned.json"
-    with cache.alone(path):
+    with cache.lock(path):
         start = FORK.Barrier(2)
         writer = FORK.Process(target=write_many, args=(path, start, 1, 1))
         writer.start()

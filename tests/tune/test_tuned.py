@@ -112,11 +112,11 @@ def test_the_off_switch_leaves_the_shipped_part(file, monkeypatch):
 
 
 BROKEN = {
-    "cut off": (lambda text: text[:-20], "not JSON"),
-    "empty": (lambda text: "", "not JSON"),
-    "not text": (lambda text: "\udcff", "not JSON"),
-    "deep": (lambda text: "[" * 100000, "not JSON"),
-    "a list": (lambda text: "[]", "expected {"),
+    "cut off": (lambda text: text[:-20], "the content is not JSON"),
+    "empty": (lambda text: "", "the content is not JSON"),
+    "not text": (lambda text: "\udcff", "the content is not JSON"),
+    "deep": (lambda text: "[" * 100000, "the content is not JSON"),
+    "a list": (lambda text: "[]", "the content: expected a JSON object, got list"),
     "of an older version": (lambda text: text.replace('"format": 2', '"format": 1'), "format: expected 2, got 1"),
     "with a bad entry": (lambda text: text.replace('"pass": "forward"', '"pass": "both"'), "entry 0: pass: expected "),
 }
