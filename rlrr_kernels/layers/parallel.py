@@ -29,11 +29,11 @@ _WHOLE = Replicate()
 
 
 class _RLRRParallel(ParallelStyle):
-    """What the styles share: they name where each parameter goes, and the layouts of x and y."""
+    """Base of the styles, which say how each parameter is sharded and how x and y are laid out."""
 
-    #: the layer that it is for
+    #: the layer that the style is for
     kind: type[nn.Module] = FusedRLRRLinear
-    #: parameter -> dimension that is sharded; the others are whole
+    #: parameter -> the dimension that is sharded; the others are replicated
     dims: ClassVar[dict[str, int]] = {}
     input_layout: Placement
     output_layout: Placement
@@ -89,16 +89,19 @@ class _RLRRParallel(ParallelStyle):
 
 
 class RLRRColwiseParallel(_RLRRParallel):
-    """Rows of W, u, b and f over the processes of a mesh, v whole; each process has some columns of y.
+    """Shard a :class:`~rlrr_kernels.FusedRLRRLinear` by rows of W, u, b and f; v is replicated.
 
-    As PyTorch's ``ColwiseParallel``, for ``parallelize_module``, which raises: ``TypeError`` for a module that
-    is no :class:`~rlrr_kernels.FusedRLRRLinear`; ``RuntimeError`` for a merged one; ``ValueError`` for groups whose
-    rows do not fall into equal blocks (N a multiple of the least common multiple of groups and processes).
+    The counterpart of PyTorch's ``ColwiseParallel``: each process computes some columns of y.
 
     Args:
-        input_layouts: of an x that is no DTensor. Default: each process has all of it.
-        output_layouts: of y. Default: sharded over the features.
-        use_local_output: give this process's part of y as a plain tensor.
+        input_layouts: placement of x if it is not a DTensor. Default: replicated.
+        output_layouts: placement of y. Default: sharded over the features.
+        use_local_output: return this process's part of y as a plain tensor.
+
+    Raises (by ``parallelize_module``):
+        TypeError: If the module is not a FusedRLRRLinear.
+        RuntimeError: If it is merged.
+        ValueError: If N is not a multiple of the least common multiple of groups and processes.
     """
 
     dims: ClassVar = {"weight": 0, "bias": 0, "scale_out": 0, "shift": 0}
@@ -106,15 +109,18 @@ class RLRRColwiseParallel(_RLRRParallel):
 
 
 class RLRRRowwiseParallel(_RLRRParallel):
-    """Columns of W and v over the processes of a mesh, u, b and f whole; y is summed over the processes.
+    """Shard a :class:`~rlrr_kernels.FusedRLRRLinear` by columns of W and v; u, b and f are replicated.
 
-    As PyTorch's ``RowwiseParallel``, for ``parallelize_module``, which raises: ``TypeError`` for a module that
-    is no :class:`~rlrr_kernels.FusedRLRRLinear`; ``RuntimeError`` for a merged one. Any groups are legal.
+    The counterpart of PyTorch's ``RowwiseParallel``: y is summed over the processes. Any groups are allowed.
 
     Args:
-        input_layouts: of an x that is no DTensor. Default: sharded over the features.
-        output_layouts: of y. Default: each process has all of it.
-        use_local_output: give this process's part of y as a plain tensor.
+        input_layouts: placement of x if it is not a DTensor. Default: sharded over the features.
+        output_layouts: placement of y. Default: replicated.
+        use_local_output: return this process's part of y as a plain tensor.
+
+    Raises (by ``parallelize_module``):
+        TypeError: If the module is not a FusedRLRRLinear.
+        RuntimeError: If it is merged.
     """
 
     dims: ClassVar = {"weight": 1, "scale_in": -1}
@@ -122,15 +128,17 @@ class RLRRRowwiseParallel(_RLRRParallel):
 
 
 class RLRRSequenceParallel(_RLRRParallel):
-    """Tokens over the processes of a mesh, all of w, b, s and t in each: :class:`~rlrr_kernels.SSFLayerNorm`.
+    """Shard the tokens of an :class:`~rlrr_kernels.SSFLayerNorm`; w, b, s and t are replicated.
 
-    As PyTorch's ``SequenceParallel``, which would make the frozen w and b train. For ``parallelize_module``, which
-    raises ``TypeError`` for a module that is no :class:`~rlrr_kernels.SSFLayerNorm`.
+    The counterpart of PyTorch's ``SequenceParallel``, which would make the frozen w and b train.
 
     Args:
-        input_layouts: of an x that is no DTensor. Default: sharded over the second dimension of ``[B, T, D]``.
-        output_layouts: of y. Default: the same.
-        use_local_output: give this process's part of y as a plain tensor.
+        input_layouts: placement of x if it is not a DTensor. Default: sharded over dimension 1 of ``[B, T, D]``.
+        output_layouts: placement of y. Default: the same.
+        use_local_output: return this process's part of y as a plain tensor.
+
+    Raises (by ``parallelize_module``):
+        TypeError: If the module is not an SSFLayerNorm.
     """
 
     kind = SSFLayerNorm
@@ -139,14 +147,14 @@ class RLRRSequenceParallel(_RLRRParallel):
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` where some gradients are DTensors and some are not, which that one refuses.
+    """Clip gradients of which some are DTensors and some are not; ``torch.nn.utils.clip_grad_norm_`` refuses these.
 
     Args:
         parameters: those without a gradient are left out. A plain one must have the same gradient in all processes.
-        max_norm: of all gradients together, in the 2-norm.
+        max_norm: the largest 2-norm of all gradients together.
 
     Returns:
-        The norm before, a plain tensor, the same in all processes.
+        The norm before clipping, a plain tensor, equal in all processes.
     """
     grouped: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:

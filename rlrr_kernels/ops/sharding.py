@@ -1,8 +1,8 @@
 """Both ops over DTensors: each process computes its part, and PyTorch's redistribution communicates.
 
-How W ``[N, K]`` lies over a dimension of the mesh decides how the rest does. Each process runs the
-kernels on its own part, and communicates only where the table says Partial (summed when it is needed) or
-where a tensor comes in another layout than this.
+The placement of W ``[N, K]`` along a dimension of the mesh decides the placement of everything else. Each process
+runs the kernels on its own part. It communicates only where the table says Partial (the sum is formed when it is
+needed) or where a tensor has another placement than the table's.
 
 ========================  =====  =======  =======  =======  ==========  =======  ==================
 \\                         x      W        u        v        b, f        y        gradients to be summed
@@ -12,9 +12,10 @@ row (columns of W)        S(-1)  Shard 1  whole    S(-1)    added once  Partial 
 tokens (data parallel)    S(d)   whole    whole    whole    whole       S(d)     dW, du, dv, db, df
 ========================  =====  =======  =======  =======  ==========  =======  ==================
 
-With groups of rows (a fused qkv) the column layout gives each process a whole number of equal blocks of
-rows, each within one group, and the v of each of them; where N does not divide so, W is gathered.
-Gradients arrive laid out as their parameters are.
+With groups of rows (a fused qkv projection) the column layout gives each process a whole number of equal blocks of
+rows, each within one group, and the v of each block; if N does not divide so, W is gathered. Gradients have the
+placements of their parameters.
+
 The ops have no sharding rules of their own: the cache of PyTorch's ``register_sharding`` leaves booleans out of its
 key, and its rules cannot say that groups of rows must stay whole.
 """
@@ -34,7 +35,7 @@ from rlrr_kernels.backends import reference
 
 _WHOLE = Replicate()
 
-#: Whether this torch differentiates the gradient of a change of layout.
+#: Whether this torch can differentiate the gradient of a change of placement.
 _TWICE = hasattr(_redistribute, "NestedRedistribute")
 
 
@@ -85,9 +86,9 @@ def linear(
         layouts["y"].append(of_y)
         for name in named:
             layouts[name].append(sharded.get(name, _WHOLE))
-            # what is whole meets a part of the rest: its gradient is a part of the sum
+            # a replicated tensor that meets a part of another one gets a part of its gradient's sum
             grads[name].append(sharded.get(name, Partial() if sharded else _WHOLE))
-    # with no change of layout, redistribute still lays the gradient out as its parameter is
+    # redistribute is called even if no placement changes: it gives the gradient its parameter's placements
     parts = {
         name: t.redistribute(placements=layouts[name]).to_local(grad_placements=grads[name])
         for name, t in given.items()
@@ -151,7 +152,12 @@ def rescaled_weight(weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: 
 
 
 def laid_out_as(values: Tensor, like: Tensor) -> DTensor:
-    """Values that every process has whole, or a DTensor, laid out as the DTensor ``like``; nothing is broadcast."""
+    """Give ``values`` the placements of the DTensor ``like``.
+
+    Args:
+        values: a DTensor, or a plain tensor that every process has in full; nothing is broadcast.
+        like: a DTensor.
+    """
     assert isinstance(like, DTensor)
     if isinstance(values, DTensor):
         return values.redistribute(like.device_mesh, like.placements)
@@ -160,10 +166,10 @@ def laid_out_as(values: Tensor, like: Tensor) -> DTensor:
 
 
 class _Whole(torch.autograd.Function):
-    """``DTensor.from_local`` whose second derivatives are right.
+    """``DTensor.from_local`` with correct second derivatives.
 
-    Its own backward takes what comes back through a gradient of Partial for the same in all
-    processes, when each has a part of the sum.
+    The backward of ``from_local`` itself assumes that a gradient with a Partial placement is equal in all processes,
+    but each has a part of the sum.
     """
 
     @staticmethod
@@ -196,7 +202,7 @@ def _on_mesh(name: str, t: Tensor, like: Tensor, of: str = "weight") -> DTensor:
 
 
 def _row_shards(mesh: DeviceMesh, layout: Iterable[Placement]) -> tuple[int, int]:
-    """Into how many parts the rows of W are cut, and which of them this process has."""
+    """The number of parts into which the rows of W are cut, and the index of this process's part."""
     parts, index = 1, 0
     for along, placement in enumerate(layout):
         if placement == Shard(0):
@@ -206,7 +212,7 @@ def _row_shards(mesh: DeviceMesh, layout: Iterable[Placement]) -> tuple[int, int
 
 
 def _divisible(weight: DTensor, groups: int) -> list[Placement]:
-    """W's own layout if the kernels can work on it, else one that is whole where it must be."""
+    """W's own placements if the kernels can work on its parts, else placements that replicate what they must."""
     known: list[Placement] = [
         p if p in (Shard(0), Shard(1)) and type(p) is Shard else _WHOLE for p in weight.placements
     ]
@@ -217,7 +223,7 @@ def _divisible(weight: DTensor, groups: int) -> list[Placement]:
 
 
 def _blocks(scale_in: Tensor, mesh: DeviceMesh, layout: list[Placement]) -> Tensor:
-    """v ``[groups, 1, K]`` for this process's rows of W: one for each of its equal blocks of rows."""
+    """v ``[blocks, 1, K]`` for this process's rows of W, one for each of its equal blocks of rows."""
     parts, index = _row_shards(mesh, layout)
     groups, _, k = scale_in.shape
     count = math.lcm(groups, parts)
@@ -227,8 +233,8 @@ def _blocks(scale_in: Tensor, mesh: DeviceMesh, layout: list[Placement]) -> Tens
 
 
 def _zeros_of(term: Tensor) -> Tensor:
-    """0 in the place of a term that another process adds, with a gradient, so that all processes sum theirs.
+    """Zeros for a term that another process adds, with a gradient, so that all processes take part in its sum.
 
-    Not a product with 0, which would make NaN of an infinity.
+    Not ``0 * term``, which is NaN for an infinite term.
     """
     return nn.functional.pad(term[:0], (0, term.shape[0]))
