@@ -20,7 +20,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rlrr_kernels.backends import BACKENDS, LAYER_NORM_BACKENDS, tuned, verdicts
+from rlrr_kernels.backends import BACKENDS as BACKENDS
+from rlrr_kernels.backends import LAYER_NORM_BACKENDS, tuned, verdicts
 from rlrr_kernels.backends.problem import Pass, Problem
 
 _forced: str | None = None

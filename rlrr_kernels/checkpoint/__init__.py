@@ -1,4 +1,4 @@
-"""Adapters on disk, and the checkpoints of the published code."""
+"""Checkpoints: adapters as folders, the published code's files, and Google's ``.npz`` backbones."""
 
 from rlrr_kernels.checkpoint.adapter import CARD, CONFIG, WEIGHTS, adapter_metadata, load_adapter, save_adapter
 from rlrr_kernels.checkpoint.npz import load_npz_backbone

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import rlrr_kernels.finetune.embedded  # noqa: F401  registers the model
 from rlrr_kernels import apply_rlrr, save_adapter
 from rlrr_kernels.analysis.__main__ import COLUMNS, main
-from rlrr_kernels.analysis.report import SUMMARY
+from rlrr_kernels.analysis.comparison import SUMMARY
 from tests.small_models import stir
 
 MODEL = "vit_embedded_patch7_28"

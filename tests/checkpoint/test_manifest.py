@@ -113,7 +113,7 @@ def test_a_configuration_that_is_none_is_refused(folder, text, words):
         ({"format_version": True}, "expected format_version 1, got True"),
         ({"base_model": None}, "base_model: expected dict, got None"),
         ({"base_model": {"class": 3}}, "base_model: 'class' has a bad value: 3"),
-        ({"num_classes": "5"}, "num_classes: expected int or NoneType, got '5'"),
+        ({"num_classes": "5"}, "num_classes: expected int or nothing, got '5'"),
         ({"class_names": "abcde"}, "class_names: expected list or nothing, got 'abcde'"),
         ({"class_names": ["a", "b"]}, "class_names: expected 5, one a class, got 2"),
         ({"class_names": ["a", "b", "c", "d", 5]}, "class_names: expected strings, got 5"),

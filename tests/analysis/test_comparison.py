@@ -7,8 +7,8 @@ import torch
 
 from rlrr_kernels import apply_rlrr
 from rlrr_kernels.analysis import Tuned, analyze, layer_view, linear_weights, rlrr_of_model, scales_view
+from rlrr_kernels.analysis.comparison import FORMAT, parts, summary
 from rlrr_kernels.analysis.figure import draw
-from rlrr_kernels.analysis.report import FORMAT, parts, summary
 from rlrr_kernels.analysis.updates import LowRank, OutputScaled, Replaced
 from tests.small_models import small_vit, stir
 
