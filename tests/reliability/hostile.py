@@ -34,6 +34,7 @@ from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.state import check_settings, read_state
 from rlrr_kernels.finetune.trainer import Trainer
 from tests.checkpoint.test_npz import google_arrays
+from tests.checkpoint.test_official import adapter_only, of_fixture, published_vit
 from tests.finetune.runs import prepared
 from tests.reliability.mutations import (
     Mutation,
@@ -60,7 +61,7 @@ class Target:
         attempt: reads it, and asserts that what came of it is what the file says.
         mutations: that fit its format.
         errors: what reading may raise, all of them documented.
-        says: of which an error must say one; by default the folder, which is in every path of the file.
+        says: words of which an error must have one; by default the folder's path.
         victim: a model that is as before after an error.
         other: a second whole file, for splices.
     """
@@ -147,39 +148,17 @@ def adapter(folder: Path, name: str) -> Target:
     return Target(folder / name, attempt, mutations, victim=victim, other=other)
 
 
-def published(model: nn.Module) -> dict[str, Tensor]:
-    """A prepared ViT's trained tensors, under the names and in the layout of the published code."""
-    names = {"scale_out": "scale_line", "scale_in": "scale_col", "shift": "shift_bias"}
-    layers = {"attn.proj": "attn.out", "mlp.fc1": "ffn.fc1", "mlp.fc2": "ffn.fc2"}
-    state = {f"head.{leaf}": p.detach() for leaf, p in model.head.named_parameters()}
-    for i, block in enumerate(model.blocks):
-        stem = f"transformer.encoder.layer.{i}"
-        for path, layer in (("attn.qkv", block.attn.qkv), *((n, block.get_submodule(n)) for n in layers)):
-            for ours, theirs in names.items():
-                value = getattr(layer, ours).detach()
-                if path == "attn.qkv":
-                    parts = value if ours == "scale_in" else value.chunk(3)
-                    for part, each in zip(("query", "key", "value"), parts, strict=True):
-                        state[f"{stem}.attn.{part}.{theirs}"] = each.reshape(1, -1) if ours == "shift" else each
-                else:
-                    value = value if ours == "scale_out" else value.reshape(1, -1)
-                    state[f"{stem}.{layers[path]}.{theirs}"] = value
-        for norm, theirs in ((block.norm1, "attn_norm"), (block.norm2, "ffn_norm")):
-            state |= {
-                f"{stem}.ssf_{kind}_{theirs}": getattr(norm, f"ssf_{kind}").detach() for kind in ("scale", "shift")
-            }
-    for kind in ("scale", "shift"):
-        state[f"transformer.encoder.ssf_{kind}_enc_norm"] = getattr(model.norm, f"ssf_{kind}").detach()
-        state[f"transformer.embeddings.ssf_{kind}_patch"] = getattr(model.patch_embed.norm, f"ssf_{kind}").detach()
-    return {name: tensor.clone() for name, tensor in state.items()}
+def published() -> dict[str, Tensor]:
+    """An adapter for :func:`tests.checkpoint.test_official.published_vit` as the published code saves it."""
+    return adapter_only(of_fixture("state/", torch.float32))
 
 
 def official(folder: Path, zipped: bool) -> Target:
     """A ``.pth`` of the published code, in torch's zip format or the one before."""
     folder.mkdir()
-    path, state = folder / "published.pth", published(stir(apply_rlrr(tiny_vit())))
-    torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    victim = apply_rlrr(tiny_vit())
+    path = folder / "published.pth"
+    torch.save(published(), path, _use_new_zipfile_serialization=zipped)
+    victim = apply_rlrr(published_vit().float())
 
     def attempt() -> None:
         load_official_adapter(victim, path)
@@ -208,24 +187,21 @@ def backbone(folder: Path, suffix: str) -> Target:
     def attempt() -> None:
         if suffix == ".npz":
             load_npz_backbone(victim, path)
-            with np.load(path) as said:
-                assert same_bits(victim.norm.weight, said["Transformer/encoder_norm/scale"])
-                assert same_bits(
-                    victim.blocks[0].mlp.fc1.weight.T, said["Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"]
-                )
-            return
-        load_backbone(victim, path)
-        if suffix == ".safetensors":
-            said = tensors_of(path.read_bytes())
-            assert all(same_bits(p, said[n]) for n, p in victim.named_parameters() if not n.startswith("head."))
+            with np.load(path) as arrays:
+                block = "Transformer/encoderblock_0/MlpBlock_3"
+                said = {"norm.weight": arrays["Transformer/encoder_norm/scale"]}
+                said |= {"blocks.0.mlp.fc1.weight": arrays[f"{block}/Dense_0/kernel"].T}
         else:
-            said = load_state_dict(str(path), device="cpu", weights_only=True)
-            assert all(
-                torch.equal(said[n].float(), victim.get_parameter(n)) for n in ("norm.bias", "blocks.0.mlp.fc1.bias")
-            )
+            load_backbone(victim, path)
+            if suffix == ".safetensors":
+                said = {n: t for n, t in tensors_of(path.read_bytes()).items() if not n.startswith("head.")}
+            else:
+                state = load_state_dict(str(path), device="cpu", weights_only=True)
+                said = {n: state[n].float().numpy() for n in ("norm.bias", "blocks.0.mlp.fc1.bias")}
+        assert all(same_bits(victim.get_parameter(n), values) for n, values in said.items())
 
-    mutations = {".npz": (zip_entries, raw_bytes), ".pth": (zip_entries, raw_bytes)}
-    return Target(path, attempt, mutations.get(suffix, (safetensors_header, raw_bytes)), victim=victim)
+    mutations = (safetensors_header if suffix == ".safetensors" else zip_entries, raw_bytes)
+    return Target(path, attempt, mutations, victim=victim)
 
 
 def unfinished(folder: Path) -> Target:

