@@ -14,7 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from rlrr_kernels import FusedRLRRLinear, apply_rlrr, count_parameters, disable_adapter, merge
 from rlrr_kernels.checkpoint import CARD, CONFIG, WEIGHTS, adapter_metadata, load_adapter, save_adapter
 from rlrr_kernels.checkpoint.manifest import Manifest
-from tests.io.test_files import fail_at
 from tests.small_models import X, small_swin, small_vit, stir
 
 
@@ -84,18 +83,15 @@ def test_only_what_trains_is_in_the_file(folder):
     assert sorted(os.listdir(folder)) == sorted([CARD, CONFIG, WEIGHTS])
 
 
-def test_metadata_is_kept_in_the_file_s_header(folder):
+def test_metadata_is_kept_in_the_file_s_header_and_has_to_be_strings(tmp_path, folder):
     assert adapter_metadata(folder) == {"dataset": "cifar"}
     with safe_open(folder / WEIGHTS, "pt") as file:
         assert file.metadata() == {"dataset": "cifar", "format": "pt"}
-
-
-def test_metadata_has_to_be_strings(tmp_path):
     with pytest.raises(TypeError, match=r"metadata: expected strings only, got {'accuracy': 0\.5}"):
         save_adapter(tuned(), tmp_path / "a", {"accuracy": 0.5})
     with pytest.raises(ValueError, match="'format' is reserved"):
         save_adapter(tuned(), tmp_path / "a", {"format": "x"})
-    assert os.listdir(tmp_path) == []
+    assert not (tmp_path / "a").exists()
 
 
 def test_an_adapter_frozen_for_inference_is_saved_whole(tmp_path, folder):
@@ -300,19 +296,6 @@ def test_other_paths_are_refused(tmp_path):
             call()
 
 
-def test_a_folder_without_tensors_is_refused(folder):
-    (folder / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match=r"an adapter is not an adapter folder: it has no adapter_model\.safetensors"):
-        load_adapter(small_vit(), folder)
-
-
-@pytest.mark.parametrize("size", [0, 4, 8, 500, -1])
-def test_truncated_tensors_are_refused(folder, size):
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not a safetensors file"):
-        load_adapter(small_vit(), folder)
-
-
 # writing into what exists
 
 
@@ -326,21 +309,6 @@ def test_a_later_epoch_replaces_tensors_and_card_and_keeps_other_files(folder):
     assert (folder / CONFIG).stat().st_ino == config
     assert (folder / "notes.txt").read_text() == "mine"
     assert torch.equal(load_adapter(small_vit(), folder)(X), model(X))
-
-
-@pytest.mark.parametrize("step", range(1, 7))
-def test_whatever_fails_while_saving_again_the_folder_loads(folder, monkeypatch, step):
-    model = tuned()
-    with torch.no_grad():
-        model.head.bias.fill_(3.0)
-    with monkeypatch.context() as patch:
-        fail_at(patch, step)
-        with pytest.raises(OSError, match="disk full"):
-            save_adapter(model, folder)
-    loaded = load_adapter(small_vit(), folder)(X)
-    new_is_in_place = step > 2  # after its own fsync and replace
-    assert torch.equal(loaded, (model if new_is_in_place else tuned())(X))
-    assert sorted(os.listdir(folder)) == sorted([CARD, CONFIG, WEIGHTS])
 
 
 def test_another_configuration_is_not_written_over_unless_asked(folder):
