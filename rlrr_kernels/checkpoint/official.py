@@ -18,8 +18,7 @@ from rlrr_kernels.io.checks import summarize
 from rlrr_kernels.io.reading import read_pickled
 from rlrr_kernels.models.adapt import apply_rlrr
 from rlrr_kernels.models.config import RLRRConfig
-from rlrr_kernels.models.heads import head
-from rlrr_kernels.models.wrappers import unwrapped
+from rlrr_kernels.models.modules import head, unwrapped
 
 _QKV = ("query", "key", "value")
 

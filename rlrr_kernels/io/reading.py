@@ -18,10 +18,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.io.checks import LARGEST_LIST, expect, expect_names, inside, parse_json, read_bytes, read_json
-
-# finetune imports these names from here
-__all__ = ["LARGEST_LIST", "expect", "expect_names", "inside", "parse_json", "read_bytes", "read_json"]
+from rlrr_kernels.io.checks import parse_json
 
 #: Largest header of a safetensors file in bytes: enough for a hundred thousand tensors.
 LARGEST_HEADER = 16 * 2**20
