@@ -248,18 +248,3 @@ def test_an_update_of_another_shape_is_refused(update):
 def test_scales_of_wrong_shapes_are_refused(u, v, words):
     with pytest.raises(ValueError, match=words):
         Rescaled(u, v)
-
-
-def test_damaged_files_are_named_and_code_in_them_is_not_run(tmp_path, base):
-    (tmp_path / "cut.safetensors").write_bytes(b"\x08\x00")
-    torch.save({"a": pytest.fail}, tmp_path / "code.pth")
-    for name, words in (("cut.safetensors", "is not a safetensors file"), ("code.pth", "is damaged or holds more")):
-        with pytest.raises(ValueError, match=f"{name} {words}"):
-            full_checkpoint(tmp_path / name, base)
-    with pytest.raises(FileNotFoundError, match=r"gone.pth does not exist"):
-        full_checkpoint(tmp_path / "gone.pth", base)
-    with pytest.raises(FileNotFoundError, match="expected an adapter folder or a run folder"):
-        rlrr_adapter(tmp_path / "gone", base)
-    lora = lora_folder(tmp_path / "lora", lora_tensors())
-    with pytest.raises(ValueError, match="expected format_version 1, got None"):
-        rlrr_adapter(lora, base)

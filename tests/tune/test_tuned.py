@@ -150,11 +150,12 @@ def test_a_bad_entry_leaves_the_good_ones(file):
         assert backend() == "reference"
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe", "missing"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "missing", "link to itself"])
 def test_what_is_no_file_is_said_and_not_waited_for(file, kind):
-    make = {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "missing": lambda: None}[kind]
-    make()
-    words = "there is no such file, though RLRR_TUNED_FILE names it" if kind == "missing" else "expected a file"
+    make = {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "link to itself": lambda: file.symlink_to(file)}
+    make.get(kind, lambda: None)()
+    words = {"missing": "there is no such file, though RLRR_TUNED_FILE names it", "link to itself": "symbolic links"}
+    words = words.get(kind, "expected a file")
     with pytest.warns(UserWarning, match=words):
         assert backend() is None
 
