@@ -70,15 +70,6 @@ def test_bad_arguments_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, 
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_that_cannot_be_written_is_said_before_the_work(tuned, capsys, monkeypatch):
-    monkeypatch.setattr("rlrr_kernels.analysis.__main__.analyze", pytest.fail)
-    (tuned / "file").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        main([MODEL, "--rlrr", str(tuned / "run"), "--out", str(tuned / "file")])
-    assert stop.value.code == 2
-    assert "file" in capsys.readouterr().err
-
-
 def test_ctrl_c_writes_nothing(tuned, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -63,12 +63,9 @@ def test_an_rlrr_adapter_amounts_to_the_merged_model(tmp_path, make):
         assert torch.equal(from_model.updates[name](of_model[name]), tuned.updates[name](weight))
 
 
-def test_the_folder_itself_will_do_and_other_weights_will_not(tmp_path, base):
+def test_the_folder_itself_will_do_and_rounded_weights_too(tmp_path, base):
     save_adapter(apply_rlrr(small_vit()), tmp_path / "adapter")
     assert rlrr_adapter(tmp_path / "adapter", base).updates.keys() == LINEARS
-    other = {name: torch.randn_like(weight) for name, weight in base.items()}
-    with pytest.raises(ValueError, match=r"other weights than the base's, by the fingerprint of blocks"):
-        rlrr_adapter(tmp_path / "adapter", other)
     assert rlrr_adapter(tmp_path / "adapter", {n: w.bfloat16() for n, w in base.items()}).updates
 
 
@@ -229,12 +226,6 @@ def test_a_full_checkpoint_replaces_weights(tmp_path, base):
     save_adapter(tuned_model, tmp_path / "run" / "adapter")  # a run of --method full
     again = full_checkpoint(tmp_path / "run", base)
     assert torch.equal(again.updates["blocks.1.mlp.fc2"].weight, tuned.updates["blocks.1.mlp.fc2"].weight)
-
-
-@pytest.mark.parametrize("update", [Rescaled(torch.ones(6, 1), torch.ones(1, 4)), Replaced(torch.ones(6, 4))])
-def test_an_update_of_another_shape_is_refused(update):
-    with pytest.raises(ValueError, match=r"for a weight of shape \[6, 4\], and this one is \[4, 6\]"):
-        update(torch.ones(4, 6))
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,15 @@ def test_logits_loss_gradients_and_ten_steps_are_the_published_code_s(backend):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def check_float32(backend, steps):
-    """Every value is held to the error of the plain formula in float32, against the published one in float64."""
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [
+        *(pytest.param(*b.values, 10, marks=b.marks) for b in BACKENDS if b.values != ("triton",)),
+        pytest.param("triton", 0, marks=[pytest.mark.slow, pytest.mark.triton]),
+    ],
+)
+def test_float32_has_the_error_of_the_plain_formula(backend, steps):
+    """Against the published values in float64."""
     got, plain, exact = (
         training(backend, torch.float32, steps),
         training("reference", torch.float32, steps),
@@ -93,17 +100,6 @@ def check_float32(backend, steps):
     assert got.keys() == exact.keys()
     for name in exact:
         assert_close(name, got[name], plain[name], exact[name])
-
-
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values != ("triton",)])
-def test_float32_has_the_error_of_the_plain_formula(backend):
-    check_float32(backend, 10)
-
-
-@pytest.mark.slow
-@pytest.mark.triton
-def test_one_step_of_the_triton_kernels_in_float32_has_the_error_of_the_plain_formula():
-    check_float32("triton", 0)
 
 
 def adapter_only(state):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from timm.models import load_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -36,6 +36,7 @@ from tests.checkpoint.test_official import adapter_only, of_fixture, published_v
 from tests.finetune.runs import prepared
 from tests.reliability.mutations import (
     Mutation,
+    header_and_body,
     json_values,
     lines,
     raw_bytes,
@@ -46,8 +47,6 @@ from tests.reliability.mutations import (
 )
 from tests.small_models import stir
 from tests.tune.entries import PROBLEM, TILE, entry, file_of
-
-NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
 
 
 @dataclass
@@ -101,26 +100,9 @@ def tiny_vit(seed: int = 0) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **arch).eval()
 
 
-def tensors_of(data: bytes) -> dict[str, np.ndarray]:
-    """The values of a safetensors file, read without the library."""
-    (size,) = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
-    header.pop("__metadata__", None)
-    found = {}
-    for name, each in header.items():
-        start, end = each["data_offsets"]
-        if each["dtype"] == "BF16":
-            bits = np.frombuffer(body[start:end], "<u2").astype("<u4") << 16
-            found[name] = bits.view("<f4").reshape(each["shape"])
-        else:
-            found[name] = np.frombuffer(body[start:end], NUMPY[each["dtype"]]).reshape(each["shape"])
-    return found
-
-
-def same_bits(parameter: Tensor, expected: np.ndarray) -> bool:
+def same_bits(parameter: Tensor, expected: Tensor | np.ndarray) -> bool:
     """Whether a float32 parameter is ``expected``, NaN for NaN."""
-    with np.errstate(all="ignore"):
-        return np.array_equal(parameter.detach().numpy(), expected.astype("<f4"), equal_nan=True)
+    return torch.allclose(parameter, torch.as_tensor(expected).float(), rtol=0, atol=0, equal_nan=True)
 
 
 def adapter(folder: Path, name: str) -> Target:
@@ -134,7 +116,7 @@ def adapter(folder: Path, name: str) -> Target:
     def attempt() -> None:
         load_adapter(victim, folder)
         parameters = dict(victim.named_parameters())
-        said = tensors_of(weights.read_bytes())
+        said = load(weights.read_bytes())
         assert said
         assert all(same_bits(parameters[n], values) for n, values in said.items())
         assert all(isinstance(text, str) for text in adapter_metadata(folder).values())
@@ -163,7 +145,7 @@ def official(folder: Path, zipped: bool) -> Target:
         said = torch.load(path, map_location="cpu", weights_only=True)
         stem = "transformer.encoder.layer.0"
         got = {"head.weight": victim.head.weight, f"{stem}.attn.out.scale_line": victim.blocks[0].attn.proj.scale_out}
-        assert all(same_bits(parameter, said[name].float().numpy()) for name, parameter in got.items())
+        assert all(same_bits(parameter, said[name]) for name, parameter in got.items())
 
     buffer = io.BytesIO()
     torch.save({"head.weight": torch.zeros(3, 8)}, buffer, _use_new_zipfile_serialization=zipped)
@@ -192,10 +174,10 @@ def backbone(folder: Path, suffix: str) -> Target:
         else:
             load_backbone(victim, path)
             if suffix == ".safetensors":
-                said = {n: t for n, t in tensors_of(path.read_bytes()).items() if not n.startswith("head.")}
+                said = {n: t for n, t in load(path.read_bytes()).items() if not n.startswith("head.")}
             else:
                 state = load_state_dict(str(path), device="cpu", weights_only=True)
-                said = {n: state[n].float().numpy() for n in ("norm.bias", "blocks.0.mlp.fc1.bias")}
+                said = {n: state[n] for n in ("norm.bias", "blocks.0.mlp.fc1.bias")}
         assert all(same_bits(victim.get_parameter(n), values) for n, values in said.items())
 
     mutations = (safetensors_header if suffix == ".safetensors" else zip_entries, raw_bytes)
@@ -228,17 +210,15 @@ def unfinished(folder: Path) -> Target:
             left = trainer.state(None, {}).tensors
             assert {n: t.numpy().tobytes() for n, t in left.items()} == start
             raise
-        said = tensors_of(path.read_bytes())
+        said = load(path.read_bytes())
         assert same_bits(trainer.parameters["head.bias"], said["trained/head.bias"])
-        assert trainer.epoch == json.loads(json.loads(_header(path))["__metadata__"]["record"])["epoch"]
+        assert (
+            trainer.epoch
+            == json.loads(json.loads(header_and_body(path.read_bytes())[0])["__metadata__"]["record"])["epoch"]
+        )
 
     mutations = (safetensors_header, record_inside, record_inside, raw_bytes)
     return Target(path, attempt, mutations, says=(str(folder), "resume"), victim=trainer.model)
-
-
-def _header(path: Path) -> bytes:
-    data = path.read_bytes()
-    return data[8 : 8 + struct.unpack("<Q", data[:8])[0]]
 
 
 def metrics(folder: Path) -> Target:
@@ -338,7 +318,7 @@ def images(folder: Path, layout: str) -> Target:
                 assert parts.test.labels.tolist() == said["test_labels"].tolist()
                 assert parts.test.images.flatten().tolist() == said["test_images"].flatten().tolist()
                 assert len(parts.train) + len(parts.val) == len(said["train_labels"])
-                assert parts.classes == 1 + max(*said["train_labels"], *said["test_labels"])
+                assert len(parts.class_names) == 1 + max(*said["train_labels"], *said["test_labels"])
 
         return Target(path, attempt, (zip_entries, raw_bytes), (ValueError, FileNotFoundError))
     path = folder / "train-images-idx3-ubyte.gz"

@@ -89,32 +89,28 @@ def raw_bytes(rng: random.Random, data: bytes, other: bytes) -> bytes:
         if not size:
             break
         at, length = rng.randrange(size), min(rng.choice((1, 2, 4, 8, 16, 64, 512)), size)
+        block, there, width = out[at : at + length], rng.randrange(size), rng.choice((1, 2, 4, 8))
         kind = rng.randrange(10)
         if kind <= 2:
             out[at] ^= 1 << rng.randrange(8)
         elif kind == 3:
-            out[at:at] = rng.randbytes(length)
+            out[at:at] = rng.choice((rng.randbytes(length), block))
         elif kind == 4:
             del out[at : at + length]
         elif kind == 5:
             del out[at:]
         elif kind == 6:
-            there = rng.randrange(size)
-            block = out[at : at + length]
-            del out[at : at + length]
             out[there:there] = block
         elif kind == 7:
-            width = rng.choice((1, 2, 4, 8))
             out[at : at + width] = (rng.choice(EXTREMES) % 256**width).to_bytes(width, "little")
         elif kind == 8:
-            start = rng.randrange(len(other)) if other else 0
-            out[at:] = other[start:]
+            out[at:] = other[rng.randrange(len(other)) if other else 0 :]
         else:
-            out += rng.randbytes(length) if rng.random() < 0.5 else out[at : at + length]
+            out += rng.choice((rng.randbytes(length), block))
     return bytes(out)
 
 
-def _header(data: bytes) -> tuple[bytes, bytes]:
+def header_and_body(data: bytes) -> tuple[bytes, bytes]:
     """The JSON header of a safetensors file, and what follows it."""
     (size,) = struct.unpack("<Q", data[:8])
     return data[8 : 8 + size], data[8 + size :]
@@ -127,7 +123,7 @@ def _assembled(header: bytes, body: bytes) -> bytes:
 
 def safetensors_header(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """The JSON header changed as such, its length right, too large, too small or absurd."""
-    header, body = _header(data)
+    header, body = header_and_body(data)
     kind = rng.randrange(8)
     if kind == 0:
         size = len(header)
@@ -197,7 +193,7 @@ def zip_entries(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 def record_inside(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """The JSON that a state keeps as a string inside of the header's JSON, changed as such."""
-    text, body = _header(data)
+    text, body = header_and_body(data)
     header = json.loads(text)
     record = json_values(rng, header["__metadata__"]["record"].encode(), other)
     header["__metadata__"]["record"] = record.decode("utf-8", "replace")

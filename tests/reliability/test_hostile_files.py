@@ -191,7 +191,7 @@ def test_a_model_is_named_by_a_stranger_only_as_timm_knows_it(tmp_path, monkeypa
         (adapter / "adapter_config.json").write_text(json.dumps(config))
     else:
         (tmp_path / "run" / "metrics.json").write_text(
-            json.dumps({"settings": {"model": name, "seed": 0, "pretrained": False}, "classes": 3})
+            json.dumps({"settings": {"model": name, "seed": 0, "pretrained": False}, "protocol": "final", "classes": 3})
         )
     monkeypatch.setattr("timm.create_model", lambda *given, **more: pytest.fail("it was created"))
     with pytest.raises(ValueError, match="model: timm does not know"):
