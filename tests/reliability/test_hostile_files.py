@@ -239,7 +239,10 @@ def test_a_key_that_is_there_twice_is_named_whatever_the_file(tmp_path):
         load_npz_backbone(hostile.tiny_vit(), tmp_path / "a.npz")
 
 
-@pytest.mark.parametrize("read", ["read_json", "read_safetensors", "read_pickled", "read_state_dict", "npz_headers"])
+@pytest.mark.parametrize(
+    "read",
+    [checks.read_json, read_safetensors, reading.read_pickled, reading.read_state_dict, reading.npz_headers],
+)
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, read):
     def refuse(*given):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -248,7 +251,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
     for module in (reading, checks):
         monkeypatch.setattr(module, "open", refuse, raising=False)
     with pytest.raises(ValueError, match=r"a\.pth cannot be read: .*Permission denied"):
-        getattr(reading, read)(tmp_path / "a.pth")
+        read(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
