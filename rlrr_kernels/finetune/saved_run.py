@@ -17,7 +17,8 @@ from rlrr_kernels.finetune.backbone import build_model
 from rlrr_kernels.finetune.data import Splits
 from rlrr_kernels.finetune.run_folder import ADAPTER, METRICS, STATE, STATE_FORMAT, State
 from rlrr_kernels.finetune.settings import DEFAULTS, PROTOCOLS, Settings, check_types
-from rlrr_kernels.io.reading import expect, expect_names, parse_json, read_json, read_safetensors
+from rlrr_kernels.io.checks import expect, expect_names, parse_json, read_json
+from rlrr_kernels.io.reading import read_safetensors
 
 #: Settings in which a run and its continuation may differ: they do not change what is computed. Another ``data`` or
 #: ``data_root`` must hold the same images, see :func:`check_data`.

@@ -23,7 +23,7 @@ from rlrr_kernels.finetune.batches import Batch, Batches, Mixing, keyed_seed
 from rlrr_kernels.finetune.data import ImageSet, Splits, loading
 from rlrr_kernels.finetune.run_folder import State
 from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.io.reading import expect
+from rlrr_kernels.io.checks import expect
 from rlrr_kernels.models.parameters import param_groups
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
