@@ -317,3 +317,48 @@ def test_labels_keep_apart_and_near(values, expected):
 
 def test_the_published_page_is_what_the_published_results_give(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def _ratio_cells(chunks):
+    head, *lines = tables.ratios(groups(chunks)).splitlines()
+    starts = [0, head.index("dtype"), head.index("dtype") + len("bfloat16") + 2]  # the third column has no head
+    starts += [head.index(name) for name in ("formula", "best other", "for scale", "our memory")]
+    return [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
+
+
+def test_ratios_are_others_over_ours_and_the_best_rival_is_named():
+    layers = chunk(
+        [
+            layer(results.OURS, 2.0, extra_bytes=10),
+            layer(results.CPU, 1.0),  # ours too, no rival
+            layer(results.FORMULA, 5.0, extra_bytes=40),
+            layer(results.FORMULA_COMPILED, 1.8),
+            layer(results.RECOMPUTE, 3.0),
+            layer(results.PLAIN, 1.0),  # another function: never the best
+            layer(results.PRODUCTS, 1.5),
+        ]
+    )
+    steps_ = chunk(
+        [
+            step(results.OURS, 1.0, peak_bytes=60),
+            step(results.OFFICIAL, 1.9, peak_bytes=100),
+            step(results.PROBE, 0.25, peak_bytes=20),
+        ],
+        "step",
+    )
+    assert _ratio_cells([layers, steps_]) == [
+        [
+            *("ViT-B/16 fc1, M = 6,304", "bfloat16", "forward + backward", "2.50", "0.90 formula compiled"),
+            *("plain linear 0.50, bare products 0.75", "0.25"),
+        ],
+        [
+            *("ViT-B/16, batch 64", "bfloat16", "training step", "1.90", "1.90 official formula"),
+            *("linear probe 0.25", "0.60"),
+        ],
+    ]
+
+
+def test_what_failed_or_is_missing_is_no_number():
+    failed = chunk([layer(results.OURS, "OutOfMemoryError: no"), layer(results.FORMULA, 1.0)])
+    alone = chunk([launch(results.OURS, 1.0)], "launch")
+    assert [row[3:] for row in _ratio_cells([failed, alone])] == [["failed", "", "", ""], ["", "", "", ""]]

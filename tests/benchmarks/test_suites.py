@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks import (
-    cases,
+    chunks,
     conftest,
     implementations,
     results,
@@ -25,9 +25,8 @@ from benchmarks import (
     test_vit_step,
     timing,
 )
-from benchmarks.cases import MODELS, Shape
+from benchmarks.chunks import MODELS, Shape
 from benchmarks.groups import groups
-from benchmarks.memory import peak_extra_bytes, saved_for_backward
 from benchmarks.results import LaunchCase, Result
 from benchmarks.suite import Outcome, Recorder, Rivals
 from rlrr_kernels import FusedRLRRLinear, apply_rlrr
@@ -40,8 +39,8 @@ TINY = Shape("vit_b", "tiny", "qkv", 5, 24, 16, 3)
     ("key", "name", "blocks"),
     [
         ("vit_b", "vit_base_patch16_224", ["blocks.0"]),
-        ("vit_l", "vit_large_patch16_224", ["blocks.0"]),
-        ("vit_h", "vit_huge_patch14_224", ["blocks.0"]),
+        pytest.param("vit_l", "vit_large_patch16_224", ["blocks.0"], marks=pytest.mark.slow),
+        pytest.param("vit_h", "vit_huge_patch14_224", ["blocks.0"], marks=pytest.mark.slow),
         ("swin_b", "swin_base_patch4_window7_224", [f"layers.{i}.blocks.0" for i in range(4)]),
     ],
 )
@@ -148,51 +147,6 @@ def test_a_broken_gpu_ends_the_session_after_the_group_is_written(tmp_path, monk
     assert (chunk["complete"], len(chunk["results"])) == (False, 1)
 
 
-def test_a_chunk_holds_all_its_groups_and_no_others(tmp_path):
-    recorder = Recorder(tmp_path, "command")
-    for chunk, call in (("a", "forward"), ("a", "both"), ("b", "no_grad")):
-        result = Result(LaunchCase(call, "float32", results.OURS, "cpu"), [1.0])
-        recorder.outcomes(
-            Rivals("launch", chunk, (call,), call), [results.OURS], lambda _, r=result: {results.OURS: Outcome(r)}
-        )
-    assert {c["chunk"]: [r["call"] for r in c["results"]] for c in results.load(tmp_path)} == {
-        "a": ["forward", "both"],
-        "b": ["no_grad"],
-    }
-
-
-def test_saved_for_backward_counts_each_storage_once_and_not_what_is_there_anyway():
-    x, w = torch.randn(10, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
-
-    def forward() -> torch.Tensor:
-        square = (w * 2).exp()  # exp keeps its own result, and so does the product of it
-        return x.view(10, 4) @ square.T
-
-    assert saved_for_backward(forward, x, (w,)) == (4 * 6 * 4, True)
-    assert saved_for_backward(lambda: x @ w.detach().T, x, ()) == (4 * 6 * 4, False)
-    assert saved_for_backward(lambda: x @ w.detach().T, x, (w,)) == (0, False)
-
-
-def test_peak_memory_leaves_out_what_stays_and_what_came_before():
-    log = []
-
-    def call():
-        a = torch.empty(1000, dtype=torch.uint8)
-        b = torch.empty(3000, dtype=torch.uint8)
-        del a
-        log.append("call")
-        return (torch.empty(500, dtype=torch.uint8), b)
-
-    def before():
-        log.append("before")
-        torch.empty(1 << 20)
-
-    assert peak_extra_bytes(call) == 1000 - 500
-    log.clear()
-    assert peak_extra_bytes(call, before) == 1000 - 500
-    assert log == ["before", "call"] * 2
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [n for n in results.NORM_IMPLEMENTATIONS if n != results.FORMULA_COMPILED])
 def test_layer_norms_rivals_compute_the_same(name, dtype):
@@ -220,7 +174,7 @@ def test_layer_norms_rivals_compute_the_same(name, dtype):
 
 @pytest.mark.parametrize("option", [None, "--results", "--chunk", "--everything"])
 def test_a_plain_session_has_the_strongest_rivals_only(option):
-    asked = {"--dtype": cases.DTYPES} | ({option: "layer-vit_b"} if option else {})
+    asked = {"--dtype": chunks.DTYPES} | ({option: "layer-vit_b"} if option else {})
     config = SimpleNamespace(getoption=asked.get, stash=pytest.Stash())
     found: list[str] = []
     metafunc = SimpleNamespace(config=config, parametrize=lambda _, tests: found.extend(t.values[1] for t in tests))
@@ -232,7 +186,7 @@ def test_a_plain_session_has_the_strongest_rivals_only(option):
 
 def _asked(**options) -> SimpleNamespace:
     """A session's config with these options, ``chunk="a"`` for ``--chunk a``."""
-    asked = {"--dtype": cases.DTYPES} | {f"--{name}": value for name, value in options.items()}
+    asked = {"--dtype": chunks.DTYPES} | {f"--{name}": value for name, value in options.items()}
     asked["keyword"] = options.get("keyword", "")
     return SimpleNamespace(getoption=asked.get, stash=pytest.Stash(), invocation_params=SimpleNamespace(args=()))
 

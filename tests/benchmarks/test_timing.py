@@ -155,11 +155,6 @@ def test_no_rival_is_made_when_the_time_is_up_and_those_that_are_have_a_round(mo
     assert not any(rival.error for rival in found.values())
 
 
-def test_an_interrupt_is_no_result():
-    with pytest.raises(KeyboardInterrupt):
-        interleave([], 1, stopped=KeyboardInterrupt())  # type: ignore[arg-type]
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """A wall clock that only moves when told to."""

@@ -67,19 +67,6 @@ def test_layer_norms_plain_formula_and_its_kernels_are_right(case):
         assert (report.tried, report.reason) == (1, None)
 
 
-def test_the_shapes_are_those_that_matter():
-    for kind, tokens in (("cuda", 6304), ("cpu", 394)):
-        found = {which: list(cases.cases(which, kind)) for which in (*PRODUCTS, "layer_norm")}
-        for which, chosen in found.items():
-            assert {c.dtype for c in chosen} >= {torch.bfloat16, torch.float16, torch.float32}
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                of = [c for c in chosen if c.dtype is dtype]
-                assert {c.m for c in of} >= {1, 37, tokens}, which
-                assert any(c.weight_dtype is torch.float32 for c in of) == (dtype.itemsize == 2)
-        layers = {(c.n, c.k, c.groups) for c in found["forward"] if c.m == tokens}
-        assert layers == {(2304, 768, 3), (768, 768, 1), (3072, 768, 1), (768, 3072, 1)}
-
-
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: f"sm_{device.capability[0]}0")
 def test_on_gpus_sums_are_split_and_kernels_to_compile_are_few(device):
     split = set()

@@ -81,10 +81,6 @@ def test_faster_means_by_more_than_the_noise(challenger, wins):
     assert beats(Spread.of(challenger), Spread.of(steady(10))) == wins
 
 
-def test_spread():
-    assert Spread.of([4, 1, 3, 2, 5]) == (3, 2, 4)
-
-
 def test_what_fails_or_is_wrong_is_left_out_with_the_reason():
     def launch(choice, copy):
         if choice == B:
@@ -136,18 +132,6 @@ def test_a_device_that_is_lost_ends_the_contest():
 
     with pytest.raises(DeviceLostError, match="illegal memory access"):
         hold(Clock(), sync=broken)
-
-
-def test_what_a_launch_did_wrong_shows_at_the_wait():
-    errors = iter([RuntimeError("misaligned"), None, None, None])
-
-    def sync():
-        error = next(errors)
-        if error:
-            raise error
-
-    result = hold(Clock([steady(10), steady(9)]), sync=sync)
-    assert result.failures == {A: "RuntimeError: misaligned"}
 
 
 def test_the_entry_names_the_backend_and_a_tile_that_is_not_its_own_choice():

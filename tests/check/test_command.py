@@ -15,8 +15,7 @@ from rlrr_kernels.backends import verdicts as record
 from rlrr_kernels.backends.verdicts import Where
 from rlrr_kernels.check import command as cli
 from rlrr_kernels.check.processes import Outcome, Task
-from tests.check.conftest import forget
-from tests.check.findings import CPU, findings
+from tests.check.conftest import CPU, findings, forget
 from tests.locks import holding, wait_until_free, wait_until_held
 from tests.oracle import require
 
@@ -34,7 +33,7 @@ def made_up(file, monkeypatch):
                 raise found
             yield Outcome(task, where=Where.of(task.subject, torch.device(task.device)), **found)
 
-    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(cli, "run_tasks", run)
     monkeypatch.setattr(cli, "exit_on_signals", lambda: None)
     return outcomes, asked
 

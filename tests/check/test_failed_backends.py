@@ -12,17 +12,11 @@ from rlrr_kernels import backend_for, ops, rescaled_linear, use_backend
 from rlrr_kernels.__main__ import info
 from rlrr_kernels.backends import choice, verdicts
 from rlrr_kernels.backends.triton import launch, layer_norm
-from tests.check.conftest import forget
-from tests.check.findings import findings
+from tests.check.conftest import findings, keep
 from tests.oracle import make_problem, require
 from tests.tune.entries import entry
 
 X = torch.zeros(2, 4)
-
-
-def keep(file, found):
-    verdicts.add(file, found)
-    forget()
 
 
 @pytest.mark.parametrize("wrong", verdicts.PRODUCTS)

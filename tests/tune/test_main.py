@@ -17,10 +17,10 @@ from rlrr_kernels.backends.verdicts import Where
 from rlrr_kernels.check import yardstick
 from rlrr_kernels.tune import __main__ as cli
 from rlrr_kernels.tune.__main__ import main
-from rlrr_kernels.tune.timing import Machine
+from rlrr_kernels.tune.machine import Machine
 from tests.oracle import require
+from tests.tune.conftest import TILES
 from tests.tune.entries import CPU, entry
-from tests.tune.tiled import TILES, tiled  # noqa: F401
 
 SIZES = "80,48,64"
 PASSES = ["forward", "grad_input", "grad_scales"]
@@ -56,7 +56,7 @@ def entries(path):
     return [parse(raw) for raw in read(path)]
 
 
-def test_what_it_finds_is_what_serves(file, checked, capsys, tiled):  # noqa: F811
+def test_what_it_finds_is_what_serves(file, checked, capsys, tiled):
     require("cpu")
     assert main([*ARGUMENTS, *OURS], machine()) == 0
     assert checked == [CPU]
@@ -76,7 +76,7 @@ def test_what_it_finds_is_what_serves(file, checked, capsys, tiled):  # noqa: F8
     assert choice.backend_for(x, torch.zeros(49, 64)) == "cpu"
 
 
-def test_a_candidate_that_computes_wrong_cannot_win(file, monkeypatch, capsys, tiled):  # noqa: F811
+def test_a_candidate_that_computes_wrong_cannot_win(file, monkeypatch, capsys, tiled):
     real = tiled.grad_input
 
     def faulty(*tensors, choice):
@@ -218,16 +218,15 @@ def test_dry_run_checks_and_writes_nothing(file, checked, capsys):
 )
 def test_dtypes(file, monkeypatch, options, dtypes):
     planned = []
-    monkeypatch.setattr(cli.report, "show_plan", lambda plan, *_: planned.extend(plan))
+    monkeypatch.setattr(cli, "_show_plan", lambda plan, *_: planned.extend(plan))
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         assert main(["--shape", SIZES, "--dry-run", *options], machine()) == 0
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    problems = [problem for _, problem, _ in planned]
-    assert [problem.kernel for problem in problems] == PASSES
+    assert [problem.kernel for problem in planned] == PASSES
     # what a CPU computes is never TF32
-    assert {(problem.dtype, problem.weight_dtype, problem.tf32) for problem in problems} == {(*dtypes, False)}
+    assert {(problem.dtype, problem.weight_dtype, problem.tf32) for problem in planned} == {(*dtypes, False)}
 
 
 def test_show_says_what_is_used_and_what_is_not(file, capsys):
