@@ -21,8 +21,9 @@ from benchmarks.measures import Formula, peak_and_results, saved_for_backward
 from benchmarks.results import COMPOSED, FORMULA, FORMULA_COMPILED, LAYER_NORM, NORM_IMPLEMENTATIONS, OURS, LayerCase
 from benchmarks.suite import DEVICE, Outcome, Rivals, interleaved, outcome, parametrize, turn_by_turn
 from benchmarks.timing import Call, Variant
+from rlrr_kernels.backends import choice, reference
+from rlrr_kernels.backends.reference import compose_affine
 from rlrr_kernels.layers.norm import SSFLayerNorm
-from rlrr_kernels.ops import compose_affine, layer_norm_kernels
 
 IMAGES = (1, 32, 256) if DEVICE == "cuda" else (8,)
 TOKENS, D = 197, 768
@@ -110,7 +111,7 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
         return Variant(calls)
 
     found = interleaved(names, variant, rounds)
-    served = "torch" if layer_norm_kernels(pairs[0][0]) is None else "triton"
+    served = "torch" if choice.module_for_layer_norm(pairs[0][0]) is reference else "triton"
     outcomes = {}
     for name in names:
         case = LayerCase(

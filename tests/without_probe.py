@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 PACKAGE = Path(str(importlib.util.find_spec("rlrr_kernels").origin)).parent
 #: What is resolved at import, as the source says, and the two that are not functions of torch.
-PARTS = re.findall(r'_part\("([\w.]+)"', (PACKAGE / "ops.py").read_text())
+PARTS = re.findall(r'_private\("([\w.]+)"', (PACKAGE / "ops" / "route.py").read_text())
 OTHERS = {"_current_level": forward_ad, "_AutoDispatchBelowAutograd": torch._C}
 
 

@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,10 +43,10 @@ from benchmarks.implementations import LAYERS, TOKENS, make_inputs
 from benchmarks.measures import relative_error
 from benchmarks.results import one_line
 from benchmarks.timing import Call, Unavailable, Variant
-from rlrr_kernels import ops
 from rlrr_kernels.backends import choice, reference
 from rlrr_kernels.backends.problem import Pass, Problem
 from rlrr_kernels.backends.triton import choose
+from rlrr_kernels.ops import linear
 from rlrr_kernels.tune.candidates import Candidate, Tensors, describe, run, tiles
 
 PACKAGES = ("torch", "triton", "numpy", "timm", "peft", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis")
@@ -70,7 +69,7 @@ LIMITS = {torch.bfloat16: 0.02, torch.float32: 1e-4}
 GLUON_LIMITS = {torch.bfloat16: 0.02, torch.float16: 0.003}
 
 
-def run_pass(module: ModuleType, which: str, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def run_pass(module: Any, which: str, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Run a pass of ``module`` on x, W, u, v, b, f and dy, and return its results."""
     x, w, u, v, b, f, dy = tensors
     arguments = {"forward": (x, w, u, v, b, f), "grad_input": (dy, w, u, v), "grad_scales": (dy, x, w, u, v, True)}
@@ -202,7 +201,7 @@ def measure_pass(layer: str, images: int, which: str, rounds: tuple[int, int]) -
     def variant(name: str) -> Variant:
         implementations.served_by(name, first[0], first[1])
         calls = [
-            functools.partial(PRODUCTS[which], *i) if name == BLAS else functools.partial(run_pass, ops, which, i)
+            functools.partial(PRODUCTS[which], *i) if name == BLAS else functools.partial(run_pass, linear, which, i)
             for i in inputs
         ]
         return Variant(list(map(Call, calls)), implementations.context(name))
@@ -272,7 +271,7 @@ def sanitize(backend: str, which: str) -> int:
             print(f"not here: {reason}")
             return 0
         with implementations.context(BACKENDS[backend])():
-            got = run_pass(ops, which, on_gpu)
+            got = run_pass(torch.ops.rlrr, which, on_gpu)
         error = relative_error([t.cpu() for t in got], run_pass(reference, which, [t.double() for t in tensors]))
         if not error <= limit:
             wrong.append(f"at {shape}, {dtype}: expected an error of {limit:g} at most, got {error:.3g}")

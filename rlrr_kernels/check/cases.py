@@ -111,7 +111,7 @@ def run(
     """Compute a pass twice for each case that the backend serves, and judge it.
 
     Args:
-        module: A backend (see :mod:`rlrr_kernels.ops`), or LayerNorm's kernels for ``layer_norm``.
+        module: A backend (see :mod:`rlrr_kernels.backends.choice`).
         which: A pass of :data:`rlrr_kernels.backends.verdicts.SUBJECTS`.
         device: Where it runs.
         chosen: The cases.
@@ -202,8 +202,8 @@ def _layer_norm(module: ModuleType, which: str, case: Case, device: torch.device
     scale, shift = (draw(case.k, dtype=wide) for _ in range(2))
 
     def compute() -> Sequence[Tensor]:
-        y, mean, rstd = module.forward(x, weight, bias, scale, shift, _EPS, x.dtype)
-        return y, *module.backward(dy, x, mean, rstd, weight, bias, scale, True)
+        y, mean, rstd = module.layer_norm(x, weight, bias, scale, shift, _EPS, x.dtype)
+        return y, *module.layer_norm_backward(dy, x, mean, rstd, weight, bias, scale, True)
 
     def formula(dtype: torch.dtype, wide: torch.dtype) -> tuple[Tensor, ...]:
         """Return y, dx, ds, dt as SSF defines them, by autograd."""
@@ -218,4 +218,4 @@ def _layer_norm(module: ModuleType, which: str, case: Case, device: torch.device
         names = ("y", "dx", "ds", "dt")
         return [Expected(*one) for one in zip(names, exact, (*narrow, *sums), strict=True)]
 
-    return compute, wanted, module.unsupported(x)
+    return compute, wanted, module.unsupported_layer_norm(x)

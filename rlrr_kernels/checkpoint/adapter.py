@@ -28,12 +28,12 @@ from rlrr_kernels.checkpoint.trained import (
     check_enabled,
     check_fit,
     copy_into,
-    reshard,
     trained_parameters,
     trained_statistics,
 )
 from rlrr_kernels.io.files import is_temporary, replace_folder, write_atomically, write_folder
 from rlrr_kernels.io.reading import Tensors, read_safetensors
+from rlrr_kernels.layers.ownership import reshard
 from rlrr_kernels.models.adapt import apply_rlrr
 from rlrr_kernels.models.config import RLRRConfig
 from rlrr_kernels.models.heads import head

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from rlrr_kernels.models.adapt import adapters, apply_rlrr, head_parameters
 from rlrr_kernels.models.bypass import skeleton_of
 from rlrr_kernels.models.config import RLRRConfig
 from rlrr_kernels.models.wrappers import plain_name
+from rlrr_kernels.ops import route
 
 #: What an error message lists at most.
 SHOWN = 8
@@ -137,28 +136,7 @@ def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.dev
                 setattr(module, leaf, made[id(old)])
     for name, tensor in tensors.items():
         if id(own[name]) not in made:
-            own[name].copy_(_as_sharded(tensor, own[name]))
-
-
-def _as_sharded(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """``tensor`` laid out over processes as ``parameter`` is, where that is."""
-    if not hasattr(parameter, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    layout: Any = parameter
-    assert isinstance(layout, DTensor)
-    return distribute_tensor(tensor.to(layout.device_mesh.device_type), layout.device_mesh, layout.placements)
-
-
-def reshard(model: nn.Module) -> None:
-    """After a forward pass FSDP keeps whole copies in the place of some shards: put the shards back."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:  # a sharded model would have imported it
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+            own[name].copy_(route.laid_out_as(tensor, own[name]))
 
 
 def check_enabled(model: nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.backends.reference import accumulation_dtype
-from rlrr_kernels.checkpoint.trained import reshard
 from rlrr_kernels.layers.linear import FusedRLRRLinear
 from rlrr_kernels.layers.norm import SSFAffine, SSFLayerNorm
-from rlrr_kernels.layers.ownership import need_no_fsdp, need_own
+from rlrr_kernels.layers.ownership import check_not_in_fsdp, check_own_parameters, holds_fsdp1, reshard
 from rlrr_kernels.models import gained, running
 from rlrr_kernels.models.adapt import Base, adapters, head_parameters, replace, trained_norms
 from rlrr_kernels.models.wrappers import plain_name, unwrapped
+from rlrr_kernels.ops import route
 
 #: A merge that leaves this share of the weights unchanged that the update should change is warned of.
 LOST_SHARE = 0.1
@@ -55,8 +54,8 @@ def merge(model: nn.Module, *, safe_merge: bool = False, keep: bool = True) -> n
     if not all(layer.enabled for _, layer in layers):
         raise RuntimeError("model: its adapters are switched off, as inside disable_adapter")
     for _, layer in layers:
-        need_own(layer, "merge", "weight", "bias")
-        need_no_fsdp(layer, "merge")
+        check_own_parameters(layer, "merge", "weight", "bias")
+        check_not_in_fsdp(layer, "merge")
     if safe_merge:
         _check_finite(model)
     _warn_of_loss(layers)
@@ -81,8 +80,8 @@ def unmerge(model: nn.Module, base: Mapping[str, Tensor] | None = None) -> nn.Mo
         raise RuntimeError("model: it is not merged")
     given = base or {}
     for name, layer in layers:
-        need_own(layer, "unmerge", "weight", "bias")
-        need_no_fsdp(layer, "unmerge")
+        check_own_parameters(layer, "unmerge", "weight", "bias")
+        check_not_in_fsdp(layer, "unmerge")
         if not layer.kept:
             weight = given.get(f"{name}.weight")
             if weight is None:
@@ -125,8 +124,8 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
     layers, inner = _linears(model), unwrapped(model)
     for _, layer in layers:
         # the plain module takes over the hooks, by which pruning would go on
-        need_own(layer, "unload", "weight", "bias", "scale_out", "scale_in", "shift")
-        need_no_fsdp(layer, "unload")
+        check_own_parameters(layer, "unload", "weight", "bias", "scale_out", "scale_in", "shift")
+        check_not_in_fsdp(layer, "unload")
     if safe_merge:
         _check_finite(model)
     _warn_of_loss([(name, layer) for name, layer in layers if not layer.merged])
@@ -185,8 +184,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     merged = [layer for _, layer in _linears(model) if layer.merged]
     for layer in merged:
-        need_own(layer, "unmerge", "weight", "bias")
-        need_no_fsdp(layer, "unmerge")
+        check_own_parameters(layer, "unmerge", "weight", "bias")
+        check_not_in_fsdp(layer, "unmerge")
     if not all(layer.kept for layer in merged):
         raise RuntimeError("model: it was merged with keep=False; unmerge it with the base weights first")
     modules = [module for _, module in adapters(model)]
@@ -199,7 +198,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     flags = [module.qkv_bias_separate for module in flagged]
     reshard(inner)
     trained: dict[str, Tensor] = dict(head_parameters(inner))
-    if (base.head or base.norms) and _in_fsdp1(model):
+    if (base.head or base.norms) and holds_fsdp1(model):
         raise RuntimeError("model: FSDP1 holds the head, which cannot become that of the base model for a time")
     if {n: p.shape for n, p in trained.items()} != {n: p.shape for n, p in base.head.items()}:
         trained = {}
@@ -230,16 +229,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 @torch.no_grad()
 def _copy(values: list[Tensor], tensors: list[Tensor]) -> None:
     for value, tensor in zip(values, tensors, strict=True):
-        if hasattr(tensor, "device_mesh"):
-            from rlrr_kernels.layers import parallel  # whoever has a DTensor has imported what this does
-
-            value = parallel.laid_out_as(value, tensor)
-        tensor.copy_(value)
-
-
-def _in_fsdp1(model: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
+        tensor.copy_(route.laid_out_as(value, tensor))
 
 
 def _linears(model: nn.Module) -> list[tuple[str, FusedRLRRLinear]]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.layers.ownership import need_no_fsdp, need_own
+from rlrr_kernels.layers.ownership import check_not_in_fsdp, check_own_parameters
 from rlrr_kernels.models import gained
 from rlrr_kernels.models.adapt import replace
 
@@ -74,8 +74,8 @@ def _merge(tuner: Any, *args: Any, **options: Any) -> None:
     if isinstance(layer, FusedRLRRLinear):
         if not layer.enabled:
             raise RuntimeError("FusedRLRRLinear: cannot merge while it is switched off, as inside disable_adapter")
-        need_own(layer, "merge", "weight", "bias")
-        need_no_fsdp(layer, "merge")
+        check_own_parameters(layer, "merge", "weight", "bias")
+        check_not_in_fsdp(layer, "merge")
         vars(tuner)["_rescaled"] = layer  # not among the modules: for this time it is none of the model's
         replace(tuner, "base_layer", layer.to_linear())
         if not layer.frozen_bias and gained.matters("bias", layer.shift):

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from rlrr_kernels import ops, use_backend
+from rlrr_kernels import use_backend
 from rlrr_kernels.backends import choice
+from rlrr_kernels.ops import linear
 from tests.oracle import BACKENDS, Answer, Problem, backends_with, check, make_problem, require, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -16,8 +17,8 @@ RESULTS = ("y", "dx", "du", "dv", "df")
 def solve(p: Problem, backend: str) -> Answer:
     scales = (p.weight, p.scale_out, p.scale_in)
     with use_backend(backend):
-        y = ops.forward(p.x, *scales, p.bias, p.shift)
-        return Answer(y, ops.grad_input(p.dy, *scales), *ops.grad_scales(p.dy, p.x, *scales, True))
+        y = linear.forward(p.x, *scales, p.bias, p.shift)
+        return Answer(y, linear.grad_input(p.dy, *scales), *linear.grad_scales(p.dy, p.x, *scales, True))
 
 
 SHAPES = [  # M, N, K, groups
@@ -137,7 +138,7 @@ def test_df_is_skipped_unless_asked_for(backend):
     p = make_problem(40, 20, 24, device=require(backend))
     with use_backend(backend):
         with_df, without = (
-            ops.grad_scales(p.dy, p.x, p.weight, p.scale_out, p.scale_in, need_shift) for need_shift in (True, False)
+            linear.grad_scales(p.dy, p.x, p.weight, p.scale_out, p.scale_in, need_shift) for need_shift in (True, False)
         )
     assert without[2].shape == (0,)
     assert torch.equal(with_df[0], without[0])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rlrr_kernels.layers.norm import SSFAffine, SSFLayerNorm
-from tests.test_norm_numerics import CLASSES, filled, formula
+from tests.layers.test_norm_numerics import CLASSES, filled, formula
 
 
 def test_it_is_a_layer_norm_with_the_same_arguments_and_keys():

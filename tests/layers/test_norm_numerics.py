@@ -6,8 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rlrr_kernels import ops, use_backend
-from rlrr_kernels.layers.norm import SSFLayerNorm, _SSFLayerNorm
+from rlrr_kernels import use_backend
+from rlrr_kernels.backends import choice
+from rlrr_kernels.layers.norm import SSFLayerNorm
+from rlrr_kernels.ops import layer_norm
+from rlrr_kernels.ops.layer_norm import _AffineLayerNorm
 from tests.oracle import Answer, assert_close, require
 
 BACKENDS = ["reference", "triton"]
@@ -111,8 +114,8 @@ def test_any_leading_shape(backend, shape):
 def test_work_nobody_needs_is_not_done_and_gives_no_gradient(backend, monkeypatch):
     layer = SSFLayerNorm(8, device=require(backend))
     asked = []
-    backward = ops.layer_norm_backward
-    monkeypatch.setattr(ops, "layer_norm_backward", lambda *args: asked.append(args[-1]) or backward(*args))
+    backward = layer_norm.layer_norm_backward
+    monkeypatch.setattr(layer_norm, "layer_norm_backward", lambda *args: asked.append(args[-1]) or backward(*args))
     with use_backend(backend):
         x = torch.randn(3, 8, device=layer.weight.device)
         layer(x).sum().backward()  # a first layer: x needs no gradient
@@ -140,7 +143,7 @@ def test_the_functions_first_and_second_derivatives_are_right(present, trained):
                 p.requires_grad_(False)
 
     def function(x, w, b, s, t):
-        return _SSFLayerNorm.apply(x, w, b, s, t, 1e-3, torch.float64)
+        return _AffineLayerNorm.apply(x, w, b, s, t, 1e-3, torch.float64)
 
     assert torch.allclose(function(x, w, b, s, t), formula(x, w, b, s, t, 1e-3))
     assert torch.autograd.gradcheck(function, (x, w, b, s, t))
@@ -210,10 +213,12 @@ def test_opcheck(backend, dtype, out):
     fast = ("test_schema", "test_autograd_registration", "test_faketensor")
     with use_backend(backend):
         for own, which in (((w, b), (*fast, "test_aot_dispatch_dynamic")), ((None, None), fast)):
-            torch.library.opcheck(ops.layer_norm, (x, *own, s, t, 1e-6, out), test_utils=which)
-            _, mean, rstd = ops.layer_norm(x, *own, s, t, 1e-6, out)
+            torch.library.opcheck(layer_norm.layer_norm, (x, *own, s, t, 1e-6, out), test_utils=which)
+            _, mean, rstd = layer_norm.layer_norm(x, *own, s, t, 1e-6, out)
             for need_x in (True, False):
-                torch.library.opcheck(ops.layer_norm_backward, (dy, x, mean, rstd, *own, s, need_x), test_utils=fast)
+                torch.library.opcheck(
+                    layer_norm.layer_norm_backward, (dy, x, mean, rstd, *own, s, need_x), test_utils=fast
+                )
 
 
 def test_fake_tensors_of_a_gpu_pass_where_there_is_none(monkeypatch):
@@ -222,7 +227,7 @@ def test_fake_tensors_of_a_gpu_pass_where_there_is_none(monkeypatch):
     def asks_the_device(x):
         raise AssertionError("the choice belongs behind the dispatcher, where fake tensors do not come")
 
-    monkeypatch.setattr(ops, "layer_norm_kernels", asks_the_device)
+    monkeypatch.setattr(choice, "module_for_layer_norm", asks_the_device)
     with FakeTensorMode():
         layer = SSFLayerNorm(8, device="cuda")
         for dtype in (torch.float32, torch.bfloat16):

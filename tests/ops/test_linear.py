@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlrr_kernels import ops, rescaled_linear, use_backend
+from rlrr_kernels import rescaled_linear, use_backend
 from rlrr_kernels.backends import reference
+from rlrr_kernels.ops import linear
 from tests.oracle import BACKENDS, Answer, check, device_of, make_problem, require
 
 
@@ -148,7 +149,7 @@ def test_nothing_is_computed_or_kept_that_nobody_needs(needs, calls, keeps_x):
     kept: list[torch.Tensor] = []
     done: list[str] = []
 
-    backend = ops.backend("forward", p.x, p.weight, p.scale_in)
+    backend = linear._backend("forward", p.x, p.weight, p.scale_in)
 
     def spy(name):
         op = getattr(backend, name)
@@ -170,7 +171,7 @@ def test_df_is_not_computed_where_neither_bias_nor_shift_needs_it():
     p = make_problem(5, 6, 4)
     u = p.scale_out.clone().requires_grad_()
     asked = []
-    backend = ops.backend("forward", p.x, p.weight, p.scale_in)
+    backend = linear._backend("forward", p.x, p.weight, p.scale_in)
     op = backend.grad_scales
     with mock.patch.object(backend, "grad_scales", lambda *a: (asked.append(a[-1]), op(*a))[1]):
         rescaled_linear(p.x, p.weight, u, p.scale_in, p.bias, p.shift).backward(p.dy)
@@ -188,7 +189,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "rlrr":
             with self:  # look inside the op
-                return getattr(ops, "_" + func._schema.name.partition("::")[2])(*args, **(kwargs or {}))
+                return getattr(linear, "_" + func._schema.name.partition("::")[2])(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for t in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
@@ -300,8 +301,8 @@ def test_it_compiles_without_a_graph_break():
     p = make_problem(9, 8, 12, 2)
     eager = _run(p, "auto")
     served: list[str] = []
-    backend = ops.backend
-    spy = mock.patch.object(ops, "backend", lambda *a: (served.append("op"), backend(*a))[1])
+    backend = linear._backend
+    spy = mock.patch.object(linear, "_backend", lambda *a: (served.append("op"), backend(*a))[1])
     with (
         spy,
         mock.patch(f"{__name__}.rescaled_linear", torch.compile(rescaled_linear, fullgraph=True, backend="aot_eager")),

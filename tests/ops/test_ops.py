@@ -11,7 +11,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlrr_kernels import ops, rescaled_linear, use_backend
+from rlrr_kernels import rescaled_linear, use_backend
+from rlrr_kernels.ops import linear, route
 from tests.oracle import BACKENDS, backends_with, make_problem, require
 from tests.without_probe import OTHERS, PACKAGE, PARTS
 
@@ -25,11 +26,11 @@ def test_opcheck(backend, groups, dtype):
     scales = (p.weight, p.scale_out, p.scale_in)
     with use_backend(backend):
         for bias, shift in ((p.bias, p.shift), (None, None)):
-            torch.library.opcheck(ops.forward, (p.x, *scales, bias, shift))
-        torch.library.opcheck(ops.grad_input, (p.dy, *scales))
+            torch.library.opcheck(linear.forward, (p.x, *scales, bias, shift))
+        torch.library.opcheck(linear.grad_input, (p.dy, *scales))
         for need_shift in (True, False):
-            torch.library.opcheck(ops.grad_scales, (p.dy, p.x, *scales, need_shift))
-        torch.library.opcheck(ops.grad_shift, (p.dy,))
+            torch.library.opcheck(linear.grad_scales, (p.dy, p.x, *scales, need_shift))
+        torch.library.opcheck(linear.grad_shift, (p.dy,))
 
 
 def test_fakes_follow_symbolic_sizes():
@@ -37,10 +38,10 @@ def test_fakes_follow_symbolic_sizes():
 
     with FakeTensorMode():
         x, w, u, v = torch.empty(5, 8), torch.empty(6, 8), torch.empty(6, 1), torch.empty(2, 1, 8)
-        assert ops.forward(x.bfloat16(), w, u, v, None, None).dtype is torch.bfloat16
-        du, dv, df = ops.grad_scales(torch.empty(5, 6).bfloat16(), x.bfloat16(), w, u, v, True)
+        assert linear.forward(x.bfloat16(), w, u, v, None, None).dtype is torch.bfloat16
+        du, dv, df = linear.grad_scales(torch.empty(5, 6).bfloat16(), x.bfloat16(), w, u, v, True)
         assert [t.shape for t in (du, dv, df)] == [(6, 1), (2, 1, 8), (6,)]
-        alone = ops.grad_shift(torch.empty(5, 6).bfloat16())
+        alone = linear.grad_shift(torch.empty(5, 6).bfloat16())
         assert alone.shape == (6,)
         assert {t.dtype for t in (du, dv, df, alone)} == {torch.float32}
 
@@ -97,22 +98,22 @@ def test_subclasses_and_transforms_go_through_the_dispatcher():
         pass
 
     x = torch.zeros(2, 3)
-    assert ops.unobserved(x, torch.nn.Parameter(x))
-    assert not ops.unobserved(x, x.as_subclass(Subclass))
+    assert route.can_skip_dispatcher(x, torch.nn.Parameter(x))
+    assert not route.can_skip_dispatcher(x, x.as_subclass(Subclass))
     seen = []
-    torch.func.grad(lambda t: (seen.append(ops.unobserved(t)), t.sum())[1])(x)
+    torch.func.grad(lambda t: (seen.append(route.can_skip_dispatcher(t)), t.sum())[1])(x)
     assert seen == [False]
 
 
 def test_nobody_watching_the_backend_is_called_itself():
     p = make_problem(3, 4, 5)
-    assert ops.unobserved(p.x, p.weight)
+    assert route.can_skip_dispatcher(p.x, p.weight)
     seen = []
     library_call = torch.ops.rlrr.forward.default
-    assert ops.forward is library_call
-    backend = ops.backend("forward", p.x, p.weight, p.scale_in)
+    assert linear.forward is library_call
+    backend = linear._backend("forward", p.x, p.weight, p.scale_in)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "forward", lambda *a: seen.append("op"))
+        patch.setattr(linear, "forward", lambda *a: seen.append("op"))
         patch.setattr(backend, "forward", lambda *a: (seen.append("backend"), torch.zeros(3, 4))[1])
         rescaled_linear(*p.forward_args)
     assert seen == ["backend"]
@@ -120,15 +121,15 @@ def test_nobody_watching_the_backend_is_called_itself():
 
 def test_marked_traced_and_watched_calls_go_through_the_dispatcher():
     x = torch.zeros(2, 3)
-    assert ops.unobserved(x, None)
-    assert not ops.unobserved(torch.complex(x, x).conj().imag)
-    assert not ops.unobserved(torch._efficientzerotensor(2, 3))
-    assert not ops.unobserved(x.to("meta"))
+    assert route.can_skip_dispatcher(x, None)
+    assert not route.can_skip_dispatcher(torch.complex(x, x).conj().imag)
+    assert not route.can_skip_dispatcher(torch._efficientzerotensor(2, 3))
+    assert not route.can_skip_dispatcher(x.to("meta"))
     seen = []
     with torch.overrides.BaseTorchFunctionMode():
-        seen.append(ops.unobserved(x))
-    torch.jit.trace(lambda t: (seen.append(ops.unobserved(t)), t + 1)[1], (x,), check_trace=False)
-    make_fx(lambda t: (seen.append(ops.unobserved(t)), t + 1)[1], pre_dispatch=True)(x)
+        seen.append(route.can_skip_dispatcher(x))
+    torch.jit.trace(lambda t: (seen.append(route.can_skip_dispatcher(t)), t + 1)[1], (x,), check_trace=False)
+    make_fx(lambda t: (seen.append(route.can_skip_dispatcher(t)), t + 1)[1], pre_dispatch=True)(x)
     assert seen == [False, False, False]
 
 
@@ -179,8 +180,7 @@ def test_backward_calls_the_backend_itself():
         t.requires_grad_()
     y = rescaled_linear(*p.forward_args)
     with (
-        mock.patch.object(ops, "grad_input", side_effect=AssertionError("the op")),
-        mock.patch.object(ops, "grad_scales", side_effect=AssertionError("the op")),
+        mock.patch.object(linear.torch.ops, "rlrr", None),
     ):
         y.backward(p.dy)
     assert p.x.grad is not None
@@ -207,8 +207,7 @@ def test_no_private_part_of_torch_is_asked_but_those_that_can_be_missing():
     }
     assert len(PARTS) == 8
     assert used == {
-        ("functional.py", "torch._C"),
-        ("functional.py", "torch._C._AutoDispatchBelowAutograd"),
+        ("route.py", "torch._C"),
         # not at a call: a type; assigning to a parameter; averaging weights
         ("export.py", "torch._ops"),
         ("linear.py", "torch._has_compatible_shallow_copy_type"),

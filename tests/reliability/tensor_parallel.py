@@ -17,8 +17,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 from rlrr_kernels import FusedRLRRLinear, SSFLayerNorm
-from rlrr_kernels.layers import parallel
 from rlrr_kernels.layers.parallel import RLRRColwiseParallel, RLRRRowwiseParallel, RLRRSequenceParallel
+from rlrr_kernels.ops import sharding
 from tests.oracle import Answer, assert_close, check, make_problem
 from tests.reliability.in_processes import case
 
@@ -200,7 +200,7 @@ def second_derivatives_are_right_or_one_clear_error():
     exact = second(layer_of(p), p.x)
     for style, layout in ((RLRRColwiseParallel, WHOLE), (RLRRRowwiseParallel, Shard(1)), (ColwiseParallel, Shard(0))):
         layer = parallelize_module(layer_of(p), MESH, style(use_local_output=False))
-        if parallel._TWICE:
+        if sharding._TWICE:
             for ours, theirs in zip(second(layer, laid_out(p.x, layout)), exact, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
         else:

@@ -12,8 +12,9 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, ops, rescaled_linear, use_backend
+from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, rescaled_linear, use_backend
 from rlrr_kernels.backends import reference
+from rlrr_kernels.ops import linear
 from tests.oracle import make_problem
 from tests.small_models import X, small_vit, stir
 
@@ -81,7 +82,7 @@ def test_selective_checkpointing_can_keep_the_layers_result():
     for kept, runs in (([op], 1), ([], 2)):
         tensors, contexts = leaves(), functools.partial(create_selective_checkpoint_contexts, kept)
         ran.clear()
-        with mock.patch.object(ops, "backend", return_value=counting):
+        with mock.patch.object(linear, "_backend", return_value=counting):
             run = functools.partial(checkpoint, rescaled_linear, use_reentrant=False, context_fn=contexts)
             got = gradients(tensors, run)
         assert len(ran) == runs
@@ -171,9 +172,9 @@ def test_second_derivatives_of_ssf_layer_norm(needs, affine):
         return torch.func.functional_call(norm, {"ssf_scale": s, "ssf_shift": t}, (x,))
 
     def own_ops(x, s, t):  # those that a GPU and 16-bit rows take
-        from rlrr_kernels.layers.norm import _SSFLayerNorm
+        from rlrr_kernels.ops.layer_norm import _AffineLayerNorm
 
-        return _SSFLayerNorm.apply(x, norm.weight, norm.bias, s, t, norm.eps, x.dtype)
+        return _AffineLayerNorm.apply(x, norm.weight, norm.bias, s, t, norm.eps, x.dtype)
 
     for f in (call, own_ops):
         assert torch.autograd.gradcheck(f, given)

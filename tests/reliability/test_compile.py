@@ -11,8 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, ops, use_backend
-from rlrr_kernels.backends import reference
+from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, use_backend
+from rlrr_kernels.backends import choice, reference
+from rlrr_kernels.ops import linear
 from tests.oracle import assert_close
 from tests.small_models import X, small_swin, small_vit, stir
 
@@ -102,13 +103,13 @@ def test_a_backend_asked_for_after_compiling_serves_without_recompiling():
     run(x)
 
     def chosen(kernel, x, weight, scale_in):
-        served.append(ops.choice.backend_for(x, weight, kernel))
+        served.append(choice.backend_for(x, weight, kernel))
         return reference
 
-    with mock.patch.object(ops, "backend", chosen):
+    with mock.patch.object(linear, "_backend", chosen):
         with use_backend("reference"):
             run(x)
-        with use_backend("triton"), mock.patch.object(ops.choice, "refusal", return_value=None):
+        with use_backend("triton"), mock.patch.object(choice, "refusal", return_value=None):
             run(x)
         with mock.patch.dict(os.environ, RLRR_BACKEND="reference"):
             run(x)
@@ -226,9 +227,9 @@ def test_inductor_is_as_exact_as_eager(mode):
 def test_a_compiled_graph_holds_the_ops():
     """Else the tests above would compare the formula to itself: all three, and none that forms W'."""
     module, seen = make("linear"), []
-    backend = ops.backend
+    backend = linear._backend
     run, _ = compiled(module)
-    with mock.patch.object(ops, "backend", lambda *a: (seen.append(1), backend(*a))[1]):
+    with mock.patch.object(linear, "_backend", lambda *a: (seen.append(1), backend(*a))[1]):
         step(run, module, torch.randn(5, 16))
     assert len(seen) == 3
 

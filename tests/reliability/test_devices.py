@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, rescaled_linear, use_backend
 from rlrr_kernels.backends import choice, tuned
-from rlrr_kernels.backends.triton import choose, launch, layer_norm
+from rlrr_kernels.backends.triton import choose, launch, norm
 from rlrr_kernels.backends.triton import start as start_module
 from tests.oracle import Answer, check, make_problem
 
@@ -48,7 +48,7 @@ class GPUs:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
         monkeypatch.setattr(torch.cuda, "device", device)
         monkeypatch.setattr(launch, "start", launched)
-        monkeypatch.setattr(layer_norm, "start", launched)
+        monkeypatch.setattr(norm, "start", launched)
         monkeypatch.setattr(launch, "interpreting", lambda: False)
         monkeypatch.setattr(tuned, "find", found)
         monkeypatch.setattr(choose, "cuda_device", properties)
@@ -77,8 +77,8 @@ def passes(device, m=64, n=96, k=4096):
         "grad_input": lambda: launch.grad_input(dy, w, u, v),
         "grad_input, split": lambda: launch.grad_input(dy, w, u, v, choice=split),
         "grad_scales": lambda: launch.grad_scales(dy, x, w, u, v, True),
-        "layer_norm": lambda: layer_norm.forward(x, None, None, s, s, 1e-6, torch.bfloat16),
-        "layer_norm_backward": lambda: layer_norm.backward(x, x, mean, mean, None, None, s, True),
+        "layer_norm": lambda: norm.layer_norm(x, None, None, s, s, 1e-6, torch.bfloat16),
+        "layer_norm_backward": lambda: norm.layer_norm_backward(x, x, mean, mean, None, None, s, True),
     }
 
 

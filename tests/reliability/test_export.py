@@ -13,7 +13,8 @@ from torch import fx, nn
 from torch.export import Dim, export
 
 import rlrr_kernels
-from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, merge, merge_and_unload, ops, use_backend
+from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr, merge, merge_and_unload, use_backend
+from rlrr_kernels.ops import layer_norm, linear
 from tests.oracle import Answer, assert_close, check, differentiate, make_problem
 from tests.small_models import X, small_swin, small_vit, stir
 
@@ -133,16 +134,16 @@ def test_an_exported_program_trains_as_the_model(decomposed):
 def test_the_op_by_itself_differentiates_as_the_layer(groups):
     p = make_problem(5, 12, 8, groups)
     x, u, v, b, f = (t.clone().requires_grad_() for t in (p.x, p.scale_out, p.scale_in, p.bias, p.shift))
-    y = ops.forward(x, p.weight, u, v, b, f)
+    y = linear.forward(x, p.weight, u, v, b, f)
     dx, du, dv, db, df = torch.autograd.grad(y, (x, u, v, b, f), p.dy)
     check(p, Answer(y.detach(), dx, du, dv, df))
     assert torch.equal(db, df)
     with torch.no_grad():
-        assert not ops.forward(x, p.weight, u, v, b, f).requires_grad
+        assert not linear.forward(x, p.weight, u, v, b, f).requires_grad
     wide = make_problem(3, 4, 2, 2, torch.float64)
     arguments = [t.requires_grad_() for t in (wide.x, wide.scale_out, wide.scale_in)]
     assert torch.autograd.gradgradcheck(
-        lambda x, u, v: ops.forward(x, wide.weight, u, v, wide.bias, wide.shift), arguments
+        lambda x, u, v: linear.forward(x, wide.weight, u, v, wide.bias, wide.shift), arguments
     )
 
 
@@ -185,14 +186,14 @@ def test_the_table_has_every_op_of_the_package_and_each_entry_computes_it():
     assert {str(op).replace(".default", "").replace(".", "::") for op in TABLE} == names
     p = make_problem(5, 12, 8, 3)
     w, u, v = p.weight, p.scale_out, p.scale_in
-    y, mean, rstd = ops.layer_norm(p.x, None, None, v[0, 0], v[1, 0], 1e-5, torch.float32)
+    y, mean, rstd = layer_norm.layer_norm(p.x, None, None, v[0, 0], v[1, 0], 1e-5, torch.float32)
     arguments = {
-        ops.forward: p.forward_args,
-        ops.grad_input: (p.dy, w, u, v),
-        ops.grad_scales: (p.dy, p.x, w, u, v, True),
-        ops.grad_shift: (p.dy,),
-        ops.layer_norm: (p.x, v[2, 0], v[1, 0], v[0, 0], v[1, 0], 1e-5, torch.float32),
-        ops.layer_norm_backward: (y, p.x, mean, rstd, v[2, 0], v[1, 0], v[0, 0], True),
+        linear.forward: p.forward_args,
+        linear.grad_input: (p.dy, w, u, v),
+        linear.grad_scales: (p.dy, p.x, w, u, v, True),
+        linear.grad_shift: (p.dy,),
+        layer_norm.layer_norm: (p.x, v[2, 0], v[1, 0], v[0, 0], v[1, 0], 1e-5, torch.float32),
+        layer_norm.layer_norm_backward: (y, p.x, mean, rstd, v[2, 0], v[1, 0], v[0, 0], True),
     }
     for op, function in TABLE.items():
         torch.testing.assert_close(function(*arguments[op]), op(*arguments[op]), msg=str(op))

@@ -7,13 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.disassemble import as_case, probe
-from rlrr_kernels import ops, use_backend
-from rlrr_kernels.backends import choice
-from rlrr_kernels.backends.triton import launch, layer_norm
+from rlrr_kernels import use_backend
+from rlrr_kernels.backends import choice, reference, triton
+from rlrr_kernels.backends.triton import launch, norm
 from rlrr_kernels.check.yardstick import relative_error
+from rlrr_kernels.ops import layer_norm
 from tests.backends.triton.test_compile import TARGETS
+from tests.layers.test_norm_numerics import check
 from tests.oracle import Answer, strided
-from tests.test_norm_numerics import check
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 EPS = 1e-6
@@ -29,8 +30,8 @@ def make(m, d, dtype=SINGLE, weight_dtype=SINGLE, affine_dtype=SINGLE, device="c
 
 
 def solve(x, dy, w, b, s, t, dtype=None, programs=None):
-    y, mean, rstd = layer_norm.forward(x, w, b, s, t, EPS, dtype or x.dtype)
-    dx, ds, dt = layer_norm.backward(dy, x, mean, rstd, w, b, s, True, programs=programs)
+    y, mean, rstd = norm.layer_norm(x, w, b, s, t, EPS, dtype or x.dtype)
+    dx, ds, dt = norm.layer_norm_backward(dy, x, mean, rstd, w, b, s, True, programs=programs)
     return Answer(y, dx, ds, dt, dt)
 
 
@@ -49,7 +50,7 @@ def test_shapes(triton_device, m, d, dtype):
 
 
 def test_the_longest_row(triton_device):
-    check_problem(*make(2, layer_norm.MAX_VECTOR_D, BF16, device=triton_device), programs=1)
+    check_problem(*make(2, norm.MAX_VECTOR_D, BF16, device=triton_device), programs=1)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
@@ -79,16 +80,16 @@ def test_parameters_need_not_be_contiguous(triton_device):
 def test_a_gradient_that_is_one_number(triton_device):
     """What ``y.sum().backward()`` gives: strides of 0."""
     x, _, w, b, s, t = make(20, 50, device=triton_device)
-    _, mean, rstd = layer_norm.forward(x, w, b, s, t, EPS, SINGLE)
+    _, mean, rstd = norm.layer_norm(x, w, b, s, t, EPS, SINGLE)
     one = torch.ones((), device=triton_device).expand(20, 50)
-    _, _, dt = layer_norm.backward(one, x, mean, rstd, w, b, s, True)
+    _, _, dt = norm.layer_norm_backward(one, x, mean, rstd, w, b, s, True)
     assert torch.equal(dt, torch.full_like(dt, 20.0))
 
 
 def test_the_statistics_are_those_of_layer_norm_even_far_from_zero(triton_device):
     x, _, w, b, s, t = make(30, 300, device=triton_device)
     x = x + 1000
-    _, mean, rstd = layer_norm.forward(x, w, b, s, t, EPS, SINGLE)
+    _, mean, rstd = norm.layer_norm(x, w, b, s, t, EPS, SINGLE)
     exact = x.double()
     assert mean.shape == rstd.shape == (30, 1)
     assert relative_error(mean, exact.mean(1, keepdim=True)) < 1e-6
@@ -97,9 +98,9 @@ def test_the_statistics_are_those_of_layer_norm_even_far_from_zero(triton_device
 
 def test_eps_is_added_to_the_variance(triton_device):
     x, _, w, b, s, t = make(5, 64, device=triton_device)
-    y, *_ = layer_norm.forward(torch.full_like(x, 3.0), w, b, s, t, EPS, SINGLE)
+    y, *_ = norm.layer_norm(torch.full_like(x, 3.0), w, b, s, t, EPS, SINGLE)
     torch.testing.assert_close(y, (b * s + t).expand(5, 64))
-    y, *_ = layer_norm.forward(x, w, b, s, t, 0.5, SINGLE)
+    y, *_ = norm.layer_norm(x, w, b, s, t, 0.5, SINGLE)
     torch.testing.assert_close(y, F.layer_norm(x, (64,), w, b, 0.5) * s + t, rtol=1e-5, atol=1e-5)
 
 
@@ -117,9 +118,9 @@ def test_the_result_may_have_another_dtype_than_x(triton_device, dtype, out):
 
 def test_without_a_gradient_for_x_the_others_are_the_same(triton_device):
     x, dy, w, b, s, t = make(20, 96, device=triton_device)
-    _, mean, rstd = layer_norm.forward(x, w, b, s, t, EPS, SINGLE)
-    _, ds, dt = layer_norm.backward(dy, x, mean, rstd, w, b, s, True)
-    dx, *others = layer_norm.backward(dy, x, mean, rstd, w, b, s, False)
+    _, mean, rstd = norm.layer_norm(x, w, b, s, t, EPS, SINGLE)
+    _, ds, dt = norm.layer_norm_backward(dy, x, mean, rstd, w, b, s, True)
+    dx, *others = norm.layer_norm_backward(dy, x, mean, rstd, w, b, s, False)
     assert dx.shape == (0, 96)
     assert torch.equal(others[0], ds)
     assert torch.equal(others[1], dt)
@@ -166,24 +167,24 @@ def test_rows_shared_among_programs_give_the_same_sums_bit_for_bit_each_time(tri
         assert torch.equal(getattr(first, name), getattr(again, name))
 
 
-@pytest.mark.parametrize("d", [1, 7, 192, 768, 1280, 4096, layer_norm.MAX_VECTOR_D])
+@pytest.mark.parametrize("d", [1, 7, 192, 768, 1280, 4096, norm.MAX_VECTOR_D])
 def test_a_tile_holds_the_row_in_the_registers_of_its_warps(d):
-    tile = layer_norm._tile(d)
+    tile = norm._tile(d)
     assert tile.block_d >= d > tile.block_d // 2
     elements = tile.rows * tile.block_d
-    assert elements >= layer_norm.TILE
-    assert elements <= 32 * (8 if d <= layer_norm.MAX_D else 16) * tile.warps
+    assert elements >= norm.TILE
+    assert elements <= 32 * (8 if d <= norm.MAX_D else 16) * tile.warps
     assert tile.warps <= 16
 
 
 def test_programs_fill_the_gpu_and_no_more(monkeypatch):
     monkeypatch.setattr(launch, "device_of", lambda x: TARGETS["sm_90"])
-    tile = layer_norm._tile(768)
+    tile = norm._tile(768)
     rows = tile.rows
-    assert layer_norm._programs(torch.empty(1, 768), tile) == 1
-    assert layer_norm._programs(torch.empty(10 * rows + 1, 768), tile) == 11
-    assert layer_norm._programs(torch.empty(100_000, 768, device="meta"), tile) == 132 * 3
-    assert layer_norm._programs(torch.empty(100_000, 8192, device="meta"), layer_norm._tile(8192)) == 132
+    assert norm._programs(torch.empty(1, 768), tile) == 1
+    assert norm._programs(torch.empty(10 * rows + 1, 768), tile) == 11
+    assert norm._programs(torch.empty(100_000, 768, device="meta"), tile) == 132 * 3
+    assert norm._programs(torch.empty(100_000, 8192, device="meta"), norm._tile(8192)) == 132
 
 
 def test_what_the_kernels_cannot_serve_is_refused_with_the_reason_or_left_to_plain_pytorch(triton_device):
@@ -199,26 +200,26 @@ def test_what_the_kernels_cannot_serve_is_refused_with_the_reason_or_left_to_pla
             use_backend("triton"),
             pytest.raises(RuntimeError, match=f"backend 'triton' cannot serve LayerNorm: .*{words}"),
         ):
-            ops.layer_norm(x, None, None, s, s, EPS, x.dtype)
-        y, *_ = ops.layer_norm(x, None, None, s, s, EPS, x.dtype)
+            layer_norm.layer_norm(x, None, None, s, s, EPS, x.dtype)
+        y, *_ = layer_norm.layer_norm(x, None, None, s, s, EPS, x.dtype)
         torch.testing.assert_close(y, F.layer_norm(x, x.shape[1:], eps=EPS) + 1)
 
 
 def test_the_kernels_serve_when_asked_and_by_default_on_a_gpu_alone(triton_device, monkeypatch):
     x = torch.randn(4, 8, device=triton_device)
     with use_backend("triton"):
-        assert ops.layer_norm_kernels(x) is layer_norm
+        assert choice.module_for_layer_norm(x) is triton
     for name in ("reference", "cpu", "cuda"):
         with use_backend(name):
-            assert ops.layer_norm_kernels(x) is None
-    assert ops.layer_norm_kernels(x) is (layer_norm if triton_device == "cuda" else None)
+            assert choice.module_for_layer_norm(x) is reference
+    assert choice.module_for_layer_norm(x) is (triton if triton_device == "cuda" else reference)
     monkeypatch.setitem(choice._loaded, "triton", "it cannot be imported: no such thing")
     with use_backend("triton"), pytest.raises(RuntimeError, match="it cannot be imported: no such thing"):
-        ops.layer_norm_kernels(x)
+        choice.module_for_layer_norm(x)
 
 
 #: ViT-T, ViT-B, longer rows, the longest; and rows that load by the element
-WIDTHS = (192, 768, layer_norm.MAX_D, layer_norm.MAX_VECTOR_D, layer_norm.MAX_D - 1)
+WIDTHS = (192, 768, norm.MAX_D, norm.MAX_VECTOR_D, norm.MAX_D - 1)
 
 
 @pytest.mark.slow
@@ -235,6 +236,6 @@ def test_no_width_spills_and_backward_is_resident_as_often_as_the_grid_counts_on
     spilled = [r for r in reports if r["stack"] > 0]
     assert not spilled, "\n".join(str(r) for r in spilled)
     for r in reports:
-        warps = layer_norm._tile(r["case"]["k"]).warps
+        warps = norm._tile(r["case"]["k"]).warps
         resident = 65_536 // (32 * warps * r["registers"])
         assert resident >= max(1, layer_norm.WARPS_PER_MULTIPROCESSOR // warps), r

@@ -176,7 +176,7 @@ def sum_partials_kernel(
     tl.store(dt + cols, shift_grad, mask=in_d)
 
 
-def unsupported(x: Tensor) -> str | None:
+def unsupported_layer_norm(x: Tensor) -> str | None:
     """Why the kernels cannot serve x ``[..., D]``, or None if they can."""
     d = x.shape[-1]
     if d > (MAX_D if d % 16 else MAX_VECTOR_D):
@@ -221,7 +221,7 @@ def _emulate(t: Tensor) -> bool:
     return launch.interpreting() and t.dtype is torch.bfloat16
 
 
-def forward(
+def layer_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -257,7 +257,7 @@ def forward(
     return y, mean, rstd
 
 
-def backward(
+def layer_norm_backward(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
