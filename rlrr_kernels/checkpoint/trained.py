@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.models import running
-from rlrr_kernels.models.adapt import adapters, apply_rlrr, head_parameters
-from rlrr_kernels.models.bypass import skeleton_of
+from rlrr_kernels.models import running_stats
+from rlrr_kernels.models.adapt import apply_rlrr
+from rlrr_kernels.models.bypass import meta_copy
 from rlrr_kernels.models.config import RLRRConfig
-from rlrr_kernels.models.wrappers import plain_name
+from rlrr_kernels.models.modules import adapters, head_parameters, plain_name
 from rlrr_kernels.ops import route
 
 #: What an error message lists at most.
@@ -37,7 +37,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def trained_statistics(model: nn.Module) -> dict[str, Tensor]:
     """Name -> running statistic of the norms that train, which are saved with what trains."""
-    return running.statistics(running.trained(model))
+    return running_stats.statistics(running_stats.trained_norms(model))
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -47,7 +47,7 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Name -> parameter, and running statistic of the norms that train."""
-    return {**parameters_of(model), **running.statistics(running.norms(model))}
+    return {**parameters_of(model), **running_stats.statistics(running_stats.stateful_norms(model))}
 
 
 def check_unmerged(model: nn.Module) -> None:
@@ -95,7 +95,7 @@ def check_fit(
     plan, prepare = model, config is not None and not layers
     if prepare:
         try:
-            plan = apply_rlrr(skeleton_of(model), config)
+            plan = apply_rlrr(meta_copy(model), config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source} does not fit the model: {error}") from error
     known, wanted = _tensors_of(plan), set(trained_parameters(plan))

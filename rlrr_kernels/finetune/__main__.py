@@ -74,3 +74,7 @@ def _fail(message: str, status: int) -> None:
     where = f" (process {world.rank} of {world.size})" if world.size > 1 else ""
     print(f"rlrr-finetune: error{where}: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -17,10 +17,10 @@ from rlrr_kernels.checkpoint.trained import LOADED, in_short, printable
 from rlrr_kernels.finetune.peers import apply_lora, apply_ssf, matching_rank
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.io.reading import read_state_dict
-from rlrr_kernels.models import running
+from rlrr_kernels.models import running_stats
 from rlrr_kernels.models.adapt import apply_rlrr, replace
-from rlrr_kernels.models.architectures import architecture_of
-from rlrr_kernels.models.heads import head
+from rlrr_kernels.models.modules import head
+from rlrr_kernels.models.selection import architecture_of
 
 #: What the command line calls dtypes.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,13 +65,13 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
     elif settings.method == "linear":
         model.requires_grad_(False)
         head(model).requires_grad_(True)
-    running.hold(model)
+    running_stats.freeze(model)
     return model
 
 
 def check_statistics(model: nn.Module, settings: Settings) -> None:
     """``ValueError`` if the method would train batch norms: a run keeps parameters, and no running statistics."""
-    name = next((name for name, _ in running.trained(model)), None)
+    name = next((name for name, _ in running_stats.trained_norms(model)), None)
     if name is not None:
         raise ValueError(
             f"model: {settings.model!r} has batch norm that would train with method={settings.method!r}: {name}; "

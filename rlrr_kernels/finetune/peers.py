@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from rlrr_kernels.backends.reference import accumulation_dtype
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.models.adapt import apply_rlrr, qkv_readers, replace
-from rlrr_kernels.models.bypass import skeleton_of
-from rlrr_kernels.models.heads import head
+from rlrr_kernels.models.adapt import apply_rlrr, qkv_readers
+from rlrr_kernels.models.bypass import meta_copy
+from rlrr_kernels.models.modules import head, replace
 from rlrr_kernels.models.parameters import count_parameters
 
 
@@ -75,10 +75,10 @@ def apply_lora(model: nn.Module, rank: int) -> nn.Module:
 def matching_rank(model: nn.Module) -> int:
     """The smallest LoRA rank that trains no fewer parameters of the blocks than RLRR trains in all, head apart."""
     per_rank = sum(linear.in_features + linear.out_features for _, linear in _linears(model))
-    count, _ = count_parameters(apply_rlrr(skeleton_of(model), train_head=False))
+    count, _ = count_parameters(apply_rlrr(meta_copy(model), train_head=False))
     return -(-count // per_rank)
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    adapted = apply_rlrr(skeleton_of(model), train_head=False)
+    adapted = apply_rlrr(meta_copy(model), train_head=False)
     return [(name, layer) for name, layer in adapted.named_modules() if isinstance(layer, FusedRLRRLinear)]

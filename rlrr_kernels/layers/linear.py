@@ -231,17 +231,30 @@ class FusedRLRRLinear(nn.Linear):
         bias = self.shift if self.bias is None else self.bias.to(self.shift.dtype) + self.shift
         return weight, bias.to(dtype, copy=True)
 
+    def check_merge(self) -> None:
+        """Check that :meth:`merge` can replace W and b.
+
+        Raises:
+            RuntimeError: If they are already merged, W or b is computed from other tensors, or FSDP manages them.
+        """
+        if self.merged:
+            raise RuntimeError("FusedRLRRLinear: u, v and f are already merged")
+        check_own_parameters(self, "merge", "weight", "bias")
+        check_not_in_fsdp(self, "merge")
+
     def merge(self, keep: bool = True) -> None:
         """Replace W and b by W' and b + f, for inference at the cost of the plain layer.
 
         Args:
-            keep: keep W and b for :meth:`unmerge`, at the cost of a second weight in memory.
+            keep: Keep W and b for :meth:`unmerge`, at the cost of a second weight in memory.
 
         Raises:
-            RuntimeError: If the layer is merged already, W or b is computed from other tensors, or FSDP holds them.
+            RuntimeError: As :meth:`check_merge`.
         """
-        check_own_parameters(self, "merge", "weight", "bias")
-        check_not_in_fsdp(self, "merge")
+        self.check_merge()
+        self._merge(keep)
+
+    def _merge(self, keep: bool) -> None:
         weight, bias = self.merged_weight()
         self._frozen = (cast(nn.Parameter, self.weight), self.bias) if keep else None
         self.frozen_bias = self.bias is not None
@@ -255,21 +268,29 @@ class FusedRLRRLinear(nn.Linear):
         """Whether the layer is merged and has kept the frozen W and b."""
         return self._frozen is not None
 
-    def unmerge(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
-        """Undo :meth:`merge`: put the same W and b back.
-
-        Args:
-            weight, bias: W ``[N, K]`` and b ``[N]``, loaded anew; needed only if they were not kept.
+    def check_unmerge(self) -> None:
+        """Check that :meth:`unmerge` can replace W' and b + f.
 
         Raises:
-            RuntimeError: If the layer is not merged, W was not kept and is not given, W' is computed from other
-                tensors, or FSDP holds it.
-            ValueError: If a given weight or bias has another shape.
+            RuntimeError: If nothing is merged, W' is computed from other tensors, or FSDP manages it.
         """
         if not self.merged:
             raise RuntimeError("FusedRLRRLinear: nothing is merged")
         check_own_parameters(self, "unmerge", "weight", "bias")
         check_not_in_fsdp(self, "unmerge")
+
+    def unmerge(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """Undo :meth:`merge`: put the same W and b back.
+
+        Args:
+            weight: W ``[N, K]``, loaded anew; needed if it was not kept.
+            bias: b ``[N]``, loaded anew; needed if it was not kept and the layer has one.
+
+        Raises:
+            RuntimeError: As :meth:`check_unmerge`; or if W was not kept and is not given.
+            ValueError: If a weight or bias has another shape.
+        """
+        self.check_unmerge()
         if self._frozen is None:
             if weight is None:
                 raise RuntimeError("FusedRLRRLinear: the frozen weight was not kept; give it to unmerge")
@@ -279,10 +300,12 @@ class FusedRLRRLinear(nn.Linear):
             for name, given, expected in (("weight", weight, self.weight.shape), ("bias", bias, self.shift.shape)):
                 if given is not None and given.shape != expected:
                     raise ValueError(f"{name}: expected shape {list(expected)}, got {list(given.shape)}")
-            self._frozen = (
-                _frozen_as(self.weight, weight),
-                None if bias is None else _frozen_as(self.bias, bias),
-            )
+        self._unmerge(weight, bias)
+
+    def _unmerge(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+        if self._frozen is None:
+            assert weight is not None
+            self._frozen = _frozen_as(self.weight, weight), None if bias is None else _frozen_as(self.bias, bias)
         self.weight, self.bias = self._frozen  # type: ignore[assignment]  # nn.Linear's bias may be None
         self._frozen, self.merged = None, False
 

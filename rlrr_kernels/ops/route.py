@@ -159,6 +159,11 @@ def laid_out_as(values: Tensor, like: Tensor) -> Tensor:
     return values if sharding is None else sharding.laid_out_as(values, like)  # type: ignore[no-any-return]
 
 
+def whole(t: Tensor) -> Tensor:
+    """All of a DTensor, gathered in every process (all of them must call this); any other tensor as it is."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t  # type: ignore[no-any-return]
+
+
 def flatten_tokens(x: Tensor) -> Tensor:
     """``[..., K]`` as ``[M, K]``, without a copy wherever the strides allow."""
     # not flatten, which is_grads_batched=True cannot map over; not -1, which K = 0 would leave open

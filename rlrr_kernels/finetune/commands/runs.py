@@ -22,7 +22,7 @@ from rlrr_kernels.finetune.models import build_model
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.io.reading import expect, expect_names
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.models.adapt import adapters
+from rlrr_kernels.models.modules import adapters
 
 #: Settings with which a model is built as timm builds it.
 BARE: Mapping[str, Any] = {"method": "full", "frozen_dtype": ""}

@@ -1,4 +1,4 @@
-"""Batch norms and other running statistics: frozen they stay as they are, trained they are saved and put back."""
+"""Running statistics of batch norms and the like: kept as they are if frozen, saved and restored if trained."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ def xcit() -> nn.Module:
 
 
 class Probe(nn.Module):
-    """A torchvision-like trunk, and a head with a batch norm without parameters, as linear probes have."""
+    """A small CNN whose head has a batch norm without parameters, as linear probes have."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ MODELS = pytest.mark.parametrize("make", TARGETS, ids=lambda make: make.__name__
 
 
 def trained(make, **options) -> nn.Module:
-    """Two steps, each after ``train()``, as loops over epochs do."""
+    """An adapted model after two steps, each after ``train()``, as in a loop over epochs."""
     model = apply_rlrr(make(), target_modules=TARGETS[make], **options)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
     for _ in range(2):
@@ -84,7 +84,7 @@ def test_a_saved_adapter_reproduces_the_model_and_disabling_gives_the_base(make,
             assert torch.equal(load_adapter(fresh, tmp_path / "a").eval()(X), logits)
 
 
-def test_whoever_calls_train_and_whatever_was_made_of_the_model():
+def test_frozen_norms_stay_in_evaluation_in_copies_wrappers_and_parents():
     model = apply_rlrr(probe(), target_modules=["trunk.3"])
     for made in (
         copy.deepcopy(model),
@@ -109,7 +109,7 @@ def test_whoever_calls_train_and_whatever_was_made_of_the_model():
     assert "train" not in vars(plain)
 
 
-def test_all_that_moves_is_frozen_and_nothing_else():
+def test_every_kind_of_running_statistic_is_frozen_and_nothing_else():
     norm = torch.nn.utils.parametrizations.spectral_norm
     model = nn.Sequential(
         nn.Linear(4, 4),
@@ -138,7 +138,7 @@ def test_all_that_moves_is_frozen_and_nothing_else():
         RLRRConfig(train_batch_norm="all")
 
 
-def test_an_adapter_of_before_loads_with_a_word(tmp_path, monkeypatch):
+def test_an_adapter_without_statistics_loads_with_a_warning(tmp_path, monkeypatch):
     model = trained(probe)
     with monkeypatch.context() as before:
         before.setattr("rlrr_kernels.checkpoint.adapter.trained_statistics", lambda model: {})
