@@ -180,12 +180,29 @@ def product_loop(sass: str) -> tuple[list[str], int]:
     return max(loops, key=lambda body: (sum("FFMA" in i for i in body), -len(body)), default=[]), count
 
 
+def launch_without_data(problem: Any, candidate: Any) -> None:
+    """Launch a candidate of ``rlrr-tune`` for a problem, on tensors without data."""
+    import torch
+
+    from rlrr_kernels.tune.candidates import Tensors, run
+
+    _, m, n, k, groups, dtype, weight_dtype, _ = problem
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight, dy = empty(m, k, dtype=dtype), empty(n, k, dtype=weight_dtype), empty(m, n, dtype=dtype)
+    run(problem, Tensors(x, weight, dy, empty(n, 1), empty(groups, 1, k), empty(n), empty(n)), candidate)
+
+
 def main() -> None:
     """Answer the request on standard input."""
     import torch
 
-    from rlrr_kernels.backends.triton import choose, launch, norm
-    from rlrr_kernels.backends.triton.gluon import launch as gluon
+    from rlrr_kernels.backends.problem import Problem
+    from rlrr_kernels.backends.triton import choose, norm
+    from rlrr_kernels.backends.triton.gluon.launch import Width
+    from rlrr_kernels.tune.candidates import Candidate
 
     request = json.load(sys.stdin)
     device = choose.Device(**request["device"] | {"capability": tuple(request["device"]["capability"])})
@@ -194,39 +211,23 @@ def main() -> None:
         print(json.dumps(READY), flush=True)
         for index, case in enumerate(request["cases"]):
             del compiled[:]
-            arguments = dict(case)
-            torch.backends.cuda.matmul.allow_tf32 = arguments.pop("kind") == "tf32"
-            dtype, weight_dtype = (getattr(torch, arguments.pop(key)) for key in ("dtype", "weight_dtype"))
-            m, n, k, groups = (arguments.pop(key) for key in ("m", "n", "k", "groups"))
-            wanted = arguments.pop("disassemble", False), arguments.pop("sass", False)
-            kernel = arguments.pop("kernel")
-            plain = arguments.pop("backend", "triton") == "triton"
-            backend, tile = (launch, choose.Choice) if plain else (gluon, gluon.Width)
-            if "choice" in arguments:
-                arguments["choice"] = tile(**arguments["choice"])
-            x, dy, weight, u, v, offset = (
-                torch.empty(shape, dtype=t, device="meta")
-                for shape, t in (
-                    ((m, k), dtype),
-                    ((m, n), dtype),
-                    ((n, k), weight_dtype),
-                    ((n, 1), torch.float32),
-                    ((groups, 1, k), torch.float32),
-                    ((n,), torch.float32),
-                )
-            )
-            if kernel == "forward":
-                backend.forward(x, weight, u, v, offset, offset, **arguments)
-            elif kernel == "grad_input":
-                backend.grad_input(dy, weight, u, v, **arguments)
-            elif kernel == "layer_norm":
-                own, (mean, rstd) = weight[0], torch.empty(2, m, 1, dtype=torch.float32, device="meta")
-                norm.layer_norm(x, own, own, v[0, 0], v[0, 0], 1e-6, x.dtype)
-                norm.layer_norm_backward(x, x, mean, rstd, own, own, v[0, 0], True)
+            torch.backends.cuda.matmul.allow_tf32 = case["kind"] == "tf32"
+            dtype, weight_dtype = (getattr(torch, case[key]) for key in ("dtype", "weight_dtype"))
+            if case["kernel"] == "layer_norm":
+                x = torch.empty(case["m"], case["k"], dtype=dtype, device="meta")
+                weight, scale = (torch.empty(case["k"], dtype=t, device="meta") for t in (weight_dtype, torch.float32))
+                mean, rstd = torch.empty(2, case["m"], 1, device="meta")
+                norm.layer_norm(x, weight, weight, scale, scale, 1e-6, dtype)
+                norm.layer_norm_backward(x, x, mean, rstd, weight, weight, scale, True)
             else:
-                backend.grad_scales(dy, x, weight, u, v, True, **arguments)
+                sizes = (case[key] for key in ("m", "n", "k", "groups"))
+                backend = case.get("backend", "triton")
+                tile = (Width if backend == "gluon" else choose.Choice)(**case["choice"]) if "choice" in case else None
+                problem = Problem(case["kernel"], *sizes, dtype, weight_dtype)
+                launch_without_data(problem, Candidate(backend, tile))
             for result in compiled:
-                report = inspect(result, *wanted) | {"case": case, "index": index, "name": result.metadata.name}
+                report = inspect(result, case.get("disassemble", False), case.get("sass", False))
+                report |= {"case": case, "index": index, "name": result.metadata.name}
                 print(json.dumps(report), flush=True)
 
 

@@ -83,48 +83,30 @@ def make_inputs(m: int, n: int, k: int, groups: int, dtype: torch.dtype, device:
     return inputs
 
 
-def products(i: Inputs) -> tuple[Tensor, ...]:
-    """Return the layer's three products alone, with W as it is: x W^T, dy W and dy^T x in x's dtype."""
-    return (*_bare_forward(i), *_bare_backward(i))
+def _detached(i: Inputs) -> tuple[Tensor, ...]:
+    return tuple(t.detach() for t in i.arguments)
 
 
-def _bare_forward(i: Inputs) -> tuple[Tensor, ...]:
-    return (i.x.detach() @ i.weight.mT,)
-
-
-def _bare_backward(i: Inputs) -> tuple[Tensor, ...]:
-    return i.dy @ i.weight, *_bare_grad(i)
-
-
-def _bare_grad(i: Inputs) -> tuple[Tensor, ...]:
-    return (i.dy.mT @ i.x.detach(),)
-
-
-def three_ops(i: Inputs) -> tuple[Tensor, ...]:
-    """Return the results of the package's ops alone: no module, no validation, no autograd."""
-    return (*_op_forward(i), *_op_backward(i))
-
-
-def _op_forward(i: Inputs) -> tuple[Tensor, ...]:
-    return (linear.forward(*(t.detach() for t in i.arguments)),)
-
-
-def _op_backward(i: Inputs) -> tuple[Tensor, ...]:
-    dx = linear.grad_input(i.dy, i.weight, i.scale_out.detach(), i.scale_in.detach())
-    return dx, *_op_grad(i)
-
-
-def _op_grad(i: Inputs) -> tuple[Tensor, ...]:
-    x, u, v, _ = (t.detach() for t in i.trained)
-    return linear.grad_scales(i.dy, x, i.weight, u, v, True)
-
-
-#: Products and ops without autograd: implementation -> direction -> function.
-_BARE: dict[str, dict[str, Callable[[Inputs], tuple[Tensor, ...]]]] = {
-    results.PRODUCTS: {"forward": _bare_forward, "backward": _bare_backward, "both": products},
-    results.THREE_OPS: {"forward": _op_forward, "backward": _op_backward, "both": three_ops},
-    results.GRAD_SCALES: {"grad_scales": _op_grad},
-    results.BARE_GRAD: {"grad_scales": _bare_grad},
+_Pass = Callable[[Inputs], tuple[Tensor, ...]]
+_products: tuple[_Pass, ...] = (
+    lambda i: (i.x.detach() @ i.weight.mT,),
+    lambda i: (i.dy @ i.weight,),
+    lambda i: (i.dy.mT @ i.x.detach(),),
+)
+_ops: tuple[_Pass, ...] = (
+    lambda i: (linear.forward(*_detached(i)),),
+    lambda i: (linear.grad_input(i.dy, *_detached(i)[1:4]),),
+    lambda i: linear.grad_scales(i.dy, *_detached(i)[:4], True),
+)
+#: Without autograd: forward, grad_input and grad_scales by the products alone (W as it is), and by the package's ops.
+_PASSES = {
+    **{results.PRODUCTS: _products, results.BARE_GRAD: _products},
+    **{results.THREE_OPS: _ops, results.GRAD_SCALES: _ops},
+}
+#: Direction -> which of the three it runs.
+_OF_DIRECTION = {
+    **{"forward": slice(0, 1), "backward": slice(1, 3), "both": slice(0, 3)},
+    "grad_scales": slice(2, 3),
 }
 
 
@@ -228,8 +210,9 @@ def call(name: str, direction: str, i: Inputs) -> Call:
     Raises:
         Unavailable: As :func:`bind`.
     """
-    if name in _BARE:
-        return Call(functools.partial(_BARE[name][direction], i))
+    if name in _PASSES:
+        passes = _PASSES[name][_OF_DIRECTION[direction]]
+        return Call(lambda: tuple(t for one in passes for t in one(i)))
     layer = bind(name, i)
     if direction == "backward":
         backward = _Backward(layer, i.dy)
@@ -251,13 +234,14 @@ def call(name: str, direction: str, i: Inputs) -> Call:
 
 def names(direction: str, device: str, searched: bool = False) -> list[str]:
     """Return the implementations of a direction on ``"cpu"`` or ``"cuda"``; ``searched`` adds ``max-autotune``."""
-    bare = [name for name, directions in _BARE.items() if direction in directions]
     if direction == "grad_scales":
-        return bare
+        return [results.GRAD_SCALES, results.BARE_GRAD]
     left_out = {results.CPU} if device == "cuda" else {results.GLUON, results.TRITON, results.CUDA, results.CUDA_HOPPER}
     if not searched or device == "cpu":
         left_out.add(results.FORMULA_MAX)
-    return [n for n in results.LAYER_IMPLEMENTATIONS if n not in left_out and (n not in _BARE or n in bare)]
+    if direction not in _OF_DIRECTION:
+        left_out |= _PASSES.keys()
+    return [name for name in results.LAYER_IMPLEMENTATIONS if name not in left_out]
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import implementations, results, timing
-from benchmarks.disassemble import without_gpu
+from benchmarks.disassemble import launch_without_data, without_gpu
 from benchmarks.implementations import LAYERS, TOKENS, make_inputs
 from benchmarks.measures import relative_error
 from benchmarks.results import one_line
@@ -47,7 +47,7 @@ from rlrr_kernels.backends import choice, reference
 from rlrr_kernels.backends.problem import Pass, Problem
 from rlrr_kernels.backends.triton import choose
 from rlrr_kernels.ops import linear
-from rlrr_kernels.tune.candidates import Candidate, Tensors, describe, run, tiles
+from rlrr_kernels.tune.candidates import Candidate, describe, tiles
 
 PACKAGES = ("torch", "triton", "numpy", "timm", "peft", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis")
 PROGRAMS = ("nvcc", "g++", "make", "git", "compute-sanitizer", "nvidia-smi")
@@ -158,20 +158,14 @@ def compile_jobs(
 
 def compile_one(device: choose.Device, job: Job) -> str | None:
     """Compile a launch for a GPU; return why it failed, or None."""
-    _, m, n, k, groups, dtype, *_ = job.problem
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     try:
         with without_gpu(device, []):
             found = tiles(job.backend, job.problem, device)
             if job.choice < len(found):
-                x, weight, dy = empty(m, k, dtype=dtype), empty(n, k, dtype=dtype), empty(m, n, dtype=dtype)
-                tensors = Tensors(x, weight, dy, empty(n, 1), empty(groups, 1, k), empty(n, dtype=dtype), empty(n))
-                run(job.problem, tensors, Candidate(job.backend, found[job.choice]))
+                launch_without_data(job.problem, Candidate(job.backend, found[job.choice]))
     except Exception as error:  # one launch that does not compile must not stop the others
-        return f"{job.backend} {describe(job.problem)} {dtype}, choice {job.choice}: {one_line(error)}"
+        what = f"{job.backend} {describe(job.problem)} {job.problem.dtype}, choice {job.choice}"
+        return f"{what}: {one_line(error)}"
     return None
 
 
