@@ -31,10 +31,10 @@ Chunk = Mapping[str, Any]
 
 
 def devices(folder: Path) -> list[list[dict[str, Any]]]:
-    """Chunks of each device, GPUs first.
+    """Return the chunks of each device, GPUs first.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`benchmarks.results.load`; or a folder mixes devices.
+        FileNotFoundError, ValueError: As :func:`benchmarks.results.load`, or if a folder has several devices.
     """
     found = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):

@@ -1,21 +1,21 @@
-"""Raw results: one JSON file a chunk under ``benchmarks/results/<device>/``, and the names used in it.
+"""Raw results: a JSON file for each chunk under ``benchmarks/results/<device>/``, and the names used in it.
 
-A chunk is what one command measures in one go::
+A chunk is what one command measures::
 
     {"suite", "chunk", "date", "device", "processor", "versions", "command",
      "commit", "dirty", "environment", "tf32", "tuned", "rounds", "complete", "results": [one object a line]}
 
-``commit`` and ``dirty`` (whether the sources differ from it) are what git says of the checkout; where there is none,
-the commit is RLRR_COMMIT's, or null, and ``dirty`` null. ``environment`` holds the variables RLRR_*; ``tf32`` whether
-float32 products may be TF32; ``tuned`` whether a table of ``rlrr-tune`` was in use; ``rounds`` the least and most that
-were asked for. ``complete`` is true only where every case of the chunk was tried. A run that is not complete is kept
-beside one that is, as ``<chunk>-partial.json``, or ``<chunk>-partial-<what was asked for>.json``: sessions narrowed in
-different ways keep what each measured.
+- ``commit``, ``dirty``: Of the git checkout, and whether the sources differ from it; without git, RLRR_COMMIT or null,
+  and null.
+- ``environment``: The variables RLRR_*. ``tf32``: Whether float32 products may be TF32. ``tuned``: Whether a table of
+  ``rlrr-tune`` was in use. ``rounds``: The least and most that were asked for.
+- ``complete``: Whether every case of the chunk was tried. An incomplete run is kept beside the complete one, as
+  ``<chunk>-partial.json`` or ``<chunk>-partial-<what was asked for>.json``, so that sessions that were narrowed in
+  different ways keep what each measured.
 
-Each object of ``results`` holds a case's fields (:class:`LayerCase`, :class:`LaunchCase`,
-:class:`StepCase`), then ``seconds`` (one value a round), ``median``, ``q1``, ``q3``, ``clock``, ``copies`` (of the
-inputs, taken in turn) and what else the suite measured; or, where the case failed, ``error`` in one line in
-place of all that.
+Each object of ``results`` holds a case's fields (:class:`LayerCase`, :class:`LaunchCase`, :class:`StepCase`), then
+``seconds`` (one value a round), ``median``, ``q1``, ``q3``, ``clock``, ``copies`` (of the inputs, used in turn) and
+what else the suite measured; or, if the case failed, ``error`` in one line.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import torch
 
 from rlrr_kernels import __version__
 from rlrr_kernels.backends import tuned
+from rlrr_kernels.io.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "results"
@@ -248,16 +249,11 @@ def head(command: str) -> dict[str, Any]:
 
 def save(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a head and its ``results``, whole or not at all; the folder is made if missing."""
-    # a line for each result, so that two runs can be told apart by eye
+    # a line for each result, so that a diff of two runs is readable
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     text = f'{json.dumps(head, indent=1)[:-2]},\n "results": [\n  {lines}\n ]\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(path, text.encode())
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Made-up raw results for tests: round numbers, never to be written where measured ones are kept."""
+"""Made-up raw results with round numbers; they must never be written beside measured ones."""
 
 from dataclasses import asdict
 from typing import Any

@@ -1,4 +1,4 @@
-"""The first day's stages go on past what fails and hangs, end in time and say so; rehearsed on a pretended GPU."""
+"""The first day's stages go on past what fails and hangs, and end in time; rehearsed on a pretended GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _python(name: str, code: str, seconds: float = 600) -> Piece:
 
 
 def test_a_day_goes_on_past_what_fails_hangs_and_dies(tmp_path):
-    """Side by side, each with its row and its log, and what is written before a kill is there."""
+    """Pieces run in parallel; each has a row and a log, also of output before a kill."""
     day = Day(tmp_path / "out", 600, 2, rehearse=False)
     done = day.run(
         _python("right", "print('fine')"),
@@ -47,7 +47,7 @@ def test_a_day_goes_on_past_what_fails_hangs_and_dies(tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.log")} == {f"{name}.log" for name in words}
 
 
-def test_nothing_begins_that_could_not_end_in_time(tmp_path, monkeypatch):
+def test_a_piece_is_not_started_without_time_left_and_ended_in_time(tmp_path, monkeypatch):
     day = Day(tmp_path, 20, 1, rehearse=False)  # less than what is kept back and the least of a piece
     (done,) = day.run(_python("late", "print('began')"))
     assert (done.status, done.lines) == (None, [])
@@ -60,7 +60,7 @@ def test_nothing_begins_that_could_not_end_in_time(tmp_path, monkeypatch):
     assert time.monotonic() - began < 60
 
 
-def test_stages_run_one_after_another_whatever_becomes_of_them(tmp_path, monkeypatch, capsys):
+def test_stages_run_one_after_another_also_after_one_has_failed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "exit_on_signals", lambda: None)
     ran = []
 
@@ -84,7 +84,7 @@ def test_stages_run_one_after_another_whatever_becomes_of_them(tmp_path, monkeyp
     assert "stage: expected one of env, build, correct, " in capsys.readouterr().err
 
 
-def test_pieces_do_not_need_an_installed_package_or_see_what_would_change_figures(tmp_path, monkeypatch):
+def test_the_environment_of_pieces(tmp_path, monkeypatch):
     for name, value in {"RLRR_BACKEND": "reference", "TRITON_INTERPRET": "1", "PYTHONPATH": "/theirs"}.items():
         monkeypatch.setenv(name, value)
     environment = Day(tmp_path, 600, 1, rehearse=True).environment
@@ -105,7 +105,7 @@ def _reports(tmp_path: Path, test: str) -> list[str]:
 
 
 def test_each_test_is_reported_as_it_ends(tmp_path):
-    """The last one ends the process at once: those before it are there."""
+    """The last test ends the process: the results of those before it are there."""
     lines = _reports(
         tmp_path,
         """
@@ -166,7 +166,7 @@ def test_a_sanitizers_log_is_clean_only_with_right_values_and_no_errors(tmp_path
 
 
 def _rehearse(out: Path, *names: str, **environment: str) -> tuple[int, str]:
-    """Exit status and table."""
+    """Return exit status and table."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))
     }

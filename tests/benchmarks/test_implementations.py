@@ -1,4 +1,4 @@
-"""Every rival computes what it claims to, gradients included: beating a wrong one would show nothing."""
+"""Every rival computes the same function and gradients: being faster than a wrong one shows nothing."""
 
 from __future__ import annotations
 

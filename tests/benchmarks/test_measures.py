@@ -49,7 +49,7 @@ def test_the_formula_is_computed_once_and_sets_the_limit():
         Formula(compute, torch.float32).error((torch.full((4,), 1.02),))
 
 
-def test_where_the_formula_has_no_room_nothing_is_said():
+def test_without_memory_for_the_formula_there_is_no_error():
     calls = []
 
     def compute() -> tuple[torch.Tensor, ...]:
@@ -95,7 +95,7 @@ def test_a_backend_that_failed_its_check_is_not_run(monkeypatch):
     assert len(found[results.FORMULA].result.seconds) == 2
 
 
-def test_saved_for_backward_counts_each_storage_once_and_not_what_is_there_anyway():
+def test_saved_for_backward_counts_each_storage_once_without_x_and_parameters():
     x, w = torch.randn(10, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
 
     def forward() -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_saved_for_backward_counts_each_storage_once_and_not_what_is_there_anywa
     assert saved_for_backward(lambda: x @ w.detach().T, x, (w,)) == (0, False)
 
 
-def test_peak_memory_leaves_out_what_stays_and_what_came_before():
+def test_peak_memory_leaves_out_results_and_what_came_before():
     log = []
 
     def call():

@@ -1,4 +1,4 @@
-"""The raw results' file: whole or not there, with every field that its readers rely on."""
+"""The file of raw results: it is whole or not there, and has every field that its readers need."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def test_the_sources_revision_and_whether_they_differ_from_it(tmp_path, monkeypa
 
     monkeypatch.setattr(results, "ROOT", tmp_path)
     try:
-        assert source() == {"commit": None, "dirty": None}
+        for given, expected in (("0123abc", "0123abc"), ("", None)):  # a copy without git's folder
+            monkeypatch.setenv("RLRR_COMMIT", given)
+            assert source() == {"commit": expected, "dirty": None}
         git("init", "-q")
         (tmp_path / "code.py").write_text("1")
         git("add", ".")
@@ -89,17 +91,6 @@ def test_the_sources_revision_and_whether_they_differ_from_it(tmp_path, monkeypa
         assert source()["dirty"] is True
     finally:
         results.source.cache_clear()
-
-
-def test_a_copy_without_git_has_the_commit_that_a_variable_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    for given, expected in (("0123abc", "0123abc"), ("", None)):
-        monkeypatch.setenv("RLRR_COMMIT", given)
-        results.source.cache_clear()
-        try:
-            assert results.source() == {"commit": expected, "dirty": None}
-        finally:
-            results.source.cache_clear()
 
 
 def test_a_partial_run_lies_beside_a_complete_one_and_is_read_only_without_it(tmp_path):
@@ -116,21 +107,6 @@ def test_a_partial_run_lies_beside_a_complete_one_and_is_read_only_without_it(tm
     write(3.0, False)
     assert len(list(tmp_path.iterdir())) == 2
     assert loaded() == [(True, 2.0)]
-
-
-def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    path = results.write(tmp_path, "layer", "a", "c", [Result(LAYER, [1.0])])
-    before = path.read_text()
-
-    def full_disk(self, text):
-        self.touch()
-        raise OSError("no space left")
-
-    monkeypatch.setattr(type(tmp_path), "write_text", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        results.write(tmp_path, "layer", "a", "c", [Result(LAYER, [2.0])])
-    assert path.read_text() == before
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

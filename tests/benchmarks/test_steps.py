@@ -1,4 +1,4 @@
-"""The training steps: the published formula's model is ours by other means, and each method trains what it should."""
+"""Training steps: the published formula's model equals ours, and each method trains what it should."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_official_formula_is_the_same_model_by_plain_operations():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loss_and_gradient_tell_wrong_models_from_right_ones(dtype):
-    """What a step's error_vs_formula is made of: within 1% for the same model, off where one gradient is lost."""
+    """The error of a step is within 1% for the same model, and larger if one gradient is missing."""
     ours, official = (Step(small(name), *batch(), dtype) for name in (results.OURS, results.OFFICIAL))
     want = official.loss_and_gradient()
     assert relative_error(ours.loss_and_gradient(), want) < (1e-4 if dtype is torch.float32 else 0.01)

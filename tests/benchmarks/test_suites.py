@@ -1,4 +1,4 @@
-"""The suites: their shapes are the models', their groups are measured once, and what fails is said and nothing else."""
+"""The suites: their shapes are those of the models, groups are measured once, and failures are recorded."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_plain_session_has_the_strongest_rivals_only(option):
 
 
 def _asked(**options) -> SimpleNamespace:
-    """A session's config with these options, ``chunk="a"`` for ``--chunk a``."""
+    """Return the config of a session with these options, ``chunk="a"`` for ``--chunk a``."""
     asked = {"--dtype": chunks.DTYPES} | {f"--{name}": value for name, value in options.items()}
     asked["keyword"] = options.get("keyword", "")
     return SimpleNamespace(getoption=asked.get, stash=pytest.Stash(), invocation_params=SimpleNamespace(args=()))
@@ -213,14 +213,14 @@ def test_images_change_what_a_chunk_measures_and_not_which_it_is(options, groups
     assert suite.planned(config) == bool(found)
 
 
-def test_a_chunk_of_which_nothing_is_left_is_an_error():
+def test_options_that_leave_no_test_are_an_error():
     config = _asked(chunk="step-vit_b-64", dtype=["float32"])
     with pytest.raises(pytest.UsageError, match=r"--chunk: expected the start .* dtypes float32, got 'step-vit_b-64'"):
         conftest.pytest_collection_modifyitems(config, [])
 
 
 def test_sessions_narrowed_in_different_ways_keep_what_each_measured(tmp_path):
-    """And of a group that two of them measured the report has one, not an error."""
+    """The report takes one of several measurements of a group."""
     group = Rivals("launch", "a", ("forward",), "label")
     for seconds, options in ((1.0, {}), (2.0, {"images": [64, 1]}), (3.0, {"keyword": "not autotune"})):
         recorder = suite.recorder_of(_asked(results=tmp_path, **options))
@@ -235,7 +235,7 @@ def test_sessions_narrowed_in_different_ways_keep_what_each_measured(tmp_path):
 
 
 def test_a_training_step_is_written_as_its_rounds_go(tmp_path, monkeypatch):
-    """A group of minutes leaves what it has, not yet complete, when its process is killed in between."""
+    """If its process is killed in between, a group of minutes leaves what it has, as incomplete."""
     names = [results.OURS, results.OFFICIAL, results.PROBE]
     model = test_vit_step.Model("tiny", "vit_tiny_patch16_224", 1)
     group = Rivals("step", "step-slice", (model, 1, "float32"), "label")
@@ -257,7 +257,7 @@ def test_a_training_step_is_written_as_its_rounds_go(tmp_path, monkeypatch):
 
 
 def test_groups_that_would_end_too_late_are_left_out(tmp_path, monkeypatch):
-    """Each takes a minute for each unit of its work, of two and a half minutes."""
+    """Each takes a minute for each unit of its work; there are two and a half minutes."""
     now = [0.0]
     monkeypatch.setattr(suite.time, "monotonic", lambda: now[0])
     recorder = Recorder(tmp_path, "command", minutes=2.5)
@@ -281,7 +281,7 @@ def test_groups_that_would_end_too_late_are_left_out(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_plain_session_measures_and_ends_with_the_table(tmp_path):
-    """A real one, on two of a group's rivals; ours is measured beside them, though not selected."""
+    """A real session on two of a group's rivals; ours is measured beside them, though not selected."""
     options = [
         "-k",
         "no_grad-float32 and (plain or formula)",

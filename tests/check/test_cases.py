@@ -1,4 +1,4 @@
-"""What the check computes, and that it notices what is wrong."""
+"""What ``check`` computes, and that it finds planted errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GPUS = Device((8, 0), 108, 166_912), Device((9, 0), 132, 232_448)
 
 
 def module(**changes):
-    """The reference as a backend, with some of its functions replaced."""
+    """Return the reference as a backend, with some of its functions replaced."""
     return SimpleNamespace(**vars(reference) | {"unsupported_layer_norm": lambda x: None} | changes)
 
 
@@ -156,20 +156,12 @@ def test_bits_that_differ_between_two_runs_are_noticed(which):
     ],
     ids=lambda error: str(error)[:30],
 )
-def test_no_room_is_nobodys_fault(error):
+def test_running_out_of_memory_is_no_finding(error):
     def no_room(*arguments):
         raise error
 
     with pytest.raises(torch.OutOfMemoryError, match=re.escape(str(error))):
         cases.run(module(forward=no_room), "forward", CPU, [ODD])
-
-
-def test_a_kernel_that_wants_too_much_of_the_gpu_is_wrong():
-    def too_wide(*arguments):
-        raise RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448")
-
-    report = cases.run(module(forward=too_wide), "forward", CPU, [ODD])
-    assert "RuntimeError: out of resource: shared memory" in report.reason
 
 
 def test_the_hopper_kernels_are_not_those_of_a_library_built_without_them(monkeypatch):
@@ -184,7 +176,7 @@ def test_the_hopper_kernels_are_not_those_of_a_library_built_without_them(monkey
         assert (found is library) if here else ("90a" in found)
 
 
-def test_it_tells_what_it_has_launched_before_it_waits_for_it():
+def test_a_launch_is_reported_before_its_result_is_awaited():
     said = []
 
     def forward(*arguments):
@@ -194,8 +186,3 @@ def test_it_tells_what_it_has_launched_before_it_waits_for_it():
     cases.run(module(forward=forward), "forward", CPU, [ODD, BF16], lambda *told: said.append(told))
     one, two = ((("launched", case), "forward", ("done", case)) for case in (ODD, BF16))
     assert said == ["forward", *one, "forward", *two]
-
-
-def test_what_is_not_served_is_not_tried():
-    report = cases.run(module(unsupported=lambda x, weight: "x: no"), "forward", CPU, [ODD])
-    assert (report.tried, report.refusal, report.reason) == (0, "x: no", None)

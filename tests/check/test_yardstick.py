@@ -1,4 +1,4 @@
-"""The yardstick of tests, check and tuner: the plain formula passes, and small faults do not."""
+"""The yardstick of tests, ``check`` and ``rlrr-tune``: the plain formula passes, and small errors do not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def misfit(got, wanted):
 
 
 def served(kernel, t):
-    """What the reference backend gives."""
+    """Return the results of the reference backend."""
     if kernel == "forward":
         return (reference.forward(t.x, t.weight, t.scale_out, t.scale_in, t.bias, t.shift),)
     if kernel == "grad_input":

@@ -1,4 +1,4 @@
-"""What competes, and with which tensors."""
+"""The candidates and their tensors."""
 
 from __future__ import annotations
 

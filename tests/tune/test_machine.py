@@ -1,4 +1,4 @@
-"""Timing by graphs and by turns, on made-up devices whose clocks stand still but for what they run."""
+"""Timing by graphs and by turns, on made-up devices with clocks of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing: processes at the same time lose nothing, and a killed one leaves the file whole."""
+"""Writing entries: concurrent processes lose nothing, and a killed one leaves the file whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file of measured entries: what is found in it, when nothing is, and what it costs where it is damaged."""
+"""The file of measured entries: lookup, and one warning if it is damaged."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def backend(problem=PROBLEM, **changes):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_another_pass_shape_or_dtype_gets_nothing(file, change):
+def test_another_pass_shape_or_dtype_finds_no_entry(file, change):
     file_of(file, entry())
     assert backend() == "reference"
     assert backend(**change) is None
 
 
 @pytest.mark.parametrize("name", [None, *Where._fields])
-def test_another_device_or_version_of_anything_gets_nothing(file, name):
+def test_another_device_or_version_finds_no_entry(file, name):
     where = HERE if name is None else HERE._replace(**{name: "another"})
     file_of(file, entry(device=where.device, where=where, backend="triton", tile=TILE))
     assert backend() == ("triton" if name is None else None)
@@ -71,7 +71,7 @@ def test_a_gpu_is_told_by_its_name(file, monkeypatch):
     ("m", "name"),
     [(70, None), (71, "a"), (140, "a"), (141, "b"), (282, "b"), (283, None), (400, "any"), (10**6, "any")],
 )
-def test_of_bands_that_hold_m_the_nearest_counts_and_the_shape_s_own_before_one_for_any(file, m, name):
+def test_the_nearest_band_counts_and_an_entry_for_the_shape_before_one_for_any(file, m, name):
     bands = {"a": (71, 150), "b": (130, 282)}  # the middles are 103 and 191, by ratio 140.6 lies between
     known = dict(zip("ab", ("panels", "triton"), strict=True)) | {"any": "cpu", None: None}
     own = [entry(*band, backend=known[one]) for one, band in bands.items()]
@@ -123,7 +123,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_damaged_file_costs_one_warning_and_nothing_else(file, how):
+def test_a_damaged_file_is_one_warning(file, how):
     change, words = BROKEN[how]
     file_of(file, entry()).write_text(change(file.read_text()), errors="surrogateescape")
     with warnings.catch_warnings(record=True) as caught:
@@ -134,7 +134,7 @@ def test_a_damaged_file_costs_one_warning_and_nothing_else(file, how):
     assert f"{file}: {words}" in str(caught[0].message)
 
 
-def test_even_where_warnings_are_errors_it_raises_nothing(file, capsys):
+def test_a_warning_that_is_made_an_error_is_not_raised(file, capsys):
     file.write_text("{")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -151,7 +151,7 @@ def test_a_bad_entry_leaves_the_good_ones(file):
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "missing"])
-def test_what_is_no_file_is_said_and_not_waited_for(file, kind):
+def test_a_path_that_is_no_file_is_one_warning(file, kind):
     make = {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "missing": lambda: None}[kind]
     make()
     words = "there is no such file, though RLRR_TUNED_FILE names it" if kind == "missing" else "expected a file"
