@@ -220,9 +220,9 @@ def main() -> None:
                 norm.layer_norm(x, weight, weight, scale, scale, 1e-6, dtype)
                 norm.layer_norm_backward(x, x, mean, rstd, weight, weight, scale, True)
             else:
-                sizes = (case[key] for key in ("m", "n", "k", "groups"))
                 backend = case.get("backend", "triton")
                 tile = (Width if backend == "gluon" else choose.Choice)(**case["choice"]) if "choice" in case else None
+                sizes = case["m"], case["n"], case["k"], case["groups"]
                 problem = Problem(case["kernel"], *sizes, dtype, weight_dtype)
                 launch_without_data(problem, Candidate(backend, tile))
             for result in compiled:

@@ -277,19 +277,10 @@ def served_by(name: str, x: Tensor, weight: Tensor) -> str | None:
         why = choice.refusal(BACKENDS[name], x, weight)
         if why is not None:
             raise Unavailable(f"backend {BACKENDS[name]!r} cannot serve {why}")
-        require_check(name, x.device)
+        why = verdicts.failure(CHECKED[name], x.device) if name in CHECKED else None
+        if why is not None:
+            raise Rejected(f"check: {why}")
         return BACKENDS[name]
     if name not in (results.OURS, results.OURS_COMPILED, results.THREE_OPS, results.GRAD_SCALES):
         return None
     return backend_for(x, weight)
-
-
-def require_check(name: str, device: torch.device) -> None:
-    """Refuse an implementation of ours whose backend has failed `python -m rlrr_kernels check`.
-
-    Raises:
-        Rejected: If it has failed on this device.
-    """
-    why = verdicts.failure(CHECKED[name], device) if name in CHECKED else None
-    if why is not None:
-        raise Rejected(f"check: {why}")

@@ -24,7 +24,6 @@ from benchmarks.tables import PRODUCTS, implementations, largest
 
 _KEY = "drawn-from-sha256"
 _DTYPES = ("bfloat16", "float16", "float32")
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Okabe and Ito's colours, which the colour-blind can distinguish; each line also has its own marker
 _LINES = {
     results.OURS: ("#D55E00", "o"),

@@ -87,7 +87,7 @@ def _device(chunks: Sequence[Chunk], drawn: Mapping[str, plots.Plot], images: st
         kind: "\n\n".join(f"![{p.alt}]({images}/{name})" for name, p in drawn.items() if p.kind == kind)
         for kind in ("throughput", "memory", "step")
     }
-    parts = [f"## {chunks[0]['device'] if on_gpu(chunks[0]) else 'CPU'}", tables.caveats(chunks, found)]
+    parts = [f"## {chunks[0]['device'] if on_gpu(chunks[0]) else 'CPU'}", tables.caveats(chunks)]
     if suites["layer"]:
         parts += ["### Layers", shown["throughput"], *_summaries(suites["layer"]), *_every_case(suites["layer"])]
         parts += ["### Memory of a layer", shown["memory"], *_memory(suites["layer"])]

@@ -56,21 +56,10 @@ def caption(found: Sequence[Group]) -> str:
     return "  \n".join(f"*{run}; {_commands(commands)}*" for run, commands in runs.items())
 
 
-def caveats(chunks: Iterable[Mapping[str, Any]], found: Iterable[Group]) -> str:
-    """Return which chunks are incomplete, and in which groups times come from different clocks, or nothing."""
-    lines = []
+def caveats(chunks: Iterable[Mapping[str, Any]]) -> str:
+    """Return which chunks are incomplete, or nothing."""
     unfinished = [f"`{chunk['chunk']}`" for chunk in chunks if chunk.get("complete") is not True]
-    if unfinished:
-        lines.append(f"- **Incomplete**, of which only a part was measured: {', '.join(unfinished)}.")
-    for group in found:
-        clocks: dict[str, list[str]] = {}
-        for name, row in group.rows.items():
-            if row.get("clock") is not None:
-                clocks.setdefault(row["clock"], []).append(name)
-        if len(clocks) > 1:
-            said = "; ".join(f"{clock}: {', '.join(names)}" for clock, names in clocks.items())
-            lines.append(f"- **Different clocks** in {group.name}, {group.case['dtype']}, {column(group)}: {said}.")
-    return "\n".join(lines)
+    return f"- **Incomplete**, of which only a part was measured: {', '.join(unfinished)}." if unfinished else ""
 
 
 def _commands(commands: Sequence[str]) -> str:

@@ -90,15 +90,6 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Return the seconds of one call, with the GPU's work."""
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
-
-
 def copies(bytes_each: int, l2_bytes: int) -> int:
     """Return how many copies of the inputs to use in turn, so that none is in the L2 cache at its turn.
 

@@ -188,6 +188,12 @@ def _file() -> IO[str]:
     return tempfile.TemporaryFile("w+", errors="replace")
 
 
+def _content(file: IO[str]) -> str:
+    with file:
+        file.seek(0)
+        return file.read()
+
+
 class _Worker:
     """The process of a task; its output goes to files, as nobody reads a pipe while it runs."""
 
@@ -201,12 +207,7 @@ class _Worker:
         status = self.process.poll()
         if status is None:
             return None
-        written = []
-        for file in (self._out, self._err):
-            with file:
-                file.seek(0)
-                written.append(file.read())
-        return outcome_of(self.task, status, *written, self.process.limit)
+        return outcome_of(self.task, status, _content(self._out), _content(self._err), self.process.limit)
 
 
 def outcome_of(task: Task, status: int, out: str, err: str, limit: float) -> Outcome:

@@ -96,6 +96,7 @@ WRONG = {
         lambda f: lambda dy: f(dy).to(dy.dtype),
         r"df alone: torch.bfloat16 \[51\], expected",
     ),
+    "y transposed": ("forward", lambda f: lambda *a: f(*a).T, r"y: torch.bfloat16 \[51, 37\], expected "),
     "an error": ("forward", lambda f: lambda *a: 1 / 0, r"^bfloat16, .*: ZeroDivisionError: division by zero"),
 }
 
