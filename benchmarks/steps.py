@@ -13,7 +13,7 @@ from benchmarks import results
 from benchmarks.baselines import weight_by_autograd
 from benchmarks.implementations import require_peft
 from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr
-from rlrr_kernels.finetune.peers import apply_lora, apply_ssf
+from rlrr_kernels.finetune.backbone import apply_lora, apply_ssf
 from rlrr_kernels.models.bypass import meta_copy
 from rlrr_kernels.models.modules import adapters, head, replace
 

@@ -21,7 +21,6 @@ def test_merged_logits_agree_with_unmerged_and_unmerging_is_exact(make):
     assert all(m.merged for m in model.modules() if isinstance(m, FusedRLRRLinear))
     with torch.no_grad():
         assert torch.allclose(model(X), logits, atol=1e-5)
-    assert not torch.equal(model.get_submodule("norm").weight, state["norm.weight"] * 2)
     unmerge(model)
     assert torch.equal(model(X), logits)
     now = dict(model.named_parameters())

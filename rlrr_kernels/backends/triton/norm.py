@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rlrr_kernels.backends.triton import launch
-from rlrr_kernels.backends.triton.start import ceil_div, start
+from rlrr_kernels.backends.triton.choose import ceil_div
+from rlrr_kernels.backends.triton.start import start
 from rlrr_kernels.backends.triton.tiles import int64, narrow
 
 #: Longest row that the backward kernel holds in registers: of any width, and of multiples of 16, which it loads

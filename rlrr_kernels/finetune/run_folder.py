@@ -1,4 +1,4 @@
-"""The run folder: metrics as JSON, curves as a picture, nothing overwritten."""
+"""Writing a run folder: ``metrics.json``, ``state/``, ``adapter/``, TensorBoard events and ``curves.png``."""
 
 from __future__ import annotations
 
@@ -13,48 +13,82 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
-from rlrr_kernels.checkpoint import write_atomically
 from rlrr_kernels.finetune.distributed import World, on_main
 from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.finetune.state import FILE, State
-from rlrr_kernels.io.files import check_writable, in_units
+from rlrr_kernels.io.files import check_writable, in_units, write_atomically
 
-COLOURS = {"rlrr": "#1f5fa8", "linear": "#d08a1d", "full": "#5a9153", "ssf": "#8c6bb1", "lora": "#b0506a"}
+#: Contents of a run folder.
+METRICS, ADAPTER, STATE = Path("metrics.json"), Path("adapter"), Path("state") / "last.safetensors"
+STATE_FORMAT = "rlrr_kernels.state/1"
+
 PACKAGES = ("rlrr_kernels", "torch", "triton", "timm", "torchvision", "numpy", "scikit-learn")
+#: Bytes reserved for metrics, curves and TensorBoard events.
+OTHER_FILES = 4 * 2**20
+COLOURS = {"rlrr": "#1f5fa8", "linear": "#d08a1d", "full": "#5a9153", "ssf": "#8c6bb1", "lora": "#b0506a"}
+#: The splits by which an epoch can be judged, in order of preference, and their names in figures.
+JUDGED_BY = {"val": "validation", "test": "test", "train": "training"}
 
 
-#: Bytes for metrics, curves and TensorBoard's files.
-ROOM = 4 * 2**20
+class NotWritten(OSError):
+    """A file of a run in progress could not be written. The message says what was kept and how to resume."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A run after a whole number of epochs.
+
+    Attributes:
+        record: JSON values. ``settings``, ``processes``, ``images``, ``classes`` and ``data_fingerprint`` must match
+            those of a continuation; ``epoch`` is the number of finished epochs; ``metrics`` and ``scaler`` are the
+            run's metrics and the gradient scaler's state.
+        tensors: Whole tensors on the CPU: ``trained/<name>``, ``optimizer/<name>/<key>``, and if they exist
+            ``best/<name>`` and ``average/<name>``.
+    """
+
+    record: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors under one prefix, without the prefix."""
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
+
+    def write(self, folder: Path) -> None:
+        """Replace the state in a run folder atomically."""
+        path = folder / STATE
+        path.parent.mkdir(exist_ok=True)
+        header = {"format": STATE_FORMAT, "record": json.dumps(self.record)}
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        write_atomically(path, safetensors.torch.save(tensors, metadata=header))
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each package a result depends on, if installed."""
+    """Versions of Python and of the installed packages that results depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def new_folder(path: Path) -> Path:
-    """Create ``path``, or where that is taken ``path-2``, ``path-3``, and so on."""
+    """Create the folder ``path``, or ``path-2``, ``path-3``, ... if it exists."""
     for candidate in _numbered(path):
-        try:
+        with suppress(FileExistsError):
             candidate.mkdir(parents=True)
             break
-        except FileExistsError:
-            continue
     return candidate
 
 
@@ -64,25 +98,22 @@ def _numbered(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{path.name}-{number}")
 
 
-class NotWritten(OSError):
-    """A file of a run in progress could not be written; says what was kept and how to go on."""
-
-
 def check_place(settings: Settings, trained: int) -> None:
-    """See that a run's folder can be written, before any work.
+    """Check that a run's folder can be written, before any work is done.
 
     Args:
-        settings: of the run.
-        trained: bytes of what trains.
+        settings: Settings of the run.
+        trained: Bytes of the trained parameters.
 
     Raises:
-        OSError: it cannot, or there is less room than state and adapter will need, each beside the one it replaces.
+        OSError: If it cannot be written, or the disk has too little room for the state and the adapter. Each is
+            written beside the one it replaces.
     """
     folder = settings.resume or settings.out or Path("runs")
-    # the values, AdamW's two moments, the best epoch's, the average
+    # the values and AdamW's two moments, the best epoch's values, the moving average
     state = 3 + (settings.resolved_protocol != "final") + (settings.ema > 0)
     copies = 1 if settings.resume else 2
-    needed = copies * (state + 1) * trained + ROOM
+    needed = copies * (state + 1) * trained + OTHER_FILES
     try:
         check_writable(folder, needed)
     except OSError as error:
@@ -92,14 +123,18 @@ def check_place(settings: Settings, trained: int) -> None:
 
 
 class RunFolder:
-    """The folder of one run, new or resumed. Only the main process writes; all know the path.
+    """The folder of one run, new or resumed. Only the main process writes; all processes know the path.
 
-    ``settings.out`` names a new one, and must not exist; without it the folder is
-    ``runs/<data>-<model>-<method>-seed<seed>``, with a number where that is taken.
-    A new one is there from :meth:`begin` on.
+    ``settings.out`` names a new folder, which must not exist; without it the folder is
+    ``runs/<data>-<model>-<method>-seed<seed>``, with a number appended if that exists.
+    A new folder exists only after :meth:`begin`.
+
+    Attributes:
+        path: The folder.
+        kept: Number of epochs in the state on disk.
 
     Raises:
-        FileExistsError: ``settings.out`` exists.
+        FileExistsError: If ``settings.out`` exists.
     """
 
     def __init__(self, settings: Settings, world: World) -> None:
@@ -112,36 +147,35 @@ class RunFolder:
         else:
             data = settings.dataset.strip("/.").replace("/", "-")
             self.path = Path("runs") / f"{data}-{settings.model}-{settings.method}-seed{settings.seed}"
-        #: Epochs in the state that is on disk.
         self.kept = 0
         self._events: Any = None
         self._wants_events = settings.tensorboard and world.main
         if settings.resume and world.main:
-            _sweep_up(self.path)
+            _remove_partial_files(self.path)
 
     @property
     def adapter(self) -> Path:
-        """Where what was trained goes."""
-        return self.path / "adapter"
+        """The adapter's folder."""
+        return self.path / ADAPTER
 
     def begin(self, state: State, metrics: dict[str, Any]) -> None:
-        """Make the folder of a new run with the first state and metrics in it, all at once.
+        """Create the folder of a new run together with its first state and metrics, so that it can always be resumed.
 
-        So the folder of a run can be resumed from whenever it is there. All processes must call it.
+        All processes must call this.
 
         Args:
-            state: before the first epoch.
-            metrics: what :meth:`describe` gave and more; ``"run"`` is set to where the folder is.
+            state: State before the first epoch.
+            metrics: Contents of ``metrics.json``. ``"run"`` is set to the folder.
 
         Raises:
-            FileExistsError: ``settings.out`` exists by now.
+            FileExistsError: If ``settings.out`` was created in the meantime.
         """
         self.path = on_main(self.world, lambda: self._begin(state, metrics))
         metrics["run"] = str(self.path)
 
     def _begin(self, state: State, metrics: dict[str, Any]) -> Path:
         if self.settings.resume is not None:
-            # somebody's empty folder
+            # an empty folder that the user made
             _fill(self.path, state, metrics)
             return self.path
         filled = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.partial")
@@ -154,25 +188,25 @@ class RunFolder:
                 try:
                     os.rename(filled, path)
                 except OSError:
-                    # another run was faster: its folder is not empty, so it cannot be replaced
+                    # another run created its folder first; a folder with files in it cannot be replaced
                     if not os.path.lexists(path):
                         raise
                 else:
                     return path
-            raise self._taken()
+            raise self._exists()
         except BaseException:
             shutil.rmtree(filled, ignore_errors=True)
             raise
 
     def _refuse_existing(self) -> None:
         if os.path.lexists(self.path):
-            raise self._taken()
+            raise self._exists()
 
-    def _taken(self) -> FileExistsError:
+    def _exists(self) -> FileExistsError:
         return FileExistsError(f"out: {self.path} exists; a run never overwrites another")
 
     def describe(self) -> dict[str, Any]:
-        """What ``metrics.json`` says before anything was trained."""
+        """The entries of ``metrics.json`` that are known before training."""
         return {
             "run": str(self.path),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -182,7 +216,7 @@ class RunFolder:
         }
 
     def write_state(self, state: State) -> None:
-        """Write what a continuation needs, whole."""
+        """Write the state atomically."""
         if self.world.main:
             with self.writing():
                 state.write(self.path)
@@ -190,7 +224,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Around whatever is written into the folder of a run in progress: a full disk is told as what it means."""
+        """Turn an error of a write into the folder, such as a full disk, into :class:`NotWritten`."""
         try:
             yield
         except OSError as error:
@@ -201,47 +235,43 @@ class RunFolder:
             ) from error
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write ``metrics.json``, whole."""
+        """Write ``metrics.json`` atomically."""
         if self.world.main:
             with self.writing():
                 _write_metrics(self.path, metrics)
 
     def write_events(self, epoch: dict[str, Any]) -> None:
-        """Add an epoch's figures to TensorBoard's files, if they are wanted and it is installed.
+        """Write an epoch's figures as TensorBoard events, if enabled and installed.
 
-        To be called before :meth:`write_state`: what a continuation does not train again it does not write again.
+        Call it before :meth:`write_state`: a resumed run writes only events of epochs that are not in the state.
         """
         with self.writing():
-            self._write_events(epoch)
-
-    def _write_events(self, epoch: dict[str, Any]) -> None:
-        if self._events is None and self._wants_events:
-            # an epoch that a killed run wrote without its state comes again: TensorBoard is told to drop the first
-            self._events = _event_writer(self.path, epoch["epoch"])
-            self._wants_events = self._events is not None
-        if self._events is not None:
-            for name, value in epoch.items():
-                if name != "epoch":
-                    self._events.add_scalar(name.replace("_", "/", 1), value, epoch["epoch"])
-            self._events.flush()
+            if self._events is None and self._wants_events:
+                self._events = _event_writer(self.path, epoch["epoch"])
+                self._wants_events = self._events is not None
+            if self._events is not None:
+                for name, value in epoch.items():
+                    if name != "epoch":
+                        self._events.add_scalar(name.replace("_", "/", 1), value, epoch["epoch"])
+                self._events.flush()
 
     def write_curves(self, metrics: dict[str, Any]) -> None:
-        """Write ``curves.png``, if there is an epoch to draw."""
+        """Write ``curves.png`` if there is an epoch to draw."""
         if self.world.main and metrics["epochs"]:
             with self.writing():
                 write_atomically(self.path / "curves.png", draw_curves(metrics))
 
     def close(self) -> None:
-        """Close TensorBoard's file; no more epochs come in this process."""
+        """Close TensorBoard's file."""
         if self._events is not None:
-            # each epoch's figures were flushed, or were said not to be written: there is nothing to lose here
+            # every epoch was flushed, so nothing is lost if this fails
             with suppress(OSError):
                 self._events.close()
 
-    def drop_state(self) -> None:
-        """Remove what only an unfinished run needs."""
+    def remove_state(self) -> None:
+        """Remove the state, which a finished run does not need."""
         if self.world.main:
-            shutil.rmtree(self.path / FILE.parent, ignore_errors=True)
+            shutil.rmtree(self.path / STATE.parent, ignore_errors=True)
 
 
 def _fill(folder: Path, state: State, metrics: dict[str, Any]) -> None:
@@ -250,11 +280,11 @@ def _fill(folder: Path, state: State, metrics: dict[str, Any]) -> None:
 
 
 def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_atomically(folder / METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
 
 
-def _sweep_up(folder: Path) -> None:
-    """Remove what a killed run was in the middle of writing."""
+def _remove_partial_files(folder: Path) -> None:
+    """Remove the temporary files of a killed run."""
     for path in list(folder.rglob(".*.partial")):
         if path.is_dir():
             shutil.rmtree(path)
@@ -263,29 +293,26 @@ def _sweep_up(folder: Path) -> None:
 
 
 def _event_writer(folder: Path, epoch: int) -> Any:
-    """TensorBoard's writer from an epoch on, or None and a line that says so where it is not installed."""
+    """TensorBoard's writer, or None (and a warning) if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         print("TensorBoard is not installed: no event files are written", file=sys.stderr)
         return None
+    # a killed run may have written events of an epoch that is not in its state: they are purged
     return SummaryWriter(str(folder / "tensorboard"), purge_step=epoch)
 
 
-#: Which split an epoch may be judged by, in this order.
-WATCHED = ("val", "test", "train")
-
-
-def watched(epoch: dict[str, Any]) -> str:
-    """``val``, or of an epoch without validation ``test`` or ``train``."""
-    return next(split for split in WATCHED if f"{split}_loss" in epoch)
+def judged_by(epoch: dict[str, Any]) -> str:
+    """The split by which an epoch is judged: ``val``, else ``test``, else ``train``."""
+    return next(split for split in JUDGED_BY if f"{split}_loss" in epoch)
 
 
 def draw_curves(metrics: dict[str, Any]) -> bytes:
-    """Loss and accuracy over the epochs as a PNG; the chosen epoch is marked."""
+    """Draw loss and accuracy over the epochs as a PNG, with the chosen epoch marked."""
     epochs = metrics["epochs"]
     x = [e["epoch"] for e in epochs]
-    split = watched(epochs[0])
+    split, best = judged_by(epochs[0]), metrics.get("best_epoch")
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for axes, key, label in ((loss, "loss", "cross-entropy"), (accuracy, "accuracy", "accuracy")):
@@ -293,7 +320,6 @@ def draw_curves(metrics: dict[str, Any]) -> bytes:
         if split != "train":
             name = {"val": "validation", "test": "test (chosen on it)"}[split]
             axes.plot(x, [e[f"{split}_{key}"] for e in epochs], color=COLOURS["rlrr"], label=name)
-        best = metrics.get("best_epoch")
         if best is not None:
             axes.axvline(best, color=COLOURS["rlrr"], lw=0.8, ls=":", label=f"chosen: epoch {best}")
         if f"test_{key}" in metrics:
@@ -310,9 +336,9 @@ def draw_curves(metrics: dict[str, Any]) -> bytes:
 
 
 def draw_comparison(runs: Sequence[dict[str, Any]]) -> bytes:
-    """Validation accuracy over the epochs, a line a run and a colour a method, as a PNG.
+    """Draw the validation accuracy of several runs over the epochs as a PNG, one colour a method.
 
-    Runs without validation are drawn by what they have instead, see :func:`watched`.
+    Runs without validation are drawn by the split that :func:`judged_by` gives.
     """
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -321,15 +347,14 @@ def draw_comparison(runs: Sequence[dict[str, Any]]) -> bytes:
         method = run["settings"]["method"]
         axes.plot(
             [e["epoch"] for e in run["epochs"]],
-            [e[f"{watched(e)}_accuracy"] for e in run["epochs"]],
+            [e[f"{judged_by(e)}_accuracy"] for e in run["epochs"]],
             color=COLOURS[method],
             alpha=0.8,
             label=None if method in labelled else f"{method}: {run['trainable_parameters']:,} trained parameters",
         )
         labelled.add(method)
-    splits = {watched(e) for run in runs for e in run["epochs"]}
-    names = {"val": "validation", "test": "test", "train": "training"}
-    _finish(axes, f"{' or '.join(names[split] for split in WATCHED if split in splits)} accuracy")
+    splits = {judged_by(e) for run in runs for e in run["epochs"]}
+    _finish(axes, f"{' or '.join(name for split, name in JUDGED_BY.items() if split in splits)} accuracy")
     settings = runs[0]["settings"]
     axes.set_title(f"{settings['task'] or settings['data']}, {settings['model']}, a line a seed", fontsize=10)
     return _png(figure)

@@ -1,4 +1,4 @@
-"""What ``test_tensor_parallel.py`` runs in two processes: whole models, after the layers of ``tensor_parallel.py``."""
+"""Tensor parallel models equal one process: training, autocast, state dicts, adapters, merging, FSDP2 on top."""
 
 import copy
 import shutil
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.tensor import Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional as F
 
@@ -18,13 +19,10 @@ from rlrr_kernels import apply_rlrr, disable_adapter, load_adapter, merge, merge
 from rlrr_kernels.layers import parallel
 from rlrr_kernels.layers.parallel import RLRRColwiseParallel, RLRRRowwiseParallel
 from tests.oracle import assert_close
-from tests.reliability import tensor_parallel as layers
-from tests.reliability.in_processes import case
-from tests.reliability.tensor_parallel import CASES, WHOLE, full, start
+from tests.reliability.in_processes import full, in_processes, mesh
 from tests.small_models import small_vit, stir
 
-__all__ = ["CASES", "start"]
-
+WHOLE = Replicate()
 PLAN = {
     # fused: the gathered y is what attention cuts into q, k and v
     "blocks.*.attn.qkv": RLRRColwiseParallel(output_layouts=WHOLE),
@@ -42,24 +40,24 @@ def vit(dtype=torch.float64, **options):
 
 
 def sharded(model):
-    return parallelize_module(copy.deepcopy(model), layers.MESH, PLAN)
+    return parallelize_module(copy.deepcopy(model), mesh(), PLAN)
 
 
 def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def backward(model, images=IMAGES):
-    """Logits and gradients, whole, of what does not depend on rounding alone."""
+def backward(model, images=IMAGES, labels=LABELS):
+    """Logits and gradients, gathered, of what does not depend on rounding alone."""
     logits = model(images)
-    F.cross_entropy(logits.double(), LABELS).backward()
+    F.cross_entropy(logits.double(), labels).backward()
     # a constant on all keys changes no attention: the gradient of their shift is rounding
     named = ((name, p) for name, p in model.named_parameters() if p.grad is not None and "qkv.shift" not in name)
     return logits.detach(), {name: full(p.grad).clone() for name, p in named}
 
 
-@case(CASES)
-def a_vit_trains_as_in_one_process():
+@in_processes(2)
+def test_a_vit_trains_as_in_one_process():
     """Three steps of AdamW with the gradients clipped: logits, norms and parameters, float64."""
     for bias in (True, False):
         one = vit(qkv_bias=bias)
@@ -79,8 +77,9 @@ def a_vit_trains_as_in_one_process():
                 optimizer.zero_grad()
 
 
-@case(CASES)
-def a_vit_under_autocast_is_as_accurate_as_in_one_process():
+@pytest.mark.slow
+@in_processes(2)
+def test_a_vit_under_autocast_is_as_accurate_as_in_one_process():
     exact, exact_grads = backward(vit())
     one = vit(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -93,14 +92,15 @@ def a_vit_under_autocast_is_as_accurate_as_in_one_process():
         assert_close(name, grad, plain_grads[name], exact_grads[name], more)
 
 
-@case(CASES)
-def a_state_dict_is_gathered_and_loaded_whole():
+@pytest.mark.slow
+@in_processes(2)
+def test_a_state_dict_is_gathered_and_loaded_whole():
     one = vit()
     options = StateDictOptions(full_state_dict=True)
     state = get_model_state_dict(sharded(one), options=options)
     if dist.get_rank() == 0:
         assert list(state) == list(one.state_dict())
-    other = parallelize_module(apply_rlrr(small_vit()).double(), layers.MESH, PLAN)
+    other = parallelize_module(apply_rlrr(small_vit()).double(), mesh(), PLAN)
     set_model_state_dict(other, one.state_dict(), options=options)
     for (name, values), ours in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(full(ours), values), name
@@ -108,15 +108,16 @@ def a_state_dict_is_gathered_and_loaded_whole():
             assert torch.equal(state[name], values), name
 
 
-@case(CASES)
-def an_adapter_is_saved_and_loaded_sharded_or_not():
+@pytest.mark.slow
+@in_processes(2)
+def test_an_adapter_is_saved_and_loaded_sharded_or_not():
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     one = vit(torch.float32)
     save_adapter(sharded(one), Path(folder[0]) / "adapter")
     dist.barrier()
     plain = load_adapter(small_vit(), Path(folder[0]) / "adapter")
-    many = load_adapter(parallelize_module(apply_rlrr(small_vit()), layers.MESH, PLAN), Path(folder[0]) / "adapter")
+    many = load_adapter(parallelize_module(apply_rlrr(small_vit()), mesh(), PLAN), Path(folder[0]) / "adapter")
     for (name, values), a, b in zip(one.named_parameters(), plain.parameters(), many.parameters(), strict=True):
         assert torch.equal(a, values), name
         assert torch.equal(full(b), values), name
@@ -125,8 +126,9 @@ def an_adapter_is_saved_and_loaded_sharded_or_not():
         shutil.rmtree(folder[0])
 
 
-@case(CASES)
-def merged_unmerged_and_switched_off_equal_one_process():
+@pytest.mark.slow
+@in_processes(2)
+def test_merged_unmerged_and_switched_off_equal_one_process():
     one = vit().eval()
     many = sharded(one)
 
@@ -149,10 +151,11 @@ def merged_unmerged_and_switched_off_equal_one_process():
         agree()
 
 
-@case(CASES)
-def a_sharded_head_is_switched_off_with_the_adapters():
+@pytest.mark.slow
+@in_processes(2)
+def test_a_sharded_head_is_switched_off_with_the_adapters():
     one = vit().eval()
-    many = parallelize_module(copy.deepcopy(one), layers.MESH, PLAN | {"head": ColwiseParallel(output_layouts=WHOLE)})
+    many = parallelize_module(copy.deepcopy(one), mesh(), PLAN | {"head": ColwiseParallel(output_layouts=WHOLE)})
     with torch.no_grad():
         for model in (one, many):
             for parameter in model.head.parameters():
@@ -164,8 +167,9 @@ def a_sharded_head_is_switched_off_with_the_adapters():
         torch.testing.assert_close(many(IMAGES), tuned, rtol=1e-12, atol=1e-12)
 
 
-@case(CASES)
-def a_model_merged_without_a_copy_is_unmerged_from_whole_or_sharded_weights():
+@pytest.mark.slow
+@in_processes(2)
+def test_a_model_merged_without_a_copy_is_unmerged_from_whole_or_sharded_weights():
     one = vit().eval()
     base = one.state_dict()
     for given in (base, {name: p.detach().clone() for name, p in sharded(one).state_dict().items()}):
@@ -179,8 +183,9 @@ def a_model_merged_without_a_copy_is_unmerged_from_whole_or_sharded_weights():
             torch.testing.assert_close(many(IMAGES), one(IMAGES), rtol=1e-12, atol=1e-12)
 
 
-@case(CASES)
-def values_that_are_not_finite_in_one_process_are_refused_in_both():
+@pytest.mark.slow
+@in_processes(2)
+def test_values_that_are_not_finite_in_one_process_are_refused_in_both():
     many = sharded(vit().eval())
     if dist.get_rank() == 1:
         with torch.no_grad():
@@ -188,3 +193,45 @@ def values_that_are_not_finite_in_one_process_are_refused_in_both():
     for attempt in (merge, merge_and_unload):
         with pytest.raises(ValueError, match=r"safe_merge: blocks\.0\.mlp\.fc1 would get values that are not finite"):
             attempt(many, safe_merge=True)
+
+
+@pytest.mark.slow
+@in_processes(2, 2)
+def test_a_vit_under_fsdp2_and_tensor_parallel_trains_as_one_process():
+    """FSDP2 over tensor parallel: a shard of rows is cut again, in another order than the mesh's."""
+    one = vit()
+    many = parallelize_module(copy.deepcopy(one), mesh()["tensor"], PLAN)
+    for part in (*many.blocks, many):
+        fully_shard(part, mesh=mesh()["data"])
+    first = 2 * mesh()["data"].get_local_rank()
+    optimizers = [torch.optim.AdamW(trained(m), lr=1e-2, foreach=False) for m in (one, many)]
+    for _ in range(2):
+        (_, grads), (_, ours) = backward(one), backward(many, IMAGES[first : first + 2], LABELS[first : first + 2])
+        for name, grad in grads.items():
+            torch.testing.assert_close(ours[name], grad, rtol=1e-11, atol=1e-12, msg=name)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.slow
+@in_processes(2, 2)
+def test_gradients_on_several_meshes_are_clipped_as_in_one_process():
+    plain = [nn.Parameter(torch.zeros(6)) for _ in range(3)]
+    many = []
+    for i, (one, on) in enumerate(zip(plain, (None, mesh()["data"], mesh()), strict=True)):
+        one.grad = torch.arange(6.0) + i
+        values = (torch.zeros(6), one.grad.clone())  # a shard may share the memory of what it is made of
+        if on is not None:
+            values = [distribute_tensor(t, on, [Shard(0)] * on.ndim) for t in values]
+        many.append(nn.Parameter(values[0]))
+        many[-1].grad = values[1]
+    norm = parallel.clip_grad_norm_(many, 1.5)
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(plain, 1.5))
+    for ours, one in zip(many, plain, strict=True):
+        torch.testing.assert_close(full(ours.grad), one.grad)
+    assert parallel.clip_grad_norm_([nn.Parameter(torch.zeros(1))], 1.0) == 0
+    single = nn.Parameter(torch.zeros(3))
+    single.grad = torch.full((3,), 2.0)
+    assert parallel.clip_grad_norm_(single, 1.0) == 12**0.5
+    torch.testing.assert_close(single.grad.norm(), torch.tensor(1.0))

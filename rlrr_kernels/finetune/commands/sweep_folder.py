@@ -1,33 +1,35 @@
-"""What a sweep is to do and has done: ``sweep.json`` and ``sweep.md`` in its folder."""
+"""The folder of a sweep: its grid, and its results in ``sweep.json`` and ``sweep.md``."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlrr_kernels.checkpoint import write_atomically
-from rlrr_kernels.finetune import state
-from rlrr_kernels.finetune.commands.grid import Grid
-from rlrr_kernels.finetune.commands.results import read_run
+from rlrr_kernels.finetune.commands.common import Grid, check_out
 from rlrr_kernels.finetune.recipes import TASKS, recipe
+from rlrr_kernels.finetune.saved_run import MAY_DIFFER, recorded_settings
 from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.io.files import check_writable
+from rlrr_kernels.io.files import write_atomically
 from rlrr_kernels.io.reading import expect, inside, read_json
 
 FORMAT = "rlrr_kernels.sweep/1"
-#: Settings that differ between the runs of a sweep, or that no result depends on.
-VARIED = frozenset({"lr", "weight_decay", "drop_path", "seed", "protocol", "data_root"}) | state.MAY_DIFFER
+#: Settings that differ between the runs of a sweep, or do not change results.
+VARIED = frozenset({"lr", "weight_decay", "drop_path", "seed", "protocol"}) | MAY_DIFFER
+
+
+#: Types of the results of a run of the grid, and of a run that was tested.
+SEARCH_FIGURES: Mapping[str, type] = {"val_accuracy": float, "val_loss": float, "epoch": int}
+FINAL_FIGURES: Mapping[str, type] = {"test_accuracy": float, "test_loss": float}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the grid; its fields are those of :class:`Settings`."""
+    """One point of the grid. The fields are those of :class:`Settings`."""
 
     lr: float
     weight_decay: float
@@ -35,7 +37,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """For folder names; ``repr`` of the numbers, so that no two settings share a folder."""
+        """Name in folder names. It contains the ``repr`` of the numbers, so that each point has its own folder."""
         return f"lr{self.lr!r}-wd{self.weight_decay!r}-dp{self.drop_path!r}"
 
     def __str__(self) -> str:
@@ -44,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """The grid and the seeds, and what all runs have in common."""
+    """The grid, the seeds, and the settings that all runs share."""
 
     base: Settings
     points: tuple[Point, ...]
@@ -59,10 +61,10 @@ class Plan:
         drop_paths: Sequence[float],
         seeds: Sequence[int],
     ) -> Plan:
-        """Every combination, a value that is given twice once.
+        """Combine all values; repeated values count once.
 
         Raises:
-            ValueError: a value that no run could have.
+            ValueError: If a value is not valid for a run.
         """
         axes = (dict.fromkeys(axis) for axis in (lrs, weight_decays, drop_paths))
         points = tuple(Point(*values) for values in itertools.product(*axes))
@@ -78,29 +80,35 @@ class Plan:
         return ", ".join(f"{len(of)} {name}{'s' * (len(of) > 1)}" for of, name in named)
 
 
-def _point(entry: Mapping[str, Any]) -> Point:
-    return Point(entry["lr"], entry["weight_decay"], entry["drop_path"])
-
-
-def _check_entry(entry: Any, tested: bool) -> None:
+def _check_entry(entry: Any, figures: Mapping[str, type]) -> None:
+    """Check one run of ``sweep.json``, which has these figures or (in the search) an error."""
     if type(entry) is not dict:
         raise ValueError(f"expected an object for each run, got {entry!r:.80}")
     for name in ("lr", "weight_decay", "drop_path"):
         expect(entry, name, float, least=0)
     expect(entry, "seed", int, least=0)
-    if not inside(expect(entry, "folder", str)):
-        raise ValueError(f"folder: expected one in the sweep's, got {entry['folder']!r:.80}")
-    if "error" in entry and not tested:
+    check_run_folder(entry)
+    if "error" in entry and figures is SEARCH_FIGURES:
         expect(entry, "error", str)
         return
-    for name in ("test_accuracy", "test_loss") if tested else ("val_accuracy", "val_loss"):
-        expect(entry, name, float)
-    if not tested:
-        expect(entry, "epoch", int, least=1)
+    for name, kind in figures.items():
+        expect(entry, name, kind, **({"least": 1} if kind is int else {}))
+
+
+def check_run_folder(entry: Mapping[str, Any]) -> str:
+    """Return the folder of a run in ``sweep.json``, relative to the sweep's.
+
+    Raises:
+        ValueError: If it is missing or outside of the sweep's folder.
+    """
+    folder: str = expect(entry, "folder", str)
+    if not inside(folder):
+        raise ValueError(f"folder: expected one in the sweep's, got {folder!r:.80}")
+    return folder
 
 
 def published_grid(task: str) -> tuple[list[float], list[float]]:
-    """(learning rates, weight decays) that the recipes of the task's benchmark use; VTAB-1k's without a task."""
+    """(learning rates, weight decays) in the recipes of the task's benchmark, or of VTAB-1k without a task."""
     benchmark = task.split("/")[0] or "vtab"
     recipes = [recipe(name) for name in TASKS if name.split("/")[0] == benchmark]
     lrs, decays = ({float(str(r[name])) for r in recipes} for name in ("lr", "weight_decay"))
@@ -108,12 +116,12 @@ def published_grid(task: str) -> tuple[list[float], list[float]]:
 
 
 @dataclass
-class Record:
-    """A sweep's folder. Written by one process; every change is on disk before the next run starts.
+class SweepFolder:
+    """A sweep's folder. One process writes it; every result is on disk before the next run starts.
 
     Attributes:
-        search: (point, seed) -> what a run of the grid came to.
-        final: (point, seed) -> the same for the run that was tested.
+        search: Results of the runs of the grid, by point and seed.
+        final: Results of the runs that were tested, by point and seed.
     """
 
     folder: Path
@@ -122,31 +130,34 @@ class Record:
     final: dict[tuple[Point, int], dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, plan: Plan) -> Record:
-        """A new sweep, or the one that the folder holds, with the results it has.
+    def open(cls, folder: Path, plan: Plan) -> SweepFolder:
+        """Begin a sweep, or continue the one in the folder with its results.
 
-        Values that are not in the plan keep their results, and are not chosen from.
+        Results of values that are not in the plan are kept, but not chosen.
 
         Raises:
-            FileExistsError: the folder holds something else.
-            OSError: it cannot be written.
-            ValueError: a sweep of other runs than the plan's, or a broken ``sweep.json``.
+            FileExistsError: If the folder holds something else.
+            OSError: If it cannot be written.
+            ValueError: If it holds a sweep with other settings, or ``sweep.json`` is damaged.
         """
         path = folder / "sweep.json"
-        record = cls(folder, plan)
+        sweep = cls(folder, plan)
         if path.is_file():
             try:
                 known = read_json(path)
                 if known.get("format") != FORMAT:
                     raise ValueError(f"expected format {FORMAT!r}, got {known.get('format')!r:.80}")
-                theirs = {k: v for k, v in state.recorded(expect(known, "settings", dict)).items() if k not in VARIED}
-                for name, kept in (("runs", record.search), ("final", record.final)):
+                theirs = _shared(recorded_settings(expect(known, "settings", dict)))
+                for name, figures, kept in (
+                    ("runs", SEARCH_FIGURES, sweep.search),
+                    ("final", FINAL_FIGURES, sweep.final),
+                ):
                     for entry in expect(known, name, list):
-                        _check_entry(entry, tested=name == "final")
-                        kept[_point(entry), entry["seed"]] = entry
+                        _check_entry(entry, figures)
+                        kept[Point(entry["lr"], entry["weight_decay"], entry["drop_path"]), entry["seed"]] = entry
             except ValueError as error:
                 raise ValueError(f"{path} is not what a sweep writes: {error}") from error
-            ours = record.common()
+            ours = _shared(plan.base.to_dict())
             for name in sorted(theirs.keys() | ours.keys()):
                 if theirs.get(name) != ours.get(name):
                     raise ValueError(
@@ -155,67 +166,56 @@ class Record:
                     )
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"out: {folder} exists, and is no sweep")
-        try:
-            check_writable(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(error.errno, f"out: {error.strerror}") from error
-        record.write()
-        return record
+        check_out(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep.write()
+        return sweep
 
-    def common(self) -> dict[str, Any]:
-        """The settings that all runs share."""
-        return {name: value for name, value in self.plan.base.to_dict().items() if name not in VARIED}
+    def run_folder(self, point: Point, seed: int, *, final: bool) -> Path:
+        """The folder of a run, relative to the sweep's."""
+        return Path("final" if final else "runs") / f"{point.label}-seed{seed}"
 
-    def search_folder(self, point: Point, seed: int) -> Path:
-        """Of a run of the grid, relative to the sweep's."""
-        return Path("runs") / f"{point.label}-seed{seed}"
-
-    def final_folder(self, point: Point, seed: int) -> Path:
-        """Of a run that is tested, relative to the sweep's."""
-        return Path("final") / f"{point.label}-seed{seed}"
-
-    def searched(self, point: Point, seed: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep and return what a run of the grid came to: ``val_accuracy``, ``val_loss``, ``epoch``, or ``error``."""
-        entry = {"folder": str(self.search_folder(point, seed)), **vars(point), "seed": seed}
+    def add_search(self, point: Point, seed: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Add and return the result of a run of the grid: its figures at the best epoch, or ``error``."""
         if "error" in metrics:
-            entry["error"] = metrics["error"]
+            figures = {"error": metrics["error"]}
         else:
             best = next(e for e in metrics["epochs"] if e["epoch"] == metrics["best_epoch"])
-            entry |= {name: best[name] for name in ("epoch", "val_accuracy", "val_loss")}
-        self.search[point, seed] = entry
+            figures = {name: best[name] for name in SEARCH_FIGURES}
+        folder = self.run_folder(point, seed, final=False)
+        self.search[point, seed] = {"folder": str(folder), **vars(point), "seed": seed, **figures}
         self.write()
-        return entry
+        return self.search[point, seed]
 
-    def tested(self, point: Point, seed: int, metrics: Mapping[str, Any]) -> None:
-        """Keep what a final run came to."""
-        entry = {"folder": str(self.final_folder(point, seed)), **vars(point), "seed": seed}
-        self.final[point, seed] = entry | {name: metrics[name] for name in ("test_accuracy", "test_loss")}
+    def add_final(self, point: Point, seed: int, metrics: Mapping[str, Any]) -> None:
+        """Add the result of a run that was tested."""
+        folder, figures = self.run_folder(point, seed, final=True), {name: metrics[name] for name in FINAL_FIGURES}
+        self.final[point, seed] = {"folder": str(folder), **vars(point), "seed": seed, **figures}
         self.write()
 
     def score(self, point: Point) -> tuple[float, float] | None:
-        """(mean validation accuracy, mean validation loss) over seeds; None if a seed is missing or diverged."""
+        """Mean validation accuracy and loss over seeds; None if a seed is missing or diverged."""
         found = [self.search.get((point, seed), {}) for seed in self.plan.seeds]
         if any("val_accuracy" not in entry for entry in found):
             return None
         return statistics.fmean(e["val_accuracy"] for e in found), statistics.fmean(e["val_loss"] for e in found)
 
     def best(self) -> Point | None:
-        """The highest accuracy; of equals the lowest loss, then the first of the grid. None if all diverged."""
+        """The point of the highest accuracy, then the lowest loss, then the first. None if all diverged."""
         scores = {point: score for point in self.plan.points if (score := self.score(point)) is not None}
         return max(scores, key=lambda point: (scores[point][0], -scores[point][1]), default=None)
 
     def tests(self) -> list[dict[str, Any]]:
-        """Final runs of the best setting. (More values may have changed the choice since an earlier one.)"""
+        """Results of the final runs of the best point. (A larger grid may have changed the choice.)"""
         best = self.best()
         return [self.final[best, seed] for seed in self.plan.seeds if best and (best, seed) in self.final]
 
     def write(self) -> None:
-        """Write ``sweep.json`` and ``sweep.md``, each whole."""
+        """Write ``sweep.json`` and ``sweep.md``, each atomically."""
         plan, best = self.plan, self.best()
         values = {
             "format": FORMAT,
-            "settings": self.common(),
+            "settings": _shared(plan.base.to_dict()),
             "grid": [vars(point) for point in plan.points],
             "seeds": list(plan.seeds),
             "runs": list(self.search.values()),
@@ -227,7 +227,7 @@ class Record:
         write_atomically(self.folder / "sweep.md", text.encode())
 
     def grids(self) -> list[Grid]:
-        """The results so far: the grid, and what the choice came to on the test images."""
+        """Tables of the results so far: the grid, and the test results of the choice."""
         return [self._search_grid(), self._final_grid()] if self.tests() else [self._search_grid()]
 
     def _search_grid(self) -> Grid:
@@ -261,33 +261,11 @@ class Record:
         return grid
 
 
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that all runs share."""
+    return {name: value for name, value in settings.items() if name not in VARIED}
+
+
 def _spread(accuracies: Sequence[float]) -> str:
     mean = f"{100 * statistics.fmean(accuracies):.2f}"
     return f"{mean} ± {100 * statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else mean
-
-
-def left_behind(folder: Path, settings: Settings) -> dict[str, Any] | None:
-    """The ``metrics.json`` of an earlier start of a run, or None where the run must start anew.
-
-    ``"finished"`` in it says whether there is nothing left to train; a run that diverged counts as
-    finished. A folder of a run that stopped before its first epoch ended holds nothing to go on
-    from, and is removed.
-
-    Raises:
-        ValueError: it has other settings, or its files are broken.
-    """
-    if not folder.exists():
-        return None
-    metrics = read_run(folder) if (folder / "metrics.json").is_file() else {}
-    if metrics:
-        wanted, found = settings.to_dict(), state.recorded(metrics["settings"])
-        for name in wanted.keys() - state.MAY_DIFFER:
-            if found.get(name) != wanted[name]:
-                raise ValueError(f"{name}: {folder} holds a run with {found.get(name)!r}, got {wanted[name]!r}")
-    diverged = str(metrics.get("error", "")).startswith(FloatingPointError.__name__)
-    if metrics.get("finished") or diverged:
-        return metrics | {"finished": True}
-    if (folder / state.FILE).is_file():
-        return metrics | {"finished": False}
-    shutil.rmtree(folder)
-    return None
