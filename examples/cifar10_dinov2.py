@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.memory import peak_extra_bytes
+from benchmarks.measures import peak_extra_bytes
 from rlrr_kernels import count_parameters, param_groups
 from rlrr_kernels.finetune import Settings
 from rlrr_kernels.finetune.__main__ import main as rlrr_finetune

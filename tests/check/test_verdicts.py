@@ -125,7 +125,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
-def test_a_file_that_is_no_record_costs_one_warning(file, content):
+def test_a_damaged_file_is_one_warning(file, content):
     file.write_text(content)
     with pytest.warns(UserWarning, match=r"checked.json: .*; left out: `python -m rlrr_kernels check`"):
         assert verdicts.failure("cpu", CPU) is None

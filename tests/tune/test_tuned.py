@@ -151,7 +151,7 @@ def test_a_bad_entry_leaves_the_good_ones(file):
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "missing", "link to itself"])
-def test_what_is_no_file_is_said_and_not_waited_for(file, kind):
+def test_a_path_that_is_no_file_is_one_warning(file, kind):
     make = {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "link to itself": lambda: file.symlink_to(file)}
     make.get(kind, lambda: None)()
     words = {"missing": "there is no such file, though RLRR_TUNED_FILE names it", "link to itself": "symbolic links"}
