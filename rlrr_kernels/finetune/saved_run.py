@@ -22,7 +22,7 @@ from rlrr_kernels.io.reading import read_safetensors
 
 #: Settings in which a run and its continuation may differ: they do not change what is computed. Another ``data`` or
 #: ``data_root`` must hold the same images, see :func:`check_data`.
-MAY_DIFFER = frozenset({"device", "workers", "cache", "out", "resume", "tensorboard", "data", "data_root"})
+MAY_DIFFER = frozenset({"device", "workers", "cache", "compile", "out", "resume", "tensorboard", "data", "data_root"})
 
 #: Types of the entries of ``metrics.json`` that are read. A run that diverged lacks some.
 METRICS_TYPES: Mapping[str, tuple[type, ...]] = {

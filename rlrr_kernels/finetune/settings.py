@@ -132,6 +132,11 @@ class Settings:
     )
     flip: bool = setting(False, "mirror training images at random")
     precision: str = setting("fp32", "fp32, or autocast to bf16 or fp16 (the latter with a scaled loss)", PRECISIONS)
+    compile: str = setting(
+        "",
+        "train through torch.compile: default, or reduce-overhead (CUDA graphs, on an NVIDIA GPU); empty: eager",
+        ("", "default", "reduce-overhead"),
+    )
     early_stop: int = setting(0, "stop after so many epochs without a better validation result; 0: never", least=0)
     parallel: str = setting("ddp", "under torchrun: whole copies of the model, or sharded parameters", ("ddp", "fsdp"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -209,6 +214,11 @@ class Settings:
             raise ValueError(
                 f"early_stop: expected 0 with protocol={self.resolved_protocol!r}, which uses no validation "
                 f"images as protocol='choose-epoch' does, got {self.early_stop}"
+            )
+        if self.compile == "reduce-overhead" and self.grad_accumulation > 1:
+            raise ValueError(
+                f"compile: expected default or nothing with grad_accumulation={self.grad_accumulation}, because a CUDA "
+                f"graph overwrites the gradients of the batch before, got {self.compile!r}"
             )
         if self.frozen_dtype and self.method != "rlrr":
             raise ValueError(f"frozen_dtype: expected none with method={self.method!r}, got {self.frozen_dtype!r}")

@@ -152,6 +152,10 @@ class Trainer:
         self.world = distributed.start(device)
         self.model = model.to(device)
         self.wrapped = distributed.wrap(self.model, self.world, settings.parallel, device)
+        self.forward: Any = self.wrapped
+        if settings.compile:
+            # shapes are fixed but for the last batch of an epoch, which is compiled once, too
+            self.forward = torch.compile(self.wrapped, mode=settings.compile, dynamic=False)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
         self.images = splits.train if settings.resolved_protocol == "choose-epoch" else splits.trainval
@@ -257,7 +261,7 @@ class Trainer:
         labels = labels.to(self.device, non_blocking=True)
         images, targets = self.mixing(images, labels, self.step, number)
         with distributed.synchronising(self.wrapped, batch.last):
-            logits = logits_of(self.wrapped, images, self.settings.precision)[: batch.counts]
+            logits = logits_of(self.forward, images, self.settings.precision)[: batch.counts]
             targets = targets[: batch.counts]
             # mixing smooths its targets itself
             smoothing = 0.0 if self.mixing.on else self.settings.label_smoothing

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from rlrr_kernels.finetune import Settings
 from rlrr_kernels.finetune.trainer import Average, Trainer, logits_of
 from tests.finetune.runs import prepared
 
@@ -62,6 +63,32 @@ def test_equal_cycles_are_cut_off_at_the_end_too(tmp_path):
     cosine = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
     assert found == pytest.approx([*cosine, *cosine[:3]])
     assert rates(trainer(tmp_path, epochs=1, **options), 3) == pytest.approx(cosine[:3])
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_those_of_eager_also_with_a_short_last_batch(tmp_path, monkeypatch):
+    """89 images in batches of 32, 32 and 25; the compiler runs what it traced as it is."""
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(inputs)
+        return graph
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode, **o: compile_(model, backend=counted, **o))
+    options = {"sizes": (89, 8, 8), "lr": 1e-3, "warmup_epochs": 0, "batch_size": 32, "drop_path": 0.0}
+    eager, compiled = trainer(tmp_path, **options), trainer(tmp_path, **options, compile="default")
+    for _ in range(2):
+        one, other = epoch(eager), epoch(compiled)
+        assert other["train_loss"] == one["train_loss"]
+    assert len(graphs) == 2
+    assert compiled.evaluate(compiled.splits.test) == eager.evaluate(eager.splits.test)
+    assert len(graphs) == 2  # evaluation stays eager
+
+
+def test_a_cuda_graph_keeps_no_gradients_of_another_batch():
+    with pytest.raises(ValueError, match=r"^compile: .* grad_accumulation=2.* got 'reduce-overhead'"):
+        Settings(compile="reduce-overhead", grad_accumulation=2)
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path):

@@ -16,7 +16,9 @@ from rlrr_kernels.finetune.settings import DEFAULTS, format_value
 from rlrr_kernels.io.checks import expect, read_json
 
 #: Settings in which runs that are averaged may differ: the seed, and those that do not change results.
-MAY_DIFFER = frozenset({"seed", "out", "resume", "data_root", "device", "workers", "cache", "tensorboard", "parallel"})
+MAY_DIFFER = frozenset(
+    {"seed", "out", "resume", "data_root", "device", "workers", "cache", "tensorboard", "parallel", "compile"}
+)
 
 #: Settings that define a method, whatever it is trained on; and those that only one method reads.
 DEFINING = ("checkpoint", "pretrained", "head_init", "img_size", "precision", "drop_path_kind", "ema")
