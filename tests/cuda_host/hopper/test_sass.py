@@ -60,7 +60,7 @@ def _columns(lines: list[str]) -> int:
 
 
 WAITING = """
-#include "hopper/pipeline.cuh"
+#include "hopper/warpgroups.cuh"
 RLRR_HOPPER_KERNEL waiting() {
   auto& ring = *reinterpret_cast<rlrr::hopper::Ring<2>*>(rlrr::ptx::swizzled_shared_memory());
   rlrr::hopper::Place<2>().await(ring);
