@@ -100,13 +100,13 @@ def without_gpu(device: Any, compiled: list[Any]) -> Iterator[None]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from rlrr_kernels.backends.triton import launch, layer_norm
+    from rlrr_kernels.backends.triton import launch, norm
     from rlrr_kernels.backends.triton.gluon import launch as gluon
 
     major, minor = device.capability
     driver.set_active(NoGPU(10 * major + minor))
     with contextlib.ExitStack() as stack:
-        for module in (launch, layer_norm, gluon):
+        for module in (launch, norm, gluon):
             for name, kernel in vars(module).copy().items():
                 if isinstance(kernel, JITFunction) and name.endswith("_kernel"):  # not what kernels call
                     stack.enter_context(mock.patch.object(module, name, CompileOnly(kernel, compiled)))
@@ -172,7 +172,7 @@ def product_loop(sass: str) -> tuple[list[str], int]:
 def main() -> None:
     import torch
 
-    from rlrr_kernels.backends.triton import choose, launch, layer_norm
+    from rlrr_kernels.backends.triton import choose, launch, norm
     from rlrr_kernels.backends.triton.gluon import launch as gluon
 
     request = json.load(sys.stdin)
@@ -209,8 +209,8 @@ def main() -> None:
                 backend.grad_input(dy, weight, u, v, **arguments)
             elif kernel == "layer_norm":  # over K, forward and backward
                 own, (mean, rstd) = weight[0], torch.empty(2, m, 1, dtype=torch.float32, device="meta")
-                layer_norm.forward(x, own, own, v[0, 0], v[0, 0], 1e-6, x.dtype)
-                layer_norm.backward(x, x, mean, rstd, own, own, v[0, 0], True)
+                norm.layer_norm(x, own, own, v[0, 0], v[0, 0], 1e-6, x.dtype)
+                norm.layer_norm_backward(x, x, mean, rstd, own, own, v[0, 0], True)
             else:
                 backend.grad_scales(dy, x, weight, u, v, True, **arguments)
             for result in compiled:

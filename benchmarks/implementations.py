@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from benchmarks import baselines, results
 from benchmarks.cases import MODELS
 from benchmarks.timing import Call, Rejected, Unavailable
-from rlrr_kernels import backend_for, ops, rescaled_linear, use_backend
+from rlrr_kernels import backend_for, rescaled_linear, use_backend
 from rlrr_kernels.backends import choice, reference, verdicts
+from rlrr_kernels.ops import linear
 
 #: ViT-B/16: tokens of one image, and (N, K, groups) of the four linears of a block
 TOKENS = MODELS["vit_b"][0].tokens
@@ -149,17 +150,17 @@ def three_ops(i: Inputs) -> tuple[Tensor, ...]:
 
 
 def _op_forward(i: Inputs) -> tuple[Tensor, ...]:
-    return (ops.forward(*(t.detach() for t in i.arguments)),)
+    return (linear.forward(*(t.detach() for t in i.arguments)),)
 
 
 def _op_backward(i: Inputs) -> tuple[Tensor, ...]:
-    dx = ops.grad_input(i.dy, i.weight, i.scale_out.detach(), i.scale_in.detach())
+    dx = linear.grad_input(i.dy, i.weight, i.scale_out.detach(), i.scale_in.detach())
     return dx, *_op_grad(i)
 
 
 def _op_grad(i: Inputs) -> tuple[Tensor, ...]:
     x, u, v, _ = (t.detach() for t in i.trained)
-    return ops.grad_scales(i.dy, x, i.weight, u, v, True)
+    return linear.grad_scales(i.dy, x, i.weight, u, v, True)
 
 
 #: Products and ops without autograd: implementation -> direction -> what runs.

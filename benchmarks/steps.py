@@ -13,10 +13,9 @@ from benchmarks import results
 from benchmarks.baselines import weight_by_autograd
 from benchmarks.implementations import require_peft
 from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm, apply_rlrr
-from rlrr_kernels.finetune.peers import apply_lora, apply_ssf
-from rlrr_kernels.models.adapt import adapters, replace
-from rlrr_kernels.models.bypass import skeleton_of
-from rlrr_kernels.models.heads import head
+from rlrr_kernels.finetune.backbone import apply_lora, apply_ssf
+from rlrr_kernels.models.bypass import meta_copy
+from rlrr_kernels.models.modules import adapters, head, replace
 
 CLASSES = 100
 #: Without weight decay on anything that the method would spare; the same for all, as only its cost matters here.
@@ -69,7 +68,7 @@ def apply_formula(model: nn.Module) -> nn.Module:
 def _apply_hira(model: nn.Module) -> nn.Module:
     """HiRA of rank 1 by PEFT on the linears that RLRR adapts; the head trains too."""
     peft = require_peft()
-    adapted = apply_rlrr(skeleton_of(model), train_head=False)
+    adapted = apply_rlrr(meta_copy(model), train_head=False)
     targets = [name for name, layer in adapted.named_modules() if isinstance(layer, FusedRLRRLinear)]
     peft.inject_adapter_in_model(peft.HiraConfig(r=1, target_modules=targets), model)
     head(model).requires_grad_(True)

@@ -22,8 +22,9 @@ from benchmarks.memory import peak_and_results, saved_for_backward
 from benchmarks.results import COMPOSED, FORMULA, FORMULA_COMPILED, LAYER_NORM, NORM_IMPLEMENTATIONS, OURS, LayerCase
 from benchmarks.suite import Outcome, Rivals, outcome, parametrize, turn_by_turn
 from benchmarks.timing import Call, Variant
+from rlrr_kernels.backends import choice, reference
+from rlrr_kernels.backends.reference import compose_affine
 from rlrr_kernels.layers.norm import SSFLayerNorm
-from rlrr_kernels.ops import compose_affine, layer_norm_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGES = (1, 32, 256) if DEVICE == "cuda" else (8,)
@@ -117,7 +118,7 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
         rounds or timing.ROUNDS,
         warm_seconds=0.3 if DEVICE == "cuda" and rounds is None else 0.0,
     )
-    served = "torch" if layer_norm_kernels(pairs[0][0]) is None else "triton"
+    served = "torch" if choice.module_for_layer_norm(pairs[0][0]) is reference else "triton"
     outcomes = {}
     for name in names:
         case = LayerCase(

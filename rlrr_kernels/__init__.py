@@ -15,7 +15,8 @@ from rlrr_kernels.layers.norm import SSFAffine, SSFLayerNorm
 from rlrr_kernels.models import tuners as tuners  # for what it sets up
 from rlrr_kernels.models.adapt import apply_rlrr
 from rlrr_kernels.models.config import RLRRConfig
-from rlrr_kernels.models.merge import disable_adapter, merge, merge_and_unload, unmerge
+from rlrr_kernels.models.disable import disable_adapter
+from rlrr_kernels.models.merge import merge, merge_and_unload, unmerge
 from rlrr_kernels.models.parameters import count_parameters, param_groups, print_trainable_parameters
 from rlrr_kernels.ops.export import decomposition_table
 from rlrr_kernels.ops.linear import rescaled_linear

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,19 @@ def device_of(backend: str) -> str:
     return "cuda" if backend in ("cuda", "gluon") or (backend == "triton" and torch.cuda.is_available()) else "cpu"
 
 
-def backends_with(dtypes: Iterable[torch.dtype], backends: Iterable[Any] = BACKENDS) -> list[Any]:
-    """To parametrise ``backend, dtype``. Interpreted kernels take seconds: but for bfloat16 they are slow tests."""
+def backends_with(
+    dtypes: Iterable[Any], backends: Iterable[Any] = BACKENDS, quick: Sequence[Any] = (torch.bfloat16,)
+) -> list[Any]:
+    """Parameters ``backend, dtype`` of a test.
+
+    Interpreted kernels take seconds: with dtypes (or other second parameters) that are not in ``quick`` they are slow
+    tests.
+    """
     found = []
     for backend in backends:
         (name,), marks = getattr(backend, "values", [backend]), getattr(backend, "marks", ())
         for dtype in dtypes:
-            slow = name == "triton" and device_of(name) == "cpu" and dtype is not torch.bfloat16
+            slow = name == "triton" and device_of(name) == "cpu" and dtype not in quick
             found.append(pytest.param(name, dtype, id=f"{name}-{dtype}", marks=[*marks, *[pytest.mark.slow] * slow]))
     return found
 

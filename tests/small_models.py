@@ -55,3 +55,8 @@ def stir(model: nn.Module) -> nn.Module:
 def tuned(make=small_vit, **options) -> nn.Module:
     """Adapted, and moved as by training."""
     return stir(apply_rlrr(make(), **options))
+
+
+def names_of(model: nn.Module, kind: type | tuple[type, ...]) -> set[str]:
+    """Names of the modules of these kinds in a model."""
+    return {name for name, module in model.named_modules() if isinstance(module, kind)}

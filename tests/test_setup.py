@@ -1,4 +1,4 @@
-"""What setup.py builds, what it leaves out, and what it says."""
+"""What setup.py builds, what it leaves out, and its messages."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ VARIABLES = ("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", *BUILD)
 
 @pytest.fixture
 def setup(monkeypatch) -> ModuleType:
-    """setup.py as a module, in an environment that asks for nothing."""
+    """setup.py as a module, in an environment without its variables."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location("rlrr_setup", ROOT / "setup.py")
@@ -30,8 +30,8 @@ def setup(monkeypatch) -> ModuleType:
 
 
 @pytest.mark.parametrize(("name", "tool"), [("cpu", "g++"), ("cuda", "nvcc")])
-def test_what_is_installed_has_the_library_wherever_its_compiler_is(name, tool):
-    """All tests of a library skip where it is missing; this one does not."""
+def test_a_library_is_built_wherever_its_compiler_is(name, tool):
+    """The other tests of a library are skipped where it is missing."""
     if shutil.which(tool) is None or os.environ.get(f"RLRR_BUILD_{name.upper()}") == "0":
         pytest.skip(f"no {tool}, or not to be built")
     if name == "cuda" and torch.version.cuda is None:
@@ -78,13 +78,14 @@ def test_switches(setup, monkeypatch):
     assert setup.wanted("cpu") is None
     monkeypatch.setenv("RLRR_BUILD_CPU", "0")
     assert setup.wanted("cpu") is False
-    monkeypatch.setenv("RLRR_BUILD_CPU", "yes")
-    with pytest.raises(SystemExit, match="RLRR_BUILD_CPU: expected 0 or 1, got 'yes'"):
-        setup.wanted("cpu")
+    for name in ("RLRR_BUILD_CPU", "RLRR_DEBUG_WAITS"):
+        monkeypatch.setenv(name, "yes")
+        with pytest.raises(SystemExit, match=f"{name}: expected 0 or 1, got 'yes'"):
+            setup.switch(name)
 
 
 class Commands:
-    """Stands for a build: takes down what would be run."""
+    """Records the commands of a build, which are not run."""
 
     def __init__(self, torch: Path) -> None:
         self.torch, self.cxx, self.torch_flags = torch, ["g++"], []
@@ -98,7 +99,7 @@ class Commands:
 
 
 @pytest.mark.parametrize(("value", "defined"), [("1", True), ("0", False), ("", False)])
-def test_waits_are_bounded_in_the_hopper_kernels_where_asked_for(setup, monkeypatch, tmp_path, value, defined):
+def test_waits_of_the_hopper_kernels_are_bounded_on_request(setup, monkeypatch, tmp_path, value, defined):
     for file in ("bin/nvcc", "lib64/libcudart_static.a", "lib/libtorch_cuda.so"):
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).touch()
@@ -109,15 +110,9 @@ def test_waits_are_bounded_in_the_hopper_kernels_where_asked_for(setup, monkeypa
     assert having == (set((ROOT / "csrc" / "cuda" / "hopper").glob("*.cu")) if defined else set())
 
 
-def test_debug_waits_that_are_no_switch(setup, monkeypatch):
-    monkeypatch.setenv("RLRR_DEBUG_WAITS", "yes")
-    with pytest.raises(SystemExit, match="RLRR_DEBUG_WAITS: expected 0 or 1, got 'yes'"):
-        setup.switch("RLRR_DEBUG_WAITS")
-
-
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """The sources in a folder of their own."""
+    """A copy of the sources."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "rlrr_kernels"):

@@ -22,22 +22,22 @@ from torch.nn import functional as F
 from benchmarks import implementations, results, timing
 from benchmarks.implementations import LAYERS, TOKENS, Inputs, make_inputs
 from benchmarks.timing import Call, Variant
-from rlrr_kernels import ops
+from rlrr_kernels.ops import linear
 
 BLAS = "BLAS"
 NAMES = (results.GLUON, results.TRITON, results.CUDA, results.CUDA_HOPPER)
 
 
 def _forward(i: Inputs) -> Tensor:
-    return ops.forward(*(t.detach() for t in i.arguments))
+    return linear.forward(*(t.detach() for t in i.arguments))
 
 
 def _grad_input(i: Inputs) -> Tensor:
-    return ops.grad_input(i.dy, i.weight, i.scale_out.detach(), i.scale_in.detach())
+    return linear.grad_input(i.dy, i.weight, i.scale_out.detach(), i.scale_in.detach())
 
 
 def _grad_scales(i: Inputs) -> tuple[Tensor, ...]:
-    return ops.grad_scales(i.dy, i.x.detach(), i.weight, i.scale_out.detach(), i.scale_in.detach(), True)
+    return linear.grad_scales(i.dy, i.x.detach(), i.weight, i.scale_out.detach(), i.scale_in.detach(), True)
 
 
 #: Pass -> ours, and the product without rescaling and reductions.

@@ -17,7 +17,6 @@ from benchmarks import implementations, results
 from benchmarks.agreement import relative_error
 from benchmarks.implementations import Inputs, make_inputs
 from benchmarks.timing import Unavailable
-from rlrr_kernels import ops
 from rlrr_kernels.backends import reference
 
 NAMES = {"gluon": results.GLUON, "triton": results.TRITON, "cuda": results.CUDA, "hopper": results.CUDA_HOPPER}
@@ -54,7 +53,7 @@ def wrong(backend: str, which: str) -> list[str]:
             there = [t.cuda() for t in tensors]
             implementations.served_by(NAMES[backend], there[0], there[1])
             with implementations.context(NAMES[backend])():
-                got = _run(ops, which, there)
+                got = _run(torch.ops.rlrr, which, there)
             off = relative_error([t.cpu() for t in got], _run(reference, which, [t.double() for t in tensors]))
             if not off <= limit:
                 found.append(f"at {shape}, {dtype}: expected an error of {limit:g} at most, got {off:.3g}")

@@ -81,7 +81,7 @@ def _heads_of(path: Path) -> Collection[str]:
 def _weights_of_timm(name: str, pretrained: bool, checkpoint: Path | None) -> dict[str, Tensor]:
     import timm
 
-    from rlrr_kernels.finetune.models import load_backbone
+    from rlrr_kernels.finetune.backbone import load_backbone
 
     if checkpoint is not None and not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint: {checkpoint} does not exist")

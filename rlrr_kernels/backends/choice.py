@@ -1,5 +1,22 @@
 """Which backend serves which tensors.
 
+A backend is a module with these functions (shapes as in :mod:`rlrr_kernels.backends.reference`); it knows nothing of
+``nn.Module``, autocast or autograd::
+
+    forward(x, weight, scale_out, scale_in, bias, shift) -> y
+    grad_input(dy, weight, scale_out, scale_in) -> dx
+    grad_scales(dy, x, weight, scale_out, scale_in, need_shift) -> (du, dv, df)
+    grad_shift(dy) -> df, if neither u nor v trains
+    unsupported(x, weight) -> why it cannot serve these tensors, or None
+
+and, if it serves LayerNorm too::
+
+    layer_norm(x, weight, bias, scale, shift, eps, dtype) -> (y, mean, rstd)
+    layer_norm_backward(dy, x, mean, rstd, weight, bias, scale, need_x) -> (dx, ds, dt)
+    unsupported_layer_norm(x) -> why it cannot serve x, or None
+
+To add one, write the module and add its line to :data:`BACKENDS` (and its name to :data:`LAYER_NORM_BACKENDS`).
+
 ``auto`` takes, for each pass, what was measured fastest (:mod:`rlrr_kernels.backends.tuned`), else the first of the
 backends that are tried for the device type without being asked; in both cases one that can serve the tensors, and
 that has not failed ``python -m rlrr_kernels check`` on this device.
@@ -20,7 +37,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rlrr_kernels.backends import tuned
+from rlrr_kernels.backends import tuned, verdicts
 from rlrr_kernels.backends.problem import Pass, Problem
 
 #: name -> (module, device types it is tried for without being asked), best first.
@@ -35,6 +52,9 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reference": ("rlrr_kernels.backends.reference", ()),
 }
 
+#: The backends that serve LayerNorm, best first, for the device types above; ``reference`` serves all the rest.
+LAYER_NORM_BACKENDS = ("triton",)
+
 _forced: str | None = None
 _loaded: dict[str, ModuleType | str] = {}
 _warned: set[str] = set()
@@ -47,18 +67,18 @@ def _checked(name: str, source: str) -> str:
 
 
 def _asked() -> str | None:
-    """What ``use_backend`` or else ``RLRR_BACKEND`` says, unchecked."""
+    """The value of ``use_backend`` or else of ``RLRR_BACKEND``, unchecked."""
     forced = _forced
     return forced if forced is not None else os.environ.get("RLRR_BACKEND")
 
 
 def _named(asked: str | None) -> str | None:
-    """The backend that a request names, or None for a free choice."""
+    """The backend that this value names, or None for the default choice."""
     return None if asked in (None, "auto", "") else _checked(asked, "RLRR_BACKEND")
 
 
 def requested() -> str | None:
-    """The backend asked for by ``use_backend`` or ``RLRR_BACKEND``, or None for a free choice."""
+    """The backend asked for by ``use_backend`` or ``RLRR_BACKEND``, or None for the default choice."""
     return _named(_asked())
 
 
@@ -66,11 +86,15 @@ def requested() -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the block, in all threads, on one backend.
 
-    ``name``: ``"cpu"``, ``"gluon"``, ``"triton"``, ``"cuda"``, ``"panels"``, ``"reference"`` or
-    ``"auto"`` (the default choice). It takes precedence over the environment variable
-    ``RLRR_BACKEND``. Backward runs on whatever is in force when it runs. Raises
-    ``ValueError`` for another name; an op raises ``RuntimeError`` where the named
-    backend cannot serve its tensors.
+    It takes precedence over the environment variable ``RLRR_BACKEND``. A backward pass runs on the backend that is in
+    force when it runs. Inside the block an op raises RuntimeError if the backend cannot serve its tensors.
+
+    Args:
+        name: ``"cpu"``, ``"gluon"``, ``"triton"``, ``"cuda"``, ``"panels"``, ``"reference"``, or ``"auto"`` for the
+            default choice.
+
+    Raises:
+        ValueError: If there is no backend of this name.
     """
     global _forced
     if name != "auto":
@@ -100,20 +124,20 @@ def refusal(name: str, x: Tensor, weight: Tensor) -> str | None:
 
 @functools.cache
 def failed(name: str, device: torch.device, *passes: str) -> str | None:
-    """Why no free choice takes the backend here: how it failed its check on this device; None where it did not.
+    """How the backend failed ``python -m rlrr_kernels check`` on this device, or None if it has not failed.
 
-    ``passes``: those that count, by default the three of the linear layer. Read once a process.
+    Args:
+        name: the backend.
+        device: the device.
+        passes: those that count; by default the three of the linear layer.
     """
-    # not at import: the package's other parts come after this one
-    from rlrr_kernels.backends import verdicts
-
     subject = "cuda-hopper" if name == "cuda" and os.environ.get("RLRR_CUDA_HOPPER") == "1" else name
     why = verdicts.failure(subject, device, passes or verdicts.PRODUCTS)
     return None if why is None else f"failed its check on this device: {why}"
 
 
-def gone(name: str, device: torch.device) -> str | None:
-    """Why a free choice takes the backend for no tensors of this device: :func:`failed`, or not here; else None."""
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Why the default choice never takes the backend on this device: it failed its check, or cannot be imported."""
     why = failed(name, device)
     if why is not None:
         return why
@@ -121,8 +145,8 @@ def gone(name: str, device: torch.device) -> str | None:
     return module if isinstance(module, str) else None
 
 
-def say_once(name: str, instead: str, why: str | None) -> None:
-    """Say once why a preferred backend is :func:`gone`."""
+def warn_once(name: str, instead: str, why: str | None) -> None:
+    """Warn, once for each backend, that a preferred backend is unavailable."""
     if why is not None and name not in _warned:
         _warned.add(name)
         warnings.warn(f"rlrr_kernels: backend {name!r} is not available, {instead!r} serves: {why}", stacklevel=2)
@@ -130,11 +154,11 @@ def say_once(name: str, instead: str, why: str | None) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What serves tensors of some dtypes on a device.
+    """The backends that serve tensors of some dtypes on a device.
 
     Attributes:
-        name, why, module: of the backend for all that was not measured.
-        measured: pass -> the backends that were fastest at some shape and can serve, if another is among them.
+        name, why, module: the backend for every shape that was not measured, and why it is chosen.
+        measured: pass -> the backends that were measured fastest at some shape and can serve these tensors.
     """
 
     name: str
@@ -143,7 +167,7 @@ class _Plan:
     measured: Mapping[Pass, Mapping[str, ModuleType]] = field(default_factory=dict)
 
 
-#: (asked for, device, dtype of x, dtype of W) -> what serves. Only what is settled is kept.
+#: (asked for, device, dtype of x, dtype of W) -> its plan. An error is not kept.
 _plans: dict[tuple[str | None, torch.device, torch.dtype, torch.dtype], _Plan] = {}
 
 
@@ -152,10 +176,7 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor) -> _Plan:
     if name is not None:
         why = refusal(name, x, weight)
         if why is not None:
-            raise RuntimeError(
-                f"backend {name!r} cannot serve {why}. Leave the choice open "
-                "(RLRR_BACKEND=auto, use_backend('auto')) or name another: " + ", ".join(BACKENDS)
-            )
+            raise RuntimeError(_cannot_serve(name, why))
         return _Plan(name, "asked for", _loaded_module(name))
     refused: list[str] = []
     measured = _measured(x, weight, refused)
@@ -168,14 +189,14 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor) -> _Plan:
     else:
         return _Plan("panels", f"serves every device, {x.device.type} too", _loaded_module("panels"), measured)
     for other in refused:
-        say_once(other, name, gone(other, x.device))
+        warn_once(other, name, unavailable(other, x.device))
     whys = [f"{other} {failed(other, x.device) or 'cannot serve it'}" for other in refused]
     measured = {kernel: found for kernel, found in measured.items() if set(found) != {name}}
     return _Plan(name, "; ".join(whys) or f"default for {x.device.type}", _loaded_module(name), measured)
 
 
 def _measured(x: Tensor, weight: Tensor, refused: list[str]) -> dict[Pass, dict[str, ModuleType]]:
-    """As :class:`_Plan` has it, the default's too; adds to ``refused`` what cannot serve."""
+    """The plan's ``measured``, the default backend included; adds the backends that cannot serve to ``refused``."""
     found: dict[Pass, dict[str, ModuleType]] = {}
     for entry in tuned.entries(x.device):
         name = entry.backend
@@ -189,7 +210,7 @@ def _measured(x: Tensor, weight: Tensor, refused: list[str]) -> dict[Pass, dict[
 
 
 def _fits(name: str, x: Tensor, weight: Tensor) -> bool:
-    # in this order: what failed may not even survive being loaded
+    # in this order: a backend that failed may crash when it is loaded
     return failed(name, x.device) is None and refusal(name, x, weight) is None
 
 
@@ -200,7 +221,7 @@ def _loaded_module(name: str) -> ModuleType:
 
 
 def _chosen(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int) -> tuple[str, str, ModuleType]:
-    asked = _asked()  # once: another thread may enter use_backend meanwhile
+    asked = _asked()  # read once: another thread may enter use_backend meanwhile
     key = (asked, x.device, x.dtype, weight.dtype)
     plan = _plans.get(key)
     if plan is None:
@@ -216,24 +237,63 @@ def _chosen(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int) -
 
 
 def module_for(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int = 1) -> ModuleType:
-    """The backend that serves a pass over this many rows of x (or dy), as :func:`explain` names it."""
+    """The backend that serves a pass over ``tokens`` rows of x (or dy)."""
     return _chosen(kernel, x, weight, tokens, groups)[2]
 
 
-def backend_for(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1) -> str:
-    """Name of the backend that serves these tensors: the one asked for, or the best that can.
+def module_for_layer_norm(x: Tensor) -> ModuleType:
+    """The backend that serves LayerNorm over the last dimension of x ``[..., D]``.
 
-    Raises ``RuntimeError`` if the one asked for cannot, saying why.
+    If the backend that is asked for has no LayerNorm, that is ``reference``.
+
+    Raises:
+        RuntimeError: If a backend that is asked for and has one cannot serve x.
+    """
+    asked = requested()
+    for name in LAYER_NORM_BACKENDS if x.numel() else ():
+        if name != asked and (asked is not None or x.device.type not in BACKENDS[name][1]):
+            continue
+        # in this order: a backend that failed may crash when it is loaded
+        found = (None if name == asked else failed(name, x.device, "layer_norm")) or load(name)
+        why = found if isinstance(found, str) else found.unsupported_layer_norm(x)
+        if why is None:
+            assert not isinstance(found, str)
+            return found
+        if name == asked:
+            raise RuntimeError(_cannot_serve(name, f"LayerNorm: {why}"))
+        if isinstance(found, str):
+            warn_once(name, "reference", why)
+    return _loaded_module("reference")
+
+
+def _cannot_serve(name: str, why: str) -> str:
+    return (
+        f"backend {name!r} cannot serve {why}. Leave the choice open (RLRR_BACKEND=auto, use_backend('auto')) or name "
+        f"another: {', '.join(BACKENDS)}"
+    )
+
+
+def backend_for(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1) -> str:
+    """The name of the backend that serves these tensors: the one asked for, or the default choice.
+
+    Args:
+        x: ``[..., K]``.
+        weight: W ``[N, K]``.
+        kernel: ``"forward"``, ``"grad_input"`` or ``"grad_scales"``.
+        groups: number of blocks of W's rows that have their own v.
+
+    Raises:
+        RuntimeError: If the one asked for cannot serve them.
     """
     return explain(x, weight, kernel, groups)[0]
 
 
 def explain(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1) -> tuple[str, str]:
-    """As :func:`backend_for`, with the reason for the choice."""
+    """The name of the backend that serves these tensors, as :func:`backend_for`, and why it is chosen."""
     return _chosen(kernel, x, weight, math.prod(x.shape[:-1]), groups)[:2]
 
 
 def reload() -> None:
-    """Forget what was chosen and what was read: the next call chooses anew."""
+    """Forget every choice and every file that was read: the next call chooses anew."""
     _plans.clear()
     tuned.reload()

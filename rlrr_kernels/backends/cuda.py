@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels of ``csrc/cuda``, for compute capability 8.0 and later.
+"""The CUDA C++ kernels of ``csrc/cuda`` as a backend, for compute capability 8.0 and later.
 
-``RLRR_CUDA_HOPPER=1`` lets them use the experimental path for Hopper GPUs (bulk
-tensor copies and wgmma) where it takes the tensors; it is off by default, and read once.
+``RLRR_CUDA_HOPPER=1`` enables the experimental kernels for Hopper GPUs (bulk tensor copies and wgmma) for the tensors
+that they support. They are off by default; the variable is read once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if torch.version.cuda is None:
     raise ImportError(f"torch {torch.__version__} is built without CUDA")
 library.load("cuda", "nvcc, on the PATH or in CUDA_HOME, and a torch built for CUDA")
 
-#: Whether the Hopper path may be used.
+#: Whether the kernels for Hopper may be used.
 HOPPER = os.environ.get("RLRR_CUDA_HOPPER") == "1"
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,7 +30,7 @@ _matmul = torch.backends.cuda.matmul
 
 @functools.cache
 def _unusable(index: int) -> str:
-    """Why no kernel can run on a GPU, or an empty string; asked of the library once."""
+    """Return why no kernel can run on a GPU, or an empty string. The library is asked once for each GPU."""
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"compute capability {capability}: it needs 8.0 or later"
@@ -39,7 +39,7 @@ def _unusable(index: int) -> str:
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Why this backend cannot serve these tensors, or None if it can."""
+    """Return why this backend cannot serve these tensors, or None if it can."""
     if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
         return f"x {x.dtype} with weight {weight.dtype}: it computes in float32, float16 and bfloat16"
     if not x.is_cuda:
@@ -48,12 +48,12 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 
 def build() -> str:
-    """What the library was built with."""
+    """Return what the library was built with."""
     return _ops.build()
 
 
 def _tf32(x: Tensor) -> bool:
-    """Whether products of x may be TF32: only float32's, whose setting takes microseconds to read."""
+    """Return whether products of x may use TF32. Only for float32 is the setting read, which takes microseconds."""
     # not allow_tf32: reading it raises once the user has set fp32_precision
     return x.dtype is torch.float32 and _matmul.fp32_precision == "tf32"
 
@@ -61,17 +61,17 @@ def _tf32(x: Tensor) -> bool:
 def forward(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
+    """Return y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
     return _forward(x, weight, scale_out, scale_in, bias, shift, _tf32(x), HOPPER)
 
 
 def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
-    """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
+    """Return dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
     return _grad_input(dy, weight, scale_out, scale_in, _tf32(dy), HOPPER)
 
 
 def grad_scales(
     dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32."""
+    """Return du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` without ``need_shift``), in float32."""
     return _grad_scales(dy, x, weight, scale_out, scale_in, need_shift, _tf32(x), HOPPER)

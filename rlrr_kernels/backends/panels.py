@@ -1,11 +1,11 @@
-"""Plain PyTorch that never forms W' whole: a panel of it at a time, in one scratch, multiplied by the device's BLAS.
+"""Plain PyTorch that never forms all of W': it forms one panel at a time, and the device's BLAS multiplies by it.
 
-Forward forms panels of N, within a group of rows, and grad_input panels of K, so that one product gives each element
-of y and dx: no rounded parts are added up. grad_scales forms G = dy^T x in panels of either, in float32, and reduces
+Forward forms panels of rows of W', within a group, and grad_input panels of columns, so that each element of y and dx
+comes from one product and no rounded parts are added. grad_scales forms panels of G = dy^T x in float32, and reduces
 each at once. Nothing waits for the device, and the shapes alone decide the order of all sums.
 
-Each product and each operation on a panel has an ``out`` or is in place: nothing is allocated for a panel, and autocast
-leaves them alone. Shapes as in :mod:`rlrr_kernels.backends.reference`; rank 1.
+Each product and each operation on a panel is in place or has an ``out``: nothing is allocated for a panel, and autocast
+does not apply. Shapes are as in :mod:`rlrr_kernels.backends.reference`, with rank 1.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor
 
 from rlrr_kernels.backends.reference import accumulation_dtype, offset_of
 
-#: Bytes that a pass takes beside its results, and what a BLAS takes for itself.
+#: Bytes that a pass allocates besides its results and what the BLAS allocates itself.
 SCRATCH = 2 << 20
-#: Bytes of widened tokens at a time, where the BLAS gives no float32 for narrow operands: a part of the scratch on a
-#: CPU; beside it on other devices, where a launch costs more than memory.
+#: Bytes of x and dy that are widened at a time if the BLAS cannot return float32 for 16-bit operands: a part of the
+#: scratch on a CPU; in addition to it on other devices, where a launch costs more than memory.
 TOKENS, TOKENS_ELSEWHERE = 3 << 18, 16 << 20
-#: On a CPU an operation on several dtypes copies operands: a panel is formed in so many steps.
+#: Steps in which a CPU forms a panel, because its operations on several dtypes copy their operands.
 STEPS = 8
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """It serves everything that validation lets through."""
+    """Return None: this backend supports all tensors that the op's validation accepts."""
     return None
 
 
@@ -38,9 +38,9 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 def forward(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    """y ``[M, N]`` in x's dtype."""
+    """Return y ``[M, N]`` in x's dtype."""
     offset = offset_of(bias, shift, x.dtype)
-    x, y = _in_place(x), x.new_empty(x.shape[0], weight.shape[0])
+    x, y = _readable(x), x.new_empty(x.shape[0], weight.shape[0])
     rescaled = _Rescaled(weight, scale_out, scale_in, x.dtype)
     groups, rows, k = rescaled.weight.shape
     size = _size(rows, rescaled.most(k), halve=groups == 1)
@@ -58,8 +58,8 @@ def forward(
 
 @torch.no_grad()
 def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
-    """dx = dy W' ``[M, K]`` in dy's dtype."""
-    dy, dx = _in_place(dy), dy.new_empty(dy.shape[0], weight.shape[1])
+    """Return dx = dy W' ``[M, K]`` in dy's dtype."""
+    dy, dx = _readable(dy), dy.new_empty(dy.shape[0], weight.shape[1])
     rescaled = _Rescaled(weight, scale_out, scale_in, dy.dtype)
     groups, rows, k = rescaled.weight.shape
     size = _size(k, rescaled.most(groups * rows), halve=True)
@@ -73,7 +73,7 @@ def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) 
 def grad_scales(
     dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du ``[N, 1]``, dv ``[G, 1, K]`` and df ``[N]`` (``[0]`` unless asked for) in float32 or float64.
+    """Return du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` without ``need_shift``), float32 or float64.
 
     With G = dy^T x and P = G * W:  du = P v^T,  dv = u^T P,  df = sum of dy over the tokens.
     """
@@ -81,11 +81,11 @@ def grad_scales(
     rows, wide = weight.shape[0] // groups, accumulation_dtype(x.dtype)
     u, v = scale_out[:, 0].to(wide), scale_in[:, 0].to(wide)
     du, dv = torch.zeros_like(u), torch.zeros_like(v)
-    df = grad_shift(dy) if need_shift else du.new_empty(0)  # before there is a scratch: it takes as much
+    df = grad_shift(dy) if need_shift else du.new_empty(0)  # before the scratch is allocated, because it needs as much
     product = _Product(dy, x)
     copies = _copies(x.device, wide, weight.dtype)
     most = int(product.left / (wide.itemsize + copies / STEPS))
-    if rows < k:  # the longer side is cut: a BLAS reads the other side's operand again for each panel
+    if rows < k:  # cut the longer side: the BLAS reads the other side's operand again for each panel
         height, width = rows, _size(k, most // rows, halve=groups == 1)
     else:
         height, width = _size(rows, most // k, halve=groups == 1), k
@@ -102,17 +102,17 @@ def grad_scales(
 
 
 def grad_shift(dy: Tensor) -> Tensor:
-    """df = dy ``[M, N]`` summed over the tokens ``[N]``, in float32 or float64, where neither u nor v trains."""
+    """Return df ``[N]``, the sum of dy ``[M, N]`` over the tokens, in float32 or float64. For when only f trains."""
     wide = accumulation_dtype(dy.dtype)
     if not _copies(dy.device, dy.dtype, wide):
         return dy.sum(0, dtype=wide)
-    # a CPU sums a wide copy of narrow terms
+    # a CPU would widen all of dy before it sums
     size = max(SCRATCH // wide.itemsize // dy.shape[0], 1)
     return torch.cat([part.sum(0, dtype=wide) for part in dy.split(size, 1)])
 
 
 class _Rescaled:
-    """W' ``[N, K]``, a panel at a time."""
+    """Forms panels of W' ``[N, K]``."""
 
     def __init__(self, weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> None:
         groups, self.dtype, self.wide = scale_in.shape[0], dtype, accumulation_dtype(dtype)
@@ -127,20 +127,20 @@ class _Rescaled:
         return -(-rows // STEPS) if self.copies else rows
 
     def most(self, across: int) -> int:
-        """How many rows (columns) of ``across`` elements a panel may have."""
+        """Return how many rows (or columns) of ``across`` elements a panel may have."""
         rows = self.weight.shape[1]
         formed = self.copies + (0 if self.dtype is self.wide else self.wide.itemsize)
         return int(SCRATCH / across / (self.dtype.itemsize + formed * self._step(rows) / rows))
 
     def allocate(self, groups: int, rows: int, columns: int) -> None:
-        """For panels of this size at most."""
+        """Allocate the scratch for panels of at most this size."""
         new = self.weight.new_empty
         self.scratch = new(groups * rows * columns, dtype=self.dtype)
         if self.dtype is not self.wide:
             self.scales = new(groups * self._step(rows) * columns, dtype=self.wide)
 
     def panel(self, groups: slice, rows: slice, columns: slice) -> Tensor:
-        """These rows of these groups, one after another; overwritten by the next panel."""
+        """Form these rows of these groups as one matrix, which the next panel overwrites."""
         weight, u, v = self.weight[groups, rows, columns], self.u[groups, rows], self.v[groups, :, columns]
         panel = _as(self.scratch, *weight.shape)
         step = self._step(weight.shape[1])
@@ -152,22 +152,22 @@ class _Rescaled:
 
 
 class _Product:
-    """G = dy^T x ``[N, K]`` in float32 or float64, a panel at a time.
+    """Forms panels of G = dy^T x ``[N, K]`` in float32 or float64.
 
     Attributes:
-        left: bytes of scratch for a panel.
+        left: Bytes of scratch that remain for a panel.
     """
 
     def __init__(self, dy: Tensor, x: Tensor) -> None:
         self.wide, self.narrow = accumulation_dtype(x.dtype), x.dtype is not accumulation_dtype(x.dtype)
         on_cpu = x.device.type == "cpu"
         self.widens = self.narrow and not _gives_float32(x.device)
-        self.dy, self.x = (dy, x) if self.widens else (_in_place(dy), _in_place(x))
+        self.dy, self.x = (dy, x) if self.widens else (_readable(dy), _readable(x))
         self.tokens = TOKENS if on_cpu else TOKENS_ELSEWHERE
         self.left = SCRATCH - (TOKENS if self.widens and on_cpu else 0)
 
     def allocate(self, rows: int, columns: int) -> None:
-        """For panels of this size at most."""
+        """Allocate the scratch for panels of at most this size."""
         new = functools.partial(self.x.new_empty, dtype=self.wide)
         self.gradient = new(rows * columns)
         if self.widens:
@@ -175,7 +175,7 @@ class _Product:
             self.wide_dy, self.wide_x = new(self.chunk * rows), new(self.chunk * columns)
 
     def panel(self, rows: slice, columns: slice) -> Tensor:
-        """This part of G; overwritten by the next."""
+        """Form this part of G, which the next panel overwrites."""
         dy, x = self.dy[:, rows], self.x[:, columns]
         gradient = _as(self.gradient, dy.shape[1], x.shape[1])
         if self.widens:
@@ -191,23 +191,23 @@ class _Product:
 
 
 def _as(scratch: Tensor, *shape: int) -> Tensor:
-    """The beginning of a scratch as a tensor of this shape."""
+    """Return the beginning of a scratch as a tensor of this shape."""
     return scratch[: math.prod(shape)].view(shape)
 
 
 def _gives_float32(device: torch.device) -> bool:
-    """Whether the BLAS has products of narrow operands that are float32: NVIDIA's alone, as PyTorch has it."""
+    """Return whether the BLAS can return float32 for 16-bit operands. Through PyTorch only NVIDIA's can."""
     return device.type == "cuda" and torch.version.hip is None
 
 
-def _in_place(t: Tensor) -> Tensor:
-    """Where a BLAS cannot read it as it is, a copy: one, instead of one for each panel."""
+def _readable(t: Tensor) -> Tensor:
+    """Return a matrix that a BLAS can read, copied if it must be: once, instead of once for each panel."""
     (rows, columns), (a, b) = t.shape, t.stride()
     return t if (b == 1 and a >= columns) or (a == 1 and b >= rows) else t.contiguous()
 
 
 def _copies(device: torch.device, *dtypes: torch.dtype) -> int:
-    """Bytes of the copies, for each element, of an operation on these dtypes. Other devices convert in its kernel."""
+    """Return the bytes that an operation on these dtypes copies for each element. Only CPUs copy to convert."""
     if device.type != "cpu":
         return 0
     common = functools.reduce(torch.promote_types, dtypes)
@@ -215,10 +215,10 @@ def _copies(device: torch.device, *dtypes: torch.dtype) -> int:
 
 
 def _size(count: int, most: int, halve: bool) -> int:
-    """Rows (columns) of a panel, of ``count`` in all and ``most`` at most; ``halve``: never all of them."""
+    """Return how many of ``count`` rows (or columns) a panel has: at most ``most``, and with ``halve`` never all."""
     number = max(-(-count // max(most, 1)), 2 if halve else 1)
     size = -(-count // number)
-    for tile in (128, 16):  # of a BLAS
+    for tile in (128, 16):  # sizes of a BLAS's tiles
         if most >= tile:
             size = min(-(-size // tile), most // tile) * tile
             break

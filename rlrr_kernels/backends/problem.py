@@ -1,4 +1,4 @@
-"""One pass at one layer, as everything that chooses for it sees it: backends, tiles, the tuner."""
+"""``Problem``: one pass of one layer, by which backends, tiles and measurements are chosen."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ class Problem(NamedTuple):
     """A pass with x ``[m, k]``, W ``[n, k]`` and dy ``[m, n]``.
 
     Attributes:
-        kernel: which pass.
-        m, n, k: tokens, output features, input features.
-        groups: blocks of W's rows that have a v each.
-        dtype: of x and dy.
-        weight_dtype: of W.
-        tf32: whether float32 products may round their operands to TF32.
+        kernel: Which pass.
+        m: Number of tokens.
+        n: Number of output features.
+        k: Number of input features.
+        groups: Number of blocks of W's rows that have a v each.
+        dtype: Dtype of x and dy.
+        weight_dtype: Dtype of W.
+        tf32: Whether float32 products may round their operands to TF32.
     """
 
     kernel: Pass

@@ -1,4 +1,4 @@
-"""The layer in plain PyTorch: the formula one would write on a board, and the oracle.
+"""Both ops in plain PyTorch: the formulas one would write on a board, and the oracle of all tests.
 
 Shapes, everywhere in the package: tokens M, out features N, in features K,
 groups G (equal blocks of W's rows with a v each), rank r::
@@ -8,6 +8,8 @@ groups G (equal blocks of W's rows with a v each), rank r::
     S  = 1 + u v                    (within each group)
     W' = weight * S                 in float32, rounded once to x's dtype
     y  = x W'^T + bias + shift      (RLRR, arXiv 2403.19067, Eq. 16 and 20)
+
+    LN(x) = (xhat w + b) s + t      over rows [M, D] with vectors [D] (SSF, arXiv 2210.08823, Eq. 2)
 
 It serves every device and floating dtype, float64 included, at any rank. As a
 backend it forms W' anew in each pass, so none is kept for backward.
@@ -127,3 +129,74 @@ def grad_weight(dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_
     wide = accumulation_dtype(dy.dtype)
     with _without_autocast(dy):
         return ((dy.mT @ x).to(wide) * scale_matrix(scale_out, scale_in, wide)).to(weight.dtype)
+
+
+def compose_affine(
+    weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm's affine and the one behind it as one, ``[D]`` each: (xhat w + b) s + t = xhat (w s) + (b s + t)."""
+    scale, shift = scale.to(dtype), shift.to(dtype)
+    return (
+        scale if weight is None else weight.to(dtype) * scale,
+        shift if bias is None else bias.to(dtype) * scale + shift,
+    )
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y ``[M, D]`` in ``dtype``, and mean and 1 / standard deviation ``[M, 1]`` in float32 or float64."""
+    wide = accumulation_dtype(x.dtype)
+    composed = compose_affine(weight, bias, scale, shift, wide)
+    y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], *composed, eps)
+    return y.to(dtype), mean, rstd
+
+
+def layer_norm_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    scale: Tensor,
+    mask: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx ``[M, D]``, the sum of dy xhat ``[D]`` and the sum of dy ``[D]``, those that ``mask`` asks for."""
+    wide = mean.dtype
+    composed, _ = compose_affine(weight, None, scale, scale, wide)
+    # the values of the last vector do not matter, only that there is one
+    dx, dy_xhat, dy_sum = torch.ops.aten.native_layer_norm_backward(
+        dy.to(wide), x.to(wide), x.shape[-1:], mean, rstd, composed, composed, mask
+    )
+    return dx.to(x.dtype) if mask[0] else None, dy_xhat if mask[1] else None, dy_sum if mask[2] else None
+
+
+def affine_gradients(
+    dy_xhat: Tensor, dy_sum: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """ds = w sum(dy xhat) + b sum(dy) and dt = sum(dy), ``[D]`` each, of the two sums."""
+    ds = dy_xhat if weight is None else dy_xhat * weight.to(dy_xhat.dtype)
+    return ds if bias is None else ds + dy_sum * bias.to(ds.dtype), dy_sum
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx ``[M, D]`` in x's dtype (``[0, D]`` unless asked for), ds and dt ``[D]`` in float32 or float64."""
+    dx, dy_xhat, dy_sum = layer_norm_sums(dy, x, mean, rstd, weight, scale, (need_x, True, True))
+    assert dy_xhat is not None
+    assert dy_sum is not None
+    return x.new_empty((0, x.shape[1])) if dx is None else dx, *affine_gradients(dy_xhat, dy_sum, weight, bias)

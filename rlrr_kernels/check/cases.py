@@ -104,7 +104,7 @@ def run(
     """Compute a pass twice for each case that the backend serves, and judge it.
 
     Args:
-        module: a backend (see :mod:`rlrr_kernels.ops`), or LayerNorm's kernels for ``layer_norm``.
+        module: a backend (see :mod:`rlrr_kernels.backends.choice`).
         which: a pass of :data:`rlrr_kernels.backends.verdicts.SUBJECTS`.
         tell: called with ``"launched"`` once a case's kernels are compiled and launched, when a GPU may still be at
             them, and with ``"done"`` once it has been judged.
@@ -190,8 +190,8 @@ def _layer_norm(module: ModuleType, which: str, case: Case, device: torch.device
     scale, shift = (draw(case.k, dtype=wide) for _ in range(2))
 
     def compute() -> Sequence[Tensor]:
-        y, mean, rstd = module.forward(x, weight, bias, scale, shift, _EPS, x.dtype)
-        return y, *module.backward(dy, x, mean, rstd, weight, bias, scale, True)
+        y, mean, rstd = module.layer_norm(x, weight, bias, scale, shift, _EPS, x.dtype)
+        return y, *module.layer_norm_backward(dy, x, mean, rstd, weight, bias, scale, True)
 
     def formula(dtype: torch.dtype, wide: torch.dtype) -> tuple[Tensor, ...]:
         """y, dx, ds, dt as SSF writes it, by autograd."""
@@ -206,4 +206,4 @@ def _layer_norm(module: ModuleType, which: str, case: Case, device: torch.device
         names = ("y", "dx", "ds", "dt")
         return [Expected(*one) for one in zip(names, exact, (*narrow, *sums), strict=True)]
 
-    return compute, wanted, module.unsupported(x)
+    return compute, wanted, module.unsupported_layer_norm(x)

@@ -36,8 +36,6 @@ def answer(subject: str, which: str, device: torch.device) -> dict[str, Any]:
     module = cases.module_of(subject, device)
     if isinstance(module, str):
         return {"verdict": "not here", "reason": one_line(module)}
-    if which == "layer_norm":
-        from rlrr_kernels.backends.triton import layer_norm as module
     try:
         report = cases.run(
             module, which, device, cases.cases(which, device.type), lambda stage, case: say({stage: str(case)})

@@ -23,21 +23,21 @@ from torch import Tensor, nn
 
 from rlrr_kernels.checkpoint import manifest as manifests
 from rlrr_kernels.checkpoint.card import model_card
-from rlrr_kernels.checkpoint.manifest import Manifest, whole
+from rlrr_kernels.checkpoint.manifest import Manifest
 from rlrr_kernels.checkpoint.trained import (
     check_enabled,
     check_fit,
     copy_into,
-    reshard,
     trained_parameters,
     trained_statistics,
 )
 from rlrr_kernels.io.files import is_temporary, replace_folder, write_atomically, write_folder
 from rlrr_kernels.io.reading import Tensors, read_safetensors
+from rlrr_kernels.layers.ownership import reshard
 from rlrr_kernels.models.adapt import apply_rlrr
 from rlrr_kernels.models.config import RLRRConfig
-from rlrr_kernels.models.heads import head
-from rlrr_kernels.models.wrappers import plain_name, unwrapped
+from rlrr_kernels.models.modules import head, plain_name, unwrapped
+from rlrr_kernels.ops.route import whole
 
 CONFIG, WEIGHTS, CARD = manifests.FILE_NAME, "adapter_model.safetensors", "README.md"
 

@@ -18,9 +18,9 @@ from rlrr_kernels._version import __version__
 from rlrr_kernels.backends.reference import accumulation_dtype
 from rlrr_kernels.io.reading import expect_names, read_json
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.models.adapt import adapters
 from rlrr_kernels.models.config import RLRRConfig
-from rlrr_kernels.models.wrappers import plain_name
+from rlrr_kernels.models.modules import adapters, plain_name
+from rlrr_kernels.ops.route import whole
 
 FORMAT_VERSION = 1
 FILE_NAME = "adapter_config.json"
@@ -190,12 +190,6 @@ def describe_base(model: nn.Module) -> dict[str, str | None]:
         "architecture": config.get("architecture") or None,
         "tag": config.get("tag") or None,
     }
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is sharded over processes (DTensor) in one piece; all of them must call it."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def _weight(module: nn.Module) -> Tensor | None:

@@ -11,9 +11,8 @@ from torch import nn
 
 from rlrr_kernels.checkpoint.trained import check_unmerged, in_short
 from rlrr_kernels.io.reading import Header, npz_arrays, npz_headers
-from rlrr_kernels.models.adapt import adapters, remember_head
-from rlrr_kernels.models.heads import head
-from rlrr_kernels.models.wrappers import unwrapped
+from rlrr_kernels.models.disable import remember_base
+from rlrr_kernels.models.modules import adapters, head, unwrapped
 
 Shape = tuple[int, ...]
 
@@ -64,7 +63,7 @@ def load_npz_backbone(model: nn.Module, path: str | Path) -> nn.Module:
     npz_arrays(path, names)
     target.load_pretrained(str(path))
     if hasattr(target, "rlrr_config"):
-        remember_head(target)
+        remember_base(target)
     return model
 
 

@@ -17,8 +17,7 @@ from rlrr_kernels.checkpoint.trained import SHOWN, check_fit, copy_into
 from rlrr_kernels.io.reading import read_pickled
 from rlrr_kernels.models.adapt import apply_rlrr
 from rlrr_kernels.models.config import RLRRConfig
-from rlrr_kernels.models.heads import head
-from rlrr_kernels.models.wrappers import unwrapped
+from rlrr_kernels.models.modules import head, unwrapped
 
 _QKV = ("query", "key", "value")
 

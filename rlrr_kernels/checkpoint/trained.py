@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.models import running
-from rlrr_kernels.models.adapt import adapters, apply_rlrr, head_parameters
-from rlrr_kernels.models.bypass import skeleton_of
+from rlrr_kernels.models import running_stats
+from rlrr_kernels.models.adapt import apply_rlrr
+from rlrr_kernels.models.bypass import meta_copy
 from rlrr_kernels.models.config import RLRRConfig
-from rlrr_kernels.models.wrappers import plain_name
+from rlrr_kernels.models.modules import adapters, head_parameters, plain_name
+from rlrr_kernels.ops import route
 
 #: What an error message lists at most.
 SHOWN = 8
@@ -38,7 +37,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def trained_statistics(model: nn.Module) -> dict[str, Tensor]:
     """Name -> running statistic of the norms that train, which are saved with what trains."""
-    return running.statistics(running.trained(model))
+    return running_stats.statistics(running_stats.trained_norms(model))
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -48,7 +47,7 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Name -> parameter, and running statistic of the norms that train."""
-    return {**parameters_of(model), **running.statistics(running.norms(model))}
+    return {**parameters_of(model), **running_stats.statistics(running_stats.stateful_norms(model))}
 
 
 def check_unmerged(model: nn.Module) -> None:
@@ -96,7 +95,7 @@ def check_fit(
     plan, prepare = model, config is not None and not layers
     if prepare:
         try:
-            plan = apply_rlrr(skeleton_of(model), config)
+            plan = apply_rlrr(meta_copy(model), config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source} does not fit the model: {error}") from error
     known, wanted = _tensors_of(plan), set(trained_parameters(plan))
@@ -137,28 +136,7 @@ def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.dev
                 setattr(module, leaf, made[id(old)])
     for name, tensor in tensors.items():
         if id(own[name]) not in made:
-            own[name].copy_(_as_sharded(tensor, own[name]))
-
-
-def _as_sharded(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """``tensor`` laid out over processes as ``parameter`` is, where that is."""
-    if not hasattr(parameter, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    layout: Any = parameter
-    assert isinstance(layout, DTensor)
-    return distribute_tensor(tensor.to(layout.device_mesh.device_type), layout.device_mesh, layout.placements)
-
-
-def reshard(model: nn.Module) -> None:
-    """After a forward pass FSDP keeps whole copies in the place of some shards: put the shards back."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:  # a sharded model would have imported it
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+            own[name].copy_(route.laid_out_as(tensor, own[name]))
 
 
 def check_enabled(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Fine-tune an image classifier: data, training loop, run folder and command line."""
+"""Fine-tuning of timm image classifiers on image datasets, from Python and by the command ``rlrr-finetune``."""
 
 from rlrr_kernels.finetune.loop import prepare, train
 from rlrr_kernels.finetune.settings import Settings

@@ -1,4 +1,4 @@
-"""``rlrr-finetune``: fine-tune an image classifier from the command line, and use what came of it."""
+"""``rlrr-finetune``: fine-tune an image classifier, and use the result."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import difflib
 import sys
 
 from rlrr_kernels.finetune.commands import evaluate, export, merge, sweep, table, train
-from rlrr_kernels.finetune.commands.common import INTERRUPTED, CommandError
-from rlrr_kernels.finetune.commands.options import as_options
+from rlrr_kernels.finetune.commands.common import INTERRUPTED, CommandError, as_options
 from rlrr_kernels.finetune.distributed import launched
 
-#: Name -> what it does. ``train`` runs if none is named.
+#: Commands by name. ``train`` runs if none is named.
 COMMANDS = {
     "train": train.COMMAND,
     "sweep": sweep.COMMAND,
@@ -24,7 +23,7 @@ DEFAULT = "train"
 
 
 def parser(name: str = DEFAULT) -> argparse.ArgumentParser:
-    """The options of one command."""
+    """Build the parser of one command."""
     command = COMMANDS[name]
     epilog = None
     if name == DEFAULT:
@@ -35,7 +34,7 @@ def parser(name: str = DEFAULT) -> argparse.ArgumentParser:
         description=command.description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # in a sweep --lr would stand for --lrs
+        # in a sweep --lr would abbreviate --lrs
         allow_abbrev=name == DEFAULT,
     )
     command.add_arguments(result)
@@ -43,7 +42,7 @@ def parser(name: str = DEFAULT) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 the work failed, 2 bad arguments, 130 stopped by Ctrl-C."""
+    """Run a command. The exit status is 0 for success, 1 for failed work, 2 for bad arguments, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else argv
     name, options = DEFAULT, words
     if words and not words[0].startswith("-"):
@@ -52,17 +51,15 @@ def main(argv: list[str] | None = None) -> int:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
             _fail(f"unknown command {name!r}; {hint}", 2)
-    command = COMMANDS[name]
-    of_command = parser(name)
+    command, of_command = COMMANDS[name], parser(name)
     arguments = of_command.parse_args(options)
     try:
-        if launched().size > 1 and not command.several:
+        if launched().size > 1 and not command.multiprocess:
             raise CommandError(f"{name} runs in one process, not in {launched().size}", 2)
         return command.run(arguments)
-    except CommandError as error:
-        _fail(as_options(str(error), of_command, options), error.status)
-    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
-        _fail(as_options(str(error), of_command, options), 1)
+    except (CommandError, ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        status = error.status if isinstance(error, CommandError) else 1
+        _fail(as_options(str(error), of_command, options), status)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     return 0
@@ -70,7 +67,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(message: str, status: int) -> None:
     world = launched()
-    # each process may have its own reason
     where = f" (process {world.rank} of {world.size})" if world.size > 1 else ""
     print(f"rlrr-finetune: error{where}: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

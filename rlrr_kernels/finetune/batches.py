@@ -1,4 +1,7 @@
-"""Which images make which batch: by seed, epoch and step, never by what ran before or in how many processes."""
+"""The training batches of each step, and how they are mixed: a function of seed, epoch and step alone.
+
+So a resumed run, and any number of processes, see the same images in the same order.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.data import Mixup
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from rlrr_kernels.finetune.distributed import World
+from rlrr_kernels.finetune.settings import Settings
 
 
 def keyed_seed(purpose: str, *key: int) -> int:
-    """A seed of 32 bits for the draws of one purpose: equal keys give equal seeds, others unrelated ones."""
+    """A 32-bit seed for the random draws of one purpose; different keys give unrelated seeds."""
     return int(np.random.SeedSequence([zlib.crc32(purpose.encode()), *key]).generate_state(1, np.uint32)[0])
 
 
@@ -22,10 +28,10 @@ class Batch(NamedTuple):
     """One process's part of one batch.
 
     Attributes:
-        indices: its images. Never empty: a process that has none takes one along, to keep step with the others.
-        counts: how many of them count, 0 or all.
-        step_images: images of the whole step, over all batches that it accumulates and all processes.
-        last: whether the step ends with this batch.
+        indices: Its images. Never empty: a process without images gets one to stay in step with the others.
+        counts: How many of them count: 0 or all.
+        step_images: Images of the whole step, over all accumulated batches and all processes.
+        last: Whether this batch ends the step.
     """
 
     indices: list[int]
@@ -37,17 +43,16 @@ class Batch(NamedTuple):
 class Batches(Sampler[list[Any]]):
     """The batches of an epoch for one process, as a batch sampler.
 
-    The images of a step are consecutive in the epoch's order; each batch of it is cut
-    into one part a process. So two processes with batches of 16, or two accumulated
-    batches of 16, see in each step what one process with batches of 32 sees. The last
-    step takes what is left.
+    The images of a step are consecutive in the epoch's order, and each of its batches is split among the processes.
+    So two processes with batches of 16, or two accumulated batches of 16, see in each step what one process with
+    batches of 32 sees. The last step takes the remaining images.
 
     Args:
-        images: how many there are.
-        batch_size: images a batch in each process.
-        world: this process, and how many there are.
-        accumulation: batches a step.
-        seed: of the order, anew in each epoch; None: as they come, once.
+        images: Number of images.
+        batch_size: Images a batch in each process.
+        world: This process.
+        accumulation: Batches a step.
+        seed: Seed of the order, which is new in each epoch; None keeps the order of the dataset.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class Batches(Sampler[list[Any]]):
         return -(-self.images // self.step)
 
     def plan(self) -> list[Batch]:
-        """The batches of the epoch ``self.epoch``, in order."""
+        """The batches of epoch ``self.epoch``, in order."""
         if self.seed is None:
             order = list(range(self.images))
         else:
@@ -87,5 +92,50 @@ class Batches(Sampler[list[Any]]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         for batch in self.plan():
-            # an index with its epoch: random transforms draw by both
+            # random transforms are seeded by epoch and index
             yield batch.indices if self.seed is None else [(self.epoch, index) for index in batch.indices]
+
+
+class Mixing:
+    """timm's mixup and cutmix, seeded by the run's seed and the step alone.
+
+    Label smoothing is part of it; without mixup and cutmix the loss smooths the labels instead.
+    """
+
+    def __init__(self, settings: Settings, classes: int) -> None:
+        self.seed = settings.seed
+        self.on = bool(settings.mixup or settings.cutmix)
+        self.mixup = Mixup(
+            mixup_alpha=settings.mixup,
+            cutmix_alpha=settings.cutmix,
+            label_smoothing=settings.label_smoothing,
+            num_classes=classes,
+        )
+
+    def __call__(self, images: Tensor, labels: Tensor, *step: int) -> tuple[Tensor, Tensor]:
+        """Mix a batch with itself in reverse order.
+
+        Args:
+            images: ``[batch, C, H, W]``; not modified.
+            labels: int64 ``[batch]``.
+            step: Numbers of the step and of the batch in it.
+
+        Returns:
+            Images of the same shape, and float32 targets ``[batch, classes]`` with rows that sum to 1; the arguments
+            themselves if neither mixup nor cutmix is on.
+        """
+        if not self.on:
+            return images, labels
+        # timm needs an even number: the first image is appended again, so that one image is mixed with itself
+        count = len(images)
+        odd = count % 2
+        mixed = torch.cat([images, images[:1]]) if odd else images.clone()
+        labels = torch.cat([labels, labels[:1]]) if odd else labels
+        # timm draws from NumPy's global generator
+        state = np.random.get_state()  # noqa: NPY002
+        np.random.seed(keyed_seed("mixing", self.seed, *step))  # noqa: NPY002
+        try:
+            mixed, targets = self.mixup(mixed, labels)
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
+        return mixed[:count], targets[:count]

@@ -1,7 +1,7 @@
-"""Several processes, as ``torchrun`` and ``accelerate launch`` start them, or one: the same code for both.
+"""Training in one process, or in several that ``torchrun`` or ``accelerate launch`` starts.
 
-A process group is read from the environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``,
-``MASTER_PORT``). All processes see the run folder, so on several machines it lies on a file system that they share.
+The process group is read from the environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``,
+``MASTER_PORT``). All processes must see the run folder, on several machines through a shared file system.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's number, and how many there are."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
 
-#: Whether the group may be taken down at exit: not in the middle of a step, where others would wait.
-_at_rest = True
+#: Whether the process group may be destroyed at exit: not during a step, as the other processes would hang.
+_idle = True
 
 
 def launched() -> World:
-    """What the launcher says, before or after :func:`start`."""
+    """The world that the launcher set in the environment; also valid before :func:`start`."""
     return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def machine() -> World:
-    """This process's number among those of its machine, and how many they are."""
+    """The world of the processes on this machine."""
     if launched().size == 1:
         return World()
     return World(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is this process's GPU, or the CPU where there is none.
+    """Turn a device's name into a device. ``auto`` is this process's GPU, or the CPU if there is none.
 
     Raises:
-        ValueError: a device that is not here, or one GPU named for several processes.
+        ValueError: If the device cannot be used, or a GPU's number is given for several processes.
     """
     local = os.environ.get("LOCAL_RANK", "0") if launched().size > 1 else None
     if name == "auto":
@@ -75,34 +75,34 @@ def choose_device(name: str) -> torch.device:
 
 
 def start(device: torch.device) -> World:
-    """Join the process group of the environment, once; without one, a world of one process."""
+    """Join the process group of the environment, if there is one, and return the world."""
     world = launched()
     if world.size > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # gloo beside nccl: objects are shared from the CPU
+        # gloo as well as nccl: Python objects are sent from the CPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(_leave)
     return world
 
 
 def _leave() -> None:
-    # after an error others may be waiting in a collective; taking the group down would join them there
-    if _at_rest and dist.is_initialized():
+    # after an error the others may be waiting in a collective, where destroying the group would wait too
+    if _idle and dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
 def working() -> Iterator[None]:
-    """Around work in step with others: after an error in it this process must not wait for them at exit."""
-    global _at_rest
-    _at_rest = False
+    """Mark work that uses collectives: after an error in it this process exits without waiting for the others."""
+    global _idle
+    _idle = False
     yield
-    _at_rest = True
+    _idle = True
 
 
 def on_main(world: World, work: Callable[[], T]) -> T:
-    """Do something in the main process alone; all get its result, or raise its error."""
+    """Run ``work`` in the main process; all processes return its result or raise its error."""
     if world.size == 1:
         return work()
     answer: list[Any] = [None, None]
@@ -117,8 +117,8 @@ def on_main(world: World, work: Callable[[], T]) -> T:
     return answer[0]
 
 
-def everyones(world: World, value: T) -> list[T]:
-    """Each process's value, in all of them; nobody goes on before all have given theirs."""
+def all_gather(world: World, value: T) -> list[T]:
+    """Return the values of all processes by rank. Also a barrier."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
@@ -127,7 +127,7 @@ def everyones(world: World, value: T) -> list[T]:
 
 
 def total(world: World, *values: Tensor | float, device: torch.device) -> list[float]:
-    """Each value summed over all processes, in float64."""
+    """Sum each value over all processes, in float64."""
     sums = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
     if world.size > 1:
         dist.all_reduce(sums)
@@ -135,15 +135,17 @@ def total(world: World, *values: Tensor | float, device: torch.device) -> list[f
 
 
 def wrap(model: nn.Module, world: World, parallel: str, device: torch.device) -> nn.Module:
-    """What to call in training so that gradients are averaged over all processes.
+    """Return the module to call in training, which averages gradients over all processes.
 
     Args:
-        model: on ``device``, with equal values in all processes.
-        parallel: ``ddp`` wraps the model; ``fsdp`` shards its parameters in place, a block at a time.
+        model: On ``device``, with equal values in all processes.
+        world: This process.
+        parallel: ``ddp`` wraps the model; ``fsdp`` shards its parameters in place, block by block.
+        device: This process's device.
 
     Returns:
-        ``model`` itself in one process, and with ``fsdp``. What is written to a parameter between two forward
-        passes counts in the second, also where it is one process's shard.
+        A DDP wrapper, or ``model`` itself in one process and with ``fsdp``. Values written to a parameter or shard
+        take effect at the next forward pass.
     """
     if world.size == 1:
         return model
@@ -155,14 +157,14 @@ def wrap(model: nn.Module, world: World, parallel: str, device: torch.device) ->
         if name.rpartition(".")[2] == "blocks":
             for block in module.children():
                 fully_shard(block, mesh=mesh)
-    # by default the root keeps its gathered parameters after a forward pass, and after one without a backward pass
-    # the next takes them again: what was written to the shards in between would not be seen
+    # by default the root keeps its gathered parameters after a forward pass. Without a backward pass the next forward
+    # uses them again and would ignore values written to the shards in between
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
 
 
 def synchronising(wrapped: nn.Module, now: bool) -> AbstractContextManager[Any]:
-    """Around forward and backward: whether gradients are averaged ``now``, or kept for the next batch."""
+    """Context of forward and backward: average gradients over processes ``now``, or only accumulate them."""
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(now)
     elif isinstance(wrapped, DistributedDataParallel) and not now:
@@ -171,16 +173,16 @@ def synchronising(wrapped: nn.Module, now: bool) -> AbstractContextManager[Any]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a parameter that lies in this process: all of it, unless it is sharded."""
+    """This process's part of a parameter: its shard, or the whole if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(part: Tensor, like: Tensor) -> Tensor:
-    """The whole of what is sharded as ``like`` is, on the CPU. All processes must call it alike.
+    """Gather a tensor that is sharded as a parameter is, on the CPU. All processes must call this.
 
     Args:
-        part: this process's part, or a sharded tensor.
-        like: a parameter.
+        part: This process's part, or a sharded tensor.
+        like: The parameter.
     """
     if isinstance(like, DTensor):
         if not isinstance(part, DTensor):
@@ -191,7 +193,7 @@ def gather(part: Tensor, like: Tensor) -> Tensor:
 
 
 def scatter(whole: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`gather`: a tensor sharded and placed as the parameter ``like``. No communication."""
+    """Shard and place a tensor as the parameter ``like``, without communication; the inverse of :func:`gather`."""
     whole = whole.to(like.device)
     if isinstance(like, DTensor):
         return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,8 +1,7 @@
-"""The small vision transformer whose weights travel inside the package.
+"""The small vision transformer whose weights are part of the package.
 
-It exists so that ``rlrr-finetune`` does something real on a machine that has
-just been installed and can reach no model hub. It is registered with timm
-under its own name, so the command line treats it like any other model::
+It lets ``rlrr-finetune`` do real work without a model hub. Importing this module registers it with timm, so that it
+is used like any other model::
 
     timm.create_model("vit_embedded_patch7_28", pretrained=True, num_classes=10)
 """

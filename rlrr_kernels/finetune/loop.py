@@ -1,4 +1,4 @@
-"""A run: its data and model, its epochs by one of three protocols, its folder."""
+"""A run from its settings to its metrics: load the data, build the model, train by one of three protocols."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rlrr_kernels.finetune import distributed
+from rlrr_kernels.finetune.backbone import build_model, check_statistics, unknown_model
 from rlrr_kernels.finetune.data import Splits, is_path, load_splits, make_transform
-from rlrr_kernels.finetune.distributed import choose_device
-from rlrr_kernels.finetune.models import build_model, check_statistics, unknown
-from rlrr_kernels.finetune.report import NotWritten, RunFolder, check_place
+from rlrr_kernels.finetune.run_folder import NotWritten, RunFolder, State, check_place
+from rlrr_kernels.finetune.saved_run import check_class_names, check_data, check_settings, check_state, read_state
 from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.finetune.state import State, check_data, check_settings, read_state
 from rlrr_kernels.finetune.trainer import Trainer
 from rlrr_kernels.models.parameters import count_parameters
 
-#: Protocol -> the split that is evaluated after each epoch and chooses the best; None: the last epoch counts.
+#: The split that is evaluated after each epoch and chooses the best one, by protocol. None: the last epoch counts.
 CHOOSES = {"choose-epoch": "val", "final": None, "best-on-test": "test"}
 
 ON_TEST = (
@@ -36,29 +35,29 @@ ON_TEST = (
 
 
 def load_data(settings: Settings) -> Splits:
-    """The dataset, resized and normalised as the model's configuration says.
+    """Load the dataset, resized and normalised for the model.
 
     Raises:
-        ValueError: timm has no configuration for the model. See also :func:`load_splits`.
+        ValueError: If timm does not know the model. See also :func:`load_splits`.
     """
     try:
         pretrained_cfg = timm.get_pretrained_cfg(settings.model)
-    except RuntimeError:  # a tag that the model has no weights of
+    except RuntimeError:  # the model has no weights of this tag
         pretrained_cfg = None
     if pretrained_cfg is None:
-        raise unknown(settings.model)
+        raise unknown_model(settings.model)
     config = resolve_data_config(pretrained_cfg=pretrained_cfg.to_dict())
     channels, *own_size = config["input_size"]
     size = [settings.img_size] * 2 if settings.img_size else own_size
-    # the published FGVC pipeline takes its image library's default
+    # the published FGVC pipeline uses the default of its image library
     interpolation = "bilinear" if settings.resize == "crop" else config["interpolation"]
     shape = (channels, *size), config["mean"], config["std"], interpolation
     train = make_transform(*shape, flip=settings.flip, resize=settings.resize, train=True)
     return load_splits(settings, train, make_transform(*shape, resize=settings.resize, train=False))
 
 
-def located(settings: Settings) -> Settings:
-    """The same settings with absolute paths, so that a run can be continued and evaluated from any folder."""
+def with_absolute_paths(settings: Settings) -> Settings:
+    """Make paths absolute, so that a run can be resumed and evaluated from any folder."""
     paths: dict[str, Any] = {
         name: path.absolute() for name in ("checkpoint", "data_root") if (path := getattr(settings, name)) is not None
     }
@@ -69,11 +68,7 @@ def located(settings: Settings) -> Settings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run whose inputs were found and checked: nothing is written yet.
-
-    Attributes:
-        state: from where a resumed run goes on; None for a new one.
-    """
+    """The checked inputs of a run; nothing is written yet. ``state`` is that of a run to resume, or None."""
 
     settings: Settings
     splits: Splits
@@ -83,25 +78,24 @@ class Prepared:
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Load the data and build the model; of a run to resume, read and check its state.
+    """Load the data and build the model. To resume a run, also read and check its state.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: an input that is wrong or missing;
-            see :func:`load_data`, :func:`build_model`, :func:`check_statistics`, :func:`read_state` and
-            :func:`check_settings`.
-        OSError: the run's folder cannot be written, or there is too little room, see :func:`check_place`.
+        ValueError, TypeError, FileNotFoundError: If an input is wrong or missing; see :func:`load_data`,
+            :func:`build_model`, :func:`check_statistics`, :func:`read_state` and :func:`check_settings`.
+        OSError: If the run's folder cannot be written or the disk has too little room, see :func:`check_place`.
     """
-    settings = located(settings)
+    settings = with_absolute_paths(settings)
     state = read_state(settings.resume) if settings.resume else None
     if state:
-        check_settings(state, settings)
-        state.check("processes", distributed.launched().size)
+        check_settings(state.record["settings"], settings, "the run to resume")
+        check_state(state, processes=distributed.launched().size)
     torch.manual_seed(settings.seed)
-    device = choose_device(settings.device)
+    device = distributed.choose_device(settings.device)
     splits = load_data(settings)
     if state:
-        state.check("classes", splits.classes)
-        state.check_names(splits.names)
+        check_state(state, classes=splits.classes)
+        check_class_names(state, splits.names)
         check_data(state.record, settings, splits)
     model = build_model(settings, splits.classes)
     check_statistics(model, settings)
@@ -114,8 +108,8 @@ class Run:
     """A run in progress.
 
     Attributes:
-        metrics: what ``metrics.json`` says.
-        best: what trains, as it was at the epoch in the adapter folder.
+        metrics: Contents of ``metrics.json``.
+        best: The trained parameters at the epoch in the adapter folder.
     """
 
     trainer: Trainer
@@ -125,14 +119,14 @@ class Run:
 
     @classmethod
     def begin(cls, prepared: Prepared) -> Run:
-        """A new folder, or that of the run to resume, as it was after the last whole epoch."""
+        """Create the folder of a new run, or continue the run to resume from its last whole epoch."""
         settings, splits = prepared.settings, prepared.splits
         trainer = Trainer(settings, prepared.model, splits, prepared.device)
         trains = "train" if settings.resolved_protocol == "choose-epoch" else "trainval"
         names = [trains, *(["val"] if trains == "train" else []), "test"]
         images = {name: len(getattr(splits, name)) for name in names}
         if prepared.state:
-            prepared.state.check("images", images)
+            check_state(prepared.state, images=images)
         folder = RunFolder(settings, trainer.world)
         run = cls(trainer, folder, {}, trainer.trained())
         if prepared.state:
@@ -140,7 +134,7 @@ class Run:
             folder.kept = trainer.epoch
             run.metrics = prepared.state.record["metrics"]
             run.metrics.setdefault("resumed_after", []).append(trainer.epoch)
-            # both may have been moved
+            # the folder and the data may have been moved
             run.metrics["run"] = str(folder.path)
             run.metrics["settings"] |= {name: settings.to_dict()[name] for name in ("data", "data_root")}
             folder.write_metrics(run.metrics)
@@ -168,56 +162,50 @@ class Run:
         return run
 
     def state(self) -> State:
-        """What :func:`train` needs to go on from here. All processes must call it."""
+        """Collect what is needed to resume here. All processes must call this."""
         best = self.best if CHOOSES[self.metrics["protocol"]] and self.metrics["epochs"] else None
         names = ("settings", "processes", "images", "classes", "data_fingerprint")
-        # a run that an older version began has none of the last
-        agreed = {name: self.metrics[name] for name in names if name in self.metrics}
-        return self.trainer.state(best, {**agreed, "metrics": self.metrics})
+        recorded = {name: self.metrics[name] for name in names}
+        return self.trainer.state(best, {**recorded, "metrics": self.metrics})
 
-    def describe(self) -> dict[str, str]:
-        """The adapter's metadata."""
+    def save(self) -> None:
+        """Write the trained parameters, or their moving average, as the adapter. All processes must call this."""
         settings = self.trainer.settings
-        return {
+        metadata = {
             "base_model": settings.model,
             "method": settings.method,
             "dataset": settings.dataset,
             "classes": str(self.metrics["classes"]),
             "epoch": str(self.metrics.get("best_epoch", 0)),
         }
-
-    def save(self) -> None:
-        """Write the adapter: what trains now, or its moving average. All processes must call it."""
         with self.folder.writing():
-            # of a run that began before names were kept there are none: its adapter stays as it is
-            self.trainer.save(self.folder.adapter, self.describe(), self.metrics.get("class_names"))
+            self.trainer.save(self.folder.adapter, metadata, self.metrics.get("class_names"))
 
 
 def train(prepared: Prepared, *, quiet: bool = False, test: bool = True) -> dict[str, Any]:
     """Fine-tune by the protocol of the settings, and write the run folder.
 
-    The folder holds ``adapter`` (what trained, at the best epoch so far), ``metrics.json``,
-    ``curves.png``, TensorBoard's event files where it is installed, and until the run is finished
-    ``state``, from which it can be resumed. All but the curves are rewritten, each whole, after each
-    epoch, so a killed run keeps them. Ctrl-C ends the run: the folder then holds what
-    was reached, marked ``"interrupted": true``, with no test figure. After any other
-    error ``metrics.json`` says what it was.
+    The folder holds ``adapter`` (the trained parameters at the best epoch so far), ``metrics.json``, ``curves.png``,
+    TensorBoard events if that is installed, and until the run is finished ``state``, from which it can be resumed.
+    All but the curves are written atomically after each epoch, so a killed run keeps them. Ctrl-C ends the run:
+    the folder then holds the results so far, marked ``"interrupted": true``, without a test result. After any other
+    error ``metrics.json`` has its message.
 
     Args:
-        prepared: the run. Its model is left at the chosen epoch.
-        quiet: no progress bar and no notes.
-        test: False leaves the test images untouched, and the figures without a test.
+        prepared: The run. Its model is left at the chosen epoch.
+        quiet: Whether to print neither a progress bar nor notes.
+        test: Whether to evaluate on the test images at the end.
 
     Returns:
         The contents of ``metrics.json``.
 
     Raises:
-        ValueError: ``test=False`` with the protocol that chooses on the test images, or a state
-            that does not fit the model or the data.
-        FileExistsError: ``settings.out`` exists.
-        FloatingPointError: the loss became infinite or NaN.
-        RuntimeError: a trained parameter is bypassed by the model's code.
-        NotWritten: the folder could not be written, as where a disk is full: says which epoch it keeps.
+        ValueError: If ``test=False`` with the protocol that chooses on the test images, or the state does not fit
+            the model or the data.
+        FileExistsError: If ``settings.out`` exists.
+        FloatingPointError: If the loss becomes infinite or NaN.
+        RuntimeError: If a trained parameter gets no gradient.
+        NotWritten: If the folder cannot be written, for example on a full disk. The message names the epoch it keeps.
     """
     protocol = prepared.settings.resolved_protocol
     if not test and CHOOSES[protocol] == "test":
@@ -235,12 +223,12 @@ def train(prepared: Prepared, *, quiet: bool = False, test: bool = True) -> dict
     except KeyboardInterrupt:
         run.metrics["interrupted"] = True
         run.trainer.restore(run.best)
-        # not in several processes: what is sharded would have to be gathered, and the others may be anywhere
+        # not with several processes: gathering shards needs all of them, and the others may be anywhere
         if run.trainer.world.size == 1 and not run.folder.adapter.exists():
             run.save()
     except Exception as error:
         run.metrics["error"] = f"{type(error).__name__}: {error}"
-        # the folder itself may be what failed, and why it ended must be said all the same
+        # writing to the folder may be what failed: the error itself must be raised
         with contextlib.suppress(NotWritten):
             run.folder.write_metrics(run.metrics)
         raise
@@ -249,10 +237,10 @@ def train(prepared: Prepared, *, quiet: bool = False, test: bool = True) -> dict
     run.folder.write_metrics(run.metrics)
     run.folder.write_curves(run.metrics)
     if not run.metrics["interrupted"]:
-        # the last thing to be written: before it, the run can be resumed
+        # written last: until then the run can be resumed
         run.metrics["finished"] = True
         run.folder.write_metrics(run.metrics)
-        run.folder.drop_state()
+        run.folder.remove_state()
     return run.metrics
 
 
@@ -262,7 +250,7 @@ def _epochs(run: Run, quiet: bool) -> None:
     cuda = trainer.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(trainer.device)
-    # of a resumed run the adapter may be an epoch ahead of the state, or missing
+    # the adapter of a resumed run may be an epoch ahead of the state, or missing
     if metrics["epochs"]:
         current = trainer.trained()
         trainer.restore(run.best)
@@ -271,7 +259,7 @@ def _epochs(run: Run, quiet: bool) -> None:
     start = time.perf_counter() - metrics["train_seconds"]
     trainer.keep_images(split, quiet)
     epochs, steps = settings.total_epochs, trainer.batches.steps
-    # a terminal is redrawn often, a log file gets a line now and then
+    # redraw a terminal often, but write few lines to a log file
     interval = 0.1 if sys.stderr.isatty() else 15
     with tqdm(
         total=epochs * steps, initial=trainer.step, unit="step", disable=quiet, dynamic_ncols=True, mininterval=interval
@@ -297,12 +285,12 @@ def _epochs(run: Run, quiet: bool) -> None:
 
 
 def _is_best(metrics: dict[str, Any], split: str | None) -> bool:
-    """Whether the last epoch is better than the best before it: by accuracy, then by loss."""
-    *_, last = metrics["epochs"]
+    """Whether the last epoch is better than the best before it, by accuracy, then by loss."""
     best = metrics.get("best_epoch")
     if split is None or best is None:
         return True
-    (new, old) = ((e[f"{split}_accuracy"], -e[f"{split}_loss"]) for e in (last, metrics["epochs"][best - 1]))
+    epochs = metrics["epochs"]
+    new, old = ((e[f"{split}_accuracy"], -e[f"{split}_loss"]) for e in (epochs[-1], epochs[best - 1]))
     return new > old
 
 

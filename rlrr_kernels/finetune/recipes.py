@@ -1,8 +1,8 @@
-"""How each published task was trained, as data: VTAB-1k, and FGVC with and without mixup.
+"""Published training settings and results: VTAB-1k, and FGVC with and without mixup.
 
-The figures are those of the paper's code (arXiv 2403.19067). Its learning rate stays at ``warmup_lr`` for
-the first two epochs; that slip is not part of a recipe. Its ViT starts from a head of zeros, and its drop path
-there is a dropout of single elements; both are.
+The values are those of the paper's code (arXiv 2403.19067), whose ViT starts from a zero head and uses dropout of
+single elements as drop path. Its learning rate stays at ``warmup_lr`` for the first two epochs; that bug is not
+reproduced.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BACKBONE = "vit_base_patch16_224.orig_in21k"
 
 
 class VTABTask(NamedTuple):
-    """What differs between the tasks of VTAB-1k."""
+    """Settings that differ between the tasks of VTAB-1k."""
 
     classes: int
     lr: float
@@ -26,7 +26,7 @@ class VTABTask(NamedTuple):
 
 
 class FGVCTask(NamedTuple):
-    """What differs between the tasks of FGVC; ``restart_epochs`` is 0 where the cosine runs once."""
+    """Settings that differ between the tasks of FGVC; ``restart_epochs`` is 0 for a single cosine."""
 
     classes: int
     lr: float
@@ -73,18 +73,11 @@ VTAB_GROUPS: Mapping[str, tuple[str, ...]] = {
     "natural": ("caltech101", "cifar", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397"),
     "specialized": ("patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy"),
     "structured": (
-        "clevr_count",
-        "clevr_dist",
-        "dmlab",
-        "kitti",
-        "dsprites_loc",
-        "dsprites_ori",
-        "smallnorb_azi",
-        "smallnorb_ele",
+        "clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori", "smallnorb_azi", "smallnorb_ele",
     ),
-}
+}  # fmt: skip
 
-#: Every task by its full name. ``fgvc-aug`` is ``fgvc`` trained longer, with mixup and a moving average.
+#: All tasks by full name. ``fgvc-aug`` is ``fgvc`` trained longer, with mixup and a moving average of the weights.
 TASKS: tuple[str, ...] = (
     *(f"vtab/{name}" for name in VTAB),
     *(f"fgvc/{name}" for name in FGVC),
@@ -106,15 +99,15 @@ _COMMON: Mapping[str, object] = {
     "ema": 0.0,
 }
 
-#: What the published scripts, which train ViTs, do besides. Of the Swin there is the model alone: its head is drawn at
-#: random, and its drop path is stochastic depth.
+#: Additional settings of the published scripts, which train ViTs. Only the model was published for the Swin: its head
+#: is initialised at random, and its drop path is stochastic depth.
 _VIT: Mapping[str, object] = {"head_init": "zero", "drop_path_kind": "element"}
 
-# The published code replaces the whole schedule where it restarts: no warm-up, down to zero, and what it
-# calls cool-down is two more cycles.
+# With restarts the published code replaces the whole schedule: no warm-up, a minimum of zero, and two more cycles in
+# place of a cool-down.
 _RESTARTS: Mapping[str, object] = {"epochs": 60, "cooldown_epochs": 0, "warmup_epochs": 0, "min_lr": 0.0}
 
-# Here it restarts after 10, 30 and 70 epochs, each cycle twice the one before and the last cut at 110.
+# Restarts after 10, 30 and 70 epochs: each cycle is twice as long as the one before, and the last is cut at 110.
 _AUGMENTED: Mapping[str, object] = {
     **_RESTARTS,
     "epochs": 110,
@@ -128,10 +121,10 @@ _AUGMENTED: Mapping[str, object] = {
 
 
 def split_task(task: str) -> tuple[str, str]:
-    """``"vtab/cifar"`` -> ``("vtab", "cifar")``.
+    """Split ``"vtab/cifar"`` into ``("vtab", "cifar")``.
 
     Raises:
-        ValueError: no such task; the nearest names are listed.
+        ValueError: If the task is unknown. The message lists the nearest names.
     """
     if task not in TASKS:
         names = {name.split("/")[1]: name for name in reversed(TASKS)}
@@ -144,19 +137,19 @@ def split_task(task: str) -> tuple[str, str]:
 
 
 def recipe(task: str, model: str = BACKBONE) -> dict[str, object]:
-    """The published recipe of a task, as fields of :class:`~rlrr_kernels.finetune.settings.Settings`.
+    """Return the published recipe of a task, as fields of :class:`~rlrr_kernels.finetune.settings.Settings`.
 
     VTAB-1k: 100 epochs and 10 of cool-down, whole images resized. FGVC: 50 and 10, random crops and flips;
-    CUB and Dogs restart the cosine every 5 epochs. ``fgvc-aug``: 110, restarted after 10, 30 and 70, with
-    mixup, cutmix, label smoothing and a moving average of the weights. AdamW throughout. All but Swins start from
-    a head of zeros, and drop single elements of their branches.
+    CUB and Dogs restart the cosine every 5 epochs. ``fgvc-aug``: 110, with restarts, mixup, cutmix, label smoothing
+    and a moving average of the weights. All use AdamW. All models but Swins start from a zero head and drop single
+    elements of their branches.
 
     Args:
-        task: one of :data:`TASKS`.
-        model: timm's name of the model to train in the backbone's place.
+        task: One of :data:`TASKS`.
+        model: timm name of the model to train.
 
     Raises:
-        ValueError: no such task; the nearest names are listed.
+        ValueError: If the task is unknown. The message lists the nearest names.
     """
     suite, name = split_task(task)
     common = {**_COMMON, **({} if model.startswith("swin") else _VIT)}
@@ -175,10 +168,9 @@ def recipe(task: str, model: str = BACKBONE) -> dict[str, object]:
 
 
 class PublishedMean(NamedTuple):
-    """A mean test accuracy in percent: over the 19 tasks of ``vtab``, or the 5 of ``fgvc``.
+    """A published mean test accuracy in percent, over the 19 tasks of ``vtab`` or the 5 of ``fgvc``.
 
-    ``model`` is timm's name of the backbone. The RLRR figures chose the epoch on test images
-    (protocol ``best-on-test``).
+    ``model`` is timm's name of the backbone. For RLRR the epoch was chosen on test images (protocol ``best-on-test``).
     """
 
     benchmark: str
@@ -189,7 +181,6 @@ class PublishedMean(NamedTuple):
 
 _AUGREG = "vit_base_patch16_224.augreg_in21k"
 
-#: The paper's means to compare with.
 PUBLISHED: tuple[PublishedMean, ...] = (
     PublishedMean("vtab", "RLRR", BACKBONE, 74.5),
     PublishedMean("vtab", "RLRR", _AUGREG, 75.1),

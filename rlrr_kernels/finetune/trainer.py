@@ -1,11 +1,12 @@
-"""One model in training: its optimiser, schedule and loaders, in one process or as one of several."""
+"""Training and evaluating one model: optimiser, schedule, batches, moving average, in one or several processes."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +19,132 @@ from tqdm import tqdm
 
 from rlrr_kernels.checkpoint import save_adapter
 from rlrr_kernels.finetune import distributed
-from rlrr_kernels.finetune.augment import Mixing
-from rlrr_kernels.finetune.batches import Batch, Batches, keyed_seed
+from rlrr_kernels.finetune.batches import Batch, Batches, Mixing, keyed_seed
 from rlrr_kernels.finetune.data import ImageSet, Splits, loading
-from rlrr_kernels.finetune.ema import Average
+from rlrr_kernels.finetune.run_folder import State
 from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.finetune.state import State
 from rlrr_kernels.io.reading import expect
 from rlrr_kernels.models.parameters import param_groups
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-#: Share of an epoch's time spent waiting for images above which the progress line says so.
+#: The progress line reports waiting for images above this share of an epoch's time.
 BOTTLENECK = 0.25
 
 
-class Trainer:
-    """Epochs of training and evaluation, and all that a continuation of them needs.
-
-    Every draw is keyed, not carried: the order by seed and epoch, mixing by seed and step, drop path by
-    seed, epoch and process. So there is no random state to save, and none that other code could move.
-
-    Args:
-        settings: of the run.
-        model: as :func:`~rlrr_kernels.finetune.models.build_model` gives it, with equal values in all processes.
-        splits: the protocol says which of them trains.
-        device: this process's.
+@dataclass(frozen=True)
+class Evaluation:
+    """Results over a split.
 
     Attributes:
-        epoch, step: how many were done.
-        parameters: name -> what trains; sharded where ``settings.parallel`` is ``fsdp``.
+        loss: Mean cross-entropy over all processes.
+        accuracy: 0 to 1, over all processes.
+        hits: Correct answers of this process for each class, int64 ``[classes]``.
+        images: Images of this process in each class, int64 ``[classes]``.
+    """
+
+    loss: float
+    accuracy: float
+    hits: Tensor
+    images: Tensor
+
+
+def logits_of(model: nn.Module, images: Tensor, precision: str) -> Tensor:
+    """Float32 logits ``[batch, classes]`` of images ``[batch, C, H, W]``, computed in the given precision."""
+    dtype = AUTOCAST[precision]
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        return model(images).float()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    images: ImageSet,
+    settings: Settings,
+    device: torch.device,
+    world: distributed.World,
+    labels: Tensor | None = None,
+) -> Evaluation:
+    """Evaluate a model on a split, each image once in one of the processes.
+
+    Args:
+        model: On ``device``.
+        images: The split.
+        settings: Batch size, precision and workers.
+        device: This process's device.
+        world: This process.
+        labels: The model's label of each label of ``images``, int64 ``[images.classes]``; None if they are equal.
+    """
+    model.eval()
+    batches = Batches(len(images), settings.batch_size, world)
+    loss = torch.zeros((), dtype=torch.float64)
+    hits, count = torch.zeros(images.classes, dtype=torch.int64), torch.zeros(images.classes, dtype=torch.int64)
+    loaded = loading.batches(images, batches, device, settings.workers)
+    for batch, (inputs, classes) in zip(batches.plan(), loaded, strict=True):
+        logits = logits_of(model, inputs, settings.precision)[: batch.counts].cpu()
+        classes = classes[: batch.counts]
+        targets = classes if labels is None else labels[classes]
+        loss += F.cross_entropy(logits, targets, reduction="sum")
+        hits += torch.bincount(classes[logits.argmax(1) == targets], minlength=images.classes)
+        count += torch.bincount(classes, minlength=images.classes)
+    loss_sum, right = distributed.total(world, loss, hits.sum(), device=device)
+    return Evaluation(loss_sum / len(images), right / len(images), hits, count)
+
+
+class Average:
+    """An exponential moving average of the trained parameters, starting at their initial values.
+
+    average = decay * average + (1 - decay) * value after each step.
+
+    Args:
+        parameters: Trained parameters by name; of sharded ones this process's part is averaged.
+        decay: In [0, 1).
+
+    Attributes:
+        values: Averages by name, in the parameter's shape and dtype and on its device.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        self.decay = decay
+        self.parameters = {name: distributed.local(p.detach()) for name, p in parameters.items()}
+        self.values = {name: p.clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the parameters' values after a step."""
+        torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), 1 - self.decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Replace the model's values by the averages inside the context."""
+        own = {name: p.clone() for name, p in self.parameters.items()}
+        self._put(self.values)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.parameters[name].copy_(value)
+
+
+class Trainer:
+    """Trains and evaluates a model by epochs, and saves and loads everything that a resumed run needs.
+
+    All random draws are seeded by their place: the order by seed and epoch, mixing by seed and step, drop path by
+    seed, epoch and process. So there is no random state to save.
+
+    Args:
+        settings: Settings of the run.
+        model: From :func:`~rlrr_kernels.finetune.backbone.build_model`, with equal values in all processes.
+        splits: The data. The protocol decides which split trains.
+        device: This process's device.
+
+    Attributes:
+        epoch: Number of finished epochs.
+        step: Number of finished steps.
+        parameters: Trained parameters by name; sharded if ``settings.parallel`` is ``fsdp``.
     """
 
     def __init__(self, settings: Settings, model: nn.Module, splits: Splits, device: torch.device) -> None:
@@ -67,7 +163,7 @@ class Trainer:
             seed=settings.seed,
         )
         self.mixing = Mixing(settings, splits.classes)
-        # one kernel for all that trains, where there are hundreds of small tensors; not for sharded ones
+        # one kernel for hundreds of small parameters; does not support sharded ones
         self.fused = settings.parallel != "fsdp" and device.type in ("cpu", "cuda", "mps", "xpu")
         self.optimizer = torch.optim.AdamW(
             param_groups(self.model, settings.weight_decay), lr=settings.lr, fused=self.fused or None
@@ -79,7 +175,7 @@ class Trainer:
             self.optimizer,
             t_initial=cycle * steps,
             cycle_mul=settings.restart_factor,
-            # after whole equal cycles comes the cool-down; where there is none, the end of the epochs may cut the last
+            # without a cool-down, the end of the epochs may cut the last cycle
             cycle_limit=-(-settings.epochs // cycle),
             lr_min=settings.min_lr,
             warmup_t=settings.warmup_epochs * steps,
@@ -90,8 +186,11 @@ class Trainer:
         self._checked = False
 
     def keep_images(self, chooses: str | None, quiet: bool) -> None:
-        """Decode once what more than one epoch will see: the training images, and those of the split ``chooses``,
-        as far as ``settings.cache`` reaches. All processes must call it alike.
+        """Decode images that several epochs need once, up to ``settings.cache`` GiB. All processes must call this.
+
+        Args:
+            chooses: The split that is evaluated after each epoch, or None. It is kept as well as the training images.
+            quiet: Whether to print nothing.
         """
         if self.settings.total_epochs - self.epoch < 2 or not self.settings.cache:
             return
@@ -99,30 +198,22 @@ class Trainer:
         for images in [self.images, *([getattr(self.splits, chooses)] if chooses else [])]:
             room -= loading.keep(images, self.world, self.settings.workers, room, quiet=quiet)
 
-    def _load(self, images: ImageSet, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        return loading.batches(images, batches, self.device, self.settings.workers)
-
-    def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        dtype = AUTOCAST[self.settings.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return model(images).float()
-
     def train_epoch(self, bar: tqdm[Any]) -> dict[str, float]:
-        """One pass over the training images.
+        """Train on all training images once.
 
         Returns:
-            Mean loss and accuracy over all processes (of mixed images: by the larger share), the last
-            learning rate, and images a second.
+            Mean loss and accuracy over all processes (a mixed image counts as its larger share), the last
+            learning rate, and images per second.
 
         Raises:
-            FloatingPointError: the loss became infinite or NaN.
-            RuntimeError: a trained parameter is bypassed by the model's code.
+            FloatingPointError: If the loss becomes infinite or NaN.
+            RuntimeError: If a trained parameter gets no gradient.
         """
         self.model.train()
         torch.manual_seed(keyed_seed("drop path", self.settings.seed, self.epoch, self.world.rank))
         self.batches.epoch = self.epoch
         start, seen, number, waited = time.perf_counter(), 0, 0, 0.0
-        loaded = self._load(self.images, self.batches)
+        loaded = loading.batches(self.images, self.batches, self.device, self.settings.workers)
         loss_sum, hits = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         mean = accuracy = math.nan
         for batch in self.batches.plan():
@@ -142,7 +233,7 @@ class Trainer:
             number = 0
             seen += batch.step_images
             bar.update()
-            # reading a result waits for the GPU and for other processes, so not at every step
+            # not at every step: reading a result waits for the GPU and for other processes
             if self.step % 10 == 0 or self.step % self.batches.steps == 0:
                 sums = distributed.total(self.world, loss_sum, hits, device=self.device)
                 mean, accuracy = (value / seen for value in sums)
@@ -162,16 +253,16 @@ class Trainer:
         }
 
     def _backward(self, batch: Batch, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Add this batch's share of the step's gradient; (sum of losses, hits) of its images that count."""
+        """Add the gradient of one batch; returns the sum of losses and the number of hits of its images."""
         labels = labels.to(self.device, non_blocking=True)
         images, targets = self.mixing(images, labels, self.step, number)
         with distributed.synchronising(self.wrapped, batch.last):
-            logits = self._logits(self.wrapped, images)[: batch.counts]
+            logits = logits_of(self.wrapped, images, self.settings.precision)[: batch.counts]
             targets = targets[: batch.counts]
-            # mixing has smoothed its targets already
+            # mixing smooths its targets itself
             smoothing = 0.0 if self.mixing.on else self.settings.label_smoothing
             loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-            # the mean over the images of the whole step: gradients are averaged over processes, and parts may be uneven
+            # the mean over the whole step's images: gradients are averaged over processes of unequal parts
             self.scaler.scale(loss * (self.world.size / batch.step_images)).backward()
         classes = targets.argmax(1) if targets.ndim == 2 else targets
         return loss.detach(), (logits.argmax(1) == classes).sum()
@@ -186,7 +277,7 @@ class Trainer:
         self.step += 1
 
     def _check_gradients(self) -> None:
-        """A model that reads ``layer.weight`` itself bypasses u, v and f, which would then never train."""
+        """Raise if a parameter got no gradient: a model that reads ``layer.weight`` itself bypasses u, v and f."""
         untouched = [name for name, p in self.parameters.items() if p.grad is None]
         if untouched:
             raise RuntimeError(
@@ -195,37 +286,28 @@ class Trainer:
             )
         self._checked = True
 
-    @torch.no_grad()
     def evaluate(self, images: ImageSet) -> tuple[float, float]:
-        """(mean cross-entropy, accuracy) over a split, each image once however many processes share it."""
-        self.model.eval()
-        batches = Batches(len(images), self.settings.batch_size, self.world)
-        loss_sum, hits = torch.zeros((), dtype=torch.float64), 0
-        for batch, (inputs, labels) in zip(batches.plan(), self._load(images, batches), strict=True):
-            logits = self._logits(self.model, inputs)[: batch.counts].cpu()
-            labels = labels[: batch.counts]
-            loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-            hits += int((logits.argmax(1) == labels).sum())
-        loss, right = distributed.total(self.world, loss_sum, float(hits), device=self.device)
-        return loss / len(images), right / len(images)
+        """Return (mean cross-entropy, accuracy) over a split. All processes must call this."""
+        result = evaluate(self.model, images, self.settings, self.device, self.world)
+        return result.loss, result.accuracy
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The model holds the moving average inside, if one is kept: what is evaluated and saved."""
+        """Replace the model's values by their moving average, if there is one, inside the context."""
         return self.average.in_place() if self.average else nullcontext()
 
     def trained(self) -> dict[str, Tensor]:
-        """A copy of what trains (of sharded parameters, this process's part)."""
+        """Copy the trained parameters (of sharded ones, this process's part)."""
         return {name: distributed.local(p.detach()).clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def restore(self, values: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`trained` returned."""
+        """Set the trained parameters to values that :meth:`trained` returned."""
         for name, value in values.items():
             distributed.local(self.parameters[name].detach()).copy_(value)
 
     def save(self, folder: Path, metadata: Mapping[str, str], class_names: Sequence[str] | None) -> None:
-        """Write what trains as an adapter, from the main process. All processes must call it."""
-        # of sharded parameters each process has a part to give
+        """Write the trained parameters as an adapter, from the main process. All processes must call this."""
+        # every process holds a part of sharded parameters
         if self.world.main or isinstance(self.model, FSDPModule):
             save_adapter(self.model, folder, metadata, class_names=class_names)
 
@@ -233,11 +315,11 @@ class Trainer:
         return {name: distributed.gather(part, self.parameters[name]) for name, part in parts.items()}
 
     def state(self, best: Mapping[str, Tensor] | None, record: dict[str, Any]) -> State:
-        """Everything from which :meth:`load` goes on. All processes must call it.
+        """Collect everything that :meth:`load` needs. All processes must call this.
 
         Args:
-            best: what :meth:`trained` returned at the chosen epoch; None where it is the last.
-            record: JSON values to keep with it.
+            best: What :meth:`trained` returned at the chosen epoch, or None if that is the last.
+            record: JSON values to store with it.
         """
         tensors = {f"trained/{k}": t for k, t in self._whole(self.trained()).items()}
         if best is not None:
@@ -246,18 +328,18 @@ class Trainer:
             tensors |= {f"average/{k}": t for k, t in self._whole(self.average.values).items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                # all moments are as the parameter; the count of steps is one number
+                # moments are sharded as the parameter; the number of steps is a scalar
                 tensors[f"optimizer/{name}/{key}"] = value if key == "step" else distributed.gather(value, parameter)
         return State({"epoch": self.epoch, "scaler": self.scaler.state_dict(), **record}, tensors)
 
     def load(self, state: State) -> dict[str, Tensor]:
-        """Go on from a state.
+        """Continue from a state.
 
         Returns:
-            ``best`` as :meth:`state` was given it, or where it was None what trains now.
+            The ``best`` that :meth:`state` was given; if that was None, the trained parameters.
 
         Raises:
-            ValueError: it is of another model.
+            ValueError: If the state is of another model. Nothing is changed then.
         """
         self._check(state)
         self._put(state.part("trained"))
@@ -270,7 +352,7 @@ class Trainer:
             self.optimizer.state[parameter] = {
                 key: distributed.scatter(value, parameter) for key, value in found.items() if key != "step"
             }
-            # the fused step counts where the parameter is
+            # the fused optimiser keeps the number of steps on the parameter's device
             self.optimizer.state[parameter]["step"] = found["step"].to(parameter.device if self.fused else "cpu")
         if self.average:
             for name, value in state.part("average").items():
@@ -287,11 +369,11 @@ class Trainer:
         return {k: distributed.local(distributed.scatter(t, self.parameters[k])) for k, t in best.items()}
 
     def _check(self, state: State) -> None:
-        """``ValueError`` unless :meth:`load` could take all of a state: nothing is copied of one that it could not."""
+        """Raise ``ValueError`` if :meth:`load` could not use all of a state."""
         own = {name: (tuple(p.shape), p.dtype) for name, p in self.parameters.items()}
         for part in ("trained", "best", "average"):
             found = {name: (tuple(t.shape), t.dtype) for name, t in state.part(part).items()}
-            # nothing is best before the first epoch, or where the last epoch counts; an average is kept from the start
+            # there is no best before the first epoch, or if the last epoch counts
             optional = part == "best" or (part == "average" and self.average is None)
             if found != own and not (optional and not found):
                 raise ValueError(
@@ -299,7 +381,7 @@ class Trainer:
                     f"damaged: {part}"
                 )
         moments = state.part("optimizer")
-        # before the first step there are none; after it, those of all that has had a gradient, which is everything
+        # AdamW has no moments before its first step
         wanted = {
             f"{name}/{key}": ((), torch.float32) if key == "step" else of_parameter
             for name, of_parameter in own.items()

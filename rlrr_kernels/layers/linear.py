@@ -1,9 +1,8 @@
-"""FusedRLRRLinear: ``nn.Linear`` with a frozen weight and a trained rescaling of it."""
+"""FusedRLRRLinear: an ``nn.Linear`` whose weight is frozen and rescaled by trained vectors."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlrr_kernels.backends.reference import accumulation_dtype, rescaled_weight
-from rlrr_kernels.layers.ownership import check_dtype, check_linear, need_no_fsdp, need_own
-from rlrr_kernels.ops.export import refuse_script
+from rlrr_kernels.layers.ownership import check_dtype, check_linear, check_not_in_fsdp, check_own_parameters
+from rlrr_kernels.ops import route
 from rlrr_kernels.ops.linear import rescaled_linear
 
-#: The starts of u and v that have a name, see :class:`FusedRLRRLinear`.
+#: The named ways to initialise u and v, see :class:`FusedRLRRLinear`.
 INITS = ("paper", "identity")
 
 #: One of :data:`INITS`, or a function that fills (scale_out, scale_in) in place.
@@ -24,47 +23,63 @@ Init = str | Callable[[Tensor, Tensor], None]
 
 
 def check_init(init: object) -> None:
-    """``ValueError`` unless it is one of :data:`INITS` or can be called."""
+    """Check an ``init`` argument.
+
+    Raises:
+        ValueError: If it is neither one of :data:`INITS` nor callable.
+    """
     if not callable(init) and init not in INITS:
         raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {init!r}")
 
 
 def init_name(init: Init) -> str:
-    """What a layer's ``repr`` calls it."""
+    """The name of an ``init`` in a layer's ``repr``."""
     return init if isinstance(init, str) else getattr(init, "__name__", repr(init))
+
+
+def refuse_script(module: nn.Module) -> nn.Module:
+    """What ``torch.jit.script`` calls first (``__prepare_scriptable__``).
+
+    Raises:
+        RuntimeError: Always, and says what to use instead.
+    """
+    raise RuntimeError(
+        f"{type(module).__name__}: torch.jit.script cannot compile it; use torch.export or torch.jit.trace, "
+        "or script what merge_and_unload returns"
+    )
 
 
 class FusedRLRRLinear(nn.Linear):
     """y = x (W * (1 + u v))^T + b + f, with W and b frozen and u, v, f trained.
 
-    Takes the place of ``nn.Linear``: same first arguments, same ``weight`` and
-    ``bias`` keys, so checkpoints of the plain layer load (with ``strict=False``, as
-    they lack the three new tensors). Source: RLRR, arXiv 2403.19067, Eq. 16 and 20.
+    A drop-in replacement for ``nn.Linear``: same first arguments, same ``weight`` and ``bias`` keys. A checkpoint of
+    the plain layer lacks u, v and f: load it before :func:`~rlrr_kernels.apply_rlrr`, or with ``strict=False``.
+    Source: RLRR, arXiv 2403.19067, Eq. 16 and 20.
 
     Args:
         in_features: K.
         out_features: N.
         bias: whether the frozen layer has a bias.
         device, dtype: of ``weight`` and ``bias``.
-        groups: equal blocks of output rows with a v each: 3 for a fused qkv.
-        init: ``"paper"`` draws v from U(+-sqrt(6/K)) and u from U(+-sqrt(6)), so
-            W' differs from W at the start; ``"identity"`` sets u = 0 and draws v, so
-            the layer starts as the plain one; a callable gets ``(scale_out, scale_in)``
-            and fills both in place.
+        groups: number of equal blocks of output rows that have their own v: 3 for a fused qkv projection.
+        init: ``"paper"`` draws v from U(+-sqrt(6/K)) and u from U(+-sqrt(6)), so that W' differs from W at the
+            start. ``"identity"`` sets u = 0 and draws v, so that the layer starts as the plain one. A callable gets
+            ``(scale_out, scale_in)`` and fills both in place.
 
     Attributes:
-        weight: W ``[N, K]``, frozen. bias: b ``[N]`` or None, frozen.
-        scale_out: u ``[N, 1]``. scale_in: v ``[1, K]``, or ``[groups, 1, K]``.
-        shift: f ``[N]``, 0 at the start.
-            These three are trained, in float32 (float64 with a float64 weight).
-        enabled: False computes the frozen layer alone, bit for bit.
-        merged: whether :meth:`merge` put W' and b + f in the place of W and b.
+        weight: W ``[N, K]``, frozen.
+        bias: b ``[N]`` or None, frozen.
+        scale_out: u ``[N, 1]``, trained, in float32 (float64 with a float64 weight), as are the next two.
+        scale_in: v ``[1, K]``, or ``[groups, 1, K]``.
+        shift: f ``[N]``, zero at the start.
+        enabled: if False, the layer computes x W^T + b, bit for bit.
+        merged: whether :meth:`merge` has replaced W and b by W' and b + f.
 
-    While merged, ``state_dict`` still gives the frozen W and b, and a layer without b has a ``bias`` parameter.
+    While the layer is merged, ``state_dict`` still returns the frozen W and b, and a layer without b has a ``bias``.
 
     Raises:
-        TypeError: ``dtype`` is not float16, bfloat16, float32 or float64.
-        ValueError: ``groups`` does not divide N, or ``init`` is an unknown name.
+        TypeError: If ``dtype`` is not float16, bfloat16, float32 or float64.
+        ValueError: If ``groups`` does not divide N, or ``init`` is an unknown name.
     """
 
     def __init__(
@@ -87,9 +102,9 @@ class FusedRLRRLinear(nn.Linear):
         self.init = init
         self.enabled = True
         self.merged = False
-        #: whether the frozen layer has a bias; the merged one always does
+        #: whether the frozen layer has a bias; the merged one always has
         self.frozen_bias = bias
-        #: the frozen W and b while W' and b + f are in their place, if they were kept
+        #: the frozen W and b while the layer is merged, if they were kept
         self._frozen: tuple[nn.Parameter, nn.Parameter | None] | None = None
         new: dict[str, Any] = {"device": self.weight.device, "dtype": accumulation_dtype(self.weight.dtype)}
         v_shape = (1, in_features) if groups == 1 else (groups, 1, in_features)
@@ -105,17 +120,17 @@ class FusedRLRRLinear(nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, *, groups: int = 1, init: Init = "paper", dtype: torch.dtype | None = None
     ) -> FusedRLRRLinear:
-        """Take over a layer's own weight and bias (no copy) and freeze them.
+        """Make a layer that shares and freezes the weight and bias of ``linear``.
 
         Args:
-            linear: the layer to replace; its parameters are shared and frozen.
+            linear: the layer to replace. Its parameters are not copied.
             groups, init: as in the constructor.
-            dtype: keep weight and bias in this dtype instead (a copy).
+            dtype: store weight and bias in this dtype instead; they are then copied.
 
         Raises:
-            TypeError: no ``nn.Linear``, or one that computes something else, whose weight is computed from other
-                tensors (``torch.nn.utils``' parametrize, prune, weight_norm), has no data yet, is quantised or in FSDP.
-            ValueError: as the constructor.
+            TypeError: If ``linear`` is not a plain ``nn.Linear``, or its weight is computed from other tensors
+                (``torch.nn.utils.parametrize``, prune, weight_norm), has no data yet, is quantised or held by FSDP.
+            ValueError: As the constructor.
         """
         check_linear(linear)
         dtype = dtype or linear.weight.dtype
@@ -135,30 +150,30 @@ class FusedRLRRLinear(nn.Linear):
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
-        """Draw W and b as ``nn.Linear`` does and u, v, f as :meth:`reset_scales`, as FSDP asks for after ``to_empty``.
+        """Initialise all parameters anew: W and b as ``nn.Linear``, u, v and f as :meth:`reset_scales`.
 
-        Pretrained W and b are to be loaded afterwards.
+        FSDP calls this after ``to_empty``. Pretrained W and b must be loaded afterwards.
 
         Raises:
-            RuntimeError: W' and b + f are in the place of W and b, or a tensor is computed from others.
+            RuntimeError: If the layer is merged, or a tensor is computed from other tensors.
         """
-        if not hasattr(self, "shift"):  # from nn.Linear's constructor
+        if not hasattr(self, "shift"):  # called by nn.Linear's constructor
             super().reset_parameters()
             return
         if self.merged:
             raise RuntimeError("FusedRLRRLinear: cannot reset while it is merged; unmerge first")
-        need_own(self, "reset", "weight", "bias", "scale_out", "scale_in", "shift")
+        check_own_parameters(self, "reset", "weight", "bias", "scale_out", "scale_in", "shift")
         super().reset_parameters()
         self.reset_scales()
 
     @torch.no_grad()
     def reset_scales(self) -> None:
-        """Draw u and v anew as ``init`` says and set f to zero; W and b stay. Does nothing on the meta device.
+        """Initialise u and v anew as ``init`` says and set f to zero. Does nothing on the meta device.
 
         Raises:
-            RuntimeError: one of them is computed from other tensors.
+            RuntimeError: If one of them is computed from other tensors.
         """
-        need_own(self, "reset", "scale_out", "scale_in", "shift")
+        check_own_parameters(self, "reset", "scale_out", "scale_in", "shift")
         if self.shift.is_meta:
             return
         self.shift.zero_()
@@ -173,10 +188,16 @@ class FusedRLRRLinear(nn.Linear):
             self.scale_out.uniform_(-math.sqrt(6), math.sqrt(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` to ``[..., N]`` in x's dtype, or autocast's.
+        """Compute the layer.
+
+        Args:
+            x: ``[..., K]``.
+
+        Returns:
+            y ``[..., N]`` in x's dtype, or in autocast's.
 
         Raises:
-            RuntimeError: a pass that is to train u, v, f while they are merged.
+            RuntimeError: If the layer is merged and in training mode: u, v and f would not train.
         """
         if self.merged or not self.enabled:
             return self._plain(x)
@@ -195,35 +216,45 @@ class FusedRLRRLinear(nn.Linear):
 
     @torch.no_grad()
     def merged_weight(self) -> tuple[Tensor, Tensor]:
-        """W' and b + f, formed in float32 and rounded once to the frozen dtype, in memory of their own.
+        """Form W' ``[N, K]`` and b + f ``[N]`` in new memory, in float32, rounded once to the frozen weight's dtype.
 
         Raises:
-            RuntimeError: they are already merged.
+            RuntimeError: If the layer is merged already.
         """
         if self.merged:
             raise RuntimeError("FusedRLRRLinear: u, v and f are already merged")
         dtype = self.weight.dtype
         scale_in = self.scale_in.view(self.groups, 1, self.in_features)
-        if hasattr(self.weight, "device_mesh"):
-            from rlrr_kernels.layers import parallel  # whoever has a DTensor has imported what this does
-
-            weight: Tensor = parallel.sharded_weight(self.weight, self.scale_out, scale_in, dtype)
-        else:
-            weight = rescaled_weight(self.weight, self.scale_out, scale_in, dtype)
+        sharding = route.sharding_of(self.weight)
+        form = rescaled_weight if sharding is None else sharding.rescaled_weight
+        weight = form(self.weight, self.scale_out, scale_in, dtype)
         bias = self.shift if self.bias is None else self.bias.to(self.shift.dtype) + self.shift
         return weight, bias.to(dtype, copy=True)
 
-    def merge(self, keep: bool = True) -> None:
-        """Put W' and b + f in the place of W and b, for inference at the cost of the plain layer.
-
-        Args:
-            keep: keep W and b for :meth:`unmerge`, at the cost of a second weight in memory.
+    def check_merge(self) -> None:
+        """Check that :meth:`merge` can replace W and b.
 
         Raises:
-            RuntimeError: they are already merged, W or b is computed from other tensors, or FSDP holds them.
+            RuntimeError: If they are already merged, W or b is computed from other tensors, or FSDP manages them.
         """
-        need_own(self, "merge", "weight", "bias")
-        need_no_fsdp(self, "merge")
+        if self.merged:
+            raise RuntimeError("FusedRLRRLinear: u, v and f are already merged")
+        check_own_parameters(self, "merge", "weight", "bias")
+        check_not_in_fsdp(self, "merge")
+
+    def merge(self, keep: bool = True) -> None:
+        """Replace W and b by W' and b + f, for inference at the cost of the plain layer.
+
+        Args:
+            keep: Keep W and b for :meth:`unmerge`, at the cost of a second weight in memory.
+
+        Raises:
+            RuntimeError: As :meth:`check_merge`.
+        """
+        self.check_merge()
+        self._merge(keep)
+
+    def _merge(self, keep: bool) -> None:
         weight, bias = self.merged_weight()
         self._frozen = (cast(nn.Parameter, self.weight), self.bias) if keep else None
         self.frozen_bias = self.bias is not None
@@ -234,24 +265,32 @@ class FusedRLRRLinear(nn.Linear):
 
     @property
     def kept(self) -> bool:
-        """Whether the frozen W and b are kept while W' and b + f are in their place."""
+        """Whether the layer is merged and has kept the frozen W and b."""
         return self._frozen is not None
 
-    def unmerge(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
-        """Put W and b back, the very tensors that were there.
-
-        Args:
-            weight, bias: W ``[N, K]`` and b, needed if they were not kept, as loaded anew.
+    def check_unmerge(self) -> None:
+        """Check that :meth:`unmerge` can replace W' and b + f.
 
         Raises:
-            RuntimeError: nothing is merged, W was not kept and is not given, W' is computed from other tensors, or
-                FSDP holds it.
-            ValueError: a weight or bias of another shape.
+            RuntimeError: If nothing is merged, W' is computed from other tensors, or FSDP manages it.
         """
         if not self.merged:
             raise RuntimeError("FusedRLRRLinear: nothing is merged")
-        need_own(self, "unmerge", "weight", "bias")
-        need_no_fsdp(self, "unmerge")
+        check_own_parameters(self, "unmerge", "weight", "bias")
+        check_not_in_fsdp(self, "unmerge")
+
+    def unmerge(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """Undo :meth:`merge`: put the same W and b back.
+
+        Args:
+            weight: W ``[N, K]``, loaded anew; needed if it was not kept.
+            bias: b ``[N]``, loaded anew; needed if it was not kept and the layer has one.
+
+        Raises:
+            RuntimeError: As :meth:`check_unmerge`; or if W was not kept and is not given.
+            ValueError: If a weight or bias has another shape.
+        """
+        self.check_unmerge()
         if self._frozen is None:
             if weight is None:
                 raise RuntimeError("FusedRLRRLinear: the frozen weight was not kept; give it to unmerge")
@@ -261,15 +300,17 @@ class FusedRLRRLinear(nn.Linear):
             for name, given, expected in (("weight", weight, self.weight.shape), ("bias", bias, self.shift.shape)):
                 if given is not None and given.shape != expected:
                     raise ValueError(f"{name}: expected shape {list(expected)}, got {list(given.shape)}")
-            self._frozen = (
-                _frozen_as(self.weight, weight),
-                None if bias is None else _frozen_as(self.bias, bias),
-            )
+        self._unmerge(weight, bias)
+
+    def _unmerge(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+        if self._frozen is None:
+            assert weight is not None
+            self._frozen = _frozen_as(self.weight, weight), None if bias is None else _frozen_as(self.bias, bias)
         self.weight, self.bias = self._frozen  # type: ignore[assignment]  # nn.Linear's bias may be None
         self._frozen, self.merged = None, False
 
     def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` that computes the same, always with a bias. It shares no memory with this layer."""
+        """Make a plain ``nn.Linear`` with a bias that computes the same. It shares no memory with this layer."""
         if self.merged:
             weight, bias = self.weight.detach().clone(), self.bias.detach().clone()
         else:
@@ -292,8 +333,8 @@ class FusedRLRRLinear(nn.Linear):
         if self._frozen is None:
             where = prefix.rstrip(".") or "model"
             raise RuntimeError(f"{where}: the frozen weight was not kept when merging; unmerge first")
-        need_own(self, "give a state dict", "weight", "bias")
-        # in their places, so that the order of keys is that of the unmerged layer
+        check_own_parameters(self, "give a state dict", "weight", "bias")
+        # replaced in their places, so that the keys have the order of the unmerged layer
         for name, kept in zip(("weight", "bias"), self._frozen, strict=True):
             if kept is None:
                 del destination[prefix + name]
@@ -318,9 +359,6 @@ class FusedRLRRLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        trained = [prefix + name for name in ("scale_out", "scale_in", "shift")]
-        if missing_keys[-3:] == trained and prefix + "weight" in state_dict:
-            missing_keys[:] = [*map(str, missing_keys[:-1]), _LackedByPlain(missing_keys[-1])]
 
     __prepare_scriptable__ = refuse_script
 
@@ -330,31 +368,12 @@ class FusedRLRRLinear(nn.Linear):
         return f"{super().extra_repr()}, groups={self.groups}, init={init_name(self.init)}{state}"
 
 
-class _LackedByPlain(str):
-    """A missing key whose place in PyTorch's error of a strict load says what to do; elsewhere an ordinary string.
-
-    PyTorch tells a layer neither whether a load is strict nor lets it word the error, but formats the keys. The
-    result of a load that is not strict holds them too, for anyone to format.
-    """
-
-    __slots__ = ()
-
-    def __format__(self, spec: str) -> str:
-        if sys._getframe(1).f_globals.get("__name__") != nn.Module.__module__:
-            return super().__format__(spec)
-        return f"{self!s} (a plain checkpoint lacks what trains: load it before apply_rlrr, or with strict=False)"
-
-
 def _frozen_as(like: Tensor, values: Tensor) -> nn.Parameter:
-    if hasattr(like, "device_mesh"):
-        from rlrr_kernels.layers import parallel  # whoever has a DTensor has imported what this does
-
-        values = parallel.laid_out_as(values, like)
-    return nn.Parameter(values.to(like), requires_grad=False)
+    return nn.Parameter(route.laid_out_as(values, like).to(like), requires_grad=False)
 
 
 def _moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    """What ``nn.Module.to`` makes of a parameter: the same object where it can be, for ties to it."""
+    """A parameter after ``nn.Module.to``: the same object if possible, so that tied parameters stay tied."""
     data = fn(parameter.data)
     if not torch._has_compatible_shallow_copy_type(parameter.data, data):
         return nn.Parameter(data, parameter.requires_grad)

@@ -1,28 +1,25 @@
-"""SSF's affine: after a LayerNorm and fused with it, and alone (after the patch embedding).
+"""SSF's affine: fused with the LayerNorm before it, or alone, as after a patch embedding.
 
-SSF (Lian et al., NeurIPS 2022, arXiv 2210.08823, Eq. 2) scales and shifts a layer's features;
-RLRR's published code trains such an affine after each LayerNorm and after the patch
-embedding, besides its rescaled linears.
+SSF (Lian et al., NeurIPS 2022, arXiv 2210.08823, Eq. 2) scales and shifts the features of a layer. The published code
+of RLRR trains such an affine after each LayerNorm and after the patch embedding, besides the rescaled linears.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlrr_kernels import ops
-from rlrr_kernels.backends.reference import accumulation_dtype
-from rlrr_kernels.layers.linear import Init, check_init, init_name
-from rlrr_kernels.ops.export import refuse_script
+from rlrr_kernels.backends.reference import accumulation_dtype, compose_affine
+from rlrr_kernels.layers.linear import Init, check_init, init_name, refuse_script
+from rlrr_kernels.ops import layer_norm
 
 
 class _Affine(nn.Module):
-    """s and t ``[D]``, how they start, and whether they count: what the two layers below share."""
+    """The parameters s and t ``[D]`` and their initialisation, which both layers below have."""
 
     ssf_scale: nn.Parameter
     ssf_shift: nn.Parameter
@@ -40,7 +37,7 @@ class _Affine(nn.Module):
 
     @torch.no_grad()
     def reset_affine(self) -> None:
-        """Draw s and t anew as ``init`` says; nothing else changes. Does nothing on the meta device."""
+        """Initialise s and t anew as ``init`` says. Does nothing on the meta device."""
         if self.ssf_scale.is_meta:
             return
         if callable(self.init):
@@ -53,7 +50,7 @@ class _Affine(nn.Module):
             self.ssf_shift.normal_(0.0, 0.02)
 
     def reset_parameters(self) -> None:
-        """Draw s and t anew as :meth:`reset_affine`, and set a LayerNorm's own w and b to 1 and 0."""
+        """Initialise all parameters anew: s and t as :meth:`reset_affine`, a LayerNorm's w and b to 1 and 0."""
         self.reset_affine()
 
     __prepare_scriptable__ = refuse_script
@@ -62,28 +59,25 @@ class _Affine(nn.Module):
 class SSFLayerNorm(nn.LayerNorm, _Affine):
     """y = LN(x) * s + t, with the LayerNorm's own weight and bias frozen and s, t trained.
 
-    Takes the place of ``nn.LayerNorm`` over the last dimension: same first arguments, same
-    ``weight`` and ``bias`` keys. On an NVIDIA GPU one kernel applies both affines in float32.
-    Elsewhere, and under ``torch.compile``, which fuses it itself, it is one LayerNorm of
-    PyTorch's: as LN(x) = xhat w + b, the whole has weight w s and bias b s + t, formed in
-    float32. What is kept for backward is what LayerNorm keeps: x and two numbers a row.
-    Source: SSF, Eq. 2.
+    A drop-in replacement for ``nn.LayerNorm`` over the last dimension: same first arguments, same ``weight`` and
+    ``bias`` keys. On an NVIDIA GPU one kernel applies both affines in float32. Elsewhere, and under
+    ``torch.compile``, which fuses it itself, PyTorch's LayerNorm computes it with the weight w s and the bias b s + t,
+    formed in float32. Backward needs what LayerNorm's needs: x and two numbers for each row. Source: SSF, Eq. 2.
 
     Args:
         normalized_shape: D, or a sequence of that one number.
         eps, elementwise_affine, bias, device, dtype: as ``nn.LayerNorm`` takes them.
-        init: ``"paper"`` draws s from N(1, .02) and t from N(0, .02); ``"identity"`` sets
-            them to 1 and 0, so the layer starts as the plain one; a callable gets
-            ``(ssf_scale, ssf_shift)`` and fills both in place.
+        init: ``"paper"`` draws s from N(1, .02) and t from N(0, .02). ``"identity"`` sets them to 1 and 0, so that
+            the layer starts as the plain one. A callable gets ``(ssf_scale, ssf_shift)`` and fills both in place.
 
     Attributes:
         weight, bias: w and b ``[D]`` or None, frozen.
         ssf_scale, ssf_shift: s and t ``[D]``, trained, in float32 (float64 with a float64 weight).
-        enabled: False computes the frozen LayerNorm, bit for bit.
-        base: the class that this layer stands for: ``nn.LayerNorm``, or one of timm's.
+        enabled: if False, the layer computes the frozen LayerNorm, bit for bit.
+        base: the class that this layer replaces: ``nn.LayerNorm``, or one of timm's.
 
     Raises:
-        ValueError: more dimensions than one, or ``init`` is an unknown name.
+        ValueError: If ``normalized_shape`` has more than one dimension, or ``init`` is an unknown name.
     """
 
     def __init__(
@@ -110,17 +104,17 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
     def from_layer_norm(
         cls, norm: nn.LayerNorm, *, init: Init = "paper", device: torch.device | str | None = None
     ) -> SSFLayerNorm:
-        """Take over a LayerNorm's own weight and bias (no copy) and freeze them.
+        """Make a layer that shares and freezes the weight and bias of ``norm``.
 
         Args:
-            norm: the layer to replace: an ``nn.LayerNorm``, or timm's ``LayerNorm`` or
-                ``LayerNormFp32`` (which computes in float32 whatever x is), over one dimension.
+            norm: the layer to replace: an ``nn.LayerNorm``, timm's ``LayerNorm``, or timm's ``LayerNormFp32`` (which
+                computes in float32 whatever x is), over one dimension. Its parameters are not copied.
             init: as in the constructor.
-            device: of s and t where ``norm`` has no weight to tell it.
+            device: of s and t, if ``norm`` has no weight whose device they could take.
 
         Raises:
-            TypeError: another class, a subclass that computes something else included.
-            ValueError: as the constructor.
+            TypeError: If ``norm`` is of another class, a subclass of these included.
+            ValueError: As the constructor.
         """
         cls.check(norm)
         like = torch.empty(0, device=device) if norm.weight is None else norm.weight
@@ -129,22 +123,26 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
         layer.base = type(norm)
         layer.elementwise_affine = norm.elementwise_affine
         layer.weight, layer.bias = norm.weight, norm.bias
-        # what a subclass keeps of its own: timm's _fast_norm
+        # attributes of a subclass, such as timm's _fast_norm
         vars(layer).update({name: value for name, value in vars(norm).items() if name not in vars(layer)})
         layer._add_affine(norm.normalized_shape[0], like.device, like.dtype, init)
         return layer.train(norm.training)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "ssf_scale"):  # nn.LayerNorm's constructor calls this before there is one
+        if hasattr(self, "ssf_scale"):  # nn.LayerNorm's constructor calls this before it exists
             self.reset_affine()
 
     @staticmethod
     def check(norm: nn.LayerNorm, name: str = "norm") -> None:
-        """See that :meth:`from_layer_norm` takes this layer; errors call it ``name``.
+        """Check that :meth:`from_layer_norm` can replace this layer.
+
+        Args:
+            norm: the layer.
+            name: what errors call it.
 
         Raises:
-            TypeError, ValueError: as there.
+            TypeError, ValueError: As from_layer_norm.
         """
         if not _is_plain(type(norm)):
             raise TypeError(
@@ -155,17 +153,22 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
             raise ValueError(f"{name}: expected a LayerNorm over one dimension, got {list(norm.normalized_shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., D]`` in the dtype that the frozen LayerNorm returns.
+        """Compute the layer.
 
-        That is x's, and float32 under autocast where autocast runs LayerNorm in float32.
+        Args:
+            x: ``[..., D]``.
+
+        Returns:
+            y ``[..., D]`` in the dtype that the frozen LayerNorm returns: x's, or float32 where autocast runs
+            LayerNorm in float32.
 
         Raises:
-            TypeError: x is no floating-point tensor, or float64 meets a layer that is not.
-            ValueError: x's last dimension is not D, or x is on another device.
+            TypeError: If x is not a floating-point tensor, or only one of x and the layer is float64.
+            ValueError: If x's last dimension is not D, or x is on another device.
         """
         if not self.enabled:
             return self._frozen(x)
-        _check(x, self.ssf_scale)
+        layer_norm.check(x, self.ssf_scale)
         dtype = self._dtype(x)
         if x.dtype is torch.float64 and self._always_float32:
             x = x.float()
@@ -173,28 +176,10 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
             raise TypeError(
                 f"x: float64 goes with float64 only, got {x.dtype} with ssf_scale of {self.ssf_scale.dtype}"
             )
-        parameters = self.weight, self.bias, self.ssf_scale, self.ssf_shift
-        if type(x) not in ops.PLAIN and hasattr(x, "device_mesh"):
-            from rlrr_kernels.layers import parallel  # whoever has a DTensor has imported what this does
-
-            return parallel.sharded_layer_norm(self._normalise, x, parameters, dtype)
-        return self._normalise(x, parameters, dtype)
-
-    def _normalise(
-        self, x: Tensor, parameters: tuple[Tensor | None, Tensor | None, Tensor, Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        """Both affines, with w, b, s and t given."""
-        wide = accumulation_dtype(x.dtype)
-        # on a GPU the op chooses; elsewhere PyTorch's own LayerNorm is the shortest way, but it would keep a
-        # widened copy of 16-bit rows, unless a compiler plans what is kept
-        plain = torch.compiler.is_compiling() or ops.transformed() or ops.recorded_for_others()
-        if plain or (x.dtype is wide and not x.is_cuda and ops.layer_norm_kernels(x) is None):
-            composed = ops.compose_affine(*parameters, wide)
-            return F.layer_norm(x.to(wide), self.normalized_shape, *composed, self.eps).to(dtype)
-        return _SSFLayerNorm.apply(x, *parameters, self.eps, dtype)  # type: ignore[no-any-return]
+        return layer_norm.affine_layer_norm(x, self.weight, self.bias, self.ssf_scale, self.ssf_shift, self.eps, dtype)
 
     def _frozen(self, x: Tensor) -> Tensor:
-        """The frozen LayerNorm by its own class's code; weights stored narrower than x are widened first."""
+        """The frozen LayerNorm, computed by its own class; weights narrower than x are widened first."""
         weight = self.weight
         own_casts = self._always_float32 or getattr(self, "_fast_norm", False)
         if weight is None or weight.dtype.itemsize >= x.dtype.itemsize or own_casts:
@@ -204,11 +189,11 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
 
     @property
     def _always_float32(self) -> bool:
-        """Whether the frozen layer is timm's LayerNormFp32: float32 inside, x's dtype outside, autocast or not."""
+        """Whether the frozen layer is timm's LayerNormFp32, which computes in float32 and returns x's dtype."""
         return self.base.__name__ == "LayerNormFp32"
 
     def _dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype of the result: what the frozen layer would return."""
+        """The dtype that the frozen layer would return."""
         device = x.device.type
         if x.is_meta or self._always_float32 or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
             return x.dtype
@@ -219,14 +204,14 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
 
     @torch.no_grad()
     def to_layer_norm(self) -> nn.LayerNorm:
-        """A layer of the original class that computes the same: weight w s, bias b s + t.
+        """Make a layer of the original class that computes the same, with weight w s and bias b s + t.
 
-        Formed in float32 and rounded once to the frozen weight's dtype (without a weight: s's);
-        shares no memory. It has a weight and a bias even where the frozen layer has none.
+        Both are formed in float32 and rounded once to the frozen weight's dtype (s's dtype without a weight). The
+        result shares no memory with this layer, and always has a weight and a bias.
         """
         wide = accumulation_dtype(self.ssf_scale.dtype)
         dtype = wide if self.weight is None else self.weight.dtype
-        composed = ops.compose_affine(self.weight, self.bias, self.ssf_scale, self.ssf_shift, wide)
+        composed = compose_affine(self.weight, self.bias, self.ssf_scale, self.ssf_shift, wide)
         norm = self.base(self.normalized_shape[0], eps=self.eps)
         norm.weight, norm.bias = (nn.Parameter(values.to(dtype, copy=True)) for values in composed)
         if hasattr(self, "_fast_norm"):
@@ -239,7 +224,7 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
 
 
 class SSFAffine(_Affine):
-    """y = x * s + t over the last dimension, s and t trained: SSF's affine by itself (SSF, Eq. 2).
+    """y = x * s + t over the last dimension, with s and t trained (SSF, Eq. 2).
 
     Args:
         dim: D.
@@ -249,10 +234,10 @@ class SSFAffine(_Affine):
 
     Attributes:
         ssf_scale, ssf_shift: s and t ``[D]``, trained.
-        enabled: False returns x itself.
+        enabled: if False, the layer returns x itself.
 
     Raises:
-        ValueError: ``init`` is an unknown name.
+        ValueError: If ``init`` is an unknown name.
     """
 
     def __init__(
@@ -267,15 +252,21 @@ class SSFAffine(_Affine):
         self._add_affine(dim, device, dtype, init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., D]`` in x's dtype, formed in s's; under autocast in s's, as the published code.
+        """Compute the layer.
+
+        Args:
+            x: ``[..., D]``.
+
+        Returns:
+            y ``[..., D]``, computed in s's dtype and returned in x's; under autocast in s's, as in the published code.
 
         Raises:
-            TypeError: x is no floating-point tensor.
-            ValueError: x's last dimension is not D, or x is on another device.
+            TypeError: If x is not a floating-point tensor.
+            ValueError: If x's last dimension is not D, or x is on another device.
         """
         if not self.enabled:
             return x
-        _check(x, self.ssf_scale)
+        layer_norm.check(x, self.ssf_scale)
         y = x * self.ssf_scale + self.ssf_shift
         return y if not x.is_meta and torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
@@ -283,68 +274,7 @@ class SSFAffine(_Affine):
         return f"{self.ssf_scale.shape[0]}, init={init_name(self.init)}"
 
 
-class _SSFLayerNorm(torch.autograd.Function):
-    """The two ops on ``[M, D]``. Second derivatives, and a weight or bias that trains too, go through plain PyTorch."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor,
-        shift: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        y, mean, rstd = ops.layer_norm(ops.rows(x), weight, bias, scale, shift, eps, dtype)
-        ctx.save_for_backward(x, mean, rstd, weight, bias, scale)
-        ctx.shift_dtype = shift.dtype
-        # a view made in here could not be changed in place, as callers of nn.LayerNorm may
-        return torch.ops.aten._unsafe_view(y, x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias, scale = ctx.saved_tensors
-        x_needs, weight_needs, bias_needs, scale_needs, shift_needs, *_ = ctx.needs_input_grad
-        dy, rows = ops.rows(grad), ops.rows(x)
-        dx = dw = db = ds = dt = None
-        if ops.in_plain_torch(grad) or weight_needs or bias_needs:
-            wide = mean.dtype
-            dx, dy_xhat, dy_sum = ops.layer_norm_sums(dy, rows, mean, rstd, weight, scale, (x_needs, True, True))
-            assert dy_xhat is not None
-            assert dy_sum is not None
-            if weight_needs:
-                dw = (dy_xhat * scale.to(wide)).to(weight.dtype)
-            if bias_needs:
-                db = (dy_sum * scale.to(wide)).to(bias.dtype)
-            ds = dy_xhat if weight is None else dy_xhat * weight.to(wide)
-            ds = ds if bias is None else ds + dy_sum * bias.to(wide)
-            dt = dy_sum
-        else:
-            dx, ds, dt = ops.layer_norm_backward(dy, rows, mean, rstd, weight, bias, scale, x_needs)
-        return (
-            dx.view(x.shape) if dx is not None and x_needs else None,
-            dw,
-            db,
-            ds.to(scale.dtype) if scale_needs else None,
-            dt.to(ctx.shift_dtype) if shift_needs else None,
-            None,
-            None,
-        )
-
-
 def _is_plain(kind: type) -> bool:
     """Whether a class is a LayerNorm over the last dimension and nothing else."""
-    timm = sys.modules.get("timm.layers")  # whoever has a layer of timm's has imported it
+    timm = sys.modules.get("timm.layers")  # a layer of timm's exists only if timm is imported
     return kind in (nn.LayerNorm, getattr(timm, "LayerNorm", None), getattr(timm, "LayerNormFp32", None))
-
-
-def _check(x: Tensor, scale: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x: expected a floating-point tensor, got {given}")
-    if scale.device != x.device:
-        raise ValueError(f"ssf_scale: expected device {x.device} as x, got {scale.device}")
-    if x.dim() == 0 or x.shape[-1] != scale.shape[0]:
-        raise ValueError(f"x: expected shape [..., {scale.shape[0]}], got {list(x.shape)}")

@@ -1,7 +1,11 @@
-"""Whether the tensors of a linear layer are its own, so that they can be taken over, replaced or drawn anew."""
+"""Checks that a layer's tensors are its own, so that they can be taken over, replaced or drawn anew.
+
+They are not if another module computes them (``torch.nn.utils.parametrize``, prune, weight_norm) or if FSDP holds them.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -13,16 +17,24 @@ from rlrr_kernels.ops.linear import FLOATS
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """``TypeError`` unless the layer computes in it."""
+    """Check the dtype of a layer's weight.
+
+    Raises:
+        TypeError: If the kernels do not support it.
+    """
     if dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
 
 
 def check_linear(linear: object, name: str = "linear") -> None:
-    """See that :meth:`~rlrr_kernels.FusedRLRRLinear.from_linear` takes this layer; errors call it ``name``.
+    """Check that :meth:`~rlrr_kernels.FusedRLRRLinear.from_linear` can replace this layer.
+
+    Args:
+        linear: the layer.
+        name: what errors call it.
 
     Raises:
-        TypeError, ValueError: as there.
+        TypeError, ValueError: As from_linear.
     """
     kind: Any = type(linear)
     if not isinstance(linear, nn.Linear) or kind.forward is not nn.Linear.forward or "forward" in vars(linear):
@@ -53,8 +65,17 @@ def check_linear(linear: object, name: str = "linear") -> None:
         )
 
 
-def need_own(layer: nn.Module, verb: str, *names: str) -> None:
-    """``RuntimeError`` if one of these tensors is none of the layer's parameters but computed from others."""
+def check_own_parameters(layer: nn.Module, verb: str, *names: str) -> None:
+    """Check that the named tensors are parameters of the layer.
+
+    Args:
+        layer: the layer.
+        verb: what is about to be done with them, for the error.
+        names: attributes of the layer.
+
+    Raises:
+        RuntimeError: If one of them is computed from other tensors.
+    """
     for name in names:
         if name not in layer._parameters:
             raise RuntimeError(
@@ -63,8 +84,16 @@ def need_own(layer: nn.Module, verb: str, *names: str) -> None:
             )
 
 
-def need_no_fsdp(layer: nn.Module, verb: str) -> None:
-    """``RuntimeError`` under FSDP, whose next pass would put the parameters that it knows back without a word."""
+def check_not_in_fsdp(layer: nn.Module, verb: str) -> None:
+    """Check that FSDP does not hold the layer: its next pass would silently put its own parameters back.
+
+    Args:
+        layer: the layer.
+        verb: what is about to be done, for the error.
+
+    Raises:
+        RuntimeError: If FSDP holds it.
+    """
     if under_fsdp(layer):
         raise RuntimeError(
             f"FusedRLRRLinear: cannot {verb} under FSDP, which would put its own parameters back; "
@@ -73,5 +102,19 @@ def need_no_fsdp(layer: nn.Module, verb: str) -> None:
 
 
 def under_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP, of either kind, has taken over the parameters of this module itself."""
+    """Whether FSDP1 or FSDP2 has taken over the parameters of this module itself."""
     return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def holds_fsdp1(model: nn.Module) -> bool:
+    """Whether FSDP1 has wrapped the model or a part of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a wrapped model has imported it
+    return fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the shards back where FSDP2 has left whole parameters in their place after a forward pass."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a sharded model has imported it
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            module.reshard()

@@ -1,4 +1,4 @@
-"""Tensor parallel layers: :class:`~rlrr_kernels.FusedRLRRLinear` over DTensors, and the styles that shard it.
+"""Styles for ``parallelize_module`` that shard the package's layers, and clipping of mixed gradients.
 
 ::
 
@@ -7,251 +7,33 @@
         "blocks.*.mlp.fc2": RLRRRowwiseParallel(),
     })
 
-How W ``[N, K]`` lies over a dimension of the mesh decides how the rest does. Each process runs the
-kernels on its own part, and communicates only where the table says Partial (summed when it is needed) or
-where a tensor comes in another layout than this.
-
-========================  =====  =======  =======  =======  ==========  =======  ==================
-\\                         x      W        u        v        b, f        y        gradients to be summed
-========================  =====  =======  =======  =======  ==========  =======  ==================
-column (rows of W)        whole  Shard 0  Shard 0  whole    Shard 0     Shard -1  dx, dv
-row (columns of W)        S(-1)  Shard 1  whole    S(-1)    added once  Partial  du, db, df
-tokens (data parallel)    S(d)   whole    whole    whole    whole       S(d)     dW, du, dv, db, df
-========================  =====  =======  =======  =======  ==========  =======  ==================
-
-With groups of rows (a fused qkv) the column layout gives each process a whole number of equal blocks of
-rows, each within one group, and the v of each of them; where N does not divide so, W is gathered.
-Gradients arrive laid out as their parameters are. See ``docs/parallel.md``.
+:mod:`rlrr_kernels.ops.sharding` says how x, W, u, v, b, f and y are laid out. See ``docs/parallel.md``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import (
-    DTensor,
-    Partial,
-    Placement,
-    Replicate,
-    Shard,
-    _redistribute,
-    distribute_module,
-    distribute_tensor,
-)
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from rlrr_kernels.backends.reference import rescaled_weight
 from rlrr_kernels.layers.linear import FusedRLRRLinear
 from rlrr_kernels.layers.norm import SSFLayerNorm
-from rlrr_kernels.ops import linear as functional
 
 _WHOLE = Replicate()
 
-#: Whether this torch differentiates the gradient of a change of layout.
-_TWICE = hasattr(_redistribute, "NestedRedistribute")
-
-
-def sharded_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale_out: Tensor,
-    scale_in: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
-    """:func:`~rlrr_kernels.rescaled_linear` of DTensors, which it calls by itself; shapes as there, of the whole.
-
-    Returns:
-        y ``[..., N]``, a DTensor laid out as the module's table says.
-
-    Raises:
-        TypeError: an argument is no DTensor.
-        ValueError: an argument lies on another device mesh than weight.
-    """
-    named = {"x": x, "weight": weight, "scale_out": scale_out, "scale_in": scale_in, "bias": bias, "shift": shift}
-    given = {name: _on_mesh(name, t, weight) for name, t in named.items() if t is not None}
-    mesh, n = given["weight"].device_mesh, weight.shape[0]
-    groups = scale_in.shape[0] if scale_in.dim() == 3 else 1
-    weight_layout = _divisible(given["weight"], groups)
-    layouts: dict[str, list[Placement]] = {name: [] for name in (*named, "y")}
-    grads: dict[str, list[Placement]] = {name: [] for name in named}
-    last = {"x": x.dim() - 1, "scale_in": scale_in.dim() - 1}
-    added_here = True
-    for along, of_weight, of_x in zip(range(mesh.ndim), weight_layout, given["x"].placements, strict=True):
-        sharded: dict[str, Shard] = {}
-        of_y: Placement = _WHOLE
-        tokens = of_x.dim if type(of_x) is Shard and of_x.dim != last["x"] else None
-        if of_weight == Shard(0):
-            sharded = dict.fromkeys(("weight", "scale_out", "bias", "shift"), Shard(0))
-            of_y = Shard(last["x"])
-        elif of_weight == Shard(1) or (type(of_x) is Shard and tokens is None):
-            sharded = {"weight": Shard(1)} | {name: Shard(dim) for name, dim in last.items()}
-            of_y = Partial()
-            added_here &= mesh.get_local_rank(along) == 0
-        elif tokens is not None:
-            sharded, of_y = {"x": Shard(tokens)}, Shard(tokens)
-        layouts["y"].append(of_y)
-        for name in named:
-            layouts[name].append(sharded.get(name, _WHOLE))
-            # what is whole meets a part of the rest: its gradient is a part of the sum
-            grads[name].append(sharded.get(name, Partial() if sharded else _WHOLE))
-    # with no change of layout, redistribute still lays the gradient out as its parameter is
-    parts = {
-        name: t.redistribute(placements=layouts[name]).to_local(grad_placements=grads[name])
-        for name, t in given.items()
-    }
-    if groups > 1:
-        parts["scale_in"] = _blocks(parts["scale_in"], mesh, layouts["weight"])
-    if not added_here:
-        parts |= {name: _zeros_of(parts[name]) for name in ("bias", "shift") if name in parts}
-    y = functional.rescaled_linear(**parts)
-    return _Whole.apply(y, mesh, layouts["y"], (*x.shape[:-1], n))  # type: ignore[no-any-return]
-
-
-def sharded_layer_norm(
-    normalise: Callable[..., Tensor],
-    x: Tensor,
-    parameters: tuple[Tensor | None, ...],
-    dtype: torch.dtype,
-) -> Tensor:
-    """A function of rows ``[..., D]`` and vectors ``[D]``, run on this process's rows of the DTensor x.
-
-    Args:
-        normalise: it.
-        x: its last dimension is gathered if it is sharded.
-        parameters: vectors or None; gathered if they are sharded.
-        dtype: its last argument.
-
-    Raises:
-        TypeError, ValueError: as :func:`sharded_linear`, but that x says which mesh.
-    """
-    rows = _on_mesh("x", x, x, "x")
-    named = zip(("weight", "bias", "ssf_scale", "ssf_shift"), parameters, strict=True)
-    given = [None if t is None else _on_mesh(name, t, x, "x") for name, t in named]
-    layout: list[Placement] = [p if type(p) is Shard and p.dim < x.dim() - 1 else _WHOLE for p in rows.placements]
-    grads = [Partial() if p.is_shard() else _WHOLE for p in layout]
-    whole = [_WHOLE] * len(layout)
-    local = rows.redistribute(placements=layout).to_local(grad_placements=layout)
-    vectors = [None if t is None else t.redistribute(placements=whole).to_local(grad_placements=grads) for t in given]
-    y = normalise(local, tuple(vectors), dtype)
-    return _Whole.apply(y, rows.device_mesh, layout, tuple(x.shape))  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def sharded_weight(weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> Tensor:
-    """W' ``[N, K]`` in ``dtype``, laid out as W is, of DTensors u ``[N, 1]`` and v ``[groups, 1, K]``.
-
-    Raises:
-        TypeError, ValueError: as :func:`sharded_linear`.
-    """
-    given = [_on_mesh(*named, weight) for named in (("scale_out", scale_out), ("scale_in", scale_in))]
-    whole = _on_mesh("weight", weight, weight)
-    mesh, layout = whole.device_mesh, _divisible(whole, scale_in.shape[0])
-    of_u: list[Placement] = [p if p == Shard(0) else _WHOLE for p in layout]
-    of_v: list[Placement] = [Shard(2) if p == Shard(1) else _WHOLE for p in layout]
-    placed = zip((whole, *given), (layout, of_u, of_v), strict=True)
-    w, u, v = (t.redistribute(placements=placements).to_local() for t, placements in placed)
-    parts = rescaled_weight(w, u, _blocks(v, mesh, layout), dtype)
-    stride = torch.empty(weight.shape, device="meta").stride()
-    rescaled = DTensor.from_local(parts, mesh, layout, run_check=False, shape=weight.shape, stride=stride)
-    return rescaled.redistribute(placements=whole.placements)
-
-
-def laid_out_as(values: Tensor, like: Tensor) -> DTensor:
-    """Values that every process has whole, or a DTensor, laid out as the DTensor ``like``; nothing is broadcast."""
-    assert isinstance(like, DTensor)
-    if isinstance(values, DTensor):
-        return values.redistribute(like.device_mesh, like.placements)
-    whole = values.detach().to(like.device_mesh.device_type)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
-class _Whole(torch.autograd.Function):
-    """``DTensor.from_local`` whose second derivatives are right.
-
-    Its own backward takes what comes back through a gradient of Partial for the same in all
-    processes, when each has a part of the sum.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, mesh: DeviceMesh, layout: list[Placement], shape: tuple[int, ...]) -> DTensor:
-        ctx.layout = layout
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, mesh, layout, run_check=False, shape=torch.Size(shape), stride=stride)
-
-    @staticmethod
-    def backward(ctx: Any, grad: DTensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not _TWICE:
-            raise RuntimeError(
-                f"second derivatives of a tensor parallel layer: torch {torch.__version__} leaves out what passes a "
-                "change of layout; a later one is needed"
-            )
-        reduced = [_WHOLE if p.is_partial() else p for p in ctx.layout]
-        return grad.redistribute(placements=reduced).to_local(grad_placements=ctx.layout), None, None, None
-
-
-def _on_mesh(name: str, t: Tensor, like: Tensor, of: str = "weight") -> DTensor:
-    if not isinstance(t, DTensor):
-        raise TypeError(
-            f"{name}: expected a DTensor, as {of} is one, got {type(t).__name__}; "
-            "rlrr_kernels.layers.parallel has the styles that shard a whole layer"
-        )
-    assert isinstance(like, DTensor)
-    if t.device_mesh != like.device_mesh:
-        raise ValueError(f"{name}: expected device mesh {like.device_mesh} as {of}, got {t.device_mesh}")
-    return t
-
-
-def _row_shards(mesh: DeviceMesh, layout: Iterable[Placement]) -> tuple[int, int]:
-    """Into how many parts the rows of W are cut, and which of them this process has."""
-    parts, index = 1, 0
-    for along, placement in enumerate(layout):
-        if placement == Shard(0):
-            index = index * mesh.size(along) + mesh.get_local_rank(along)
-            parts *= mesh.size(along)
-    return parts, index
-
-
-def _divisible(weight: DTensor, groups: int) -> list[Placement]:
-    """W's own layout if the kernels can work on it, else one that is whole where it must be."""
-    known: list[Placement] = [
-        p if p in (Shard(0), Shard(1)) and type(p) is Shard else _WHOLE for p in weight.placements
-    ]
-    parts, _ = _row_shards(weight.device_mesh, known)
-    if groups > 1 and weight.shape[0] % math.lcm(groups, parts):
-        return [_WHOLE if p == Shard(0) else p for p in known]
-    return known
-
-
-def _blocks(scale_in: Tensor, mesh: DeviceMesh, layout: list[Placement]) -> Tensor:
-    """v ``[groups, 1, K]`` for this process's rows of W: one for each of its equal blocks of rows."""
-    parts, index = _row_shards(mesh, layout)
-    groups, _, k = scale_in.shape
-    count = math.lcm(groups, parts)
-    blocks = scale_in.unsqueeze(1).expand(groups, count // groups, 1, k).reshape(count, 1, k)
-    own = count // parts
-    return blocks[index * own : (index + 1) * own]
-
-
-def _zeros_of(term: Tensor) -> Tensor:
-    """0 in the place of a term that another process adds, with a gradient, so that all processes sum theirs.
-
-    Not a product with 0, which would make NaN of an infinity.
-    """
-    return nn.functional.pad(term[:0], (0, term.shape[0]))
-
 
 class _RLRRParallel(ParallelStyle):
-    """What the styles share: they name where each parameter goes, and the layouts of x and y."""
+    """Base of the styles, which say how each parameter is sharded and how x and y are laid out."""
 
-    #: the layer that it is for
+    #: the layer that the style is for
     kind: type[nn.Module] = FusedRLRRLinear
-    #: parameter -> dimension that is sharded; the others are whole
+    #: parameter -> the dimension that is sharded; the others are replicated
     dims: ClassVar[dict[str, int]] = {}
     input_layout: Placement
     output_layout: Placement
@@ -307,16 +89,19 @@ class _RLRRParallel(ParallelStyle):
 
 
 class RLRRColwiseParallel(_RLRRParallel):
-    """Rows of W, u, b and f over the processes of a mesh, v whole; each process has some columns of y.
+    """Shard a :class:`~rlrr_kernels.FusedRLRRLinear` by rows of W, u, b and f; v is replicated.
 
-    As PyTorch's ``ColwiseParallel``, for ``parallelize_module``, which raises: ``TypeError`` for a module that
-    is no :class:`~rlrr_kernels.FusedRLRRLinear`; ``RuntimeError`` for a merged one; ``ValueError`` for groups whose
-    rows do not fall into equal blocks (N a multiple of the least common multiple of groups and processes).
+    The counterpart of PyTorch's ``ColwiseParallel``: each process computes some columns of y.
 
     Args:
-        input_layouts: of an x that is no DTensor. Default: each process has all of it.
-        output_layouts: of y. Default: sharded over the features.
-        use_local_output: give this process's part of y as a plain tensor.
+        input_layouts: placement of x if it is not a DTensor. Default: replicated.
+        output_layouts: placement of y. Default: sharded over the features.
+        use_local_output: return this process's part of y as a plain tensor.
+
+    Raises (by ``parallelize_module``):
+        TypeError: If the module is not a FusedRLRRLinear.
+        RuntimeError: If it is merged.
+        ValueError: If N is not a multiple of the least common multiple of groups and processes.
     """
 
     dims: ClassVar = {"weight": 0, "bias": 0, "scale_out": 0, "shift": 0}
@@ -324,15 +109,18 @@ class RLRRColwiseParallel(_RLRRParallel):
 
 
 class RLRRRowwiseParallel(_RLRRParallel):
-    """Columns of W and v over the processes of a mesh, u, b and f whole; y is summed over the processes.
+    """Shard a :class:`~rlrr_kernels.FusedRLRRLinear` by columns of W and v; u, b and f are replicated.
 
-    As PyTorch's ``RowwiseParallel``, for ``parallelize_module``, which raises: ``TypeError`` for a module that
-    is no :class:`~rlrr_kernels.FusedRLRRLinear`; ``RuntimeError`` for a merged one. Any groups are legal.
+    The counterpart of PyTorch's ``RowwiseParallel``: y is summed over the processes. Any groups are allowed.
 
     Args:
-        input_layouts: of an x that is no DTensor. Default: sharded over the features.
-        output_layouts: of y. Default: each process has all of it.
-        use_local_output: give this process's part of y as a plain tensor.
+        input_layouts: placement of x if it is not a DTensor. Default: sharded over the features.
+        output_layouts: placement of y. Default: replicated.
+        use_local_output: return this process's part of y as a plain tensor.
+
+    Raises (by ``parallelize_module``):
+        TypeError: If the module is not a FusedRLRRLinear.
+        RuntimeError: If it is merged.
     """
 
     dims: ClassVar = {"weight": 1, "scale_in": -1}
@@ -340,15 +128,17 @@ class RLRRRowwiseParallel(_RLRRParallel):
 
 
 class RLRRSequenceParallel(_RLRRParallel):
-    """Tokens over the processes of a mesh, all of w, b, s and t in each: :class:`~rlrr_kernels.SSFLayerNorm`.
+    """Shard the tokens of an :class:`~rlrr_kernels.SSFLayerNorm`; w, b, s and t are replicated.
 
-    As PyTorch's ``SequenceParallel``, which would make the frozen w and b train. For ``parallelize_module``, which
-    raises ``TypeError`` for a module that is no :class:`~rlrr_kernels.SSFLayerNorm`.
+    The counterpart of PyTorch's ``SequenceParallel``, which would make the frozen w and b train.
 
     Args:
-        input_layouts: of an x that is no DTensor. Default: sharded over the second dimension of ``[B, T, D]``.
-        output_layouts: of y. Default: the same.
-        use_local_output: give this process's part of y as a plain tensor.
+        input_layouts: placement of x if it is not a DTensor. Default: sharded over dimension 1 of ``[B, T, D]``.
+        output_layouts: placement of y. Default: the same.
+        use_local_output: return this process's part of y as a plain tensor.
+
+    Raises (by ``parallelize_module``):
+        TypeError: If the module is not an SSFLayerNorm.
     """
 
     kind = SSFLayerNorm
@@ -357,14 +147,14 @@ class RLRRSequenceParallel(_RLRRParallel):
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` where some gradients are DTensors and some are not, which that one refuses.
+    """Clip gradients of which some are DTensors and some are not; ``torch.nn.utils.clip_grad_norm_`` refuses these.
 
     Args:
         parameters: those without a gradient are left out. A plain one must have the same gradient in all processes.
-        max_norm: of all gradients together, in the 2-norm.
+        max_norm: the largest 2-norm of all gradients together.
 
     Returns:
-        The norm before, a plain tensor, the same in all processes.
+        The norm before clipping, a plain tensor, equal in all processes.
     """
     grouped: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:

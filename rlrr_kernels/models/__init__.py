@@ -1,1 +1,1 @@
-"""Finds which layers of a model to adapt, replaces them, and merges or removes the adaptation."""
+"""Adapts whole models: selects their layers, replaces them, and merges or removes the adapters again."""

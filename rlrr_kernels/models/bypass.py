@@ -1,8 +1,8 @@
-"""Find layers that a model does not call as modules.
+"""Finds layers that a model does not call as modules.
 
-Some models read ``layer.weight`` and multiply by it themselves (timm's SwinV2, BEiT and
-EVA02 do so for qkv). A layer that takes such a place is never run, and what it would
-train never gets a gradient. So the calls are watched before anything is trained.
+Some models read ``layer.weight`` and multiply by it themselves (timm's Swin V2, BEiT and EVA-02 do so for qkv). An
+adapter in the place of such a layer is never called, and what it should train gets no gradient. So the model's calls
+are watched before anything is trained.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from torch.utils._pytree import tree_map_only
 
 
 def example_input(model: nn.Module) -> Tensor | None:
-    """An image on the meta device of the size that a timm model was built for, or None if it does not say."""
+    """Return an image ``[1, C, H, W]`` on the meta device, of the size that a timm model was built for.
+
+    Returns None if the model does not say for which size that is.
+    """
     patch_embed = getattr(model, "patch_embed", None)
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *size = config.get("input_size") or (None, None, None)
@@ -33,37 +36,36 @@ def example_input(model: nn.Module) -> Tensor | None:
 
 
 def uncalled(model: nn.Module, names: Iterable[str], inputs: Any) -> list[str]:
-    """Names of modules that one forward pass does not call.
+    """Return which of the named modules one forward pass does not call.
 
-    The pass runs on a copy without data (meta device): it computes nothing, and
-    leaves the model as it is.
+    The pass runs on a copy on the meta device: it computes nothing and leaves the model as it is.
 
     Args:
-        model: any module that can be copied.
-        names: of its modules.
-        inputs: a tensor, or the tuple of positional arguments; only shapes and dtypes matter.
+        model: Any module that can be copied.
+        names: Names of modules in it.
+        inputs: A tensor, or a tuple of positional arguments. Only shapes and dtypes matter.
 
     Raises:
-        Exception: whatever the model's code raises when it cannot run on such tensors.
+        Exception: Whatever the model's code raises if it cannot run on such tensors.
     """
-    skeleton = skeleton_of(model)
+    copied = meta_copy(model)
     called: set[str] = set()
     for name in names:
-        skeleton.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        copied.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    dtype = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.float32)
+    dtype = next((p.dtype for p in copied.parameters() if p.is_floating_point()), torch.float32)
 
     def to_meta(t: Tensor) -> Tensor:
         return torch.empty_like(t, device="meta", dtype=dtype if t.is_floating_point() else t.dtype)
 
-    # of a model that was compiled, the code is run, and not compiled for this
+    # a compiled model runs in eager mode here: compiling it for this one pass would take long
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        skeleton.eval()(*tree_map_only(Tensor, to_meta, arguments))
+        copied.eval()(*tree_map_only(Tensor, to_meta, arguments))
     return [name for name in names if name not in called]
 
 
-def skeleton_of(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters and buffers have no data (meta device)."""
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy whose parameters and buffers are on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
@@ -72,23 +74,23 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def shown(names: list[str]) -> str:
-    """The first three, and how many more there are."""
+def first_names(names: list[str]) -> str:
+    """Return the first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def describe(model: nn.Module, names: list[str]) -> str:
-    """What is wrong, and what to do, in one sentence each."""
+def message(model: nn.Module, names: list[str]) -> str:
+    """Return the message for a model that does not call the named layers."""
     return (
-        f"{type(model).__name__} does not call {shown(names)} as modules but reads their weights, so nothing there "
-        "would train. Name them in exclude_modules, or use a model that calls its layers"
+        f"{type(model).__name__} does not call {first_names(names)} as modules but reads their weights, so nothing "
+        "there would train. Name them in exclude_modules, or use a model that calls its layers"
     )
 
 
-class Watch:
-    """Watch the first training pass of a model that could not be tried beforehand, and warn of uncalled layers.
+class FirstPassWatch:
+    """Watches the first training pass of a model that could not be run beforehand, and warns of uncalled layers.
 
-    Takes itself off afterwards. It is copied and pickled with the model.
+    It removes its hooks afterwards. It is copied and pickled with the model.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -98,7 +100,7 @@ class Watch:
         model.register_forward_hook(self._report)
 
     def _mark(self, name: str, module: nn.Module, args: Any) -> None:
-        # a compiler would have to follow this into its graph
+        # not under a compiler, which would have to trace the set
         if not torch.compiler.is_compiling():
             self.called.add(name)
 
@@ -113,4 +115,4 @@ class Watch:
             del model._forward_hooks[key]
         missing = [name for name in self.names if name not in self.called]
         if missing:
-            warnings.warn(f"rlrr_kernels: in its first training pass {describe(model, missing)}", stacklevel=2)
+            warnings.warn(f"rlrr_kernels: in its first training pass {message(model, missing)}", stacklevel=2)

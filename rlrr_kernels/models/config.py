@@ -1,4 +1,4 @@
-"""What :func:`~rlrr_kernels.apply_rlrr` does to a model, as one record that can be written to JSON."""
+"""``RLRRConfig``: which layers of a model are adapted and how, checked when it is made, and as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from rlrr_kernels.layers.linear import Init, check_init
 
-#: Dtypes in which frozen weights may be kept.
+#: Dtypes in which frozen weights can be kept, by name.
 FROZEN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -20,35 +20,34 @@ class RLRRConfig:
     """Which layers are adapted, and how.
 
     Attributes:
-        target_modules: names of ``nn.Linear`` modules, or shell patterns over full names
-            (``"blocks.*.mlp.fc1"``). None: those of the published method, for the
-            architectures in :mod:`rlrr_kernels.models.architectures`.
-        exclude_modules: names or patterns to leave out again, of linears and norms, or of modules
-            that hold them.
-        groups: pattern over linears -> number of row blocks with a v each. None: three
-            for the fused qkv of a plain vision transformer (published as three layers), one
-            for Swin's (published as one); linears outside of the patterns have one.
-        norm_affine: train a scale and a shift after each LayerNorm (SSF). True: after every
-            LayerNorm of the model; None: after those of the published method where
-            ``target_modules`` is None, after none where you name the targets. Norms of other kinds (RMSNorm,
-            BatchNorm, ...) get none, which a warning says. A LayerNorm that computes something else (convnext's
-            over channels) has to be left out in ``exclude_modules``.
-        patch_affine: the same after the patch embedding.
-        init: start of u and v, see :class:`~rlrr_kernels.FusedRLRRLinear`; affines start
-            as published too, or at the identity with ``"identity"``.
-        train_head: train the head, which is new for each task. True: what ``model.get_classifier()`` returns
-            (timm), or the modules called ``classifier``, ``head``, ``heads``, ``fc`` or ``score`` (torchvision,
-            transformers; :data:`rlrr_kernels.models.heads.NAMES` has all). Names of modules, or patterns over full
-            names: those instead, as PEFT's ``modules_to_save``. Patterns in ``target_modules`` and affines do
-            not reach into the head, trained or not; a linear of it that is named in full is adapted.
-        train_batch_norm: train the weights, biases and running statistics of batch norms (and what else has such
-            statistics), which are then saved with the adapter. Otherwise they are frozen: in evaluation, whatever
-            ``model.train()`` says. In the head they train with it.
-        frozen_dtype: keep the frozen weights and biases of the adapted linears in this dtype
-            (a name, or a ``torch.dtype``); None: as they are.
+        target_modules: Names of ``nn.Linear`` modules, or shell patterns over full names (``"blocks.*.mlp.fc1"``).
+            None: those of the published method, for the families in :mod:`rlrr_kernels.models.selection`.
+        exclude_modules: Names or patterns of linears and norms to leave out, or of modules that hold them.
+        groups: Pattern over linears to the number of row blocks with a v each. None: three for the fused qkv of a
+            plain vision transformer (published as three layers), one for Swin's (published as one). Linears that
+            match no pattern have one.
+        norm_affine: Whether to train a scale and a shift after each LayerNorm (SSF). True: after every LayerNorm of
+            the model. None: after those of the published method if ``target_modules`` is None, else after none. Other
+            norms (RMSNorm, BatchNorm, ...) get no affine, and a warning says so. A LayerNorm that computes something
+            else (ConvNeXt's over channels) must be named in ``exclude_modules``.
+        patch_affine: Whether to train a scale and a shift after the patch embedding. None: as published.
+        init: Start of u and v, see :class:`~rlrr_kernels.FusedRLRRLinear`. Affines start at the identity with
+            ``"identity"``, else as published.
+        train_head: Whether to train the head, which is new for each task. True: what ``model.get_classifier()``
+            returns (timm), or the modules called ``classifier``, ``head``, ``heads``, ``fc`` or ``score``
+            (torchvision, transformers; :data:`rlrr_kernels.models.modules.HEAD_NAMES` lists all). Names of modules, or
+            patterns over full names: those instead, as PEFT's ``modules_to_save``. Patterns in ``target_modules`` and
+            affines do not reach into the head, whether it trains or not; a linear of the head that is named in full
+            is adapted.
+        train_batch_norm: Whether to train the weights, biases and running statistics of batch norms and similar
+            layers, and save them with the adapter. Otherwise they are frozen and stay in evaluation mode, also after
+            ``model.train()``. Those in the head train with it.
+        frozen_dtype: Dtype (or its name) in which to keep the frozen weights and biases of the adapted linears.
+            None: as they are.
 
     Raises:
-        ValueError, TypeError: a value that is none of the above.
+        TypeError: If a value is of another type.
+        ValueError: If a value is not one of those above.
     """
 
     target_modules: Sequence[str] | None = None
@@ -80,18 +79,18 @@ class RLRRConfig:
             object.__setattr__(self, "frozen_dtype", _frozen_dtype(self.frozen_dtype))
 
     def __hash__(self) -> int:
-        # equal records have equal hashes, and equality of groups does not look at their order
+        # equal configs must have equal hashes, and equality of groups ignores their order
         groups = None if self.groups is None else frozenset(self.groups.items())
         others = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "groups")
         return hash((groups, *others))
 
     @property
     def head_names(self) -> tuple[str, ...]:
-        """What ``train_head`` names, if it does."""
+        """The names in ``train_head``; empty if it is True or False."""
         return self.train_head if isinstance(self.train_head, tuple) else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, strings and numbers. An ``init`` that is a function becomes ``"custom"``."""
+        """Return the config as lists, strings and numbers. A function as ``init`` becomes ``"custom"``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("target_modules", "exclude_modules"):
             values[name] = None if values[name] is None else list(values[name])
@@ -104,10 +103,11 @@ class RLRRConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RLRRConfig:
-        """The inverse of :meth:`to_dict`, but that a ``"custom"`` start becomes ``"paper"``.
+        """Return the config that :meth:`to_dict` gave these values for. A ``"custom"`` init becomes ``"paper"``.
 
         Raises:
-            ValueError: an unknown field. ValueError, TypeError: a bad value.
+            TypeError: If a value is of a wrong type.
+            ValueError: If a field is unknown, or a value is not allowed.
         """
         unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:

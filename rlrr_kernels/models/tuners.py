@@ -1,9 +1,9 @@
 """PEFT's tuners over a :class:`FusedRLRRLinear`, which PEFT takes for a plain ``nn.Linear``.
 
-Such a tuner holds the layer as ``base_layer``. One that adds to what the layer returns, or changes what it is given, is
-right while it is not merged. Merged it writes into ``weight``, which the layer would then rescale: so for the time of a
-merge the layer's place is taken by its plain twin. A tuner that reads ``weight`` in its own forward pass would leave
-the layer out, and is refused.
+Such a tuner holds the layer as ``base_layer``. A tuner that adds to what the layer returns, or changes its input, is
+right as long as it is not merged. To merge, it writes into ``weight``, which the layer would then rescale; so during a
+merge a plain ``nn.Linear`` that computes the same takes the layer's place. A tuner that reads ``weight`` in its own
+forward pass would leave the layer out, and is refused.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.layers.ownership import need_no_fsdp, need_own
-from rlrr_kernels.models import gained
-from rlrr_kernels.models.adapt import replace
+from rlrr_kernels.layers.ownership import check_not_in_fsdp, check_own_parameters
+from rlrr_kernels.models.merge import ADDED_BIAS_REMEDY, has_effect
+from rlrr_kernels.models.modules import replace
 
-#: Subpackages of ``peft.tuners`` whose layers call ``base_layer`` and never read its weight before they are merged.
+#: Subpackages of ``peft.tuners`` whose layers call ``base_layer``, and read its weight only to merge.
 # fmt: off
-ADDING = frozenset({
+SUPPORTED = frozenset({
     "adalora", "beft", "c3a", "fourierft", "gralora", "ia3", "ln_tuning", "loha", "lokr", "lora", "pvera", "randlora",
     "road", "unilora", "vblora", "vera", "waveft",
 })
@@ -33,15 +33,17 @@ ADDING = frozenset({
 REMEDY = "call rlrr_kernels.merge_and_unload(model) before PEFT wraps it, or leave the layer out of its target_modules"
 
 
-def _guard(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """For every module that PyTorch puts into another: see to those that PEFT takes as ``base_layer``.
+def _check_base_layer(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Prepare a tuner for a :class:`FusedRLRRLinear` as its ``base_layer``, or refuse it.
+
+    PyTorch calls this for every module that is registered in another.
 
     Raises:
-        TypeError: the tuner reads the weight, or stands over another one.
+        TypeError: If the tuner reads the layer's weight, or wraps another tuner.
     """
     if name != "base_layer":
         return
-    utilities = sys.modules.get("peft.tuners.tuners_utils")  # whoever has a tuner has imported this
+    utilities = sys.modules.get("peft.tuners.tuners_utils")  # every tuner imports this module
     if utilities is None or not isinstance(parent, utilities.BaseTunerLayer):
         return
     inner = module.get_base_layer() if isinstance(module, utilities.BaseTunerLayer) else None
@@ -51,37 +53,37 @@ def _guard(parent: nn.Module, name: str, module: nn.Module | None) -> None:
         return
     kind = type(parent)
     _, _, subpackage = kind.__module__.partition("peft.tuners.")
-    if subpackage.partition(".")[0] not in ADDING:
+    if subpackage.partition(".")[0] not in SUPPORTED:
         raise TypeError(f"FusedRLRRLinear: {_name(parent)} reads the weight of its layer, which is rescaled; {REMEDY}")
     if kind.__name__ == "ParamWrapper" or "ln_tuning" in subpackage:
-        return  # the one trains W itself and the other a copy of the layer: nothing is added to W'
+        return  # these train W itself or a copy of the layer, and add nothing to W'
     vars(parent)["merge"] = functools.partial(_merge, parent)
     vars(parent)["unmerge"] = functools.partial(_unmerge, parent)
     if hasattr(kind, "update_layer"):
         vars(parent)["update_layer"] = functools.partial(_update_layer, parent)
 
 
-register_module_module_registration_hook(_guard)
+register_module_module_registration_hook(_check_base_layer)
 
 
 def _merge(tuner: Any, *args: Any, **options: Any) -> None:
-    """The tuner's own ``merge``, into the layer's plain twin.
+    """Stand in for the tuner's ``merge``: merge into a plain layer that computes the same.
 
     Raises:
-        RuntimeError: as :func:`~rlrr_kernels.models.merge`.
+        RuntimeError: As :func:`~rlrr_kernels.merge`.
     """
     layer = tuner.base_layer
     if isinstance(layer, FusedRLRRLinear):
         if not layer.enabled:
             raise RuntimeError("FusedRLRRLinear: cannot merge while it is switched off, as inside disable_adapter")
-        need_own(layer, "merge", "weight", "bias")
-        need_no_fsdp(layer, "merge")
-        vars(tuner)["_rescaled"] = layer  # not among the modules: for this time it is none of the model's
+        check_own_parameters(layer, "merge", "weight", "bias")
+        check_not_in_fsdp(layer, "merge")
+        vars(tuner)["_rescaled"] = layer  # not in _modules: the model must not hold it twice
         replace(tuner, "base_layer", layer.to_linear())
-        if not layer.frozen_bias and gained.matters("bias", layer.shift):
+        if not layer.frozen_bias and has_effect("bias", layer.shift):
             warnings.warn(
                 "merging gives a bias that holds f to layers that had none, which the library that built the model "
-                f"does not build: {gained.REMEDY}",
+                f"does not build: {ADDED_BIAS_REMEDY}",
                 stacklevel=3,
             )
     try:
@@ -92,7 +94,7 @@ def _merge(tuner: Any, *args: Any, **options: Any) -> None:
 
 
 def _unmerge(tuner: Any) -> None:
-    """The tuner's own ``unmerge``; then the very layer is back, bit for bit."""
+    """Stand in for the tuner's ``unmerge``: afterwards the same layer is back, bit for bit."""
     type(tuner).unmerge(tuner)
     _put_back(tuner)
 
@@ -104,10 +106,10 @@ def _put_back(tuner: Any) -> None:
 
 
 def _update_layer(tuner: Any, adapter_name: str, *args: Any, **options: Any) -> None:
-    """The tuner's own ``update_layer``, which makes an adapter.
+    """Stand in for the tuner's ``update_layer``, which creates an adapter.
 
     Raises:
-        TypeError: the adapter reads the weight (DoRA) or starts by moving a part of it away (PiSSA).
+        TypeError: If the adapter reads the weight (DoRA), or moves a part of it into the adapter (PiSSA).
     """
     weight = tuner.get_base_layer().weight
     values = weight.data.clone()

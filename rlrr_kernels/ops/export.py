@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from torch._ops import OpOverload
 
-from rlrr_kernels import ops
 from rlrr_kernels.backends import reference
+from rlrr_kernels.ops import layer_norm, linear
 
 
 def decomposition_table() -> dict[OpOverload, Callable[..., Any]]:
@@ -28,18 +27,10 @@ def decomposition_table() -> dict[OpOverload, Callable[..., Any]]:
         A new dict: op -> function of its arguments.
     """
     return {
-        ops.forward: reference.forward,
-        ops.grad_input: reference.grad_input,
-        ops.grad_scales: reference.grad_scales,
-        ops.grad_shift: reference.grad_shift,
-        ops.layer_norm: ops.layer_norm_plain,
-        ops.layer_norm_backward: ops.layer_norm_backward_plain,
+        linear.forward: reference.forward,
+        linear.grad_input: reference.grad_input,
+        linear.grad_scales: reference.grad_scales,
+        linear.grad_shift: reference.grad_shift,
+        layer_norm.layer_norm: reference.layer_norm,
+        layer_norm.layer_norm_backward: reference.layer_norm_backward,
     }
-
-
-def refuse_script(module: nn.Module) -> nn.Module:
-    """What ``torch.jit.script`` calls first."""
-    raise RuntimeError(
-        f"{type(module).__name__}: torch.jit.script cannot compile it; use torch.export or torch.jit.trace, "
-        "or script what merge_and_unload returns"
-    )

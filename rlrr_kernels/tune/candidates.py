@@ -74,7 +74,7 @@ def candidates(problem: Problem, device: torch.device, limit: int, names: Sequen
     found: list[Candidate] = []
     for name, (_, kinds) in sorted(choice.BACKENDS.items(), key=lambda item: device.type not in item[1][1]):
         wanted = name in names if names else kinds or name != "reference" or device.type == "cpu"
-        if not wanted or choice.gone(name, device) is not None or choice.refusal(name, x, weight) is not None:
+        if not wanted or choice.unavailable(name, device) is not None or choice.refusal(name, x, weight) is not None:
             continue
         found += [Candidate(name, one) for one in tiles(name, problem, device)[: limit + 1]]
     if not found:

@@ -9,9 +9,9 @@ import torch
 from rlrr_kernels import apply_rlrr, save_adapter
 from rlrr_kernels.analysis import base_weights, full_checkpoint, lora_adapter, rlrr_adapter, ssf_checkpoint
 from rlrr_kernels.analysis.__main__ import main
-from rlrr_kernels.finetune.commands.runs import open_run
+from rlrr_kernels.finetune.backbone import apply_lora, apply_ssf
 from rlrr_kernels.finetune.loop import train
-from rlrr_kernels.finetune.peers import apply_lora, apply_ssf
+from rlrr_kernels.finetune.saved_run import open_run
 from tests.finetune.runs import prepared
 from tests.small_models import small_vit
 

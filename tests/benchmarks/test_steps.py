@@ -13,7 +13,7 @@ from benchmarks.agreement import relative_error
 from benchmarks.memory import saved_for_backward
 from benchmarks.steps import FormulaLinear, Step, build
 from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm
-from rlrr_kernels.models.heads import head
+from rlrr_kernels.models.modules import head
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlrr_kernels import ops
-from rlrr_kernels.backends import choice, reference
+from rlrr_kernels.backends import choice, reference, triton
 from rlrr_kernels.backends.problem import Problem
-from rlrr_kernels.backends.triton import launch, layer_norm
+from rlrr_kernels.backends.triton import launch
 from rlrr_kernels.backends.triton.choose import Device, choose
 from rlrr_kernels.backends.verdicts import PRODUCTS
 from rlrr_kernels.check import cases
@@ -29,18 +28,7 @@ GPUS = Device((8, 0), 108, 166_912), Device((9, 0), 132, 232_448)
 
 def module(**changes):
     """The reference as a backend, with some of its functions replaced."""
-    names = ("forward", "grad_input", "grad_scales", "grad_shift", "unsupported")
-    return SimpleNamespace(**{name: getattr(reference, name) for name in names} | changes)
-
-
-def norms(**changes):
-    """LayerNorm's kernels, in plain PyTorch."""
-    kernels = {
-        "forward": ops.layer_norm_plain,
-        "backward": ops.layer_norm_backward_plain,
-        "unsupported": lambda x: None,
-    }
-    return SimpleNamespace(**kernels | changes)
+    return SimpleNamespace(**vars(reference) | {"unsupported_layer_norm": lambda x: None} | changes)
 
 
 @pytest.mark.parametrize("which", PRODUCTS)
@@ -60,8 +48,8 @@ def test_the_cpu_backend_is_right(which, monkeypatch):
 
 @pytest.mark.parametrize("case", [ODD, BF16, Case(5, 6, 48, 1, torch.bfloat16, torch.float32)], ids=str)
 def test_layer_norms_plain_formula_and_its_kernels_are_right(case):
-    for kernels in (norms(), layer_norm):
-        if kernels is layer_norm and not launch.interpreting():
+    for kernels in (module(), triton):
+        if kernels is triton and not launch.interpreting():
             continue  # they run on the GPU there
         report = cases.run(kernels, "layer_norm", CPU, [case])
         assert (report.tried, report.reason) == (1, None)
@@ -140,13 +128,13 @@ def test_a_planted_fault_is_noticed(fault):
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("forward", lambda y, mean, rstd: (y * 1.02, mean, rstd), "y: error 2.1e-02"),
-        ("backward", lambda dx, ds, dt: (dx, ds, dt * 1.001), "dt: error 1.0e-03"),
+        ("layer_norm", lambda y, mean, rstd: (y * 1.02, mean, rstd), "y: error 2.1e-02"),
+        ("layer_norm_backward", lambda dx, ds, dt: (dx, ds, dt * 1.001), "dt: error 1.0e-03"),
     ],
 )
 def test_a_fault_planted_in_layer_norm_is_noticed(name, change, words):
-    right = getattr(norms(), name)
-    report = cases.run(norms(**{name: lambda *a: change(*right(*a))}), "layer_norm", CPU, [BF16])
+    right = getattr(reference, name)
+    report = cases.run(module(**{name: lambda *a: change(*right(*a))}), "layer_norm", CPU, [BF16])
     assert words in report.reason
 
 

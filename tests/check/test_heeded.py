@@ -8,10 +8,10 @@ import warnings
 import pytest
 import torch
 
-from rlrr_kernels import backend_for, ops, rescaled_linear, use_backend
+from rlrr_kernels import backend_for, rescaled_linear, use_backend
 from rlrr_kernels.__main__ import info
-from rlrr_kernels.backends import choice, verdicts
-from rlrr_kernels.backends.triton import launch, layer_norm
+from rlrr_kernels.backends import choice, reference, triton, verdicts
+from rlrr_kernels.backends.triton import launch
 from tests.check.conftest import forget
 from tests.check.findings import findings
 from tests.oracle import make_problem, require
@@ -146,11 +146,11 @@ def test_layer_norms_kernels_are_judged_by_their_own_pass(file, monkeypatch, wro
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(2):
-            assert ops.layer_norm_kernels(OnGPU()) is (None if wrong == "layer_norm" else layer_norm)
+            assert choice.module_for_layer_norm(OnGPU()) is (reference if wrong == "layer_norm" else triton)
     assert len(said) == (wrong == "layer_norm")
     assert (choice.failed("triton", OnGPU.device) is None) == (wrong != "forward")
     with use_backend("triton"):
-        assert ops.layer_norm_kernels(OnGPU()) is layer_norm
+        assert choice.module_for_layer_norm(OnGPU()) is triton
 
 
 @pytest.mark.parametrize("wrong", [None, "grad_input"])

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from rlrr_kernels import FusedRLRRLinear, apply_rlrr, count_parameters, disable_adapter, merge
 from rlrr_kernels.checkpoint import CARD, CONFIG, WEIGHTS, adapter_metadata, load_adapter, save_adapter
 from rlrr_kernels.checkpoint.manifest import Manifest
-from tests.checkpoint.test_files import fail_at
+from tests.io.test_files import fail_at
 from tests.small_models import X, small_swin, small_vit, stir
 
 

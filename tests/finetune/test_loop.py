@@ -11,9 +11,8 @@ from torchvision.transforms import v2
 
 from rlrr_kernels import load_adapter
 from rlrr_kernels.checkpoint import adapter_metadata
-from rlrr_kernels.finetune import Settings, loop, prepare, report, train
-from rlrr_kernels.finetune.ema import Average
-from rlrr_kernels.finetune.trainer import Trainer
+from rlrr_kernels.finetune import Settings, loop, prepare, run_folder, train
+from rlrr_kernels.finetune.trainer import Average, Trainer
 from tests.finetune.runs import prepared
 
 
@@ -21,7 +20,7 @@ from tests.finetune.runs import prepared
 def quick_drawing(request, monkeypatch):
     """Only the first test looks at the curves."""
     if request.function is not test_a_run_writes_its_three_files_and_says_everything:
-        monkeypatch.setattr(report, "draw_curves", lambda metrics: b"a picture")
+        monkeypatch.setattr(run_folder, "draw_curves", lambda metrics: b"a picture")
 
 
 def test_a_run_writes_its_three_files_and_says_everything(tmp_path):
@@ -118,23 +117,6 @@ def test_ctrl_c_leaves_a_usable_adapter_and_says_so(tmp_path, after):
     assert all(torch.equal(p, left[n]) for n, p in fresh.model.named_parameters())
 
 
-def test_metrics_and_adapter_are_there_after_each_epoch(tmp_path):
-    """A run that is killed outright, by power or a scheduler, keeps what it had."""
-    ready = prepared(tmp_path)
-    seen = []
-    train_epoch = Trainer.train_epoch
-
-    def look(self, bar):
-        names = sorted(p.name for p in (tmp_path / "run").iterdir())
-        path = tmp_path / "run" / "metrics.json"
-        seen.append((names, len(json.loads(path.read_text())["epochs"]) if path.exists() else None))
-        return train_epoch(self, bar)
-
-    with mock.patch.object(Trainer, "train_epoch", look):
-        train(ready, quiet=True)
-    assert seen == [(["metrics.json", "state"], 0), (["adapter", "metrics.json", "state"], 1)]
-
-
 def test_a_bypassed_layer_is_an_error_at_the_first_step(tmp_path):
     """As in models that read ``qkv.weight`` themselves: u, v and f would never train."""
     ready = prepared(tmp_path)
@@ -185,16 +167,6 @@ def test_an_existing_folder_is_never_touched(tmp_path):
     with pytest.raises(FileExistsError, match=r"out: .*run exists; a run never overwrites another"):
         train(prepared(tmp_path), quiet=True)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
-
-
-def test_without_out_runs_are_numbered(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folders = [
-        train(prepared(tmp_path, out=None, epochs=1, warmup_epochs=0, method="linear"), quiet=True)["run"]
-        for _ in range(2)
-    ]
-    name = f"digits-{Settings.model}-linear-seed0"
-    assert folders == [f"runs/{name}", f"runs/{name}-2"]
 
 
 def test_final_trains_on_all_and_looks_at_the_test_images_once(tmp_path):

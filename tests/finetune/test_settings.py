@@ -1,6 +1,5 @@
 """The record of a run: what it refuses, and that it survives JSON."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,22 +13,15 @@ from rlrr_kernels.finetune import Settings
     ("changes", "words"),
     [
         ({"method": "adapters"}, "method: expected one of rlrr, .*full, got 'adapters'"),
-        ({"precision": "fp8"}, "precision: expected one of fp32, bf16, fp16, got 'fp8'"),
         ({"protocol": "best"}, "protocol: expected one of nothing, choose-epoch, final, best-on-test, got 'best'"),
-        ({"parallel": "dp"}, "parallel: expected one of ddp, fsdp"),
-        ({"resize": "pad"}, "resize: expected one of squash, crop"),
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
-        ({"grad_accumulation": 0}, "grad_accumulation: expected at least 1"),
         ({"cooldown_epochs": -1}, "cooldown_epochs: expected at least 0"),
         ({"warmup_epochs": 20}, "warmup_epochs: expected less than epochs=20, got 20"),
         ({"restart_epochs": 7, "cooldown_epochs": 2}, "restart_epochs: expected a divisor of epochs=20, .*, got 7"),
         ({"restart_epochs": 30, "cooldown_epochs": 2}, "restart_epochs: expected a divisor of epochs=20, .*, got 30"),
         ({"restart_factor": 2}, "restart_factor: expected 1 with restart_epochs=0 and cooldown_epochs=0: .*, got 2"),
         ({"restart_factor": 2, "restart_epochs": 2, "cooldown_epochs": 1}, "restart_factor: expected 1 with .*=2 and"),
-        ({"head_init": "ones"}, "head_init: expected one of random, zero, got 'ones'"),
-        ({"drop_path_kind": "path"}, "drop_path_kind: expected one of image, element, got 'path'"),
-        ({"lora_rank": -1}, "lora_rank: expected at least 0, got -1"),
         ({"lr": -1.0}, "lr: expected a finite number"),
         ({"lr": math.nan}, "lr: expected a finite number"),
         ({"mixup": math.inf}, "mixup: expected a finite number"),
@@ -67,9 +59,3 @@ def test_an_empty_protocol_is_choose_epoch_and_with_a_task_final():
     assert Settings().resolved_protocol == "choose-epoch"
     assert Settings(task="vtab/cifar").resolved_protocol == "final"
     assert Settings(task="vtab/cifar", protocol="best-on-test").resolved_protocol == "best-on-test"
-
-
-def test_each_field_says_what_it_is_and_its_default_is_one_of_its_choices():
-    for field in dataclasses.fields(Settings):
-        assert len(field.metadata["help"]) > 5, field.name
-        assert field.metadata["choices"] is None or field.default in field.metadata["choices"], field.name

@@ -1,6 +1,5 @@
-"""merge, unmerge, merge_and_unload and disable_adapter on whole models."""
+"""merge, unmerge and merge_and_unload on whole models, and what a merge gives to layers without a bias."""
 
-import copy
 import warnings
 
 import pytest
@@ -8,27 +7,12 @@ import timm
 import torch
 from torch import nn
 
-from rlrr_kernels import (
-    FusedRLRRLinear,
-    SSFAffine,
-    SSFLayerNorm,
-    apply_rlrr,
-    disable_adapter,
-    merge,
-    merge_and_unload,
-    unmerge,
-)
+from rlrr_kernels import FusedRLRRLinear, SSFLayerNorm, apply_rlrr, disable_adapter, merge, merge_and_unload, unmerge
 from rlrr_kernels.models.merge import lost_updates
-from tests.small_models import X, small_swin, small_vit, stir
-
-MODELS = {"vit": small_vit, "swin": small_swin}
+from tests.small_models import X, small_swin, small_vit, stir, tuned
 
 
-def tuned(make=small_vit, **options):
-    return stir(apply_rlrr(make(), **options)).eval()
-
-
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("make", [small_vit, small_swin])
 def test_merged_logits_agree_with_unmerged_and_unmerging_is_exact(make):
     model = tuned(make)
     logits, state = model(X), {n: p.clone() for n, p in model.state_dict().items()}
@@ -37,27 +21,11 @@ def test_merged_logits_agree_with_unmerged_and_unmerging_is_exact(make):
     assert all(m.merged for m in model.modules() if isinstance(m, FusedRLRRLinear))
     with torch.no_grad():
         assert torch.allclose(model(X), logits, atol=1e-5)
-    assert not torch.equal(model.get_submodule("norm").weight, state["norm.weight"] * 2)
     unmerge(model)
     assert torch.equal(model(X), logits)
     now = dict(model.named_parameters())
     assert all(now[n] is p for n, p in frozen.items())
     assert all(torch.equal(p, state[n]) for n, p in model.state_dict().items())
-
-
-def test_the_state_dict_of_a_merged_model_is_that_of_the_unmerged():
-    model = tuned(small_swin)
-    state = {n: p.clone() for n, p in model.state_dict().items()}
-    merge(model)
-    merged = model.state_dict()
-    assert merged.keys() == state.keys()
-    assert all(torch.equal(p, state[n]) for n, p in merged.items())
-    with pytest.raises(RuntimeError, match="it is merged; unmerge before loading"):
-        model.load_state_dict(state)
-    unmerge(model)
-    merge(model, keep=False)
-    with pytest.raises(RuntimeError, match="frozen weight was not kept"):
-        model.state_dict()
 
 
 def test_without_a_kept_copy_unmerging_takes_reloaded_weights():
@@ -109,7 +77,7 @@ def test_a_disabled_layer_is_the_frozen_one_merged_or_not():
 
 def test_a_merged_model_does_not_train():
     model = merge(tuned())
-    model(X)  # evaluation needs no no_grad
+    model(X)  # in evaluation mode gradients may be enabled
     with pytest.raises(RuntimeError, match="would not train; unmerge first"):
         model.train()(X)
 
@@ -126,15 +94,9 @@ def test_merging_twice_and_unmerging_nothing_are_errors():
             function(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize(
-    "convert", [lambda m: m.double(), copy.deepcopy, lambda m: m.to("meta").to_empty(device="cpu")]
-)
-def test_kept_weights_follow_the_model(convert):
-    model = unmerge(convert(merge(tuned())))
-    dtypes = {m.weight.dtype for m in model.modules() if isinstance(m, FusedRLRRLinear)}
-    assert dtypes == {model.head.weight.dtype}
+def test_kept_weights_move_with_the_model():
+    model = unmerge(merge(tuned()).to("meta").to_empty(device="cpu"))
     assert model.blocks[0].mlp.fc1.weight.device.type == "cpu"
-    assert model(X.to(model.head.weight.dtype)).shape == (2, 5)
 
 
 def test_a_weight_tied_to_another_layer_is_not_touched():
@@ -149,7 +111,7 @@ def test_a_weight_tied_to_another_layer_is_not_touched():
     assert model[0].weight is tied.weight
 
 
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("make", [small_vit, small_swin])
 def test_merge_and_unload_gives_the_plain_model(make):
     model = tuned(make)
     logits, before = model(X), make()(X)
@@ -167,12 +129,6 @@ def test_merge_and_unload_gives_the_plain_model(make):
         missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
         assert (missing, unexpected) == ([], ["layers.1.downsample.reduction.bias"])
     apply_rlrr(model)  # as any plain model
-
-
-def test_a_merged_model_unloads_too():
-    model = tuned()
-    logits = model(X)
-    assert torch.allclose(merge_and_unload(merge(model))(X), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -207,11 +163,14 @@ def test_q_k_and_v_blocks_merge_with_their_own_v():
 
 
 def test_shared_and_bare_layers():
-    shared = nn.Linear(4, 4)
-    model = apply_rlrr(nn.Sequential(shared, nn.ReLU(), shared), target_modules=["*"])
-    merge_and_unload(model)
-    assert type(model[0]) is nn.Linear
-    assert model[0] is model[2]
+    shared, norm = nn.Linear(4, 4), nn.LayerNorm(4)
+    model = apply_rlrr(nn.Sequential(shared, norm, shared, norm), target_modules=["*"], norm_affine=True)
+    for linear, layer_norm in ((FusedRLRRLinear, SSFLayerNorm), (nn.Linear, nn.LayerNorm)):
+        assert (type(model[0]), type(model[1])) == (linear, layer_norm)
+        assert model[0] is model[2]
+        assert model[1] is model[3]
+        if linear is FusedRLRRLinear:
+            merge_and_unload(model)
     layer, x = FusedRLRRLinear(4, 4), torch.randn(2, 4)
     assert torch.allclose(merge_and_unload(layer)(x), layer(x), atol=1e-6)
     norm = SSFLayerNorm(4)
@@ -231,7 +190,7 @@ def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(name):
             function(model, safe_merge=True)
     assert all(torch.equal(p, state[n]) for n, p in model.state_dict().items())
     assert not any(m.merged for m in model.modules() if isinstance(m, FusedRLRRLinear))
-    merge_and_unload(model)  # asked for without the check, it merges
+    merge_and_unload(model)  # without the check it merges
 
 
 @pytest.mark.parametrize(("size", "least", "most"), [(0.01, 0.2, 0.4), (0.001, 0.9, 1.0)])
@@ -241,8 +200,8 @@ def test_a_merge_that_rounding_undoes_warns_with_the_share(size, least, most):
     with torch.no_grad():
         layer.scale_out.fill_(1.0)
         layer.scale_in.normal_(std=size)
-    lost, changed = lost_updates(layer)
-    there = layer.weight != 0  # what is zero stays zero, and loses nothing
+    lost, changed = lost_updates(layer, layer.merged_weight()[0])
+    there = layer.weight != 0  # a weight of zero stays zero and loses nothing
     assert lost == int((there & (layer.to_linear().weight == layer.weight)).sum())
     assert changed == int(there.sum()) > 60_000
     assert least < lost / changed < most
@@ -250,133 +209,58 @@ def test_a_merge_that_rounding_undoes_warns_with_the_share(size, least, most):
     with pytest.warns(UserWarning, match=rf"torch.bfloat16.*undoes the update of {lost / changed:.0%} of the weights"):
         merge(model)
     wide = FusedRLRRLinear(256, 256, init="identity")
-    assert lost_updates(wide) == (0, 0)
+    assert lost_updates(wide, wide.merged_weight()[0]) == (0, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         merge(tuned())
         merge(nn.Sequential(wide))
 
 
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
-@pytest.mark.parametrize("merged", [False, True])
-def test_disabled_it_is_the_base_model_bit_for_bit_head_included(make, merged):
-    base, model = make(), tuned(make)
-    expected, features = base(X), base.forward_features(X)
-    if merged:
-        merge(model)
-    logits = model(X)
-    assert not torch.equal(logits, expected)
-    with disable_adapter(model) as same:
-        assert same is model
-        assert torch.equal(model(X), expected)
-        assert torch.equal(model.forward_features(X), features)
-    assert torch.equal(model(X), logits)
-    assert all(m.merged is merged for m in model.modules() if isinstance(m, FusedRLRRLinear))
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+IMAGES = {"image_size": 32, "patch_size": 8}
+WORDS = {"vocab_size": 9, "num_key_value_heads": 2}
+TOKENS = torch.arange(6)[None]
+
+#: (model, fields of its config, what is adapted, what the merge warns of or None)
+BIASES = {
+    "ViT with biases": ("ViT", IMAGES, "layers.*", None),
+    "ViT's switch": ("ViT", IMAGES | {"qkv_bias": False}, "layers.*", None),
+    "two switches of Llama": ("Llama", WORDS, "layers.*", None),
+    "Llama's switch that governs others too": ("Llama", WORDS, "layers.*.q_proj", None),
+    "no switch": ("Qwen2", WORDS, "layers.*", "layers.0.self_attn.o_proj.bias and 7 more tensors"),
+    "one that has its bias": ("Qwen2", WORDS, "layers.*.v_proj", None),
+}
 
 
-def test_adapters_are_back_after_an_error_inside():
-    model = tuned()
-    logits = model(X)
-    with pytest.raises(KeyError), disable_adapter(model):
-        raise KeyError
-    assert torch.equal(model(X), logits)
-    assert all(m.enabled for m in model.modules() if isinstance(m, (FusedRLRRLinear, SSFLayerNorm, SSFAffine)))
-
-
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
-def test_disabled_models_that_add_the_qkv_bias_apart_are_exact_too(name):
+@pytest.mark.parametrize(("kind", "options", "targets", "words"), BIASES.values(), ids=BIASES.keys())
+def test_a_saved_merged_model_loads_whole_or_the_merge_warned(kind, options, targets, words, tmp_path):
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    # PyTorch's attention takes another path where the position bias needs a gradient
-    base = timm.create_model(name, depth=1, num_classes=3).eval().requires_grad_(False)
-    x = torch.randn(1, 3, 224, 224)
-    expected = base(x)
-    model = stir(apply_rlrr(base))
-    logits = model(x)
-    with disable_adapter(model):
-        assert torch.equal(model(x), expected)
-    assert torch.equal(model(x), logits)
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **options)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    stir(apply_rlrr(model, target_modules=[targets], train_head=False))
+    x = X if kind == "ViT" else TOKENS
+    expected = model(x)[0].detach()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plain = merge_and_unload(merge(model))
+    assert torch.allclose(plain(x)[0], expected, atol=1e-4)
+    plain.save_pretrained(tmp_path)
+    again = type(plain).from_pretrained(tmp_path)(x)[0]
+    assert torch.allclose(again, expected, atol=1e-4) is (words is None)
+    assert [f"merging gave {words} to layers that had none" in str(each.message) for each in caught] == [True] * (
+        words is not None
+    )
 
 
-def test_disabling_needs_adapters_and_the_kept_weights():
-    with pytest.raises(ValueError, match="holds no RLRR adapters"), disable_adapter(nn.Linear(2, 2)):
-        pass
-    model = merge(tuned(), keep=False)
-    with pytest.raises(RuntimeError, match="merged with keep=False"), disable_adapter(model):
-        pass
-    assert all(m.enabled for m in model.modules() if isinstance(m, SSFLayerNorm))
-
-
-def test_nested_blocks_put_back_what_was_there():
-    torch.manual_seed(0)
-    model = apply_rlrr(timm.create_model("beit_base_patch16_224", depth=1, num_classes=3))
-    attention = model.blocks[0].attn
-    with disable_adapter(model):
-        with disable_adapter(model):
-            pass
-        assert attention.qkv_bias_separate is False
-        assert attention.qkv.enabled is False
-    assert attention.qkv_bias_separate is True
-
-
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_tiny_patch16_224"])
-def test_disabled_with_rounded_weights_it_is_the_model_with_those(name):
-    torch.manual_seed(0)
-    options = {"depth": 1, "num_classes": 3}
-    model = timm.create_model(name, **options).requires_grad_(False).eval()
-    rounded = copy.deepcopy(model)
-    apply_rlrr(model, frozen_dtype="bfloat16")
-    for linear, layer in zip(rounded.modules(), model.modules(), strict=False):
-        if isinstance(layer, FusedRLRRLinear):
-            linear.weight.copy_(layer.weight)
-            if layer.bias is not None:
-                linear.bias.copy_(layer.bias)
-    x = torch.randn(1, 3, 224, 224)
-    with disable_adapter(model):
-        assert torch.allclose(model(x), rounded(x), atol=1e-5)
-
-
-def test_a_wrapped_model_is_the_model_inside():
-    base, model = small_vit(), tuned()
-    wrapped = torch.nn.DataParallel(model, device_ids=None) if torch.cuda.is_available() else Wrapper.of(model)
-    with disable_adapter(wrapped):
-        assert torch.equal(model(X), base(X))
-    merge_and_unload(wrapped)
-    assert not hasattr(model, "rlrr_config")
-
-
-class Wrapper(nn.parallel.DataParallel):
-    """DataParallel without a GPU."""
-
-    @classmethod
-    def of(cls, model):
-        return cls(model)
-
-    def forward(self, x):
-        return self.module(x)
-
-
-def test_a_head_that_was_put_in_later_stays():
-    model, base = tuned(), small_vit()
-    model.reset_classifier(9)
-    logits = model(X)
-    with disable_adapter(model):
-        assert model(X).shape == (2, 9)
-        assert torch.equal(model.forward_features(X), base.forward_features(X))
-    assert torch.equal(model(X), logits)
-    one = tuned(lambda: small_vit(classes=1))
-    one.reset_classifier(5)
-    weight = one.head.weight.clone()
-    with disable_adapter(one):
-        assert torch.equal(one.head.weight, weight)
-    model.reset_classifier(0)
-    with disable_adapter(model):
-        assert torch.equal(model.forward_features(X), base.forward_features(X))
-
-
-def test_a_model_filled_after_it_was_prepared_without_data_can_be_disabled():
-    with torch.device("meta"):
-        model = apply_rlrr(small_vit())
-    model.load_state_dict(apply_rlrr(small_vit()).state_dict(), assign=True)
-    with disable_adapter(model.eval()):
-        features = model.forward_features(X)
-    assert torch.equal(features, small_vit().forward_features(X))
+def test_added_biases_that_are_not_zero_are_warned_of_for_models_of_any_library():
+    model = apply_rlrr(small_swin())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_and_unload(apply_rlrr(small_swin()))  # f is 0
+    with pytest.warns(UserWarning, match=r"merging gave layers.1.downsample.reduction.bias to .*SwinTransformer"):
+        merge_and_unload(stir(model))
+    bare = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False))
+    apply_rlrr(bare, target_modules=["0"], norm_affine=True)
+    with pytest.warns(UserWarning, match=r"merging gave 1.weight and 1 more tensors to"):
+        merge_and_unload(bare)

@@ -1,4 +1,4 @@
-"""PEFT over adapted layers: what it computes and merges is what it does over the plain layers that compute the same."""
+"""PEFT's tuners over adapted layers compute and merge the same as over plain layers that compute the same."""
 
 import copy
 import pickle
@@ -60,7 +60,7 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_a_tuner_that_adds_is_right_merged_unmerged_and_unloaded(config):
     model = wrapped(config, plain=False)
     layer, y = model.base_model.model[1].base_layer, model(X).detach()
-    if config is not ADDING["ln tuning"]:  # there W is not rescaled once more, which the copy's W is
+    if config is not ADDING["ln tuning"]:  # it trains a copy of the layer, which rescales W as well
         assert largest(y, wrapped(config, plain=True)(X)) < 1e-6
     assert largest(y, model_of(plain=True)(X)) > 0.01  # it does something
     model.merge_adapter()
@@ -75,7 +75,7 @@ def test_a_tuner_that_adds_is_right_merged_unmerged_and_unloaded(config):
 
 
 @pytest.mark.parametrize("convert", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
-def test_copies_merge_into_their_own_layers(convert):
+def test_a_copy_merges_into_its_own_layers(convert):
     first = wrapped(ADDING["lora"], plain=False)
     y = first(X)
     second = convert(first)
@@ -102,7 +102,7 @@ def test_a_tuner_that_reads_the_weight_is_refused_with_the_way_out(config):
     with pytest.raises(TypeError, match=r"the weight of its layer, which is rescaled; call rlrr_kernels.merge_and_un"):
         peft.get_peft_model(model, config(target_modules=["1"]))
     assert torch.equal(model[1].weight, weight)
-    peft.get_peft_model(model_of(plain=True), config(target_modules=["1"]))  # the remedy
+    peft.get_peft_model(model_of(plain=True), config(target_modules=["1"]))  # what the error recommends
 
 
 def test_a_second_tuner_over_the_first_is_refused():
@@ -140,3 +140,11 @@ def test_a_layer_that_cannot_be_merged_says_so_and_stays():
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert model.base_model.model[1].base_layer is layer
+
+
+def test_a_merge_that_adds_a_bias_warns():
+    layer = FusedRLRRLinear(4, 4, bias=False)
+    nn.init.ones_(layer.shift)
+    model = peft.get_peft_model(nn.Sequential(layer), peft.LoraConfig(target_modules=["0"]))
+    with pytest.warns(UserWarning, match="merging gives a bias that holds f to layers that had none"):
+        model.merge_adapter()

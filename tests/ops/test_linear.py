@@ -1,4 +1,4 @@
-"""rescaled_linear: gradients, work nobody needs, memory, autocast, and one clear error for bad input."""
+"""rescaled_linear and its ops: gradients, work that is not needed, memory, errors for bad input, opcheck."""
 
 import contextlib
 import itertools
@@ -7,11 +7,12 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlrr_kernels import ops, rescaled_linear, use_backend
-from rlrr_kernels.backends import reference
-from tests.oracle import BACKENDS, Answer, check, device_of, make_problem, require
+from rlrr_kernels import rescaled_linear, use_backend
+from rlrr_kernels.ops import linear
+from tests.oracle import BACKENDS, Answer, backends_with, check, device_of, make_problem, require
 
 
 def _run(p, backend, x=None, dy=None):
@@ -38,42 +39,14 @@ def test_gradcheck_in_float64(backend, groups, bias, shift):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(), (7,), (2, 5), (2, 3, 4), (2, 2, 3, 2)], ids=str)
-def test_inputs_of_one_to_four_dimensions(backend, dtype, shape):
+def test_inputs_of_one_to_four_dimensions(backend, shape):
     m = int(torch.Size(shape).numel())
-    p = make_problem(m, 18, 20, 3, dtype, device=require(backend, dtype))
+    p = make_problem(m, 18, 20, 3, torch.bfloat16, device=require(backend, torch.bfloat16))
     y, dx, (du, dv), offsets = _run(p, backend, p.x.view(*shape, 20), p.dy.view(*shape, 18))
     assert y.shape == (*shape, 18)
     assert dx.shape == (*shape, 20)
     check(p, Answer(y.view(m, 18), dx.view(m, 20), du, dv, offsets["shift"]))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(0, 20), (3, 0, 20)], ids=str)
-def test_no_rows_at_all(backend, shape):
-    device = require(backend)
-    p = make_problem(4, 18, 20, 3, device=device)
-    x, dy = torch.zeros(shape, device=device), torch.zeros(*shape[:-1], 18, device=device)
-    y, dx, (du, dv), offsets = _run(p, backend, x, dy)
-    assert y.shape == dy.shape
-    assert dx.shape == x.shape
-    for grad, like in ((du, p.scale_out), (dv, p.scale_in), (offsets["shift"], p.shift)):
-        assert torch.equal(grad, torch.zeros_like(like))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_input_and_expanded_gradient(backend):
-    """x transposed in memory, and the stride-0 gradient that ``.sum()`` sends back."""
-    p = make_problem(12, 18, 20, device=require(backend))
-    p.x = p.x.mT.contiguous().mT
-    p.dy = torch.ones(1, 1, device=p.x.device).expand(12, 18)
-    y, dx, (du, dv), offsets = _run(p, backend)
-    check(p, Answer(y, dx, du, dv, offsets["shift"]))
-    x = p.x.clone().requires_grad_()
-    with use_backend(backend):
-        rescaled_linear(x, p.weight, p.scale_out, p.scale_in, p.bias, p.shift).sum().backward()
-    assert torch.equal(x.grad, dx)
 
 
 @pytest.mark.parametrize(
@@ -87,40 +60,6 @@ def test_scale_shapes_are_free_and_gradients_follow_them(u_shape, v_shape):
     assert torch.equal(y, rescaled_linear(p.x, p.weight, p.scale_out, p.scale_in))
     assert u.grad.shape == u_shape
     assert v.grad.shape == v_shape
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_an_unfrozen_weight_and_bias_get_right_gradients(backend, groups):
-    p = make_problem(9, 8, 12, groups, device=require(backend))
-    weight, bias = p.weight.clone().requires_grad_(), p.bias.clone().requires_grad_()
-    with use_backend(backend):
-        got = torch.autograd.grad(
-            rescaled_linear(p.x, weight, p.scale_out, p.scale_in, bias, p.shift), (weight, bias), p.dy
-        )
-    wide = [t.double() for t in p.forward_args]
-    wide[1].requires_grad_()
-    wide[4].requires_grad_()
-    exact = torch.autograd.grad(reference.formula(*wide), (wide[1], wide[4]), p.dy.double())
-    for name, g, e in zip(("weight", "bias"), got, exact, strict=True):
-        assert torch.allclose(g.double(), e, rtol=1e-5, atol=1e-5), name
-
-
-def test_gradients_arrive_in_each_tensors_own_dtype():
-    p = make_problem(9, 8, 12, dtype=torch.bfloat16)
-    tensors = [
-        p.x,
-        p.weight.to(torch.float16),
-        p.scale_out.half(),
-        p.scale_in.bfloat16(),
-        p.bias.to(torch.float16),
-        p.shift.float(),
-    ]
-    for t in tensors:
-        t.requires_grad_()
-    rescaled_linear(*tensors).backward(p.dy)
-    assert [t.grad.dtype for t in tensors] == [t.dtype for t in tensors]
-    assert all(t.grad.abs().sum() > 0 for t in tensors)
 
 
 NAMES = ("x", "weight", "scale_out", "scale_in", "bias", "shift")
@@ -148,7 +87,7 @@ def test_nothing_is_computed_or_kept_that_nobody_needs(needs, calls, keeps_x):
     kept: list[torch.Tensor] = []
     done: list[str] = []
 
-    backend = ops.backend("forward", p.x, p.weight, p.scale_in)
+    backend = linear._backend("forward", p.x, p.weight, p.scale_in)
 
     def spy(name):
         op = getattr(backend, name)
@@ -170,7 +109,7 @@ def test_df_is_not_computed_where_neither_bias_nor_shift_needs_it():
     p = make_problem(5, 6, 4)
     u = p.scale_out.clone().requires_grad_()
     asked = []
-    backend = ops.backend("forward", p.x, p.weight, p.scale_in)
+    backend = linear._backend("forward", p.x, p.weight, p.scale_in)
     op = backend.grad_scales
     with mock.patch.object(backend, "grad_scales", lambda *a: (asked.append(a[-1]), op(*a))[1]):
         rescaled_linear(p.x, p.weight, u, p.scale_in, p.bias, p.shift).backward(p.dy)
@@ -188,7 +127,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "rlrr":
             with self:  # look inside the op
-                return getattr(ops, "_" + func._schema.name.partition("::")[2])(*args, **(kwargs or {}))
+                return getattr(linear, "_" + func._schema.name.partition("::")[2])(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for t in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
@@ -224,17 +163,6 @@ def test_the_reference_keeps_no_rescaled_weight_either():
     assert saved == []
 
 
-def test_the_watch_would_see_a_rescaled_weight():
-    """The formula by autograd does write W' and keep tensors of its size: the test above can fail."""
-    largest, _, _ = _largest_allocation("reference", 1)
-    assert largest >= 4 * 96 * 80
-    p = make_problem(8, 96, 80)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
-        reference.formula(p.x.requires_grad_(), p.weight, p.scale_out.requires_grad_(), p.scale_in.requires_grad_())
-    assert max(saved) >= 96 * 80
-
-
 @pytest.mark.gpu
 def test_gpu_memory_above_a_plain_linear(gpu):
     """Forward and backward of a 4096 x 4096 layer take less than 2 MiB beyond their outputs."""
@@ -249,68 +177,6 @@ def test_gpu_memory_above_a_plain_linear(gpu):
     torch.cuda.synchronize()
     outputs = 2 * 512 * (4096 + 4096)
     assert torch.cuda.max_memory_allocated() - before < outputs + 2 * 2**20 + 2**20
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_sets_the_dtype_of_the_product_and_leaves_parameters_alone(backend):
-    device = require(backend)
-    p = make_problem(9, 8, 12, device=device)
-    leaves = [t.clone().requires_grad_() for t in (p.x, p.scale_out, p.scale_in, p.shift)]
-    x, u, v, f = leaves
-    with use_backend(backend), torch.autocast(device, torch.bfloat16):
-        y = rescaled_linear(x, p.weight, u, v, p.bias, f)
-        with torch.autocast(device, enabled=False):
-            assert rescaled_linear(x, p.weight, u, v).dtype is torch.float32
-    assert y.dtype is torch.bfloat16
-    with use_backend(backend):
-        assert torch.equal(y, rescaled_linear(p.x.bfloat16(), p.weight, u, v, p.bias, f))
-    y.backward(p.dy.bfloat16())
-    assert [t.grad.dtype for t in leaves] == [torch.float32] * 4
-    exact = [t.double().requires_grad_() for t in (p.x, p.scale_out, p.scale_in, p.shift)]
-    y = reference.formula(exact[0], p.weight.double(), exact[1], exact[2], p.bias.double(), exact[3])
-    y.backward(p.dy.double())
-    for got, want in zip(leaves, exact, strict=True):
-        assert (got.grad - want.grad).norm() < 0.02 * want.grad.norm()
-
-
-def test_autocast_leaves_float64_alone():
-    p = make_problem(9, 8, 12, dtype=torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = rescaled_linear(*p.forward_args)
-    assert torch.equal(y, rescaled_linear(*p.forward_args))
-
-
-def test_no_grad_and_inference_mode_keep_nothing():
-    p = make_problem(9, 8, 12)
-    p.scale_out.requires_grad_()
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            assert not rescaled_linear(*p.forward_args).requires_grad
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_gradgradcheck_in_float64(groups):
-    """A gradient penalty is not silently left out."""
-    p = make_problem(3, 6, 4, groups, torch.float64)
-    assert torch.autograd.gradgradcheck(rescaled_linear, tuple(t.requires_grad_() for t in p.forward_args))
-
-
-def test_it_compiles_without_a_graph_break():
-    torch._dynamo.reset()
-    p = make_problem(9, 8, 12, 2)
-    eager = _run(p, "auto")
-    served: list[str] = []
-    backend = ops.backend
-    spy = mock.patch.object(ops, "backend", lambda *a: (served.append("op"), backend(*a))[1])
-    with (
-        spy,
-        mock.patch(f"{__name__}.rescaled_linear", torch.compile(rescaled_linear, fullgraph=True, backend="aot_eager")),
-    ):
-        compiled = _run(p, "auto")
-    assert len(served) == 3, "forward, grad_input and grad_scales are ops in the compiled graph too"
-    assert torch.equal(eager[0], compiled[0])
-    assert torch.equal(eager[1], compiled[1])
-    assert all(torch.equal(a, b) for a, b in zip(eager[2], compiled[2], strict=True))
 
 
 def _inputs(**changes):
@@ -347,14 +213,6 @@ def test_bad_input_is_one_clear_error(changes, kind, words):
         rescaled_linear(**_inputs(**changes))
 
 
-def test_nan_is_not_an_error_and_stays_in_its_row():
-    inputs = _inputs()
-    inputs["x"][2, 1] = float("nan")
-    y = rescaled_linear(**inputs)
-    assert torch.isnan(y[2]).all()
-    assert torch.isfinite(y[[0, 1, 3, 4]]).all()
-
-
 @pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 3, 8)])
 def test_the_result_may_be_changed_in_place_as_nn_linears_may(shape):
     """BEiT's and EVA's attention add their bias to it so."""
@@ -368,3 +226,49 @@ def test_the_result_may_be_changed_in_place_as_nn_linears_may(shape):
     grads = torch.autograd.grad(expected.square().sum(), (u, v, extra))
     for given, right in zip((u.grad, v.grad, extra.grad), grads, strict=True):
         assert torch.allclose(given, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backends_with([torch.bfloat16, torch.float64]))
+def test_opcheck(backend, dtype):
+    p = make_problem(3, 4, 5, 2, dtype, device=require(backend, dtype))
+    scales = (p.weight, p.scale_out, p.scale_in)
+    with use_backend(backend):
+        for bias, shift in ((p.bias, p.shift), (None, None)):
+            torch.library.opcheck(linear.forward, (p.x, *scales, bias, shift))
+        torch.library.opcheck(linear.grad_input, (p.dy, *scales))
+        for need_shift in (True, False):
+            torch.library.opcheck(linear.grad_scales, (p.dy, p.x, *scales, need_shift))
+        torch.library.opcheck(linear.grad_shift, (p.dy,))
+
+
+def test_fakes_follow_symbolic_sizes():
+    with FakeTensorMode():
+        x, w, u, v = torch.empty(5, 8), torch.empty(6, 8), torch.empty(6, 1), torch.empty(2, 1, 8)
+        assert linear.forward(x.bfloat16(), w, u, v, None, None).dtype is torch.bfloat16
+        du, dv, df = linear.grad_scales(torch.empty(5, 6).bfloat16(), x.bfloat16(), w, u, v, True)
+        assert [t.shape for t in (du, dv, df)] == [(6, 1), (2, 1, 8), (6,)]
+        alone = linear.grad_shift(torch.empty(5, 6).bfloat16())
+        assert alone.shape == (6,)
+        assert {t.dtype for t in (du, dv, df, alone)} == {torch.float32}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_that_are_only_marked_as_negated(backend):
+    """An imaginary part of a conjugate has its sign in a flag, not in its memory; so may the gradient of y."""
+    p = make_problem(9, 8, 12, 2, device=require(backend, torch.float32))
+    negated = torch.complex(torch.zeros_like(p.x), -p.x).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(negated, p.x)
+    with use_backend(backend):
+        trained = [t.detach().requires_grad_() for t in (negated, p.scale_out, p.scale_in, p.shift)]
+        x, u, v, f = trained
+        y = rescaled_linear(x, p.weight, u, v, p.bias, f)
+        # autograd hands back a negated gradient of the imaginary part
+        torch.complex(torch.zeros_like(y), y).conj().imag.backward(-p.dy)
+        plain = [t.detach().clone().requires_grad_() for t in (p.x, p.scale_out, p.scale_in, p.shift)]
+        expected = rescaled_linear(plain[0], p.weight, plain[1], plain[2], p.bias, plain[3])
+        expected.backward(p.dy)
+    # a wrong sign is as large as the value; the order of a sum may follow the strides
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(trained, plain, strict=True):
+        assert torch.allclose(got.grad, want.grad, rtol=1e-5, atol=1e-5)

@@ -17,12 +17,10 @@ import torch
 from rlrr_kernels import load_official_adapter
 from rlrr_kernels.checkpoint import load_npz_backbone
 from rlrr_kernels.checkpoint.manifest import Manifest
-from rlrr_kernels.finetune.commands.results import read_run
+from rlrr_kernels.finetune.backbone import load_backbone
 from rlrr_kernels.finetune.data.arrays import read_fashion_mnist, read_npz
-from rlrr_kernels.finetune.data.fgvc import read_json
-from rlrr_kernels.finetune.data.vtab import read_list
-from rlrr_kernels.finetune.models import load_backbone
-from rlrr_kernels.finetune.state import read_state
+from rlrr_kernels.finetune.data.tasks import read_json_list, read_text_list
+from rlrr_kernels.finetune.saved_run import read_metrics, read_state
 from rlrr_kernels.io.reading import read_safetensors
 from tests.checkpoint.test_npz import google_arrays
 from tests.reliability import hostile
@@ -95,13 +93,13 @@ def bomb(kind, folder):
         return lambda: Manifest.read(folder), "has more than 4194304 bytes"
     if kind == "metrics":
         sparse(folder / "metrics.json", b"[" * 1000, 2 * GIB)
-        return lambda: read_run(folder), "metrics.json has more than"
+        return lambda: read_metrics(folder), "metrics.json has more than"
     if kind == "vtab":
         path = sparse(folder / "train800.txt", b"a.jpg 1\n", 2 * GIB)
-        return lambda: read_list(path, folder, 5), "has more than"
+        return lambda: read_text_list(path, folder, 5), "has more than"
     if kind == "fgvc":
         path = sparse(folder / "train.json", b"{", 2 * GIB)
-        return lambda: read_json(path), "has more than"
+        return lambda: read_json_list(path), "has more than"
     if kind == "state":
         sparse(folder / "state" / "last.safetensors", struct.pack("<Q", 2**40), 2 * GIB)
         return lambda: read_state(folder), "expected a header of up to 16777216 bytes, got 1099511627776"

@@ -30,7 +30,7 @@ def main() -> None:
 
     # threads would not live on in a forked child, and what waits for them would wait for ever
     torch.set_num_threads(1)
-    from rlrr_kernels.finetune import loop, report
+    from rlrr_kernels.finetune import loop, run_folder
     from rlrr_kernels.finetune.__main__ import main as command
     from rlrr_kernels.finetune.data.arrays import read_digits
     from rlrr_kernels.finetune.settings import Settings
@@ -44,7 +44,7 @@ def main() -> None:
     loop.load_data = lambda settings: shrink(load(settings), *SIZES)
     epoch = {f"{part}_{what}": 0.5 for part in ("train", "val") for what in ("loss", "accuracy")}
     settings = dataclasses.asdict(Settings())
-    report.draw_curves({"epochs": [{"epoch": 1, **epoch}], "settings": settings, "trainable_parameters": 1})
+    run_folder.draw_curves({"epochs": [{"epoch": 1, **epoch}], "settings": settings, "trainable_parameters": 1})
     answers = os.dup(1)
     for line in sys.stdin:
         request = json.loads(line)

@@ -23,15 +23,13 @@ from rlrr_kernels import FusedRLRRLinear, apply_rlrr, load_adapter, load_officia
 from rlrr_kernels.analysis import sources
 from rlrr_kernels.backends import tuned as measured
 from rlrr_kernels.checkpoint import adapter_metadata, load_npz_backbone
-from rlrr_kernels.finetune.commands.record import Plan, Record
+from rlrr_kernels.finetune.backbone import load_backbone
 from rlrr_kernels.finetune.commands.results import find_results
-from rlrr_kernels.finetune.commands.runs import open_run
+from rlrr_kernels.finetune.commands.sweep_folder import Plan, SweepFolder
 from rlrr_kernels.finetune.data.arrays import read_fashion_mnist, read_npz
-from rlrr_kernels.finetune.data.fgvc import read_json
-from rlrr_kernels.finetune.data.vtab import read_list
-from rlrr_kernels.finetune.models import load_backbone
+from rlrr_kernels.finetune.data.tasks import read_json_list, read_text_list
+from rlrr_kernels.finetune.saved_run import check_settings, check_state, open_run, read_state
 from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.finetune.state import check_settings, read_state
 from rlrr_kernels.finetune.trainer import Trainer
 from tests.checkpoint.test_npz import google_arrays
 from tests.finetune.runs import prepared
@@ -236,7 +234,8 @@ def unfinished(folder: Path) -> Target:
     trainer.train_epoch(tqdm(disable=True))
     settings = ready.settings.to_dict()
     epoch = {"epoch": 1, "train_loss": 2.0, "train_accuracy": 0.1, "val_loss": 2.1, "val_accuracy": 0.2, "lr": 0.1}
-    agreed = {"settings": settings, "processes": 1, "images": {"train": 8, "val": 8, "test": 8}, "classes": 10}
+    agreed = {"settings": settings, "processes": 1, "images": {"train": 8, "val": 8, "test": 8}, "classes": 10,
+              "data_fingerprint": ready.splits.fingerprint}  # fmt: skip
     metrics = {"run": str(folder), "protocol": "choose-epoch", **agreed, "epochs": [epoch], "train_seconds": 1.0,
                "best_epoch": 1, "interrupted": False, "finished": False}  # fmt: skip
     trainer.state(trainer.trained(), {**agreed, "metrics": metrics}).write(folder)
@@ -245,9 +244,8 @@ def unfinished(folder: Path) -> Target:
     def attempt() -> None:
         trainer.epoch, start = 0, {n: t.numpy().tobytes() for n, t in trainer.state(None, {}).tensors.items()}
         state = read_state(folder)
-        check_settings(state, ready.settings)
-        for name in ("processes", "images", "classes"):
-            state.check(name, agreed[name])
+        check_settings(state.record["settings"], ready.settings, "the run to resume")
+        check_state(state, **{name: agreed[name] for name in ("processes", "images", "classes")})
         try:
             trainer.load(state)
         except ValueError:
@@ -290,14 +288,14 @@ def metrics(folder: Path) -> Target:
 def sweep(folder: Path) -> Target:
     """``sweep.json``, as the same command reads it to go on."""
     plan = Plan.of(Settings(), [1e-3], [1e-4], [0.0], [0])
-    record = Record.open(folder, plan)
+    record = SweepFolder.open(folder, plan)
     point = plan.points[0]
-    record.searched(point, 0, {"epochs": [{"epoch": 1, "val_accuracy": 0.5, "val_loss": 1.0}], "best_epoch": 1})
-    record.tested(point, 0, {"test_accuracy": 0.5, "test_loss": 1.0})
+    record.add_search(point, 0, {"epochs": [{"epoch": 1, "val_accuracy": 0.5, "val_loss": 1.0}], "best_epoch": 1})
+    record.add_final(point, 0, {"test_accuracy": 0.5, "test_loss": 1.0})
     path = folder / "sweep.json"
 
     def attempt() -> None:
-        data, found = path.read_bytes(), Record.open(folder, plan)
+        data, found = path.read_bytes(), SweepFolder.open(folder, plan)
         for name, kept in (("runs", found.search), ("final", found.final)):
             said = [json.dumps(each) for each in json.loads(data)[name]]  # as text, in which NaN is NaN
             assert {json.dumps(each) for each in kept.values()} <= set(said)
@@ -334,7 +332,7 @@ def lists(folder: Path, layout: str) -> Target:
         path.write_text("".join(f"images/train/{i:06}.jpg {i % 5}\n" for i in range(40)))
 
         def attempt() -> None:
-            for each in read_list(path, folder, 5):
+            for each in read_text_list(path, folder, 5):
                 assert 0 <= each.label < 5
                 assert Path(each.path).is_relative_to(folder)
                 assert ".." not in Path(each.path).parts
@@ -344,7 +342,7 @@ def lists(folder: Path, layout: str) -> Target:
     path.write_text(json.dumps({f"a/{i}.jpg": i % 5 for i in range(40)}))
 
     def attempt_json() -> None:
-        assert read_json(path) == json.loads(path.read_bytes())
+        assert read_json_list(path) == json.loads(path.read_bytes())
 
     return Target(path, attempt_json, (json_values, json_values, raw_bytes))
 

@@ -1,87 +1,93 @@
-"""Cases that need several processes: one start under ``torchrun`` for all of them, on the CPU by gloo.
+"""Tests that run in several processes of one gloo group, on the CPU."""
 
-``python -m torch.distributed.run ... -m tests.reliability.in_processes FOLDER NAME MODULE...`` runs of the ``CASES`` of
-some modules those that are named, one after the other in each process; each appends to ``FOLDER/<rank>`` what became
-of them, as lines of JSON. ``NAME`` is a list of names with commas.
-"""
-
+import functools
 import importlib
-import json
-import sys
+import math
+import multiprocessing
+import os
+import tempfile
 import traceback
 from datetime import timedelta
-from pathlib import Path
+from multiprocessing import connection
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
-from tests.once import once
-from tests.torchrun import ROOT, launch
+#: Beyond what any of these tests takes on a busy machine.
+TIMEOUT = timedelta(minutes=20)
 
-
-def case(cases):
-    """Decorator: keep a function under its name."""
-
-    def keep(function):
-        cases[function.__name__] = function
-        return function
-
-    return keep
+_meshes: list[DeviceMesh] = []
 
 
-def parameters(module, *quick):
-    """Names of a module's cases, to parametrise a test with: all but the ``quick`` ones are slow."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in module.CASES]
+def mesh() -> DeviceMesh:
+    """The mesh of this process's group; two dimensions are named "data" and "tensor"."""
+    return _meshes[0]
 
 
-def outcomes(request, tmp_path_factory, processes, *modules):
-    """Case -> error of each process (None where it passed), of those that this session has tests of."""
-    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    cases = [name for module in modules for name in module.CASES if name in asked]
-
-    def start(folder):
-        arguments = (str(folder), ",".join(cases), *(module.__name__ for module in modules))
-        done = launch("tests.reliability.in_processes", *arguments, processes=processes, cwd=ROOT)
-        (folder / "output").write_text(done.stdout[-1000:] + done.stderr[-3000:])
-
-    folder = once(tmp_path_factory, f"{processes} processes", start)
-    found = {}
-    for rank in range(processes):
-        lines = (folder / str(rank)).read_text().splitlines() if (folder / str(rank)).exists() else []
-        for name, error in map(json.loads, lines):
-            found.setdefault(name, {})[rank] = error
-    found["whole run"] = (folder / "output").read_text()
-    return found
+def full(t):
+    """A DTensor as a plain tensor; other tensors as they are."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def check(found, name, processes=2):
-    """Fail with the errors of a case's processes."""
-    errors = found.get(name, {})
-    for rank in range(processes):
-        if rank not in errors:
-            pytest.fail(f"process {rank} did not end {name}: {found['whole run']}")
-        if errors[rank] is not None:
-            pytest.fail(f"process {rank}: {errors[rank]}")
+def in_processes(*shape):
+    """Decorate a test to run in each process of a mesh of this shape; it fails if it fails in one of them."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def test():
+            _run(function, shape)
+
+        return test
+
+    return decorate
 
 
-def main(folder, names, *modules):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(minutes=20))
-    with open(Path(folder) / str(dist.get_rank()), "w", buffering=1) as out:
-        for module in map(importlib.import_module, modules):
-            module.start()
-            for name in (name for name in module.CASES if name in names.split(",")):
-                try:
-                    module.CASES[name]()
-                    error = None
-                except (Exception, pytest.fail.Exception):  # the second is what pytest.raises raises
-                    error = traceback.format_exc()[-3000:]
-                out.write(json.dumps([name, error]) + "\n")
-                # a case that one process failed in may have left another waiting in the middle of it
-                dist.barrier()
-    dist.destroy_process_group()
+def _run(function, shape):
+    # children of a process that has used a GPU cannot run autograd
+    context = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
+    running, processes = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(math.prod(shape)):
+            ours, theirs = context.Pipe(duplex=False)
+            arguments = (function.__module__, function.__name__, rank, shape, f"{folder}/store", theirs)
+            processes.append(context.Process(target=_child, args=arguments, daemon=True))
+            processes[-1].start()
+            theirs.close()
+            running[ours] = rank
+        try:
+            while running:
+                ended = connection.wait(list(running), TIMEOUT.total_seconds())
+                if not ended:
+                    pytest.fail(f"processes {list(running.values())} did not end")
+                for one in ended:
+                    rank, error = running.pop(one), _received(one)
+                    if error:
+                        pytest.fail(f"process {rank}: {error}")
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def _received(pipe):
+    try:
+        return pipe.recv()
+    except EOFError:
+        return "it ended without an answer"
+
+
+def _child(module, name, rank, shape, store, answer):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)  # those of OpenMP do not survive a fork
+    try:
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=math.prod(shape), timeout=TIMEOUT)
+        _meshes.append(init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor")[-len(shape) :]))
+        getattr(importlib.import_module(module), name).__wrapped__()
+        dist.barrier()
+        answer.send(None)
+        dist.destroy_process_group()
+    except (Exception, pytest.fail.Exception):  # pytest.raises raises the second
+        answer.send(traceback.format_exc()[-3000:])

@@ -14,9 +14,9 @@ import torch
 from rlrr_kernels import apply_rlrr, load_adapter, save_adapter
 from rlrr_kernels.analysis import __main__ as analysis
 from rlrr_kernels.backends import tuned
-from rlrr_kernels.finetune import report, train
-from rlrr_kernels.finetune.report import NotWritten
-from rlrr_kernels.finetune.state import read_state
+from rlrr_kernels.finetune import run_folder, train
+from rlrr_kernels.finetune.run_folder import NotWritten
+from rlrr_kernels.finetune.saved_run import read_state
 from rlrr_kernels.finetune.trainer import Trainer
 from rlrr_kernels.io import files
 from rlrr_kernels.tune import __main__ as tune
@@ -34,7 +34,7 @@ CODES = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO]
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch):
     """Curves are drawn in test_loop.py; here they only take time."""
-    monkeypatch.setattr(report, "draw_curves", lambda metrics: b"a picture")
+    monkeypatch.setattr(run_folder, "draw_curves", lambda metrics: b"a picture")
 
 
 def full_from(number, code):
@@ -99,7 +99,7 @@ def test_the_room_that_a_run_says_it_needs_is_what_it_takes(tmp_path, monkeypatc
         prepared(tmp_path, **options)
     assert list(tmp_path.iterdir()) == []
     wanted = []
-    monkeypatch.setattr(report, "check_writable", lambda folder, needed: wanted.append(needed))
+    monkeypatch.setattr(run_folder, "check_writable", lambda folder, needed: wanted.append(needed))
     ready = prepared(tmp_path, **options)
     largest = 0
 
@@ -114,7 +114,7 @@ def test_the_room_that_a_run_says_it_needs_is_what_it_takes(tmp_path, monkeypatc
 
     monkeypatch.setattr(files, "_write", watching(files._write))
     train(ready, quiet=True)
-    assert largest <= wanted[0] <= 2 * largest + report.ROOM
+    assert largest <= wanted[0] <= 2 * largest + run_folder.OTHER_FILES
 
 
 def test_merge_says_how_much_room_it_needs_before_it_merges(tmp_path, monkeypatch, capsys):
@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_written_is_one_error_before_any_work(tmp_path, 
     before = sorted(tmp_path.rglob("*"))
     worked = mock.Mock(side_effect=AssertionError("work began"))
     monkeypatch.setattr(Trainer, "train_epoch", worked)
-    monkeypatch.setattr("rlrr_kernels.finetune.commands.runs.merged", worked)
+    monkeypatch.setattr("rlrr_kernels.finetune.commands.merge.merged", worked)
     monkeypatch.setattr(tune, "measure", worked)
     monkeypatch.setattr(analysis, "analyze", worked)
     if command == "save_adapter":
@@ -196,14 +196,14 @@ def _ended(main, *arguments):
 
 def test_why_a_run_failed_is_said_though_the_disk_is_full_as_well(tmp_path):
     ready = prepared(tmp_path, lr=1e30, min_lr=1e30, warmup_epochs=0, **SMALL | {"sizes": (30, 8, 8)})
-    write_metrics = report._write_metrics
+    write_metrics = run_folder._write_metrics
 
     def full(folder, metrics):
         if "error" in metrics:
             raise OSError(errno.ENOSPC, "No space left on device")
         write_metrics(folder, metrics)
 
-    with mock.patch.object(report, "_write_metrics", full), pytest.raises(FloatingPointError, match="loss is"):
+    with mock.patch.object(run_folder, "_write_metrics", full), pytest.raises(FloatingPointError, match="loss is"):
         train(ready, quiet=True)
     assert read_state(tmp_path / "run").record["epoch"] >= 0
 

@@ -13,8 +13,7 @@ from torchvision.models.resnet import BasicBlock
 
 from rlrr_kernels import FusedRLRRLinear, SSFLayerNorm, apply_rlrr, disable_adapter, load_adapter, save_adapter
 from rlrr_kernels.checkpoint.trained import trained_parameters
-from rlrr_kernels.models.adapt import adapters
-from rlrr_kernels.models.heads import head
+from rlrr_kernels.models.modules import adapters, head
 from tests.small_models import X, small_vit, stir
 
 
@@ -62,6 +61,10 @@ MODELS = {
     "torchvision Swin": (tv_swin, {"head"}),
     "torchvision ConvNeXt": (tv_convnext, {"classifier.0", "classifier.2"}),
     "timm": (small_vit, {"head"}),
+    "timm DeiT with a teacher": (
+        lambda: timm.create_model("deit_tiny_distilled_patch16_224", depth=1, num_classes=3, img_size=32),
+        {"head", "head_dist"},
+    ),
     "a model after a normalisation": (lambda: nn.Sequential(nn.Flatten(0, 0), small_vit()), {"1.head"}),
 }
 

@@ -18,11 +18,10 @@ from torch import nn
 from rlrr_kernels import apply_rlrr, load_adapter, load_official_adapter, save_adapter
 from rlrr_kernels.analysis import sources
 from rlrr_kernels.checkpoint import load_npz_backbone
-from rlrr_kernels.finetune.commands.runs import open_run
+from rlrr_kernels.finetune.backbone import load_backbone
 from rlrr_kernels.finetune.data.arrays import read_npz
-from rlrr_kernels.finetune.data.fgvc import read_json
-from rlrr_kernels.finetune.data.vtab import read_list
-from rlrr_kernels.finetune.models import load_backbone
+from rlrr_kernels.finetune.data.tasks import read_json_list, read_text_list
+from rlrr_kernels.finetune.saved_run import open_run
 from rlrr_kernels.io import reading
 from rlrr_kernels.io.reading import read_safetensors
 from tests.reliability import bombs, hostile
@@ -177,10 +176,10 @@ def test_what_claims_gigabytes_is_refused_in_little_memory_and_time(tmp_path, ki
 def test_a_list_names_no_image_outside_of_its_folder(tmp_path, name):
     (tmp_path / "train.txt").write_text(f"a/../b.jpg 1\n{name} 1\n")
     with pytest.raises(ValueError, match=r"train\.txt:2: expected a path below "):
-        read_list(tmp_path / "train.txt", tmp_path, 5)
+        read_text_list(tmp_path / "train.txt", tmp_path, 5)
     (tmp_path / "train.json").write_text(json.dumps({"b.jpg": 1, name: 2}))
     with pytest.raises(ValueError, match=r"train\.json: expected paths below the folder of images, got "):
-        read_json(tmp_path / "train.json")
+        read_json_list(tmp_path / "train.json")
 
 
 @pytest.mark.parametrize("name", ["local-dir:/tmp/evil", "hf-hub:stranger/model", "../../evil", "a\nb"])

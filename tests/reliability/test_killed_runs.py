@@ -20,7 +20,7 @@ import pytest
 import safetensors
 from PIL import Image
 
-from rlrr_kernels.finetune.state import Finished, read_state
+from rlrr_kernels.finetune.saved_run import Finished, read_state
 from tests.finetune.runs import results
 
 #: What writes most: a moving average, TensorBoard's files, everything trained, an epoch that is best now and then.

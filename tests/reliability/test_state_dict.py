@@ -48,20 +48,9 @@ def test_a_model_without_data_is_filled_by_assigning():
     assert target.blocks[0].attn.qkv.scale_in.grad.any()
 
 
-HINT = "a plain checkpoint lacks what trains: load it before apply_rlrr, or with strict=False"
-
-
-@pytest.mark.parametrize("make", [small_vit, small_swin])
-def test_a_plain_checkpoint_is_refused_by_one_message_that_says_what_to_do(make):
-    with pytest.raises(RuntimeError) as caught:
-        apply_rlrr(make()).load_state_dict(make().state_dict())
-    assert str(caught.value).count(HINT) == 1
-    with pytest.raises(RuntimeError) as caught:
+def test_a_strict_load_of_a_plain_checkpoint_names_what_trains_as_missing():
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "scale_out", "scale_in", "shift"'):
         FusedRLRRLinear(8, 6).load_state_dict(nn.Linear(8, 6).state_dict())
-    assert str(caught.value) == (
-        "Error(s) in loading state_dict for FusedRLRRLinear:\n\t"
-        f'Missing key(s) in state_dict: "scale_out", "scale_in", "shift ({HINT})". '
-    )
 
 
 @pytest.mark.parametrize("make", [small_vit, small_swin])
@@ -71,9 +60,7 @@ def test_a_plain_checkpoint_loads_with_strict_false_and_leaves_what_trains(make)
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and "head" not in n}
     result = model.load_state_dict(plain.state_dict(), strict=False)
     assert result.unexpected_keys == []
-    assert [str(name) for name in result.missing_keys] == list(trained)
-    assert result.missing_keys == list(trained)  # ordinary strings to everyone else
-    assert [f"{name} {name!r}" for name in result.missing_keys] == [f"{name} {name!r}" for name in trained]
+    assert result.missing_keys == list(trained)
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in trained.items())
     with disable_adapter(model):
@@ -92,12 +79,11 @@ def test_a_plain_checkpoint_loads_with_strict_false_and_leaves_what_trains(make)
     ],
     ids=["prefix", "one missing", "renamed", "other groups", "flat"],
 )
-def test_other_keys_and_shapes_get_pytorchs_own_words_without_the_hint(change, words):
+def test_other_keys_and_shapes_get_pytorchs_own_words(change, words):
     layer = FusedRLRRLinear(8, 6)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    with pytest.raises(RuntimeError, match=words) as caught:
+    with pytest.raises(RuntimeError, match=words):
         layer.load_state_dict(change(FusedRLRRLinear(8, 6).state_dict()))
-    assert HINT not in str(caught.value)
     assert {n: v.shape for n, v in layer.state_dict().items()} == {n: v.shape for n, v in before.items()}
 
 

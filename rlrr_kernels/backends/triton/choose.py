@@ -1,10 +1,9 @@
-"""Which tile a plain kernel uses: a table of a few for each kind of GPU, and one rule.
+"""Chooses the tile of a plain kernel, from a table for each kind of GPU and by one cost model.
 
-A tile is ``BLOCK_M x BLOCK_N x BLOCK_K``; the letters are the problem's: M tokens, N out features, K in features. All
-of them compile without spills for their GPUs with every supported Triton (``tests/backends/triton/test_compile.py``).
-The rule counts waves: how many tiles a multiprocessor works through, and what one takes, in units of its products.
-Nothing here was timed: ``rlrr-tune`` measures, and what it finds comes before the rule
-(:mod:`rlrr_kernels.backends.tuned`).
+A tile is ``BLOCK_M x BLOCK_N x BLOCK_K``, of M tokens, N output features and K input features. All tiles of the table
+compile without spills for their GPUs with every supported Triton (``tests/backends/triton/test_compile.py``). The cost
+model counts waves: how many tiles a multiprocessor works through, and what each costs, in units of its products. It
+rests on no measurement: ``rlrr-tune`` measures, and its results take precedence (:mod:`rlrr_kernels.backends.tuned`).
 """
 
 from __future__ import annotations
@@ -18,19 +17,21 @@ from typing import Any, Literal
 import torch
 
 from rlrr_kernels.backends.problem import Pass, Problem
-from rlrr_kernels.backends.triton.start import ceil_div
 
 #: How products are computed: 16-bit operands, float32 rounded to TF32, float32 as it is.
 Arithmetic = Literal["half", "tf32", "ieee"]
 
-#: Sums are split no further once their partial sums take this many bytes. Where one split of grad_scales takes
-#: more (about N * K / 32 bytes), it works through slices of W's rows.
+#: Most bytes of partial sums. Sums are split no further than this allows. If a single split of grad_scales takes more
+#: (it takes about N * K / 32 bytes), grad_scales processes slices of W's rows one after another.
 WORKSPACE_BYTES = 1_900_000
+
+#: (group, first row, end) of some rows of W.
+Slice = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: compute capability, number of multiprocessors, bytes of shared memory that a block may have."""
+    """A GPU. ``shared_memory`` is the most that one block can have, in bytes."""
 
     capability: tuple[int, int]
     multiprocessors: int
@@ -41,8 +42,8 @@ class Device:
 class Choice:
     """A tile, and into how many shares its sum is split.
 
-    A share of ``splits`` is so many steps of the sum, of BLOCK_K (forward), BLOCK_N (grad_input) or BLOCK_M
-    (grad_scales), that none is empty: :func:`shares`. Partial sums of the shares are added up in one order.
+    A step of the sum is BLOCK_K (forward), BLOCK_N (grad_input) or BLOCK_M (grad_scales) terms. :func:`shares` says how
+    many steps a share has. The partial sums of the shares are added in a fixed order.
     """
 
     block_m: int
@@ -53,11 +54,16 @@ class Choice:
     splits: int = 1
 
 
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b rounded up. ``triton.cdiv`` would take microseconds on the host."""
+    return -(-a // b)
+
+
 def _tiles(*sizes: tuple[int, int, int, int, int]) -> tuple[Choice, ...]:
     return tuple(Choice(*each) for each in sizes)
 
 
-#: Of tensors that load 16 bytes at a time: kind of GPU -> pass, arithmetic -> tiles, large ones first.
+#: Tiles for tensors that can be loaded 16 bytes at a time, by kind of GPU, pass and arithmetic; large ones first.
 ALIGNED: dict[str, dict[tuple[Pass, Arithmetic], tuple[Choice, ...]]] = {
     # 227 KB of shared memory: compute capability 9.0, 10.x
     "large": {
@@ -97,38 +103,38 @@ ALIGNED: dict[str, dict[tuple[Pass, Arithmetic], tuple[Choice, ...]]] = {
     },
 }
 
-#: Of all other tensors, on every GPU: an address for each element leaves few registers.
+#: Tiles for all other tensors, on every GPU: an address for each element leaves few registers.
 MASKED: dict[Pass, tuple[Choice, ...]] = {
     "forward": _tiles((64, 64, 16, 8, 2), (64, 32, 16, 4, 2)),
     "grad_input": _tiles((64, 32, 64, 8, 2), (64, 16, 32, 4, 2)),
     "grad_scales": _tiles((16, 64, 64, 4, 2), (16, 64, 32, 4, 2)),
 }
 
-#: Tiles that spill where W is wider than x -> those in their place.
+#: Tiles that spill if W has a wider dtype than x, and their replacements.
 OF_A_WIDER_W = {
     Choice(256, 128, 64, 8, 3): Choice(128, 128, 64, 8, 3),
     Choice(64, 128, 256, 8, 3): Choice(64, 128, 128, 8, 4),
 }
 
-#: On Hopper ``wgmma`` transposes no float32: dy^T would stand in registers, which Triton before 3.9 overwrites while
-#: the product still reads them (:mod:`tests.hazards`). Fewer rows than a ``wgmma`` has are multiplied by ``mma.sync``.
+#: Tiles of grad_scales with TF32 on Hopper, small enough for ``mma.sync``. ``wgmma`` cannot transpose float32: dy^T
+#: would be in registers, which Triton before 3.9 overwrites while the product still reads them (:mod:`tests.hazards`).
 HOPPER_TF32_SCALES = _tiles((16, 32, 128, 4, 4), (16, 32, 64, 4, 2))
 
-#: What a tile costs besides its products, all in products of one multiprocessor (some thousand a cycle): loading a row
-#: or column of its operands for a step, steps that fill the pipeline and store the result, the second kernel of a split
-#: sum, and each byte of partial sums.
+#: What a tile costs besides its products, in products of one multiprocessor (some thousand a cycle): loading a row or
+#: column of its operands for a step; the steps that fill the pipeline and store the result, as a number of steps; the
+#: second kernel of a split sum; and each byte of partial sums.
 _EDGE, _STEPS, _SECOND_KERNEL, _PARTIAL_BYTE = 96, 6, 5_000_000, 0.6
 
 
 def arithmetic(problem: Problem) -> Arithmetic:
-    """How a problem's products are computed."""
+    """Return how a problem's products are computed."""
     if problem.dtype is not torch.float32:
         return "half"
     return "tf32" if problem.tf32 else "ieee"
 
 
 def tiles(problem: Problem, device: Device, aligned: bool) -> tuple[Choice, ...]:
-    """The tiles for a problem on a device; ``aligned``: whether all tensors load 16 bytes at a time."""
+    """Return the tiles for a problem on a device. ``aligned``: whether all tensors can be loaded 16 bytes at a time."""
     if problem.kernel == "grad_scales" and arithmetic(problem) == "tf32" and device.capability[0] == 9:
         return HOPPER_TF32_SCALES[0 if aligned else 1 :]
     if not aligned:
@@ -141,7 +147,7 @@ def tiles(problem: Problem, device: Device, aligned: bool) -> tuple[Choice, ...]
     return tuple(tile for tile in fitted if tile.num_stages >= 2) or MASKED[problem.kernel]
 
 
-#: Kind of GPU -> the shared memory of a block that it has at least, in bytes.
+#: Kind of GPU to the least shared memory of a block, in bytes.
 _SHARED = {"large": 220 * 1024, "medium": 160 * 1024}
 
 
@@ -150,7 +156,7 @@ def _sum_block(kernel: Pass, tile: Choice) -> int:
 
 
 def stage_bytes(problem: Problem, tile: Choice) -> int:
-    """Shared memory of one step's operands."""
+    """Return the shared memory of one step's operands, in bytes."""
     x_size, weight_size = problem.dtype.itemsize, problem.weight_dtype.itemsize
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     if problem.kernel == "grad_scales":
@@ -159,27 +165,31 @@ def stage_bytes(problem: Problem, tile: Choice) -> int:
 
 
 def _fit(problem: Problem, tile: Choice, device: Device) -> Choice:
-    """With as many stages as fit; W' takes another buffer where a product reads it from shared memory."""
+    """Return the tile with as many stages as fit. A product that reads W' from shared memory needs another buffer."""
     rescaled = 0 if problem.kernel == "grad_scales" else problem.dtype.itemsize * tile.block_n * tile.block_k
     room = (device.shared_memory - rescaled) // stage_bytes(problem, tile)
     return tile if room >= tile.num_stages else replace(tile, num_stages=room)
 
 
 def steps(problem: Problem, tile: Choice) -> int:
-    """Steps of a tile's sum, all shares together."""
-    if problem.kernel == "grad_input":  # no step crosses into the next group
+    """Return the number of steps of a tile's sum, over all shares."""
+    if problem.kernel == "grad_input":  # a step does not cross into the next group
         return problem.groups * ceil_div(problem.n // problem.groups, tile.block_n)
     return ceil_div(problem.k if problem.kernel == "forward" else problem.m, _sum_block(problem.kernel, tile))
 
 
 def shares(steps: int, splits: int) -> tuple[int, int]:
-    """Shares of a sum of so many steps, none of them empty, and the steps of each (of the last: at most)."""
+    """Split a sum into at most ``splits`` shares, none of them empty.
+
+    Returns:
+        (number of shares, steps of each; the last may have fewer).
+    """
     share = ceil_div(steps, splits)
     return ceil_div(steps, share), share
 
 
 def programs(problem: Problem, tile: Choice) -> int:
-    """Tiles of the result, of one share."""
+    """Return the number of tiles of the result, for one share."""
     rows = problem.groups * ceil_div(problem.n // problem.groups, tile.block_n)
     if problem.kernel == "forward":
         return ceil_div(problem.m, tile.block_m) * rows
@@ -188,7 +198,7 @@ def programs(problem: Problem, tile: Choice) -> int:
 
 
 def partial_bytes(problem: Problem, tile: Choice) -> int:
-    """Partial sums of one share."""
+    """Return the bytes of partial sums of one share."""
     m, n, k, groups = problem.m, problem.n, problem.k, problem.groups
     if problem.kernel != "grad_scales":
         return 4 * m * (n if problem.kernel == "forward" else k)
@@ -197,9 +207,9 @@ def partial_bytes(problem: Problem, tile: Choice) -> int:
 
 
 def _costs(problem: Problem, tile: Choice, device: Device) -> Iterator[tuple[float, Choice, int]]:
-    """What a tile costs in one share, in two, and in as many as fill one, two or three waves of programs.
+    """Yield (cost, tile, splits) for one share, for two, and for as many as fill one, two or three waves.
 
-    Products are split only where tiles are fewer than multiprocessors.
+    Forward and grad_input are split only if there are fewer tiles than multiprocessors.
     """
     scales = problem.kernel == "grad_scales"
     count, tiles, partial = steps(problem, tile), programs(problem, tile), partial_bytes(problem, tile)
@@ -219,25 +229,25 @@ def _costs(problem: Problem, tile: Choice, device: Device) -> Iterator[tuple[flo
 
 
 def _ranked(problem: Problem, device: Device, aligned: bool) -> list[tuple[float, Choice, int]]:
-    """The cheapest first; ties go to the earlier tile and the fewer shares."""
+    """Return (cost, tile, splits), the cheapest first; ties go to the earlier tile and to fewer shares."""
     found = [each for tile in tiles(problem, device, aligned) for each in _costs(problem, tile, device)]
     return sorted(found, key=itemgetter(0))
 
 
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, device: Device, aligned: bool = True) -> Choice:
-    """The rule's choice."""
+    """Return the tile and splits that the cost model ranks first."""
     _, tile, splits = _ranked(problem, device, aligned)[0]
     return replace(tile, splits=splits)
 
 
 def candidates(problem: Problem, device: Device, aligned: bool = True) -> tuple[Choice, ...]:
-    """What ``rlrr-tune`` measures: the rule's choice, then the others in its order."""
+    """Return what ``rlrr-tune`` measures: all tiles and splits in the order of the cost model."""
     return tuple(replace(tile, splits=splits) for _, tile, splits in _ranked(problem, device, aligned))
 
 
 def refusal(problem: Problem, choice: Choice, device: Device) -> str | None:
-    """Why a choice, as from a file that was edited, cannot be launched; None if it can."""
+    """Return why a choice, such as one from an edited file, cannot be launched, or None if it can."""
     *blocks, warps, stages, splits = astuple(choice)
     if not all(block in (16, 32, 64, 128, 256) for block in blocks) or warps not in (1, 2, 4, 8):
         return "no kernel is compiled for such blocks or warps"
@@ -251,8 +261,30 @@ def refusal(problem: Problem, choice: Choice, device: Device) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1024)
+def row_slices(n: int, k: int, groups: int, block_n: int, block_k: int, splits: int, limit: int) -> tuple[Slice, ...]:
+    """Cut W ``[n, k]`` into as few slices of rows as ``limit`` bytes of grad_scales' partial sums allow.
+
+    A slice holds whole tiles, at least one, and never crosses a group.
+
+    Returns:
+        (group, first row, end) of each slice, in order; ``((0, 0, n),)`` if all rows fit.
+    """
+    group_rows = n // groups
+    # partial sums of one row of tiles: du and df for each of its rows, dv for each column
+    tile_bytes = 4 * splits * (block_n * (ceil_div(k, block_k) + 1) + k)
+    if groups * ceil_div(group_rows, block_n) * tile_bytes <= limit:
+        return ((0, 0, n),)
+    rows = max(1, limit // tile_bytes) * block_n
+    return tuple(
+        (group, group * group_rows + first, group * group_rows + min(first + rows, group_rows))
+        for group in range(groups)
+        for first in range(0, group_rows, rows)
+    )
+
+
 @lru_cache(maxsize=64)
 def cuda_device(index: int) -> Device:
-    """Read a GPU's properties once."""
-    p: Any = torch.cuda.get_device_properties(index)  # torch's stubs differ in what they know of it
+    """Return a GPU's properties, which are read once."""
+    p: Any = torch.cuda.get_device_properties(index)  # the stubs of some versions of torch lack attributes
     return Device((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)

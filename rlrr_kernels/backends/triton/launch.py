@@ -1,7 +1,7 @@
-"""Launch the plain Triton kernels: choose a tile and a grid for the tensors at hand.
+"""The plain Triton kernels as a backend: chooses a tile and a grid for the given tensors, and launches the kernels.
 
-The three public functions are the backend interface that ``rlrr_kernels.ops`` describes. ``choice`` is what was
-measured for the problem (:mod:`rlrr_kernels.backends.tuned`), else the rule's; tests and ``rlrr-tune`` pass their own.
+``choice`` of the passes is what was measured for the problem (:mod:`rlrr_kernels.backends.tuned`), else the cost
+model's (:mod:`rlrr_kernels.backends.triton.choose`); tests and ``rlrr-tune`` pass their own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,15 +19,14 @@ from torch import Tensor
 from rlrr_kernels.backends import tuned
 from rlrr_kernels.backends.problem import Problem
 from rlrr_kernels.backends.triton import choose
-from rlrr_kernels.backends.triton.choose import Choice, Device
+from rlrr_kernels.backends.triton.choose import Choice, Device, Slice, ceil_div, row_slices
 from rlrr_kernels.backends.triton.forward import forward_kernel
 from rlrr_kernels.backends.triton.grad_input import grad_input_kernel
 from rlrr_kernels.backends.triton.grad_scales import grad_scales_kernel, sum_partials_kernel
-from rlrr_kernels.backends.triton.slices import in_slices, row_slices
-from rlrr_kernels.backends.triton.start import ceil_div, start
+from rlrr_kernels.backends.triton.start import start
 from rlrr_kernels.backends.triton.sum_splits import sum_splits_kernel
 
-#: Under ``TRITON_INTERPRET=1`` kernels run on CPU tensors, and choices are made as for this GPU.
+#: The GPU for which tiles are chosen under ``TRITON_INTERPRET=1``, where kernels run on CPU tensors.
 INTERPRETED_DEVICE = Device(capability=(9, 0), multiprocessors=132, shared_memory=232448)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,16 +34,16 @@ _FIELDS = {field.name for field in dataclasses.fields(Choice)}
 
 
 def interpreting() -> bool:
-    """Whether the kernels were built for Triton's interpreter (decided when they were imported)."""
+    """Return whether the kernels run in Triton's interpreter, which is decided when they are imported."""
     return not isinstance(forward_kernel, triton.JITFunction)
 
 
 @functools.cache
 def interpreter_misfit() -> str | None:
-    """Why the installed Triton's interpreter cannot run kernels with the installed NumPy, or None if it can."""
+    """Return why the installed Triton's interpreter cannot run kernels with the installed NumPy, or None if it can."""
     import numpy
 
-    # its interpreter makes Python numbers of arrays of one element, which NumPy refuses since 2.4
+    # it converts arrays of one element to Python numbers in a way that NumPy refuses since 2.4
     old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
     if old and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
         return f"TRITON_INTERPRET=1 with Triton {triton.__version__} needs NumPy before 2.4, got {numpy.__version__}"
@@ -51,7 +51,7 @@ def interpreter_misfit() -> str | None:
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Why this backend cannot serve these tensors, or None if it can."""
+    """Return why this backend cannot serve these tensors, or None if it can."""
     if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
         return f"x {x.dtype} with weight {weight.dtype}: it computes in float32, float16 and bfloat16"
     if interpreting():
@@ -63,23 +63,24 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 
 def device_of(x: Tensor) -> Device:
+    """Return the GPU for which tiles are chosen."""
     return INTERPRETED_DEVICE if interpreting() else choose.cuda_device(x.device.index)
 
 
 def guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launch on x's device: Triton takes the current one."""
+    """Return a context in which x's GPU is the current one, on which Triton launches."""
     if x.device.type == "cpu" or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
 
 
 def _tf32(dtype: torch.dtype) -> bool:
-    # not allow_tf32: reading it raises once the user has set fp32_precision; read for float32 alone, as it is slow
+    # not allow_tf32: reading it raises once the user has set fp32_precision; read for float32 only, because it is slow
     return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _chosen(problem: Problem, x: Tensor, aligned: bool) -> Choice:
-    """What was measured for a problem, or else the rule's choice."""
+    """Return what was measured for a problem, else the cost model's choice."""
     device = device_of(x)
     entry = tuned.find(problem, x.device)
     if entry is not None and entry.backend == "triton" and aligned and set(entry.tile or ()) == _FIELDS:
@@ -90,7 +91,7 @@ def _chosen(problem: Problem, x: Tensor, aligned: bool) -> Choice:
 
 
 def _constants(choice: Choice, x: Tensor, tf32: bool) -> dict[str, Any]:
-    """The last compile-time arguments of all three kernels."""
+    """Return the compile-time constants that all three kernels take last."""
     return {
         "PRECISION": "tf32" if tf32 else "ieee",
         "ROUND_TF32": tf32 and not interpreting(),
@@ -106,20 +107,23 @@ def _paired(weight: Tensor) -> bool:
 
 
 def _options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    # fused multiply-adds are asked for: Triton's default will change
+    # fused multiply-adds are requested because Triton's default will change
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 def _aligned(t: Tensor) -> bool:
-    """Whether Triton sees that rows can be loaded 16 bytes at a time: it looks for multiples of 16."""
+    """Return whether Triton finds that rows can be loaded 16 bytes at a time: it tests for multiples of 16."""
     (_, cols), (row, col) = t.shape, t.stride()
     return col == 1 and row % 16 == 0 and cols % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def _loadable(weight: Tensor, *activations: Tensor) -> tuple[bool, tuple[Tensor, ...]]:
-    """Whether all load 16 bytes at a time, and the activations, copied where that alone stands in the way.
+    """Make the activations loadable 16 bytes at a time, by a copy if their layout alone prevents it.
 
-    A transposed x, or one number for all (a gradient of ``y.sum()``), would be loaded by the element by every tile.
+    Every tile would load a transposed x, or an expanded number (the gradient of ``y.sum()``), one element at a time.
+
+    Returns:
+        Whether W and the activations can be loaded 16 bytes at a time, and the activations.
     """
     if not _aligned(weight) or any(t.shape[1] % 16 for t in activations):
         return False, activations
@@ -127,7 +131,7 @@ def _loadable(weight: Tensor, *activations: Tensor) -> tuple[bool, tuple[Tensor,
 
 
 def vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
-    """u ``[N, 1]`` and v ``[groups, 1, K]`` as contiguous ``[N]``, 32 bits at most, and ``[groups, K]`` in float32."""
+    """Return u as contiguous ``[N]``, of at most 32 bits, and v as contiguous ``[groups, K]`` in float32."""
     u, v = scale_out.squeeze(1), scale_in.squeeze(1).float()
     if u.dtype is torch.float64:
         u = u.float()
@@ -135,7 +139,7 @@ def vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum_splits(partial: Tensor, bias: Tensor | None, shift: Tensor | None, out: Tensor) -> None:
-    """out ``[M, N]`` from partial ``[splits, M, N]`` and what is to be added to each row."""
+    """Add partial ``[splits, M, N]`` and, to each row, bias and shift ``[N]`` into out ``[M, N]``."""
     splits, m, n = partial.shape
     rows, cols = 4, 256
     start(
@@ -166,7 +170,7 @@ def forward(
     *,
     choice: Choice | None = None,
 ) -> Tensor:
-    """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
+    """Return y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
     (m, k), n, groups = x.shape, weight.shape[0], scale_in.shape[0]
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     u, v = vectors(scale_out, scale_in)
@@ -203,7 +207,7 @@ def forward(
 def grad_input(
     dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, choice: Choice | None = None
 ) -> Tensor:
-    """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
+    """Return dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
     (m, n), k, groups = dy.shape, weight.shape[1], scale_in.shape[0]
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
     u, v = vectors(scale_out, scale_in)
@@ -246,9 +250,10 @@ def grad_scales(
     *,
     choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32.
+    """Return du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` without ``need_shift``), in float32.
 
-    Where the partial sums of all rows of W would not fit in ``choose.WORKSPACE_BYTES``, slices of rows take turns.
+    If the partial sums of all rows of W do not fit in ``choose.WORKSPACE_BYTES``, slices of rows are processed one
+    after another.
     """
     (m, n), k, groups = dy.shape, x.shape[1], scale_in.shape[0]
     u, v = vectors(scale_out, scale_in)
@@ -280,10 +285,34 @@ def grad_scales(
         return add_up(partials, n, k, groups, rows, need_shift)
 
 
+def in_slices(
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    slices: tuple[Slice, ...],
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call ``run(dy, x, weight, scale_out, scale_in)`` for one slice of rows after another, and join its results.
+
+    dv is summed in the order of the slices.
+    """
+    dv = torch.zeros(scale_in.shape, dtype=torch.float32, device=x.device)
+    du_parts, df_parts = [], []
+    for group, first, end in slices:
+        rows = slice(first, end)
+        du, dv_part, df = run(dy[:, rows], x, weight[rows], scale_out[rows], scale_in[group : group + 1])
+        dv[group] += dv_part[0]
+        du_parts.append(du)
+        df_parts.append(df)
+    return torch.cat(du_parts), dv, torch.cat(df_parts)
+
+
 def partial_sums(
     n: int, k: int, groups: int, rows: tuple[int, int, int], need_shift: bool, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Memory for rows of partial sums of du ``[rows[0], N]``, dv ``[groups, rows[1], K]`` and df ``[rows[2], N]``."""
+    """Allocate partial sums of du ``[rows[0], N]``, dv ``[groups, rows[1], K]`` and df ``[rows[2], N]``."""
     sizes = (rows[0] * n, groups * rows[1] * k, rows[2] * n if need_shift else 0)
     return tuple(torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
 
@@ -291,7 +320,7 @@ def partial_sums(
 def add_up(
     partials: tuple[Tensor, ...], n: int, k: int, groups: int, rows: tuple[int, int, int], need_shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for) of :func:`partial_sums`."""
+    """Add up :func:`partial_sums` to du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` or ``[0]``."""
     new: dict[str, Any] = {"dtype": torch.float32, "device": partials[0].device}
     du, dv = torch.empty((n, 1), **new), torch.empty((groups, 1, k), **new)
     df = torch.empty(n if need_shift else 0, **new)

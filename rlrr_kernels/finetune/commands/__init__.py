@@ -1,1 +1,1 @@
-"""What ``rlrr-finetune`` does, one module a command; ``finetune/__main__.py`` holds the table."""
+"""The subcommands of ``rlrr-finetune``, a module for each."""

@@ -1,4 +1,4 @@
-"""``rlrr-finetune export``: the merged model as a program for other runtimes."""
+"""``rlrr-finetune export``: export the merged model as a program for other runtimes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from rlrr_kernels.finetune.commands.common import Command, CommandError, checking_input, new_file, say
-from rlrr_kernels.finetune.commands.options import add_settings, given
-from rlrr_kernels.finetune.commands.runs import add_run_argument, compare, merged, open_run
+from rlrr_kernels.finetune.commands.common import (
+    Command,
+    CommandError,
+    add_run_argument,
+    add_settings,
+    checking_input,
+    given_settings,
+    new_file,
+    print_lines,
+)
+from rlrr_kernels.finetune.commands.merge import compare, merged
+from rlrr_kernels.finetune.saved_run import open_run
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-#: Batch sizes the exported program is run with; it is traced with another.
+#: Batch sizes of the comparison; the program is traced with another.
 BATCHES = (1, 3)
 TRACED = 2
 TOLERANCE = 1e-4
@@ -59,20 +68,20 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"tolerance: expected a finite number, 0 or more, got {arguments.tolerance}")
         if arguments.format == "onnx":
             require_onnx()
-        out = new_file(arguments.out, (SUFFIXES[arguments.format],), arguments.overwrite)
-        new_file(out.with_name(f"{out.name}.data"), (".data",), arguments.overwrite)
-        opened = open_run(arguments.run, given(arguments))
-        result = merged(opened, safe=True, count=max(BATCHES))
+        out = new_file(arguments.out, SUFFIXES[arguments.format], arguments.overwrite)
+        new_file(out.with_name(f"{out.name}.data"), ".data", arguments.overwrite)
+        saved = open_run(arguments.run, given_settings(arguments))
+        result = merged(saved, safe=True, count=max(BATCHES))
     export = export_onnx if arguments.format == "onnx" else export_torch
     with _scratch(out) as scratch:
         images = result.images[:1].expand(TRACED, -1, -1, -1).contiguous()
-        program = export(result.model, images, scratch / out.name, opened.labels())
+        program = export(result.model, images, scratch / out.name, saved.label_names())
         worst, largest, same = 0.0, 0.0, 0
         for batch in BATCHES:
             with torch.no_grad():
                 outputs = program(result.images[:batch])
             difference, size, same = compare(result.logits[:batch], outputs)
-            # a NaN compares as nothing: it must not pass for a small difference
+            # max() would drop a NaN
             worst = max(worst, difference) if difference == difference else float("nan")
             largest = max(largest, size)
         if not worst <= arguments.tolerance * largest:
@@ -82,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         _move(scratch, out)
     shape = ", ".join(map(str, result.images.shape[1:]))
-    say(
+    print_lines(
         f"wrote {out}: [batch, {shape}] -> [batch, {result.logits.shape[1]}]",
         f"logits of the tuned model and of {out.name}, loaded and run with batches of 1 and of {batch}:",
         f"they differ by {worst:.2g} at most, where the largest is {largest:.2g}; the same class on {same} of {batch}",
@@ -91,19 +100,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def require_onnx() -> None:
-    """Raises ``ValueError`` with the remedy where a package for ONNX is missing."""
+    """Raise ``ValueError`` if a package for ONNX is missing."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"format: onnx needs {', '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
 
 
 def export_torch(model: nn.Module, images: Tensor, path: Path, labels: Mapping[str, str]) -> Callable[[Tensor], Tensor]:
-    """Write ``path`` by ``torch.export`` and return what it computes once it is loaded again.
+    """Write ``path`` by ``torch.export``, load it again and return the loaded program.
 
     Args:
-        model: in evaluation mode.
-        images: ``[batch, C, H, W]`` to trace with; the batch, 2 or more, is left open.
-        labels: JSON texts to keep with the program, here each in an extra file.
+        model: In evaluation mode.
+        images: ``[batch, C, H, W]`` to trace with, of 2 images or more. The batch size stays dynamic.
+        path: File to write.
+        labels: JSON texts to store as extra files.
     """
     extra = {f"{name}.json": text for name, text in labels.items()}
     torch.export.save(_traced(model, images), path, extra_files=extra)
@@ -111,15 +121,16 @@ def export_torch(model: nn.Module, images: Tensor, path: Path, labels: Mapping[s
 
 
 def export_onnx(model: nn.Module, images: Tensor, path: Path, labels: Mapping[str, str]) -> Callable[[Tensor], Tensor]:
-    """Write ``path`` as ONNX and return what ONNX Runtime computes from it; arguments as :func:`export_torch`.
+    """Write ``path`` as ONNX, load it in ONNX Runtime and return a function that runs it.
 
-    ``labels`` go into the model's metadata. Weights of more than 2 GB lie beside it, in ``path`` + ``.data``.
+    The arguments are those of :func:`export_torch`; ``labels`` become metadata of the model. Weights of more than
+    2 GB are in ``path`` + ``.data``.
     """
     import onnxruntime  # type: ignore[import-untyped]
 
     traced = _traced(model, images)
     program = torch.onnx.export(traced, (), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])
-    assert program is not None  # dynamo=True returns one
+    assert program is not None  # never with dynamo=True
     program.model.metadata_props.update(labels)
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -133,13 +144,13 @@ def _traced(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
 
 @contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
-    """A folder on the same file system. Files have their final names there: ONNX names its weights' file inside."""
+    """A temporary folder beside ``out`` for files with their final names, as ONNX contains its weights' file name."""
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         yield Path(folder)
 
 
 def _move(scratch: Path, out: Path) -> None:
-    # weights first: the program that names them appears last
+    # the program comes last, after the weights that it refers to
     for path in sorted(scratch.iterdir(), key=lambda path: path.name == out.name):
         os.replace(path, out.with_name(path.name))
 

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlrr_kernels.finetune.commands.common import INTERRUPTED, Command, CommandError, checking_input, console, say
-from rlrr_kernels.finetune.commands.options import add_settings, describe_settings, given, settings_from
-from rlrr_kernels.finetune.commands.record import Plan, Record, left_behind, published_grid
+from rlrr_kernels.finetune.commands.common import (
+    INTERRUPTED,
+    Command,
+    CommandError,
+    add_settings,
+    checking_input,
+    console,
+    given_settings,
+    print_lines,
+)
+from rlrr_kernels.finetune.commands.sweep_folder import Plan, SweepFolder, published_grid
 from rlrr_kernels.finetune.data import ImageSet, describe
-from rlrr_kernels.finetune.distributed import World, choose_device, launched, on_main, start
-from rlrr_kernels.finetune.loop import load_data, located, prepare, train
-from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.finetune.state import check_data, recorded
+from rlrr_kernels.finetune.distributed import World, choose_device, on_main, start
+from rlrr_kernels.finetune.loop import load_data, prepare, train, with_absolute_paths
+from rlrr_kernels.finetune.run_folder import METRICS, STATE
+from rlrr_kernels.finetune.saved_run import check_data, check_settings, read_metrics, recorded_settings
+from rlrr_kernels.finetune.settings import Settings, describe_settings, settings_from
 
 #: Options that the sweep sets itself.
 OWN = ("lr", "weight_decay", "drop_path", "seed", "protocol", "resume", "out")
@@ -55,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    options = {name: value for name, value in given(arguments).items() if name not in OWN}
+    options = {name: value for name, value in given_settings(arguments).items() if name not in OWN}
     with checking_input():
-        told = settings_from({**options, "protocol": "choose-epoch"})
-        base = located(told)
+        settings = settings_from({**options, "protocol": "choose-epoch"})
+        base = with_absolute_paths(settings)
         lrs, decays = published_grid(base.task)
         plan = Plan.of(
             base,
@@ -68,73 +78,71 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.seeds,
         )
         world = start(choose_device(base.device))
-        folder = arguments.out or default_folder(told)
-        record = on_main(world, lambda: Record.open(folder, plan))
-    say(*describe_settings(options, skip=OWN), f"sweep in {folder}: {plan}")
+        folder = arguments.out or default_folder(settings)
+        sweep = on_main(world, lambda: SweepFolder.open(folder, plan))
+    print_lines(*describe_settings(options, skip=OWN), f"sweep in {folder}: {plan}")
     try:
-        finished = search(record, world) and (not arguments.final or final(record, world))
+        finished = search(sweep, world) and (not arguments.final or final_runs(sweep, world))
     except KeyboardInterrupt:
         finished = False
     if not finished:
-        if launched().main:
+        if world.main:
             print(f"interrupted; the same command goes on with {folder}", file=sys.stderr)
         return INTERRUPTED
-    if launched().main:
-        for grid in record.grids():
+    if world.main:
+        for grid in sweep.grids():
             console().print(grid.rich(), "")
-    say(f"wrote {folder / 'sweep.json'} and {folder / 'sweep.md'}")
+    print_lines(f"wrote {folder / 'sweep.json'} and {folder / 'sweep.md'}")
     return 0
 
 
 def default_folder(settings: Settings) -> Path:
-    """Always the same for the same data, model and method: that is how a sweep is found again."""
+    """The folder for this data, model and method; the same each time, so that the sweep is found again."""
     dataset = (settings.task or settings.data).strip("/.").replace("/", "-")
     return Path("runs") / f"sweep-{dataset}-{settings.model}-{settings.method}"
 
 
-def search(record: Record, world: World) -> bool:
-    """Train every setting and seed of the grid; False if it was interrupted."""
-    plan = record.plan
+def search(sweep: SweepFolder, world: World) -> bool:
+    """Train each point of the grid with each seed; returns False if interrupted."""
+    plan = sweep.plan
     jobs = [(point, seed) for point in plan.points for seed in plan.seeds]
     for number, (point, seed) in enumerate(jobs, 1):
-        say(f"run {number} of {len(jobs)}: {point}, seed {seed}")
+        print_lines(f"run {number} of {len(jobs)}: {point}, seed {seed}")
         settings = dataclasses.replace(plan.base, **vars(point), seed=seed)
-        metrics = one_run(
-            record.folder / record.search_folder(point, seed), settings, world, test=False, tell=number == 1
-        )
+        folder = sweep.folder / sweep.run_folder(point, seed, final=False)
+        metrics = one_run(folder, settings, world, test=False, describe_data=number == 1)
         if metrics["interrupted"]:
             return False
-        entry = on_main(world, partial(record.searched, point, seed, metrics))
+        entry = on_main(world, partial(sweep.add_search, point, seed, metrics))
         if "error" not in entry:
-            say(f"validation accuracy {entry['val_accuracy']:.4f} at epoch {entry['epoch']}")
+            print_lines(f"validation accuracy {entry['val_accuracy']:.4f} at epoch {entry['epoch']}")
     return True
 
 
-def final(record: Record, world: World) -> bool:
-    """Train the best setting on train and val, once a seed, and test it; False if it was interrupted."""
-    point = on_main(world, record.best)
+def final_runs(sweep: SweepFolder, world: World) -> bool:
+    """Train the best point on train and val with each seed, and test it; returns False if interrupted."""
+    point = on_main(world, sweep.best)
     if point is None:
         raise CommandError("every run of the grid diverged; try smaller --lrs")
-    say(f"chosen on validation images: {point}")
-    for seed in record.plan.seeds:
-        say(f"final run: {point}, seed {seed}")
-        # there are no validation images left to stop early by
-        common = {**vars(point), "seed": seed, "protocol": "final", "early_stop": 0}
-        settings = dataclasses.replace(record.plan.base, **common)
-        metrics = one_run(record.folder / record.final_folder(point, seed), settings, world, test=True)
+    print_lines(f"chosen on validation images: {point}")
+    for seed in sweep.plan.seeds:
+        print_lines(f"final run: {point}, seed {seed}")
+        # without validation images there is nothing to stop early by
+        changes: dict[str, Any] = {**vars(point), "seed": seed, "protocol": "final", "early_stop": 0}
+        settings = dataclasses.replace(sweep.plan.base, **changes)
+        metrics = one_run(sweep.folder / sweep.run_folder(point, seed, final=True), settings, world, test=True)
         if metrics["interrupted"]:
             return False
         if "test_accuracy" not in metrics:
             raise CommandError(f"the final run diverged: {metrics['error']}")
-        on_main(world, partial(record.tested, point, seed, metrics))
+        on_main(world, partial(sweep.add_final, point, seed, metrics))
     return True
 
 
 class Sealed(ImageSet):
-    """The test images during a search: they can be counted, and not seen."""
+    """The test images during the search: they can be counted, but not read. Holds no reference to them."""
 
     def __init__(self, images: ImageSet) -> None:
-        # nothing of the images is kept, so nothing that reads around these methods finds any
         self.classes, self.count = images.classes, len(images)
 
     def __len__(self) -> int:
@@ -144,51 +152,77 @@ class Sealed(ImageSet):
         raise RuntimeError("a sweep's runs do not see test images")
 
 
-def one_run(folder: Path, settings: Settings, world: World, *, test: bool, tell: bool = False) -> Mapping[str, Any]:
-    """The metrics of a run: read if it is finished, resumed if it was interrupted, trained otherwise.
+def one_run(
+    folder: Path, settings: Settings, world: World, *, test: bool, describe_data: bool = False
+) -> Mapping[str, Any]:
+    """Read the metrics of a finished run, resume an interrupted one, or train a new one.
 
     Args:
-        folder: of the run.
-        settings: without ``out`` and ``resume``.
-        test: whether it may see the test images.
-        tell: say what images there are.
+        folder: The run's folder.
+        settings: Settings without ``out`` and ``resume``.
+        world: This process.
+        test: Whether the run may read the test images.
+        describe_data: Whether to print what images were found.
 
     Returns:
-        ``metrics.json``. With ``error`` and no ``best_epoch`` the loss was not finite.
+        The contents of ``metrics.json``. ``error`` without ``best_epoch`` means that the loss became infinite or NaN.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
-        CommandError: data or model cannot be had.
+        CommandError: If the folder holds a run with other settings, or data or model are missing.
     """
     with checking_input():
-        metrics = on_main(world, lambda: left_behind(folder, settings))
+        metrics = on_main(world, lambda: earlier_metrics(folder, settings))
         if metrics is not None and metrics["finished"]:
-            _check_moved(metrics, settings)
+            _check_data_again(metrics, settings)
     if metrics is not None and metrics["finished"]:
-        say(f"already done, in {folder}")
+        print_lines(f"already done, in {folder}")
         return metrics
     place: dict[str, Any] = {"out": folder} if metrics is None else {"resume": folder}
     with checking_input():
         prepared = prepare(dataclasses.replace(settings, **place))
-    if tell:
-        say(*describe(prepared.splits))
+    if describe_data:
+        print_lines(*describe(prepared.splits))
     if not test:
         splits = dataclasses.replace(prepared.splits, test=Sealed(prepared.splits.test))
         prepared = dataclasses.replace(prepared, splits=splits)
     try:
         return train(prepared, test=test)
     except FloatingPointError as error:
-        # the hint is for a single run: here other rates follow
-        say(f"diverged: {str(error).partition(';')[0]}")
+        # without the hint for a single run: other learning rates follow
+        print_lines(f"diverged: {str(error).partition(';')[0]}")
         return {"interrupted": False, "error": f"{type(error).__name__}: {error}", "finished": True}
 
 
-def _check_moved(metrics: Mapping[str, Any], settings: Settings) -> None:
-    """``ValueError`` unless a finished run was trained on the images of the settings, which may lie elsewhere now."""
-    own, given = recorded(metrics["settings"]), settings.to_dict()
-    moved = any(own[name] != given[name] for name in ("data", "data_root"))
-    if moved or "data_fingerprint" not in metrics:
+def earlier_metrics(folder: Path, settings: Settings) -> dict[str, Any] | None:
+    """Read the ``metrics.json`` of an earlier start of a run; None if the run must start anew.
+
+    ``"finished"`` in it is also true for a run that diverged. The folder of a run that stopped before its first
+    state was written is removed.
+
+    Raises:
+        ValueError: If the run has other settings, or its files are damaged.
+    """
+    if not folder.exists():
+        return None
+    metrics = read_metrics(folder) if (folder / METRICS).is_file() else {}
+    if metrics:
+        check_settings(metrics["settings"], settings, f"the run in {folder}")
+    diverged = str(metrics.get("error", "")).startswith(FloatingPointError.__name__)
+    if metrics.get("finished") or diverged:
+        return metrics | {"finished": True}
+    if (folder / STATE).is_file():
+        return metrics | {"finished": False}
+    shutil.rmtree(folder)
+    return None
+
+
+def _check_data_again(metrics: Mapping[str, Any], settings: Settings) -> None:
+    """Check the images of a finished run if they may have been moved."""
+    own, given = recorded_settings(metrics["settings"]), settings.to_dict()
+    if any(own[name] != given[name] for name in ("data", "data_root")):
         check_data(metrics, settings, load_data(settings))
 
 
-COMMAND = Command("grid search over lr and weight decay, then one test", DESCRIPTION, add_arguments, run, several=True)
+COMMAND = Command(
+    "grid search over lr and weight decay, then one test", DESCRIPTION, add_arguments, run, multiprocess=True
+)

@@ -1,4 +1,4 @@
-"""``rlrr-finetune table``: runs over tasks and seeds, next to the paper's figures."""
+"""``rlrr-finetune table``: accuracies over tasks and seeds, beside the paper's."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from rlrr_kernels.finetune.commands import results
-from rlrr_kernels.finetune.commands.common import Command, checking_input, console
-from rlrr_kernels.finetune.commands.grid import Grid
-from rlrr_kernels.finetune.commands.options import shown
+from rlrr_kernels.finetune.commands.common import Command, Grid, checking_input, console
 from rlrr_kernels.finetune.commands.results import Cell, Clash, Column
-from rlrr_kernels.finetune.recipes import PUBLISHED
+from rlrr_kernels.finetune.recipes import PUBLISHED, PublishedMean
+from rlrr_kernels.finetune.settings import format_value
 
 FORMATS = ("console", "markdown", "json")
 MISSING = "-"
-#: How the RLRR figures of the paper were made, and the mark of every figure made so.
+#: The protocol of the paper's RLRR figures, and the mark of every figure of that protocol.
 ON_TEST = "best-on-test"
 MARK = "*"
-#: The mark of a method of which something is not the default: a note, as there is no room for it in the row.
+#: The mark of a method with options that are not defaults. A note lists them.
 CHANGED = "†"
 NOTES = {
     ON_TEST: f"{MARK} best-on-test: the epoch was chosen on the test images, as in the paper's code. "
@@ -42,6 +41,8 @@ tasks they are: a missing task is shown as missing and counts for nothing. The p
 means stand below them, with the protocol they were made by.
 """
 
+Columns = Mapping[Column, Mapping[str, Cell]]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -59,8 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.format == "json":
         print(json.dumps(summary(columns, clashes, left_out), indent=2))
         return 0
-    grids = [grid for name in _benchmarks(columns) for grid in _grids(name, columns)]
-    grids += [_clashes(clashes)] if clashes else []
+    grids = [grid for name in results.benchmarks(columns) for grid in _benchmark_grids(name, columns)]
+    grids += [_clash_grid(clashes)] if clashes else []
     if arguments.format == "markdown":
         print("\n".join(grid.markdown() for grid in grids))
         print("\n".join(f"left out: {line}  " for line in left_out))
@@ -72,94 +73,96 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _benchmarks(columns: Mapping[Column, Mapping[str, Cell]]) -> list[str]:
-    return results.benchmarks([task for cells in columns.values() for task in cells])
+def _percent(accuracy: float, protocol: str = "") -> str:
+    return f"{100 * accuracy:.1f}{MARK if protocol == ON_TEST else ''}"
 
 
-def _grids(benchmark: str, columns: Mapping[Column, Mapping[str, Cell]]) -> list[Grid]:
+def _benchmark_grids(benchmark: str, columns: Columns) -> list[Grid]:
+    """The accuracies by task, and their means."""
     groups = results.tasks_of(benchmark)
     if not groups:
-        known = {
-            task for name in _benchmarks(columns) if name for tasks in results.tasks_of(name).values() for task in tasks
-        }
+        known = {t for name in results.benchmarks(columns) for ts in results.tasks_of(name).values() for t in ts}
         groups = {"": tuple(sorted({task for cells in columns.values() for task in cells} - known))}
+    grouped = len(groups) > 1
     wanted = {task for tasks in groups.values() for task in tasks}
     used = {column: cells for column, cells in columns.items() if wanted & cells.keys()}
+    header = (*["group"] * grouped, "task", *(f"{i} {column.method}" for i, column in enumerate(used, 1)))
     title = f"{benchmark or 'other data'}: test accuracy, %"
-    grid = Grid(title, ("task", *(f"{i} {column.method}" for i, column in enumerate(used, 1))), notes=[NOTES["std"]])
-    if len(groups) > 1:
-        grid = Grid(title, ("group", "task", *grid.header[1:]), labels=2, notes=grid.notes)
+    grid = Grid(title, header, labels=1 + grouped, notes=[NOTES["std"]])
     for group, tasks in groups.items():
         for task in tasks:
-            name = task.removeprefix(f"{benchmark}/") if benchmark else task
-            figures = [_cell(cells[task], column) if task in cells else MISSING for column, cells in used.items()]
-            grid.add(*([group] if len(groups) > 1 else []), name, *figures)
+            figures = [_figure(cells[task], column) if task in cells else MISSING for column, cells in used.items()]
+            grid.add(*[group] * grouped, task.removeprefix(f"{benchmark}/") if benchmark else task, *figures)
         grid.end_section()
-    return [grid, _means(benchmark, used)]
+    return [grid, _mean_grid(benchmark, used)]
 
 
-def _cell(cell: Cell, column: Column) -> str:
+def _figure(cell: Cell, column: Column) -> str:
     spread = "" if cell.std is None else f" ± {100 * cell.std:.1f} ({len(cell.seeds)})"
-    return f"{100 * cell.mean:.1f}{MARK if column.protocol == ON_TEST else ''}{spread}"
+    return _percent(cell.mean, column.protocol) + spread
 
 
-def _means(benchmark: str, used: Mapping[Column, Mapping[str, Cell]]) -> Grid:
-    grouped = len(results.tasks_of(benchmark)) > 1
+def _mean_grid(benchmark: str, columns: Columns) -> Grid:
+    """A row for each column of the table before, and for each published mean."""
+    groups = results.tasks_of(benchmark)
+    grouped = len(groups) > 1
     header = ["", "method", "model", "protocol", "seeds"]
     if benchmark:
         header += ["tasks", "mean over tasks"]
     if grouped:
-        header += [*results.tasks_of(benchmark), "mean of group means"]
+        header += [*groups, "mean of group means"]
     grid = Grid(f"{benchmark or 'other data'}: columns{' and means' if benchmark else ''}", header, labels=4)
-    marked = False
-    for number, (column, cells) in enumerate(used.items(), 1):
+    protocols = {column.protocol for column in columns}
+    for number, (column, cells) in enumerate(columns.items(), 1):
         mark = MARK if column.protocol == ON_TEST else ""
-        marked |= bool(mark)
         method = f"{column.method} {CHANGED}" if column.changed else column.method
         row = [str(number), method, column.model, column.protocol + mark, _seeds(benchmark, cells)]
-        means = results.means(benchmark, {task: cell.mean for task, cell in cells.items()})
+        means = results.means(benchmark, cells)
         if means is not None:
-            row += [f"{means.tasks} of {means.of_tasks}", f"{100 * means.over_tasks:.1f}{mark}"]
-            if grouped and means.of_groups is not None:
-                row += [f"{100 * means.groups[g]:.1f}{mark}" if g in means.groups else MISSING for g in header[7:-1]]
-                all_groups = len(means.groups) == len(results.tasks_of(benchmark))
-                over = "" if all_groups else f" (of {len(means.groups)} groups)"
-                row += [f"{100 * means.of_groups:.1f}{mark}{over}"]
+            row += [f"{means.tasks} of {means.of_tasks}", _percent(means.over_tasks, column.protocol)]
+            if means.of_groups is not None:
+                row += [_percent(means.groups[g], column.protocol) if g in means.groups else MISSING for g in groups]
+                over = "" if len(means.groups) == len(groups) else f" (of {len(means.groups)} groups)"
+                row += [_percent(means.of_groups, column.protocol) + over]
         grid.add(*row)
         if column.changed:
             grid.notes.append(f"{CHANGED} Column {number} is {column.method} with {column.changed}.")
-        if note := _differing(number, results.differing(benchmark, cells)):
+        if note := _differing_note(number, results.differing(benchmark, cells)):
             grid.notes.append(note)
     grid.end_section()
     for published in PUBLISHED:
-        if benchmark and published.benchmark == benchmark:
-            ours = published.method == "RLRR"
-            marked |= ours
-            row = ["paper", published.method, published.model, f"{ON_TEST}{MARK}" if ours else "as published", MISSING]
-            count = sum(map(len, results.tasks_of(benchmark).values()))
-            row += [f"{count} of {count}", f"{published.accuracy:.1f}{MARK if ours else ''}"]
+        if published.benchmark == benchmark:
+            protocol = _published_protocol(published)
+            protocols.add(protocol)
+            mark = MARK if protocol == ON_TEST else ""
+            count = sum(map(len, groups.values()))
+            row = ["paper", published.method, published.model, protocol + mark, MISSING, f"{count} of {count}"]
+            row.append(f"{published.accuracy:.1f}{mark}")
             grid.add(*row, *[MISSING] * (len(header) - len(row)))
     if grouped:
         grid.notes.append(NOTES["groups"])
-    if marked:
+    if ON_TEST in protocols:
         grid.notes.append(NOTES[ON_TEST])
     return grid
 
 
-def _differing(number: int, names: Mapping[str, str]) -> str:
+def _published_protocol(published: PublishedMean) -> str:
+    return ON_TEST if published.method == "RLRR" else "as published"
+
+
+def _differing_note(number: int, names: Mapping[str, str]) -> str:
     recipe, given = (", ".join(name for name, kind in names.items() if kind == of) for of in ("recipe", "given"))
     parts = "; ".join(part for part in (recipe and f"{recipe} (as in their recipes)", given) if part)
     return f"Column {number} averages over tasks that differ in {parts}." if parts else ""
 
 
-def _clashes(clashes: list[Clash]) -> Grid:
+def _clash_grid(clashes: list[Clash]) -> Grid:
     grid = Grid("runs that clash", ("task", "run", "what clashes", "test accuracy, %"), labels=3)
     for clash in clashes:
         for run in clash.runs:
             names = ["seed", *clash.differ]
-            values = ", ".join(f"{name} {shown(run.settings.get(name))}" for name in names)
-            mark = MARK if run.column.protocol == ON_TEST else ""
-            grid.add(clash.task, str(run.folder), values, f"{100 * run.accuracy:.1f}{mark}")
+            values = ", ".join(f"{name} {format_value(run.settings.get(name))}" for name in names)
+            grid.add(clash.task, str(run.folder), values, _percent(run.accuracy, run.column.protocol))
         grid.end_section()
     grid.notes.append(NOTES["clashes"])
     return grid
@@ -171,8 +174,8 @@ def _seeds(benchmark: str, cells: Mapping[str, Cell]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def summary(columns: Mapping[Column, Mapping[str, Cell]], clashes: list[Clash], left_out: list[str]) -> dict[str, Any]:
-    """What ``--format json`` prints: accuracies from 0 to 1; missing tasks are listed, not left to be inferred."""
+def summary(columns: Columns, clashes: list[Clash], left_out: list[str]) -> dict[str, Any]:
+    """The output of ``--format json``. Accuracies are from 0 to 1, and missing tasks are listed."""
     listed = []
     for column, cells in columns.items():
         entry: dict[str, Any] = {"model": column.model, "method": column.method, "protocol": column.protocol}
@@ -182,8 +185,8 @@ def summary(columns: Mapping[Column, Mapping[str, Cell]], clashes: list[Clash], 
             for task, cell in sorted(cells.items())
         }
         entry["benchmarks"] = {}
-        for benchmark in results.benchmarks(list(cells)):
-            means = results.means(benchmark, {task: cell.mean for task, cell in cells.items()})
+        for benchmark in results.benchmarks({column: cells}):
+            means = results.means(benchmark, cells)
             if means is not None:
                 entry["benchmarks"][benchmark] = {
                     "mean_over_tasks": means.over_tasks,
@@ -201,7 +204,7 @@ def summary(columns: Mapping[Column, Mapping[str, Cell]], clashes: list[Clash], 
             "method": p.method,
             "model": p.model,
             "mean_over_tasks": p.accuracy / 100,
-            "protocol": ON_TEST if p.method == "RLRR" else "as published",
+            "protocol": _published_protocol(p),
         }
         for p in PUBLISHED
         if any(p.benchmark in entry["benchmarks"] for entry in listed)

@@ -1,4 +1,4 @@
-"""``rlrr-finetune``, or ``rlrr-finetune train``: one run."""
+"""``rlrr-finetune train``: train one run, new or resumed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlrr_kernels.finetune.commands.common import INTERRUPTED, Command, CommandError, checking_input, say
-from rlrr_kernels.finetune.commands.options import add_settings, describe_settings, given, settings_from
+from rlrr_kernels.finetune.commands.common import (
+    INTERRUPTED,
+    Command,
+    CommandError,
+    add_settings,
+    checking_input,
+    given_settings,
+    print_lines,
+)
 from rlrr_kernels.finetune.data import describe
 from rlrr_kernels.finetune.distributed import launched
 from rlrr_kernels.finetune.loop import prepare, train
-from rlrr_kernels.finetune.state import MAY_DIFFER, read_state, resumed
+from rlrr_kernels.finetune.saved_run import MAY_DIFFER, read_state, settings_to_resume
+from rlrr_kernels.finetune.settings import describe_settings, settings_from
 
 DESCRIPTION = """\
 Fine-tune a timm vision transformer by RLRR, or by a linear probe or fully to compare.
@@ -34,16 +42,16 @@ run. Several GPUs or machines: torchrun -m rlrr_kernels.finetune, with the same 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    options = given(arguments)
+    options = given_settings(arguments)
     with checking_input():
-        if _continues(options):
-            settings = resumed(options.pop("resume"), options)
+        if _resumes(options):
+            settings = settings_to_resume(options.pop("resume"), options)
         else:
             settings = settings_from(options)
             for line in describe_settings(options):
-                say(line)
+                print_lines(line)
         prepared = prepare(settings)
-        say(*describe(prepared.splits))
+        print_lines(*describe(prepared.splits))
     try:
         metrics = train(prepared)
     except FileExistsError as error:
@@ -51,11 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
     return report(metrics)
 
 
-def _continues(options: Mapping[str, Any]) -> bool:
-    """Whether a run goes on: not where ``resume`` names an empty folder and other options say what to begin there.
+def _resumes(options: Mapping[str, Any]) -> bool:
+    """Whether a run is resumed. With other options, ``resume`` may name an empty folder, where a new run begins.
 
     Raises:
-        ValueError: it is empty, and nothing says what to train: the name may well be mistyped.
+        ValueError: If the folder is empty and there are no such options: its name may be mistyped.
     """
     if "resume" not in options:
         return False
@@ -70,9 +78,9 @@ def _continues(options: Mapping[str, Any]) -> bool:
 
 
 def report(metrics: Mapping[str, Any]) -> int:
-    """Print what a run came to; returns its exit status."""
+    """Print the results of a run; returns the exit status."""
     folder = Path(metrics["run"])
-    say(f"trained {metrics['trainable_parameters']:,} of {metrics['parameters']:,} parameters")
+    print_lines(f"trained {metrics['trainable_parameters']:,} of {metrics['parameters']:,} parameters")
     if metrics["interrupted"]:
         if launched().main:
             print(
@@ -82,11 +90,13 @@ def report(metrics: Mapping[str, Any]) -> int:
             )
         return INTERRUPTED
     if "protocol_note" in metrics:
-        say(metrics["protocol_note"])
-    epoch = f"best epoch {metrics['best_epoch']}, " if metrics.get("protocol") != "final" else "last epoch, "
-    say(f"{epoch}test accuracy {metrics['test_accuracy']:.4f}")
-    say(f"wrote {folder / 'adapter'}, {folder / 'metrics.json'}, {folder / 'curves.png'}")
+        print_lines(metrics["protocol_note"])
+    epoch = f"best epoch {metrics['best_epoch']}, " if metrics["protocol"] != "final" else "last epoch, "
+    print_lines(f"{epoch}test accuracy {metrics['test_accuracy']:.4f}")
+    print_lines(f"wrote {folder / 'adapter'}, {folder / 'metrics.json'}, {folder / 'curves.png'}")
     return 0
 
 
-COMMAND = Command("fine-tune; the command that runs if none is named", DESCRIPTION, add_settings, run, several=True)
+COMMAND = Command(
+    "fine-tune; the command that runs if none is named", DESCRIPTION, add_settings, run, multiprocess=True
+)

@@ -1,4 +1,4 @@
-"""Images that are held in memory: digits, Fashion-MNIST, and slices of a dataset in an ``.npz`` file."""
+"""Datasets in memory: digits, Fashion-MNIST and ``.npz`` files."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rlrr_kernels.finetune.data.aside import set_aside
-from rlrr_kernels.finetune.data.duplicates import equal_arrays
 from rlrr_kernels.finetune.data.folder import SPLITS, split_of
-from rlrr_kernels.finetune.data.images import Parts, numbered
-from rlrr_kernels.finetune.data.pixels import scaled
+from rlrr_kernels.finetune.data.images import scaled
+from rlrr_kernels.finetune.data.parts import Parts, equal_arrays, numbered, set_aside
 from rlrr_kernels.io.reading import npz_arrays, npz_headers
 
-#: The most images in one of Fashion-MNIST's files.
+#: Largest number of images in a file of Fashion-MNIST.
 IDX_IMAGES = 60_000
 
-#: The most classes of an ``.npz`` file, which has a label for each image and no list of classes.
+#: Largest number of classes of an ``.npz`` file, which has no list of them.
 NPZ_CLASSES = 2**20
 
-#: As Fashion-MNIST's authors name its labels.
+#: Names of the labels by Fashion-MNIST's authors.
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -36,9 +34,9 @@ FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Arrays(Dataset[tuple[Image.Image, int]]):
-    """Images held in memory: uint8 or uint16 ``[count, H, W]`` or ``[count, H, W, 3]``, and labels ``[count]``.
+    """Images in memory: uint8 or uint16 ``[count, H, W]`` or ``[count, H, W, 3]``, and labels ``[count]``.
 
-    uint16 is scaled from its full range as an image is asked for.
+    uint16 images are scaled to 8 bits when they are read.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
@@ -52,15 +50,14 @@ class Arrays(Dataset[tuple[Image.Image, int]]):
         return Image.fromarray(pixels if pixels.dtype == np.uint8 else scaled(pixels)), int(self.labels[index])
 
     def part(self, indices: list[int]) -> Arrays:
-        """These images, in this order."""
+        """Select images by index."""
         return Arrays(self.images[indices], self.labels[indices])
 
 
 def read_digits(seed: int) -> Parts:
-    """scikit-learn's 1,797 real handwritten digits, 8x8: 800 to train, 200 to validate, 797 to test.
+    """Read scikit-learn's 1,797 handwritten digits of 8x8 pixels: 800 to train, 200 to validate, 797 to test.
 
-    Stratified, as VTAB-1k sizes its tasks. The test images are the same for every seed; the seed
-    decides which images validate.
+    The split is stratified, with the sizes of VTAB-1k. The seed decides which of the first 1,000 validate.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -76,11 +73,12 @@ def read_digits(seed: int) -> Parts:
 def read_fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Read one split (``train`` or ``t10k``) of the original IDX files.
 
-    Returns uint8 images ``[count, 1, 28, 28]`` and int64 labels ``[count]``.
+    Returns:
+        uint8 images ``[count, 1, 28, 28]`` and int64 labels ``[count]``.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or images and labels differ in number.
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, or the numbers of images and labels differ.
     """
 
     def read(name: str, header: int, size: int) -> np.ndarray:
@@ -91,7 +89,7 @@ def read_fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
             )
         try:
             with gzip.open(path) as file:
-                # as many as the original has, whatever else the file would unpack to
+                # bounded by the size of the original, as a file may unpack to anything
                 data = file.read(header + IDX_IMAGES * size)
                 if file.read(1):
                     raise ValueError(f"expected at most {IDX_IMAGES} of {size} bytes each")
@@ -110,7 +108,7 @@ def read_fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def read_fashion_mnist_parts(folder: Path, seed: int) -> Parts:
-    """The 60,000 training images, a fifth of each class set aside by the seed, and the 10,000 test images."""
+    """Read the 60,000 training images, a fifth of each class set aside by the seed, and the 10,000 test images."""
     seen, test = (
         Arrays(images[:, 0].numpy(), labels.numpy())
         for images, labels in (read_fashion_mnist(folder, split) for split in ("train", "t10k"))
@@ -120,16 +118,15 @@ def read_fashion_mnist_parts(folder: Path, seed: int) -> Parts:
 
 
 def read_npz(file: Path, seed: int) -> Parts:
-    """``train_images``, ``train_labels``, ``test_images`` and ``test_labels`` of one file, and where it has them
-    ``val_images`` and ``val_labels``; the names of a split may be any in :data:`~.folder.SPLITS`.
+    """Read ``{train,val,test}_{images,labels}`` from one file; a split may have any name in :data:`~.folder.SPLITS`.
 
     Images are uint8 or uint16 ``[count, H, W]`` or ``[count, H, W, C]`` with C 1 or 3; labels are whole numbers from
-    0, ``[count]`` or ``[count, 1]``, and there are as many classes as the largest says. Without validation images
-    a fifth of each class is set aside by the seed.
+    0, ``[count]`` or ``[count, 1]``, and the largest defines the number of classes. Without validation images a fifth
+    of each class is set aside by the seed.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: no such file, an array that is missing, twice there, or of another shape or dtype.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is damaged, or an array is missing, there twice, or has another shape or dtype.
     """
     if not file.is_file():
         raise FileNotFoundError(f"data: {file} does not exist")
@@ -150,19 +147,19 @@ def read_npz(file: Path, seed: int) -> Parts:
         for earlier in ordered[:i]:
             notes += equal_arrays(found[earlier].images, found[split].images, (earlier, split))
     classes = numbered(1 + int(max(part.labels.max() for part in found.values())))
-    train, test = found["train"], found["test"]
-    if "val" in found:
-        return Parts(train, found["val"], test, classes, None, tuple(notes), names["train"][0], named=False)
-    kept, aside = set_aside(train.labels.tolist(), seed)
-    parts = train.part(kept), train.part(aside), test
-    return Parts(*parts, classes, None, tuple(notes), names["train"][0], named=False)
+    train, val, test = found["train"], found.get("val"), found["test"]
+    drawn_from = "" if val else names["train"][0]
+    if val is None:
+        kept, aside = set_aside(train.labels.tolist(), seed)
+        train, val = train.part(kept), train.part(aside)
+    return Parts(train, val, test, classes, notes=tuple(notes), drawn_from=drawn_from, named=False)
 
 
 def _named(names: Iterable[str], file: Path) -> dict[str, tuple[str, str]]:
-    """Split -> the names of its images and labels.
+    """Find the names of the images and labels of each split.
 
     Raises:
-        ValueError: one is missing, or two are the same split's.
+        ValueError: If one is missing, or two belong to one split.
     """
     found: dict[tuple[str, str], str] = {}
     for name in names:

@@ -10,19 +10,24 @@ from pathlib import Path
 from PIL import Image
 from torch.utils.data import Subset
 
-from rlrr_kernels.finetune.data.aside import set_aside
-from rlrr_kernels.finetune.data.duplicates import check_distinct, equal_files
-from rlrr_kernels.finetune.data.images import Parts
-from rlrr_kernels.finetune.data.listed import Entry, Listed, check_images
+from rlrr_kernels.finetune.data.parts import (
+    Entry,
+    Listed,
+    Parts,
+    check_distinct,
+    check_images,
+    equal_files,
+    set_aside,
+)
 
-#: What folders and arrays of a split are called; letter case does not count.
+#: Names of the folders and arrays of each split, in any letter case.
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
 
-#: What operating systems leave in folders, beside names that begin with a dot.
+#: Files and folders that operating systems create, besides names that begin with a dot.
 JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin"})
 
 #: Formats of Pillow that are programs, containers or numbers rather than images.
@@ -31,12 +36,13 @@ NO_IMAGES = frozenset({"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "W
 
 @dataclass
 class Found:
-    """What lies under the folder of a split.
+    """The files in the folder of a split.
 
     Attributes:
-        images: class -> paths, sorted; a class without images has none.
-        deeper: images that lie in folders of a class folder. classless: those that lie beside the class folders.
-        skipped: ending -> files of no image's name.
+        images: Sorted paths of the images of each class; empty for a class without images.
+        deeper: Images in subfolders of a class folder.
+        classless: Images beside the class folders.
+        skipped: Files without an image's ending, by ending.
     """
 
     images: dict[str, list[str]] = field(default_factory=dict)
@@ -44,18 +50,47 @@ class Found:
     classless: list[str] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
+    def add(self, path: str, endings: set[str], images: list[str]) -> bool:
+        """Add a file to ``images``, or to the skipped files; returns whether it is an image."""
+        end = os.path.splitext(path)[1].lower()
+        (images if end in endings else self.skipped.setdefault(end, [])).append(path)
+        return end in endings
+
+    def notes(self) -> list[str]:
+        """Lines for the user about files that were skipped or lie in unexpected places."""
+        notes = []
+        if self.skipped:
+            kinds = ", ".join(
+                f"{len(paths):,} {end or 'without an ending'} ({_first(paths)})"
+                for end, paths in sorted(self.skipped.items())
+            )
+            notes.append(f"skipped, no images by their names: {kinds}")
+        if self.classless:
+            notes.append(f"skipped, in no class folder: {_count(self.classless)}")
+        if self.deeper:
+            notes.append(f"note: in folders of class folders, taken as of the class: {_count(self.deeper)}")
+        return notes
+
+
+def _first(paths: list[str]) -> str:
+    return paths[0] + (", ..." if len(paths) > 1 else "")
+
+
+def _count(paths: list[str]) -> str:
+    return f"{len(paths):,} image{'s' * (len(paths) > 1)} ({_first(paths)})"
+
 
 def read_folder(root: Path, seed: int) -> Parts:
-    """``root/{train,val,test}/<class>/<image>``, by the names in :data:`SPLITS`; of val and test one may be missing,
-    and then validation images are set aside from train and the other folder is the test.
+    """Read ``root/{train,val,test}/<class>/<image>``; a split may have any name in :data:`SPLITS`.
 
-    Images are what is called as Pillow's formats are, also in folders of a class folder. What is not is counted in
-    the notes, but for hidden files.
+    If val or test is missing, validation images are set aside from train, and the other folder is the test split.
+    Files with an ending of Pillow's image formats are images, also in subfolders of a class folder. Other files that
+    are not hidden are counted in the notes.
 
     Raises:
-        FileNotFoundError: a split that is missing, or a class folder without images.
-        OSError: an image that cannot be read.
-        ValueError: a folder that is no split, two of one split, splits whose classes differ, or that share a file.
+        FileNotFoundError: If a split is missing, or a class folder has no images.
+        OSError: If an image cannot be read.
+        ValueError: If a folder is no split, two belong to one split, or splits have other classes or share a file.
     """
     folders = _splits(root)
     found = {split: _search(path) for split, path in folders.items()}
@@ -63,7 +98,7 @@ def read_folder(root: Path, seed: int) -> Parts:
         empty = [name for name, images in each.images.items() if not images]
         if empty or not each.images:
             what = f"no images for the classes {', '.join(empty)}" if empty else "no class folders"
-            raise FileNotFoundError("; ".join([f"data: {folders[split]}: {what}", *_notes(each)]))
+            raise FileNotFoundError("; ".join([f"data: {folders[split]}: {what}", *each.notes()]))
     classes = tuple(found["train"].images)
     for split, each in found.items():
         if tuple(each.images) != classes:
@@ -81,7 +116,7 @@ def read_folder(root: Path, seed: int) -> Parts:
     check_distinct(*lists.values())
     for entries in lists.values():
         check_images(entries)
-    notes = [line for each in found.values() for line in _notes(each)]
+    notes = [line for each in found.values() for line in each.notes()]
     train, *others = lists
     for i, other in enumerate(others):
         for earlier in (train, *others[:i]):
@@ -98,7 +133,7 @@ def read_folder(root: Path, seed: int) -> Parts:
 
 
 def split_of(name: str) -> str | None:
-    """``train``, ``val`` or ``test``, whichever a name means; None for none of them."""
+    """The split that a name means: ``train``, ``val``, ``test`` or None."""
     return next((split for split, names in SPLITS.items() if name.lower() in names), None)
 
 
@@ -107,32 +142,28 @@ def _ignored(name: str) -> bool:
 
 
 def _is_folder(path: Path) -> bool:
-    """
-    Raises:
-        ValueError: a link to nothing, which says where images should be.
-    """
+    """Whether ``path`` is a folder. A broken link is an error, as images are missing."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"data: {path} is a link to {os.readlink(path)}, which does not exist")
     return path.is_dir()
 
 
 def _splits(root: Path) -> dict[str, Path]:
-    """Split -> its folder, in the order of :data:`SPLITS`.
+    """Find the folder of each split, in the order of :data:`SPLITS`.
 
     Raises:
-        FileNotFoundError: no training split, or no other.
-        ValueError: a folder that is none, two of one split, or a link to nothing.
+        FileNotFoundError: If there is no training split, or no other.
+        ValueError: If a folder is no split, two belong to one split, or a link is broken.
     """
     expected = "; ".join(f"{split}: {', '.join(names)}" for split, names in SPLITS.items())
     found: dict[str, Path] = {}
     folders = sorted(path for path in root.iterdir() if _is_folder(path) and not _ignored(path.name))
     for path in folders:
         split = split_of(path.name)
-        if split is None:
-            continue
         if split in found:
             raise ValueError(f"data: {found[split]} and {path} are both the {split} split, expected one of them")
-        found[split] = path
+        if split is not None:
+            found[split] = path
     if "train" not in found or len(found) < 2:
         names = ", ".join(path.name for path in folders[:8]) + (", ..." if len(folders) > 8 else "")
         raise FileNotFoundError(
@@ -147,39 +178,29 @@ def _splits(root: Path) -> dict[str, Path]:
 
 def _search(folder: Path) -> Found:
     found = Found()
-    # registers the formats and their endings
+    # registers Pillow's formats and their endings
     Image.init()
-    endings = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN} - {
-        end for end, name in Image.registered_extensions().items() if name in NO_IMAGES
+    endings = {
+        end for end, name in Image.registered_extensions().items() if name in Image.OPEN and name not in NO_IMAGES
     }
     for child in sorted(os.scandir(folder), key=lambda child: child.name):
         if _ignored(child.name):
             continue
         if not _is_folder(Path(child.path)):
-            _put(found, child.path, endings, found.classless)
+            found.add(child.path, endings, found.classless)
             continue
         images = found.images[child.name] = []
         for path, depth in _walk(child.path):
-            if _put(found, path, endings, images) and depth:
+            if found.add(path, endings, images) and depth:
                 found.deeper.append(path)
     return found
 
 
-def _put(found: Found, path: str, endings: set[str], images: list[str]) -> bool:
-    """Add a file to ``images``, or to what is skipped; whether it is an image."""
-    end = os.path.splitext(path)[1].lower()
-    if end in endings:
-        images.append(path)
-    else:
-        found.skipped.setdefault(end, []).append(path)
-    return end in endings
-
-
 def _walk(folder: str) -> Iterator[tuple[str, int]]:
-    """Files under a folder and how many folders deeper each lies, links followed, sorted as ``os.walk`` has them.
+    """Yield the files below a folder and their depth, sorted as by ``os.walk``. Links are followed.
 
     Raises:
-        ValueError: a link to a folder above itself.
+        ValueError: If a folder is a link to a folder above itself.
     """
     above: dict[str, str] = {}
     for place, folders, files in os.walk(folder, followlinks=True):
@@ -195,23 +216,3 @@ def _walk(folder: str) -> Iterator[tuple[str, int]]:
         for name in sorted(files):
             if not _ignored(name):
                 yield os.path.join(place, name), depth
-
-
-def _notes(found: Found) -> list[str]:
-    """What of a split was left out or may surprise, a line each."""
-    notes = []
-    if found.skipped:
-        kinds = ", ".join(
-            f"{len(paths):,} {end or 'without an ending'} ({paths[0]}{', ...' if len(paths) > 1 else ''})"
-            for end, paths in sorted(found.skipped.items())
-        )
-        notes.append(f"skipped, no images by their names: {kinds}")
-    if found.classless:
-        notes.append(f"skipped, in no class folder: {_some(found.classless)}")
-    if found.deeper:
-        notes.append(f"note: in folders of class folders, taken as of the class: {_some(found.deeper)}")
-    return notes
-
-
-def _some(paths: list[str]) -> str:
-    return f"{len(paths):,} image{'s' * (len(paths) > 1)} ({paths[0]}{', ...' if len(paths) > 1 else ''})"

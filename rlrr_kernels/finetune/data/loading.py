@@ -1,4 +1,4 @@
-"""Batches of a split on a device; and its images, as they are before anything is drawn, kept for the run."""
+"""Loading batches of a split onto a device, and keeping its decoded images for the whole run."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ B = TypeVar("B")
 
 
 def threads(workers: int) -> int:
-    """``workers``, or for 0 this process's share of the cores."""
+    """Number of threads: ``workers``, or for 0 this process's share of the cores."""
     return workers or max(1, len(os.sched_getaffinity(0)) // distributed.machine().size)
 
 
 def ahead(work: Callable[[A], B], items: Iterable[A], workers: int, count: int) -> Iterator[B]:
-    """``map(work, items)`` by so many threads, at most ``count`` items ahead of what is taken."""
+    """``map(work, items)`` in threads, at most ``count`` items ahead of the consumer."""
     pool = ThreadPoolExecutor(workers, "images")
     waiting: deque[Future[B]] = deque()
     try:
@@ -48,17 +48,19 @@ def ahead(work: Callable[[A], B], items: Iterable[A], workers: int, count: int) 
 def batches(
     images: ImageSet, keys: Iterable[Sequence[int | tuple[int, int]]], device: torch.device, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in order: images as the model is given them, on ``device``, and int64 labels ``[batch]`` on the CPU.
+    """Yield batches: the model's inputs ``[batch, C, H, W]`` on ``device``, and int64 labels ``[batch]`` on the CPU.
 
-    Images that are not kept are decoded by threads, up to two batches ahead. What is drawn and the order are the
-    same either way.
+    Images that are not kept are decoded by threads, up to two batches ahead. Order and random draws do not depend on
+    that.
 
     Args:
-        keys: of each batch, as :class:`ImageSet` takes them.
-        workers: see :func:`threads`.
+        images: The split.
+        keys: Indices of each batch, as :class:`ImageSet` takes them.
+        device: Where the model is.
+        workers: See :func:`threads`.
 
     Raises:
-        OSError, ValueError: as :class:`ImageSet`, at the image's batch.
+        OSError, ValueError: As :class:`ImageSet`, at the image's batch.
     """
     pairs = [[key if isinstance(key, tuple) else (0, key) for key in batch] for batch in keys]
     indices = [index for batch in pairs for _, index in batch]
@@ -79,32 +81,34 @@ def batches(
 
 
 def keep(images: ImageSet, world: World, workers: int, room: int, *, quiet: bool = True) -> int:
-    """Decode a split's images once, for the rest of the run. All processes must call it alike.
+    """Decode a split's images once for the rest of the run. All processes must call this.
 
-    They lie in one mapped file for all processes of a machine, in the folder for temporary files. Its name is removed
-    before anything is in it: it ends with the last process, however that ends, and no other run meets it. Nothing
-    is read of it before all is written. Where there is no room nothing is kept, and a line says so.
+    The pixels are in one mapped temporary file for all processes of a machine. The file is unlinked before it is
+    written, so it disappears with the last process, even a killed one. If there is too little room, nothing is kept
+    and a warning is printed.
 
     Args:
-        workers: see :func:`threads`.
-        room: bytes that may be taken.
-        quiet: no progress bar and no such line.
+        images: The split; its ``kept`` is set.
+        world: This process.
+        workers: See :func:`threads`.
+        room: Bytes that may be used.
+        quiet: Whether to print no progress bar and no warning.
 
     Returns:
-        Bytes of the room that are gone: the same in all processes, also where a machine's disk had too few.
+        Bytes of ``room`` that were used; the same in all processes, even if the disk of one machine is full.
 
     Raises:
-        OSError, ValueError: as :class:`ImageSet`, of an image that fails; or the file cannot be written after all.
+        OSError, ValueError: As :class:`ImageSet` for an image that fails, or if the file cannot be written.
     """
     shape = tuple(images.fixed(0)[0].shape)
     record = np.dtype([("pixels", np.uint8, shape), ("label", np.int64)])
     size = len(images) * record.itemsize
     if size > room:
-        _say_not_kept(len(images), size, f"--cache leaves {in_units(room)}", quiet)
+        _warn_not_kept(len(images), size, f"--cache leaves {in_units(room)}", quiet)
         return 0
     descriptor = _shared_file(world, len(images), size, quiet)
     if descriptor is None:
-        distributed.everyones(world, None)
+        distributed.all_gather(world, None)
         return size
     with os.fdopen(descriptor, "r+b") as file:
         machine = distributed.machine()
@@ -114,40 +118,40 @@ def keep(images: ImageSet, world: World, workers: int, room: int, *, quiet: bool
             file.seek(index * record.itemsize)
             file.write(pixels.numpy().tobytes() + np.int64(label).tobytes())
         file.flush()
-        distributed.everyones(world, None)
+        distributed.all_gather(world, None)
         kept = np.frombuffer(mmap.mmap(file.fileno(), size), record)
     images.kept = torch.from_numpy(kept["pixels"]), kept["label"].tolist()
     return size
 
 
 def _shared_file(world: World, count: int, size: int, quiet: bool) -> int | None:
-    """A new file without a name, of so many bytes, open in all processes of the machine; None: there is no room."""
+    """Open an unlinked file of ``size`` bytes in all processes of the machine; None if there is no room."""
     machine = distributed.machine()
     file, name = None, ""
     try:
         if machine.main:
             try:
                 file, name = tempfile.mkstemp(prefix="rlrr-images-")
-                # now, and not at a store into the mapped file, which would end the process
+                # a full disk must fail here: a store into the mapped file would kill the process
                 os.posix_fallocate(file, 0, size)
             except OSError as error:
                 place = os.path.dirname(name) or "the folder for temporary files (TMPDIR)"
-                _say_not_kept(count, size, f"{place}: {error.strerror}", quiet)
+                _warn_not_kept(count, size, f"{place}: {error.strerror}", quiet)
                 if file is not None:
                     os.close(file)
                     os.unlink(name)
                 file, name = None, ""
-        theirs = distributed.everyones(world, name)[world.rank - machine.rank]
-        if theirs and not machine.main:
-            file = os.open(theirs, os.O_RDWR)
-        distributed.everyones(world, None)
+        shared = distributed.all_gather(world, name)[world.rank - machine.rank]
+        if shared and not machine.main:
+            file = os.open(shared, os.O_RDWR)
+        distributed.all_gather(world, None)
     finally:
         if name:
             os.unlink(name)
     return file
 
 
-def _say_not_kept(count: int, size: int, why: str, quiet: bool) -> None:
+def _warn_not_kept(count: int, size: int, why: str, quiet: bool) -> None:
     if not quiet:
         print(
             f"warning: {count:,} images are decoded in each epoch: keeping them takes {in_units(size)}; {why}",

@@ -1,4 +1,4 @@
-"""Datasets by name through timm's factory: torchvision's and Hugging Face's."""
+"""Datasets of torchvision and Hugging Face by name, through timm's factory."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import DatasetFolder
 from torchvision.transforms.functional import pil_to_tensor
 
-from rlrr_kernels.finetune.data.aside import set_aside
-from rlrr_kernels.finetune.data.images import ImageSet, Parts, Transform, read_image
+from rlrr_kernels.finetune.data.images import ImageSet, Transform, read_image
+from rlrr_kernels.finetune.data.parts import Parts, set_aside
 
 #: Prefixes of timm's dataset factory that can be indexed.
 TIMM_PREFIXES = ("torch/", "hfds/")
 
 
 class Strict(Dataset[tuple[Image.Image, int]]):
-    """A timm dataset without its tolerance: where an image cannot be read, timm's own returns the next one."""
+    """A timm dataset that raises for an unreadable image; timm's own returns the next image instead."""
 
     def __init__(self, dataset: Any) -> None:
         self.reader = dataset.reader
@@ -37,29 +37,29 @@ class Strict(Dataset[tuple[Image.Image, int]]):
             return read_image(file), -1 if label is None else label
 
     def filename(self, index: int, absolute: bool = False) -> Any:
-        """Path of an image, as timm's datasets say it."""
+        """Path of an image, as timm's datasets return it."""
         return self.reader.filename(index, absolute=absolute)
 
 
 def read_named(name: str, root: Path | None, seed: int) -> Parts:
-    """Splits ``train`` and ``test``; a fifth of each class in the former is set aside by the seed.
+    """Read the splits ``train`` and ``test``; a fifth of each class in ``train`` is set aside by the seed.
 
-    Labels that the dataset has at hand, without its images, are checked here; the others as they are read. Those of
-    the training images are needed here, and read with them if they must.
+    Labels that are available without the images are checked here, the others when they are read. The training labels
+    are always needed here, and read with the images if necessary.
 
     Args:
         name: ``torch/cifar100``, ``hfds/<owner>/<name>``, ...
-        root: where the dataset lies; torchvision's are downloaded there, by one process at a time.
-        seed: of the validation split.
+        root: Folder of the dataset. One process at a time downloads torchvision's datasets there.
+        seed: Seed of the validation split.
 
     Raises:
-        ValueError: no root for a torchvision dataset, a dataset that does not name its classes, or a label that
-            is none of them (``-1``, where a split is published without labels).
+        ValueError: If a torchvision dataset has no root, the dataset does not name its classes, or a label is out of
+            range (``-1`` in a split that is published without labels).
     """
     if root is None and name.startswith("torch/"):
         raise ValueError(f"data_root: expected a folder to keep {name} in, got none")
     options = {"root": str(root) if root else None, "download": name.startswith("torch/")}
-    with _alone(root) if root and options["download"] else nullcontext():
+    with _locked(root) if root and options["download"] else nullcontext():
         seen, test = (create_dataset(name, split=split, **options) for split in ("train", "test"))
     names = getattr(seen, "classes", None) or getattr(getattr(seen, "reader", None), "class_to_idx", None)
     if isinstance(names, Mapping):
@@ -72,7 +72,7 @@ def read_named(name: str, root: Path | None, seed: int) -> Parts:
     )
     for images in (seen, test):
         if isinstance(images, DatasetFolder):
-            # torchvision's own would cut 16 bits off at 255
+            # torchvision's own loader clips 16-bit values at 255
             images.loader = read_image
     seen, test = (Strict(images) if hasattr(images, "reader") else images for images in (seen, test))
     if not labels:
@@ -85,34 +85,33 @@ def read_named(name: str, root: Path | None, seed: int) -> Parts:
 
 
 def _class_name(name: Any) -> str:
-    """ImageNet's classes have several names each."""
+    """Join the names of a class that has several, as in ImageNet."""
     return ", ".join(name) if isinstance(name, tuple) else str(name)
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """No other process that keeps datasets in ``root`` is in here: of those that ``torchrun`` starts, the first
-    downloads and the others find what it left.
+def _locked(root: Path) -> Iterator[None]:
+    """Lock ``root``, so that the first of several processes downloads and the others find the files.
 
-    A lock on the folder needs no process group, whose collectives would time out over a long download, and holds
-    where each machine has a root of its own. A root that cannot be written holds the dataset already, or never will.
+    Unlike a barrier of the process group, a lock on the folder does not time out during a long download, and works
+    if each machine has its own root. A read-only root is not locked: nothing can be downloaded there.
     """
     root.mkdir(parents=True, exist_ok=True)
     if not os.access(root, os.W_OK):
         yield
         return
-    # writable for all, as others may share the root
+    # writable by everyone, as users may share the root
     with FileLock(root / ".download.lock", mode=0o666):
         yield
 
 
 def _check_labels(images: Any, classes: int, what: str) -> list[int]:
-    """The labels that can be had without reading images, or none; each is 0 to ``classes - 1``.
+    """Return and check the labels that are available without reading images; empty if there are none.
 
-    Those are a column of a Hugging Face dataset, and ``targets`` of most of torchvision's.
+    Those are a column of a Hugging Face dataset, or ``targets`` of most torchvision datasets.
 
     Raises:
-        ValueError: the first label that is not, and how many more are not; or no column of labels.
+        ValueError: If a label is not in 0 to ``classes - 1``, or there is no column of labels.
     """
     reader = getattr(images, "reader", None)
     key, columns = getattr(reader, "label_key", None), getattr(getattr(reader, "dataset", None), "column_names", None)

@@ -1,18 +1,16 @@
-"""Gluon's language on :mod:`tests.backends.triton.gluon_machine`: kernels' own source as plain Python.
+"""Gluon's language on :mod:`tests.backends.triton.gluon_machine`: runs the kernels' own source as plain Python.
 
-:func:`stand_ins` are modules in place of ``triton.experimental.gluon`` and its languages. Layouts and types are
-Triton's own. Of layouts only what tiles that meet and ``wgmma`` need is looked at: what else a compiler refuses,
-compiling shows. Numbers are Python's.
+:func:`stand_ins` returns modules that replace ``triton.experimental.gluon`` and its languages. Layouts and types are
+Triton's own. Only the layouts of tiles that are combined and of ``wgmma``'s operands are checked: compiling checks the
+rest. Numbers are Python's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,14 +22,11 @@ from triton.experimental.gluon import language
 from triton.experimental.gluon.language import nvidia
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tests.backends.triton.gluon_machine import (
     Barrier,
     MachineError,
     Operation,
-    Program,
-    Schedule,
     View,
     allocate,
     current,
@@ -325,57 +320,6 @@ def _wait_products(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
     return out[0] if len(out) == 1 else tuple(out)
 
 
-@dataclass(eq=False)
-class Kernel:
-    """What ``gluon.jit`` makes: a function for other kernels, and ``kernel[(programs,)](...)`` for the host."""
-
-    fn: Callable[..., Any]
-
-    def __post_init__(self) -> None:
-        self.__name__ = self.fn.__name__
-        self.arg_names = list(inspect.signature(self.fn).parameters)
-
-    def __call__(self, *args: Any, **constants: Any) -> Any:
-        return self.fn(*args, **constants)
-
-    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, **constants: Any) -> None:
-            given = [_on_device(a) for a in (*args, *(constants[name] for name in self.arg_names[len(args) :]))]
-            schedule = _schedules[-1]
-            for index in reversed(range(*grid)) if schedule.backwards else range(*grid):
-                Program(index, *grid, schedule).run(self.fn, given)
-
-        return launch
-
-
-def _jit(fn: Callable[..., Any] | None = None, do_not_specialize: Sequence[str] = ()) -> Any:
-    return Kernel if fn is None else Kernel(fn)
-
-
-def _on_device(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return Pointer(argument)
-    if type(argument) is int:
-        return Number(argument)
-    if isinstance(argument, TensorDescriptor):
-        matrix = argument.base.as_strided(argument.shape, argument.strides, argument.base.storage_offset())
-        return Boxes(matrix, list(argument.block_shape), argument.layout)
-    return argument
-
-
-_schedules = [Schedule()]
-
-
-@contextlib.contextmanager
-def scheduled(schedule: Schedule) -> Iterator[None]:
-    """Kernels that are launched inside run in this order."""
-    _schedules.append(schedule)
-    try:
-        yield
-    finally:
-        _schedules.pop()
-
-
 def _standing_in(module: ModuleType, **names: Any) -> ModuleType:
     """A copy of a module with other things by these names."""
     copy = ModuleType(module.__name__)
@@ -387,8 +331,8 @@ View.load = lambda view, layout: Tile(view.read(), layout)
 View.store = lambda view, value: view.write(value.data)
 
 
-def stand_ins() -> dict[str, ModuleType]:
-    """Name of a module of Gluon -> what stands there while kernels are imported."""
+def stand_ins(jit: Callable[..., Any]) -> dict[str, ModuleType]:
+    """Modules of Gluon by name, as kernels are to import them; ``jit`` is their ``gluon.jit``."""
     barriers = _standing_in(mbarrier, init=_init, wait=_wait, arrive=_arrive, expect=_expect)
     boxes = _standing_in(
         tma,
@@ -431,5 +375,5 @@ def stand_ins() -> dict[str, ModuleType]:
         allocate_shared_memory=_allocate,
         warp_specialize=lambda functions, warps, registers=None: current().program.specialise(functions, warps),
     )
-    root = _standing_in(gluon, language=gl, jit=_jit, constexpr_function=lambda function: function)
+    root = _standing_in(gluon, language=gl, jit=jit, constexpr_function=lambda function: function)
     return {module.__name__: module for module in (root, gl, on_nvidia, on_hopper, barriers, boxes)}

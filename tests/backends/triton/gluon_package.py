@@ -1,22 +1,78 @@
-"""Imports packages of Gluon kernels anew, over the machine of :mod:`gluon_machine`, with planted faults if asked."""
+"""Imports a package of Gluon kernels so that it runs on :mod:`gluon_machine`, with planted faults on request."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.abc
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
 from triton import experimental
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tests.backends.triton.gluon_language import stand_ins
+from tests.backends.triton.gluon_language import Boxes, Number, Pointer, stand_ins
+from tests.backends.triton.gluon_machine import Program, Schedule
 
-#: Text that stands once in a module, and what stands there instead.
+#: A text that occurs once in a module, and its replacement.
 Change = tuple[str, str]
+
+
+@dataclass(eq=False)
+class Kernel:
+    """What ``gluon.jit`` returns: a function for other kernels, and ``kernel[(programs,)](...)`` for the host."""
+
+    fn: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        self.__name__ = self.fn.__name__
+        self.arg_names = list(inspect.signature(self.fn).parameters)
+
+    def __call__(self, *args: Any, **constants: Any) -> Any:
+        return self.fn(*args, **constants)
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int, **constants: Any) -> None:
+            given = [_on_device(a) for a in (*args, *(constants[name] for name in self.arg_names[len(args) :]))]
+            schedule = _schedules[-1]
+            for index in reversed(range(*grid)) if schedule.backwards else range(*grid):
+                Program(index, *grid, schedule).run(self.fn, given)
+
+        return launch
+
+
+def _jit(fn: Callable[..., Any] | None = None, do_not_specialize: Sequence[str] = ()) -> Any:
+    return Kernel if fn is None else Kernel(fn)
+
+
+def _on_device(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return Pointer(argument)
+    if type(argument) is int:
+        return Number(argument)
+    if isinstance(argument, TensorDescriptor):
+        matrix = argument.base.as_strided(argument.shape, argument.strides, argument.base.storage_offset())
+        return Boxes(matrix, list(argument.block_shape), argument.layout)
+    return argument
+
+
+_schedules = [Schedule()]
+
+
+@contextlib.contextmanager
+def scheduled(schedule: Schedule) -> Iterator[None]:
+    """Kernels that are launched inside the block run in this order."""
+    _schedules.append(schedule)
+    try:
+        yield
+    finally:
+        _schedules.pop()
 
 
 class _Loader(importlib.abc.ExecutionLoader):
@@ -36,7 +92,7 @@ class _Loader(importlib.abc.ExecutionLoader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of one package, with texts changed in them; ``changes`` by the names in the package."""
+    """Finds the modules of one package; ``changes`` holds, by module name, the text to change in it."""
 
     def __init__(self, package: str, changes: dict[str, Change]) -> None:
         self.package, self.changes = package, changes
@@ -60,14 +116,14 @@ def _within(name: str, package: str) -> bool:
 
 @contextlib.contextmanager
 def _imported_anew(package: str) -> Iterator[None]:
-    """Inside, neither Gluon nor the package is what it was; after it both are again."""
+    """Inside the block the package can be imported again, over stand-ins for Gluon; afterwards both are restored."""
     before = dict(sys.modules)
     gluon = experimental.gluon
     parent, name = sys.modules[package.rpartition(".")[0]], package.rpartition(".")[2]
     kept = parent.__dict__.get(name)
     for each in [each for each in sys.modules if _within(each, package)]:
         del sys.modules[each]
-    sys.modules.update(stand_ins())
+    sys.modules.update(stand_ins(_jit))
     experimental.gluon = sys.modules[gluon.__name__]
     try:
         yield
@@ -82,7 +138,7 @@ def _imported_anew(package: str) -> Iterator[None]:
 
 
 def load(package: str, module: str, changes: dict[str, Change] | None = None) -> ModuleType:
-    """A module of a package, which with all that it imports of it runs over the machine."""
+    """Import a module of a package, and what it imports from the package, to run on the machine."""
     importlib.import_module(package.rpartition(".")[0])
     finder = _Finder(package, changes or {})
     with _imported_anew(package):

@@ -92,11 +92,11 @@ def test_partial_sums_take_the_bytes_that_are_counted(interpreted, monkeypatch):
     """The workspace's bound rests on it."""
     sizes, real = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: (sizes.append((t := real(*a, **kw)).nbytes), t)[1])
-    p = make_problem(70, 90, 72, 3, BF16)
+    p = make_problem(70, 90, 72, 3)
     choice, scales = replace(SMALL, splits=2), (p.dy, *p.forward_args[:4])
     for kernel, results, call in (
-        ("forward", 70 * 90 * 2, lambda: launch.forward(*p.forward_args, choice=choice)),
-        ("grad_input", 70 * 72 * 2, lambda: launch.grad_input(p.dy, *p.forward_args[1:4], choice=choice)),
+        ("forward", 70 * 90 * 4, lambda: launch.forward(*p.forward_args, choice=choice)),
+        ("grad_input", 70 * 72 * 4, lambda: launch.grad_input(p.dy, *p.forward_args[1:4], choice=choice)),
         (
             "grad_scales",
             4 * (90 + 3 * 72 + 90),
@@ -105,7 +105,7 @@ def test_partial_sums_take_the_bytes_that_are_counted(interpreted, monkeypatch):
     ):
         sizes.clear()
         call()
-        assert sum(sizes) - results == 2 * choose.partial_bytes(problem(kernel, 70, 90, 72, 3), choice), kernel
+        assert sum(sizes) - results == 2 * choose.partial_bytes(problem(kernel, 70, 90, 72, 3, SINGLE), choice), kernel
 
 
 def test_a_gpu_with_less_shared_memory_gets_fewer_stages_or_the_smaller_tile():

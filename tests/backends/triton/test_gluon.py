@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.backends.triton.gluon_language import scheduled
 from tests.backends.triton.gluon_machine import Schedule
-from tests.backends.triton.gluon_package import Change, load
+from tests.backends.triton.gluon_package import Change, load, scheduled
 from tests.cuda_host.test_kernels import SPARED, assert_as_infinite, with_infinity
 from tests.oracle import Answer, Problem, check, make_problem, strided
 

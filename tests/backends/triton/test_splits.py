@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from rlrr_kernels.backends.triton import choose, launch
-from rlrr_kernels.backends.triton.choose import shares
-from rlrr_kernels.backends.triton.slices import row_slices
-from tests.backends.triton.test_numerics import BF16, HALF, SINGLE, SMALL, solve
+from rlrr_kernels.backends.triton.choose import row_slices, shares
+from tests.backends.triton.test_numerics import BF16, SINGLE, SMALL, solve
 from tests.oracle import check, make_problem
 
-#: How sums are shared out is the same for all.
-DTYPES = [BF16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (SINGLE, HALF))]
+#: Sums are split in the same way for every dtype, and float32 is interpreted the fastest.
+DTYPES = [SINGLE, pytest.param(BF16, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(
@@ -28,8 +27,8 @@ def test_no_split_is_empty(splits, steps, expected):
     ("m", "n", "k", "groups", "splits"),
     [
         (33, 45, 100, 1, 3),  # 4 steps of K, 3 of N: two splits of each
-        (70, 30, 72, 3, 2),  # grad_input: 3 groups of one cut step, shared by two splits
-        (70, 90, 72, 3, 4),  # 6 steps: a split starts in the middle of a group
+        (33, 30, 72, 3, 2),  # grad_input: 3 groups of one cut step, shared by two splits
+        (17, 90, 72, 3, 4),  # 6 steps: a split starts in the middle of a group
         (33, 96, 64, 2, 2),  # whole steps
         (1, 16, 8, 1, 5),  # one step: nothing to split
     ],
@@ -52,7 +51,7 @@ def test_bias_and_shift_are_added_once(triton_device, bias, shift):
 
 
 def test_a_split_sum_is_the_same_every_time(triton_device):
-    p = make_problem(33, 32, 100, dtype=BF16, device=triton_device)
+    p = make_problem(33, 32, 100, device=triton_device)
     choice = dataclasses.replace(SMALL, splits=2)
     one, two = (solve(p, choice) for _ in range(2))
     for a, b in zip(dataclasses.astuple(one), dataclasses.astuple(two), strict=True):
@@ -85,9 +84,9 @@ def test_vit_layers_take_one_slice():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "n", "k", "groups"), [(70, 100, 72, 1), (70, 90, 72, 3)])
+@pytest.mark.parametrize(("m", "n", "k", "groups"), [(70, 100, 40, 1), (70, 90, 40, 3)])
 def test_grad_scales_in_slices(triton_device, monkeypatch, m, n, k, groups, dtype):
-    monkeypatch.setattr(choose, "WORKSPACE_BYTES", 2 * 2 * 4 * (16 * 4 + k))  # two rows of tiles, two splits
+    monkeypatch.setattr(choose, "WORKSPACE_BYTES", 2 * 2 * 4 * (16 * 3 + k))  # two rows of tiles, two splits
     launches = []
     kernel = launch.grad_scales_kernel
 

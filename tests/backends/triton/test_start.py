@@ -1,10 +1,8 @@
 """Handles of compiled kernels; ``driver/`` shows that a launch by one is the launch that Triton's binder makes."""
 
-import pytest
 import torch
 
 from rlrr_kernels.backends.triton import start as start_module
-from rlrr_kernels.backends.triton.start import ceil_div
 
 
 def test_handles_are_given_up_when_there_are_too_many(monkeypatch):
@@ -39,10 +37,3 @@ def test_handles_are_given_up_when_there_are_too_many(monkeypatch):
     kernel.pre_run_hooks = [print]
     start(1, 1)
     assert calls[-1] == "binder", "hooks want to be called"
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "expected"), [(0, 3, 0), (1, 3, 1), (3, 3, 1), (4, 3, 2), (2**40 + 1, 2, 2**39 + 1)]
-)
-def test_ceil_div(a, b, expected):
-    assert ceil_div(a, b) == expected

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from rlrr_kernels.finetune import report
+from rlrr_kernels.finetune import run_folder
 from rlrr_kernels.finetune.__main__ import main
 
 #: Of every run here: quick, on the CPU, without side files.
@@ -69,4 +69,4 @@ def metrics_of(folder):
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """Curves are drawn and looked at in tests/finetune/test_loop.py; here they would be most of the time."""
-    monkeypatch.setattr(report, "draw_curves", lambda metrics: b"")
+    monkeypatch.setattr(run_folder, "draw_curves", lambda metrics: b"")

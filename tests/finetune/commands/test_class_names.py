@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -130,15 +129,6 @@ def test_names_that_are_there_twice_tell_no_classes_apart(always_horse, tmp_path
     accuracy, _, rows, out = evaluated(capsys, always_horse("cranes", ["crane", "crane", "a"]), "--data", images)
     assert (accuracy, rows[0]) == (0.25, ("crane", "100.0", "1"))
     assert "classes are matched by their number" in out
-
-
-def test_a_run_s_names_are_checked_as_they_are_read(tuned, tmp_path, capsys):
-    shutil.copytree(tuned, tmp_path / "run")
-    metrics = metrics_of(tuned)
-    assert metrics["class_names"] is None  # of an .npz
-    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics | {"class_names": ["a"]}))
-    assert status("eval", tmp_path / "run") == 2
-    assert "metrics.json: class_names: expected 10, one a class, got 1" in capsys.readouterr().err
 
 
 def test_merged_weights_have_the_names_as_timm_calls_them(named, tuned, tmp_path):

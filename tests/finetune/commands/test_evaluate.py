@@ -3,17 +3,18 @@
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from rlrr_kernels import apply_rlrr, save_adapter
-from rlrr_kernels.finetune.commands.evaluate import evaluate, split_of
+from rlrr_kernels.finetune.commands.evaluate import split_of
 from rlrr_kernels.finetune.data import ImageSet, Transform
+from rlrr_kernels.finetune.distributed import World
 from rlrr_kernels.finetune.loop import load_data
 from rlrr_kernels.finetune.settings import Settings
-from tests.finetune.commands.conftest import QUICK, digits, metrics_of, status
+from rlrr_kernels.finetune.trainer import evaluate
+from tests.finetune.commands.conftest import QUICK, metrics_of, status
 
 
 def figures(capsys):
@@ -124,7 +125,7 @@ def test_counts_by_class_are_of_the_label_not_of_the_answer():
         model[1].bias.copy_(torch.tensor([0.0, 2.0, 0.0]))
     items = [(Image.new("L", (1, 1)), label) for label in (0, 1, 1, 2)]
     images = ImageSet(items, Transform(lambda _: torch.zeros(1, 2, 2)), 3)
-    result = evaluate(model, images, Settings(batch_size=3), torch.device("cpu"), torch.arange(3))
+    result = evaluate(model, images, Settings(batch_size=3), torch.device("cpu"), World())
     assert result.hits.tolist() == [0, 2, 0]
     assert result.images.tolist() == [1, 2, 1]
     assert result.accuracy == 0.5
@@ -132,17 +133,8 @@ def test_counts_by_class_are_of_the_label_not_of_the_answer():
     assert result.loss == pytest.approx(((2 * losses[1] + 2 * losses[0]) / 4).item())
 
 
-def test_other_classes_are_refused(tuned, tmp_path, capsys):
-    images, labels = digits()
-    few = labels < 4
-    arrays = {"train_images": images[few][:30], "train_labels": labels[few][:30]}
-    np.savez(tmp_path / "few.npz", **arrays, test_images=images[few][:8], test_labels=labels[few][:8])
-    assert status("eval", tuned, "--data", tmp_path / "few.npz") == 2
-    assert "has 4 classes, the head 10" in capsys.readouterr().err
-
-
 def test_a_run_without_an_adapter_and_a_folder_of_neither_are_refused(tmp_path, capsys):
-    (tmp_path / "metrics.json").write_text('{"settings": {"model": "m", "seed": 0}}')
+    (tmp_path / "metrics.json").write_text('{"settings": {"model": "m", "seed": 0}, "protocol": "final"}')
     assert status("eval", tmp_path) == 2
     assert "has no adapter folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

@@ -79,7 +79,7 @@ def test_a_share_that_rounding_loses_is_counted_right(tmp_path, capsys):
 
 
 def test_a_layer_that_had_no_bias_is_said_to_have_one(tmp_path, capsys):
-    from rlrr_kernels.finetune.commands import runs
+    from rlrr_kernels.finetune import saved_run
 
     model = plain(qkv_bias=False)
     apply_rlrr(model)
@@ -91,7 +91,7 @@ def test_a_layer_that_had_no_bias_is_said_to_have_one(tmp_path, capsys):
         made.load_state_dict({name: state[name] for name in made.state_dict()})
         return made
 
-    with mock.patch.object(runs, "build_model", build):
+    with mock.patch.object(saved_run, "build_model", build):
         assert status("merge", tmp_path / "a", "--out", tmp_path / "m.safetensors") == 0
     said = capsys.readouterr().out
     assert "has no blocks.0.attn.qkv.bias, one of 5 biases of layers that had none: it refuses the file, or" in said

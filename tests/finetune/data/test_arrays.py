@@ -124,6 +124,7 @@ def test_validation_images_of_an_npz_are_used_by_whatever_usual_name(tmp_path):
     assert [len(s) for s in (splits.train, splits.val, splits.test)] == [30, 3, 6]
     assert [splits.val[i][1] for i in range(3)] == [0, 1, 2]
     assert splits.notes == ("skipped, none of a split's arrays: 'meta'",)
+    assert splits.drawn_from == ""
     np.savez(tmp_path / "a.npz", **arrays, val_images=arrays["valid_images"])
     with pytest.raises(ValueError, match="valid_images and val_images are both the val split's"):
         load(data=str(tmp_path / "a.npz"))

@@ -84,15 +84,6 @@ def test_a_folder_that_is_no_split_is_refused(tmp_path):
     assert len(load(data=str(tmp_path)).val) == 2
 
 
-def test_of_two_images_a_class_no_class_loses_both_to_validation(tmp_path):
-    for split in ("train", "test"):
-        write_classes(tmp_path / split, {f"{label:02d}": 2 for label in range(20)})
-    for seed in range(6):
-        splits = load(data=str(tmp_path), seed=seed)
-        assert {splits.train[i][1] for i in range(32)} == set(range(20)), seed
-        assert len({splits.val[i][1] for i in range(8)}) == 8
-
-
 def test_every_format_is_taken_and_what_is_none_is_said(tmp_path):
     """Of .png, .gif, .jfif and .JPG alike; hidden files and what systems leave are no matter."""
     for split in ("train", "val", "test"):

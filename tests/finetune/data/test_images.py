@@ -1,17 +1,22 @@
-"""A split seen through a transform: draws keyed by seed, epoch and index, and errors that name the image."""
+"""A split seen through a transform: decoding, 8 bits, resizing, random draws, and errors that name the image."""
 
-import time
+import contextlib
+import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
+from torchvision.transforms.functional import pil_to_tensor
 
-from rlrr_kernels.finetune.data import ImageSet, Transform
-from rlrr_kernels.finetune.data.listed import Entry, Listed
+from rlrr_kernels.finetune.data import ImageSet, Transform, make_transform, parts
+from rlrr_kernels.finetune.data.images import eight_bits
+from rlrr_kernels.finetune.data.parts import Entry, Listed, check_images
 
-from .folders import write_image
+from .folders import load, write_classes, write_image
 
 
 class Numbers:
@@ -49,13 +54,6 @@ def test_draws_depend_on_seed_epoch_and_index_and_on_nothing_else():
     assert not torch.equal(images[1, 2][0], images[2, 1][0])
 
 
-def test_draws_are_evenly_spread_over_neighbouring_keys():
-    images = ImageSet(Numbers(), noise, 3)
-    values = draws(images, [(epoch, index) for epoch in range(20) for index in range(24)])[:, 0]
-    assert abs(values.mean().item() - 0.5) < 0.05
-    assert abs(values.std().item() - 12**-0.5) < 0.03
-
-
 def test_a_plain_index_is_epoch_0():
     images = ImageSet(Numbers(), noise, 3)
     assert torch.equal(images[5][0], images[0, 5][0])
@@ -79,27 +77,6 @@ def test_the_process_draws_on_as_if_no_image_had_been_loaded():
     with pytest.raises(RuntimeError, match="no"):
         ImageSet(Numbers(), Transform(blank, fail), 3)[0]
     assert torch.equal(torch.rand(2), expected)
-
-
-def test_a_negative_seed_is_a_seed():
-    images = ImageSet(Numbers(), noise, 3, seed=-1)
-    assert torch.equal(images[0][0], images[0][0])
-    assert not torch.equal(images[0][0], ImageSet(Numbers(), noise, 3, seed=1)[0][0])
-
-
-@pytest.mark.parametrize("key", [(0, 0, 0), (1, 2, 3)])
-def test_fixing_the_draws_costs_less_than_50_microseconds(key):
-    """Of processor time, the least of many, so that other programs do not count."""
-    from rlrr_kernels.finetune.data.images import random_draws
-
-    best = float("inf")
-    for _ in range(50):
-        start = time.thread_time()
-        for _ in range(20):
-            with random_draws(*key):
-                pass
-        best = min(best, (time.thread_time() - start) / 20)
-    assert best < 50e-6
 
 
 def test_labels_out_of_range_are_an_error():
@@ -136,3 +113,236 @@ def test_iteration_ends_at_the_last_image(tmp_path):
     write_image(tmp_path / "a.png", 9)
     images = ImageSet(Listed([Entry(str(tmp_path / "a.png"), 0, "list")]), noise, 1)
     assert len(list(images)) == 1
+
+
+HALF = ((0.5,) * 3, (0.5,) * 3)
+
+
+def ramp(width, height):
+    """Red grows to the right, green downwards, over the whole range."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width)[None]
+    pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+    return Image.fromarray(pixels)
+
+
+def span(channel):
+    """How much of the original range is seen, from 0 to 1."""
+    return (channel.max() - channel.min()).item() / 2
+
+
+def test_squash_shows_the_whole_image_normalised():
+    grey = make_transform((1, 28, 28), (0.5,), (0.25,), "bilinear", train=True)
+    out = grey(Image.new("RGB", (8, 8), (255, 255, 255)))
+    assert out.dtype is torch.float32
+    assert torch.equal(out, torch.full((1, 28, 28), 2.0))
+    rgb = make_transform((3, 16, 24), *HALF, "bicubic", train=False)
+    assert torch.equal(rgb(Image.new("L", (8, 8), 0)), torch.full((3, 16, 24), -1.0))
+    out = rgb(ramp(300, 150))
+    assert out.shape == (3, 16, 24)
+    assert span(out[0]) > 0.93
+    assert span(out[1]) > 0.9
+
+
+def test_bicubic_is_pillows():
+    image = ramp(50, 40)
+    image.putpixel((20, 20), (255, 255, 255))
+    out = make_transform((3, 16, 24), (0.0,) * 3, (1.0,) * 3, "bicubic", train=False)(image)
+    expected = np.asarray(image.resize((24, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal((out * 255).round().numpy(), expected)
+
+
+def test_crop_trains_on_224_of_256_of_the_whole_image_and_tests_on_the_centre():
+    options = {"interpolation": "bilinear", "resize": "crop"}
+    train = make_transform((3, 224, 224), *HALF, train=True, **options)
+    test = make_transform((3, 224, 224), *HALF, train=False, **options)
+    image = ramp(1000, 500)
+    expected = (np.asarray(image.resize((256, 256), Image.Resampling.BILINEAR)) / 127.5 - 1).transpose(2, 0, 1)
+    assert np.allclose(test(image).numpy(), expected[:, 16:240, 16:240], atol=1e-5)
+    corners = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        out = train(image).numpy()
+        found = [
+            (top, left)
+            for top in range(33)
+            for left in range(33)
+            if np.allclose(out[:, ::223, ::223], expected[:, top : top + 224 : 223, left : left + 224 : 223], atol=1e-5)
+        ]
+        assert found
+        corners.add(found[0])
+    assert len(corners) > 8
+    assert min(corners)[0] < 10
+    assert max(corners)[0] > 22
+
+
+def test_the_margin_grows_with_the_input_and_neither_side_keeps_the_other():
+    test = make_transform((3, 112, 56), *HALF, "bilinear", train=False, resize="crop")
+    out = test(ramp(256, 256))
+    assert out.shape == (3, 112, 56)
+    assert abs(span(out[0]) - 224 / 256) < 0.02
+    assert abs(span(out[1]) - 224 / 256) < 0.02
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_flip_mirrors_half_of_the_training_images_and_no_other(resize):
+    def mirrored(train, flip):
+        seen = make_transform((1, 8, 8), (0.5,), (0.5,), "bilinear", train=train, resize=resize, flip=flip)
+        torch.manual_seed(0)
+        return sum(bool(out[0, 4, 0] > out[0, 4, -1]) for out in (seen(ramp(16, 16)) for _ in range(200)))
+
+    assert 70 < mirrored(train=True, flip=True) < 130
+    assert mirrored(train=True, flip=False) == mirrored(train=False, flip=True) == 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_normalises_to_the_same_bits(gpu):
+    finished = make_transform((3, 8, 8), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", train=False).finished
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
+    assert torch.equal(finished(pixels.to(gpu)).cpu(), finished(pixels))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"resize": "crops"}, "resize: expected squash or crop, got 'crops'"),
+        ({"interpolation": "cubic"}, "interpolation: expected bicubic, .* got 'cubic'"),
+    ],
+)
+def test_unknown_words_are_refused(change, error):
+    options = {"interpolation": "bicubic", "resize": "squash", "train": True} | change
+    with pytest.raises(ValueError, match=error):
+        make_transform((3, 8, 8), *HALF, **options)
+
+
+#: Of 16 bits, and what they are of 8.
+DEEP, SHALLOW = [0, 128, 129, 257, 1000, 32768, 40000, 65535], [0, 0, 1, 1, 4, 128, 156, 255]
+
+
+def deep(values=DEEP):
+    return Image.fromarray(np.array([values], np.uint16))
+
+
+def through(image, name, **options):
+    file = io.BytesIO()
+    image.save(file, name, **options)
+    return Image.open(file)
+
+
+def values(image):
+    return np.asarray(image).reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("name", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_16_bits_are_scaled_to_their_full_range(name):
+    image = eight_bits(through(deep(), name))
+    assert (image.mode, values(image)) == ("L", SHALLOW)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
+def test_16_bits_in_memory_are_scaled_whatever_their_order(mode):
+    data = np.array([DEEP], ">u2" if mode == "I;16B" else "<u2").tobytes()
+    assert values(eight_bits(Image.frombytes(mode, (len(DEEP), 1), data))) == SHALLOW
+
+
+def test_older_pillows_have_a_png_of_16_bits_in_mode_i():
+    image = Image.fromarray(np.array([DEEP], np.int32))
+    image.format = "PNG"
+    assert values(eight_bits(image)) == SHALLOW
+
+
+def tiff(row, tag, value):
+    """One row of 16-bit grey, and in its header a tag with another value than Pillow writes."""
+    file = io.BytesIO()
+    Image.fromarray(np.frombuffer(row, "<u2")[None]).save(file, "TIFF")
+    entry = struct.pack("<HHI", tag, 3, 1)
+    found = file.getvalue().index(entry) + len(entry)
+    return Image.open(io.BytesIO(file.getvalue()[:found] + struct.pack("<H", value) + file.getvalue()[found + 2 :]))
+
+
+def test_a_tiff_says_how_many_bits_and_what_is_white():
+    packed = bytes.fromhex("000fff800009") + b"\0\0"
+    assert values(eight_bits(tiff(packed, 258, 12))) == [0, 255, 128, 1]
+    white = tiff(np.array(DEEP, "<u2").tobytes(), 262, 0)
+    assert values(eight_bits(white)) == [255 - value for value in SHALLOW]
+
+
+def test_16_bit_colours_keep_their_high_byte():
+    """Which is how Pillow reads them."""
+
+    def chunk(name, data):
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    row = b"\0" + np.array([0x1234, 0xFFFF, 0x0080], ">u2").tobytes()
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 16, 2, 0, 0, 0]))
+    image = eight_bits(Image.open(io.BytesIO(png + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b""))))
+    assert (image.mode, values(image)) == ("RGB", [0x12, 255, 0])
+
+
+REFUSED = {
+    "a float.tif": Image.new("F", (2, 2), 0.5),
+    "a 32-bit.tif": Image.new("I", (2, 2), 7),
+    "a lab.tif": Image.new("LAB", (2, 2)),
+    "a float.pfm": Image.new("F", (2, 2), 0.5),
+}
+
+
+@pytest.mark.parametrize("limit", [10, 1], ids=["short list", "long list"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_range_is_refused_with_its_path_beforehand(tmp_path, monkeypatch, name, limit):
+    monkeypatch.setattr(parts, "DECODED_UP_TO", limit)
+    paths = [tmp_path / "a good.png", tmp_path / name]
+    deep().save(paths[0])
+    REFUSED[name].save(paths[1], **({"format": "PPM"} if name.endswith("pfm") else {}))
+    entries = [Entry(str(path), 0, "my list") for path in paths]
+    check_images(entries[:1] * 2)
+    error = rf"^(my list: )?image .*/{name} cannot be read: its .* values have no defined range"
+    with pytest.raises(OSError, match=error):
+        check_images(entries)
+    with pytest.raises(OSError, match=error):
+        ImageSet(Listed(entries), Transform(pil_to_tensor), 1)[1]
+
+
+def test_what_is_seen_is_what_torchvision_s_folders_show(tmp_path):
+    """Alpha and transparency dropped, nothing rotated by EXIF."""
+    from torchvision.datasets.folder import pil_loader
+
+    rng = np.random.default_rng(0)
+    colour = Image.fromarray(rng.integers(0, 256, (4, 6, 4), dtype=np.uint8), "RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    palette = colour.convert("RGB").quantize(8)
+    kinds = {
+        "alpha.png": (colour, {}),
+        "grey and alpha.png": (colour.convert("LA"), {}),
+        "palette.png": (palette, {"transparency": bytes(range(8))}),
+        "palette.gif": (palette, {"transparency": 3}),
+        "one bit.png": (colour.convert("1"), {}),
+        "four inks.jpg": (colour.convert("CMYK"), {}),
+        "turned.jpg": (colour.convert("RGB"), {"exif": exif}),
+        "grey.png": (colour.convert("L"), {}),
+    }
+    for name, (image, options) in kinds.items():
+        image.save(tmp_path / name, **options)
+    seen = ImageSet(
+        Listed([Entry(str(tmp_path / name), 0, "") for name in kinds]),
+        Transform(lambda image: torch.from_numpy(np.array(image.convert("RGB")))),
+        1,
+    )
+    for index, name in enumerate(kinds):
+        pixels = seen[index][0].numpy()
+        with pytest.warns() if name == "palette.png" else contextlib.nullcontext():
+            expected = np.asarray(pil_loader(str(tmp_path / name)))
+        assert np.array_equal(pixels, expected), name
+        assert pixels.shape == (4, 6, 3)
+
+
+def test_a_folder_of_16_bit_images_is_trained_on_as_they_look(tmp_path):
+    write_classes(tmp_path / "test", {"a": 1, "b": 1})
+    for name, value in (("a", 10_000), ("b", 40_000)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(2):
+            deep([value + i] * 4).save(tmp_path / "train" / name / f"{i}.png")
+    splits = load(data=str(tmp_path))
+    found = {label: round(image.mean().item() * 127.5 + 127.5) for image, label in splits.trainval}
+    assert found == {0: 39, 1: 156}

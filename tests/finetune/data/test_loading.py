@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from rlrr_kernels.finetune.batches import Batches
 from rlrr_kernels.finetune.data import ImageSet, loading, make_transform
 from rlrr_kernels.finetune.data.images import random_draws
-from rlrr_kernels.finetune.data.listed import Entry, Listed
+from rlrr_kernels.finetune.data.parts import Entry, Listed
 from rlrr_kernels.finetune.distributed import World
 
 CPU = torch.device("cpu")
@@ -121,20 +121,6 @@ def test_each_image_is_decoded_once_and_no_file_is_left(entries, tmp_path):
     # the first also tells the shape
     assert sorted(images.items.asked) == [0, *range(COUNT)]
     assert list((tmp_path / "kept").iterdir()) == []
-
-
-def test_a_run_sees_what_lies_on_the_disk_when_it_begins(entries):
-    images = image_set(entries)
-    loading.keep(images, World(), 1, 2**30)
-    before = images[0][0].clone()
-    status = os.stat(entries[0].path)
-    write(entries[0].path, 3)
-    os.utime(entries[0].path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert torch.equal(images[0][0], before)
-    again = image_set(entries)
-    loading.keep(again, World(), 1, 2**30)
-    assert torch.equal(again[0][0], image_set(entries)[0][0])
-    assert not torch.equal(again[0][0], before)
 
 
 def full(*_):

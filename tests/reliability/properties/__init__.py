@@ -1,1 +1,1 @@
-"""Randomly drawn problems and the properties that hold of each, for every backend: tests and the soak share them."""
+"""Random problems and the properties that hold for each, on every backend; the tests and the soak share them."""

@@ -1,4 +1,4 @@
-"""What holds of every case on every backend; each function raises AssertionError where it does not."""
+"""What holds for every case on every backend; each function raises AssertionError where it does not."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from tests.oracle import Answer, Problem, assert_close, differentiate
 from tests.reliability.properties.cases import NAMES, REPEATING, Case, Inputs, build
 from tests.reliability.properties.solvers import Backend, Results
 
-#: Result -> where it stands in an Answer.
+#: Result -> field of an Answer.
 FIELDS = {"y": "y", "dx": "dx", "dscale_out": "du", "dscale_in": "dv", "dbias": "df", "dshift": "df"}
 
 
 def step(dtype: torch.dtype) -> float:
-    """Between subnormal values of a dtype: what underflow may cost."""
+    """The distance between subnormal values of a dtype, which underflow may cost."""
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def sizes(p: Problem) -> Answer:
-    """For each result the sum of its terms' absolute values, S's two terms included: what errors are relative to."""
+    """For each result the sum of its terms' absolute values, S's two terms included; errors are relative to it."""
     positive = {name: t if t is None else t.abs() for name, t in vars(p).items()}
     return differentiate(Problem(**positive), torch.float64)
 
@@ -29,13 +29,13 @@ def sizes(p: Problem) -> Answer:
 def bounds(case: Case, p: Problem, size: Answer) -> Answer:
     """How far each element may be from the exact one, by the standard analysis of rounding errors.
 
-    A sum of n products in any order is wrong by at most n u times the sum of their sizes; W' and
-    the result are rounded once more each to x's dtype, and so may bias + shift be.
+    A sum of n products in any order has an error of at most n u times the sum of their sizes. W' and the result are
+    each rounded once more to x's dtype, and bias + shift may be.
     """
     narrow, wide = torch.finfo(case.dtype), torch.finfo(case.wide)
-    # a sum that tensor cores cut loses twice as much as a rounded one, of which eps is twice the unit already
-    y, dx, du, dv, df = (wide.eps * (count + 8) for count in (p.weight.shape[1], case.n, case.m + case.k, 0, case.m))
-    dv = wide.eps * (case.m + case.n + 8)
+    # a sum that tensor cores truncate loses twice as much as a rounded one: eps, which is twice the unit roundoff
+    terms = (p.weight.shape[1], case.n, case.m + case.k, case.m + case.n, case.m)
+    y, dx, du, dv, df = (wide.eps * (count + 8) for count in terms)
     lost = step(case.dtype)
     return Answer(
         size.y * (2 * narrow.eps + y) + lost * (1 + p.x.double().abs().sum(1, keepdim=True)),
@@ -47,7 +47,7 @@ def bounds(case: Case, p: Problem, size: Answer) -> Answer:
 
 
 def within(name: str, got: Tensor, exact: Tensor, bound: Tensor) -> None:
-    """Element by element, so that one wrong among thousands shows."""
+    """Element by element, so that one wrong element among thousands shows."""
     finfo = torch.finfo(got.dtype)
     allowed = bound + finfo.eps * exact.abs() + step(got.dtype)
     wrong = ~((got.double() - exact).abs() <= allowed)
@@ -60,7 +60,7 @@ def within(name: str, got: Tensor, exact: Tensor, bound: Tensor) -> None:
 
 
 def accurate(case: Case, inputs: Inputs, got: Results) -> None:
-    """Shape, dtype, the yardstick of tests/oracle.py and the bound of each element."""
+    """Shape, dtype, the yardstick of ``tests/oracle.py``, and the bound of each element."""
     p = inputs.problem()
     exact, size = differentiate(p, torch.float64), sizes(p)
     plain = differentiate(p, case.dtype, keep=("weight", "scale_out", "scale_in", "bias", "shift"))
@@ -73,10 +73,10 @@ def accurate(case: Case, inputs: Inputs, got: Results) -> None:
         like = (plain if field in ("y", "dx") else plain_wide).__dict__[field].reshape(given.shape).to(given.dtype)
         wanted, terms = (getattr(a, field).reshape(given.shape) for a in (exact, size))
         within(name, got[name], wanted, getattr(bound, field).reshape(given.shape))
-        # equal terms are rounded alike, to one side: their errors add up, and say nothing of the plain formula's
+        # errors of equal terms have one sign and add up, so the plain formula's error says nothing about ours
         if repeats:
             continue
-        # where terms cancel, or only few values are rounded, either side may be lucky by one rounding of its terms
+        # where terms cancel, or few values are rounded, either error may be smaller by one rounding of the terms
         condition = float(terms.norm() / wanted.norm().clamp_min(1e-300))
         luck = torch.finfo(case.wide).eps * condition
         if given.dtype.itemsize == 2:
@@ -97,8 +97,7 @@ def accurate(case: Case, inputs: Inputs, got: Results) -> None:
 
 def untouched(inputs: Inputs, before: dict[str, Tensor]) -> None:
     """No bit of the inputs' storages has changed, fences and gaps included."""
-    for name, t in inputs.given().items():
-        now = torch.as_strided(t, (t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+    for name, now in storages(inputs).items():
         assert torch.equal(bits(now), bits(before[name])), f"{name}: memory in or around it has been written to"
 
 
@@ -110,7 +109,7 @@ def storages(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def bits(t: Tensor) -> Tensor:
-    """NaN equals NaN, and 0 does not equal -0."""
+    """As integers, where NaN equals NaN and 0 differs from -0."""
     return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
@@ -124,7 +123,7 @@ def equal(got: Results, other: Results, names: tuple[str, ...]) -> None:
 
 
 def layouts_change_no_bit(backend: Backend, case: Case, inputs: Inputs, got: Results) -> None:
-    """Packed copies of the same values give the same bits where no library decides the order of sums."""
+    """Contiguous copies give the same bits, where no BLAS decides the order of sums."""
     packed = inputs.map(lambda name, t: t.contiguous().clone())
     if not backend.same_bits(case):
         return accurate(case, packed, backend.solve(case, packed))
@@ -135,10 +134,10 @@ def layouts_change_no_bit(backend: Backend, case: Case, inputs: Inputs, got: Res
 
 
 def powers_of_two_change_no_bit(backend: Backend, case: Case, inputs: Inputs) -> None:
-    """S = 1 + u v of powers of two rounds nothing: the same bits as a weight that was scaled before."""
+    """Where S = 1 + u v is a power of two, nothing is rounded: the bits are those of a weight scaled before."""
     g = torch.Generator().manual_seed(case.seed)
     device = inputs.x.device
-    # a half of float16's smallest numbers would round
+    # half of float16's smallest numbers would be rounded
     least = 0 if "float16" in case.dtypes[:2] else -2
     power = 2.0 ** torch.randint(least, 4, (case.n,), generator=g) * (
         torch.randint(0, 2, (case.n,), generator=g) * 2 - 1
@@ -158,7 +157,7 @@ def powers_of_two_change_no_bit(backend: Backend, case: Case, inputs: Inputs) ->
             return (t.double() * power.to(device)[:, None]).to(t.dtype)
         return torch.zeros_like(t) if name in ("scale_out", "scale_in") else t
 
-    # rows that share memory cannot be scaled apart, and huge values would overflow
+    # rows that share memory cannot be scaled one by one, and huge values would overflow
     tame = dataclasses.replace(case, sizes=(1.0,) * 7, weight_layout="contiguous")
     tame_inputs = build(tame, str(device))
     a, b = (backend.solve(tame, tame_inputs.map(change)) for change in (scaled, before))
@@ -166,7 +165,7 @@ def powers_of_two_change_no_bit(backend: Backend, case: Case, inputs: Inputs) ->
 
 
 def u_du_is_v_dv(case: Case, inputs: Inputs, got: Results) -> None:
-    """Both are the sum of P u v over a group; equal within the errors that each may have."""
+    """Both are the sum of P u v over a group, equal within the error bounds of each."""
     if not {"dscale_out", "dscale_in"} <= got.keys() or not case.m * case.n * case.k:
         return
     p = inputs.problem()
@@ -179,14 +178,11 @@ def u_du_is_v_dv(case: Case, inputs: Inputs, got: Results) -> None:
     ):
         t, other = t.double().view(case.groups, -1), other.double().view(case.groups, -1)
         rounded = torch.finfo(got["dscale_out" if name == "u du" else "dscale_in"].dtype)
-        error = (t.abs() * (allowed.view(case.groups, -1) + rounded.eps * other.abs() + step_of(rounded))).sum(1)
+        lost = rounded.eps * rounded.smallest_normal
+        error = (t.abs() * (allowed.view(case.groups, -1) + rounded.eps * other.abs() + lost)).sum(1)
         total[name] = (t * other).sum(1), error
     (left, left_error), (right, right_error) = total.values()
     assert ((left - right).abs() <= left_error + right_error).all(), f"u du = {left}, v dv = {right}"
-
-
-def step_of(finfo: torch.finfo) -> float:
-    return finfo.smallest_normal * finfo.eps
 
 
 def rows_are_independent(backend: Backend, case: Case, inputs: Inputs, got: Results) -> None:
@@ -199,7 +195,7 @@ def rows_are_independent(backend: Backend, case: Case, inputs: Inputs, got: Resu
         def copied(name: str, t: Tensor) -> Tensor:
             if name not in ("x", "dy"):
                 return t
-            # a new tensor either way: a BLAS may choose its order of sums by where memory begins
+            # both are new tensors, as a BLAS may choose its order of sums by alignment
             t = t.clone(memory_format=torch.contiguous_format)
             keep = t.view(case.m, t.shape[-1])[row].clone()
             if spoil:
@@ -217,7 +213,7 @@ def rows_are_independent(backend: Backend, case: Case, inputs: Inputs, got: Resu
 
 
 def examine(backend: Backend, case: Case) -> None:
-    """All that always holds of a case, and the property that it asks for besides."""
+    """Check what always holds for a case, and the property that it asks for."""
     inputs = build(case, backend.device)
     before = storages(inputs)
     got = backend.solve(case, inputs)

@@ -1,4 +1,4 @@
-"""Every backend behind one call: inputs in, what a user would get out."""
+"""Every backend behind one call: inputs in, the results of a user out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from rlrr_kernels import rescaled_linear, use_backend
 from rlrr_kernels.backends import choice
 from tests.cuda_host.machine import LARGE, PASSES, SMALL, HopperMachine, Machine, Unsupported, build, build_hopper
 from tests.oracle import Problem, device_of
-from tests.reliability.properties.cases import NAMES, Case, Inputs
-from tests.reliability.properties.strategies import Domain
+from tests.reliability.properties.cases import NAMES, Case, Domain, Inputs
 
-#: y and the gradients of whatever needs one, by name: dx, dweight, dscale_out, ...
+#: y and the gradients of what needs one, by name: dx, dweight, dscale_out, ...
 Results = dict[str, Tensor]
 
 NARROW = ("float16", "bfloat16", "float32")
@@ -32,7 +31,7 @@ class Backend:
     device: str
     domain: Domain
     solve: Callable[[Case, Inputs], Results]
-    #: whether layout changes no bit; where it does, sums run in another order
+    #: whether layouts change no bit of a case; where they do, sums run in another order
     same_bits: Callable[[Case], bool]
 
 
@@ -57,7 +56,7 @@ def through_autograd(name: str) -> Callable[[Case, Inputs], Results]:
 
 
 def _of_problem(solve: Callable[[Problem], dict[str, Tensor]]) -> Callable[[Case, Inputs], Results]:
-    """A machine that knows canonical problems, as ``csrc/cuda/register.cpp`` hands them to the kernels."""
+    """A host model of a GPU, which takes canonical problems as ``csrc/cuda/register.cpp`` gives them to the kernels."""
 
     def run(case: Case, inputs: Inputs) -> Results:
         p = inputs.problem()
@@ -90,56 +89,43 @@ def hopper_machine() -> HopperMachine:
 
 
 def _hopper_passes(p: Problem) -> dict[str, Tensor]:
-    """Pass by pass: what this path does not take goes to the base kernels, as in the library."""
+    """Each pass that the Hopper kernels do not take goes to the base kernels, as in the library."""
     results: dict[str, Tensor] = {}
     for name, keys in zip(PASSES, (("y",), ("dx",), ("du", "dv", "df")), strict=True):
         try:
             answer = hopper_machine().solve(p, 3, passes=(name,))
         except Unsupported:
             answer = base_machine().solve(p, SMALL, passes=(name,))
-        else:
-            taken[name] += 1
         results |= {key: getattr(answer, key) for key in keys}
     return results
 
 
-#: How many passes the Hopper kernels took.
-taken = dict.fromkeys(PASSES, 0)
-
-
 def own_instructions() -> str:
-    """What ``csrc/cpu`` uses here, as ``RLRR_CPU_CAPABILITY`` names it."""
+    """The instruction set that ``csrc/cpu`` uses here, as ``RLRR_CPU_CAPABILITY`` names it."""
     from rlrr_kernels.backends import cpu
 
     return cpu.build().rpartition(" ")[2]
 
 
 def own_cpu_kernels(case: Case) -> bool:
-    """Whether no BLAS decides the order of sums: the kernels in ``csrc/cpu/packed``."""
-    # plain PyTorch serves what is empty
+    """Whether the kernels in ``csrc/cpu/packed`` serve a case, so that no BLAS decides the order of sums."""
+    # plain PyTorch serves empty tensors
     return (
         own_instructions() != "baseline" and case.dtypes[0] in ("float32", "bfloat16") and case.m * case.n * case.k > 0
     )
 
 
-def never(case: Case) -> bool:
-    return False
-
-
-def always(case: Case) -> bool:
-    return True
-
-
 def backend(name: str) -> Backend:
     """A backend by name: those of ``use_backend``, and ``cuda_host``, ``cuda_host_large`` and ``hopper_host``."""
     both = (("float64", "float64"),)
+    never, always = (lambda case: False), (lambda case: True)
     if name in ("reference", "panels"):
         return Backend(name, "cpu", Domain((*PAIRS, *both), 160, True, ALSO), through_autograd(name), never)
     if name == "cpu":
         pairs = tuple(p for p in (*PAIRS, *both) if "float16" not in p)
         return Backend(name, "cpu", Domain(pairs, 320, True, ALSO), through_autograd(name), own_cpu_kernels)
     if name == "triton":
-        # the interpreter takes a second for what a GPU does in microseconds
+        # the interpreter is slow
         most = 300 if device_of(name) == "cuda" else 66
         return Backend(name, device_of(name), Domain(PAIRS, most, True, ALSO, groups=4), through_autograd(name), never)
     if name == "cuda":

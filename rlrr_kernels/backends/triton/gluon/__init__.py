@@ -1,4 +1,4 @@
-"""Hopper's kernels, in Gluon: Triton's language one level down, where warps have roles and copies have barriers."""
+"""Kernels for Hopper in Gluon, Triton's lower-level language, where warps have roles and copies have barriers."""
 
 from rlrr_kernels.backends.reference import grad_shift
 from rlrr_kernels.backends.triton.gluon.launch import candidates, forward, grad_input, grad_scales, unsupported

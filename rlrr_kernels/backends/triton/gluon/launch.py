@@ -1,8 +1,8 @@
-"""The backend ``gluon``: which tensors Hopper's kernels take, in which tiles, and their launch.
+"""Hopper's kernels as the backend ``gluon``: chooses tiles for the given tensors, and launches the kernels.
 
-They take float16 and bfloat16, with W in x's dtype, as the copy engine loads boxes: rows of a multiple of 16 bytes.
-Groups are of whole tiles of 128 rows. All else, and what has too few tiles for the multiprocessors, goes to the plain
-kernels of :mod:`rlrr_kernels.backends.triton.launch`, which split sums.
+They support float16 and bfloat16, with W in x's dtype, where the copy engine can load boxes: rows of a multiple of 16
+bytes, and groups of whole tiles of 128 rows. Other tensors, and problems with too few tiles for the multiprocessors,
+go to the plain kernels of :mod:`rlrr_kernels.backends.triton.launch`, which split sums.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from rlrr_kernels.backends import tuned
 from rlrr_kernels.backends.problem import Problem
 from rlrr_kernels.backends.triton import launch as plain
-from rlrr_kernels.backends.triton.choose import WORKSPACE_BYTES, Device
+from rlrr_kernels.backends.triton.choose import WORKSPACE_BYTES, Device, ceil_div, row_slices
 from rlrr_kernels.backends.triton.gluon.gram import gram_kernel
 from rlrr_kernels.backends.triton.gluon.product import product_kernel
-from rlrr_kernels.backends.triton.slices import in_slices, row_slices
-from rlrr_kernels.backends.triton.start import ceil_div, start
+from rlrr_kernels.backends.triton.start import start
 
 #: Rows of W' in a tile, and steps of its depth.
 ROWS, DEPTH = 128, 64
@@ -32,9 +31,9 @@ ROWS, DEPTH = 128, 64
 
 @dataclass(frozen=True)
 class Width:
-    """Tokens of a tile: ``wide`` in one product and ``extra`` (0 or 64) in a second; what fits in shared memory.
+    """Tokens of a tile: ``wide`` in one product and ``extra`` (0 or 64) in a second; ``stages`` fit in shared memory.
 
-    A step of 192 tokens costs what 192 do, and Triton's shapes are powers of two: 128 and 64.
+    Triton's shapes are powers of two, so 192 tokens are 128 and 64. Their step costs what 192 tokens cost.
     """
 
     wide: int
@@ -48,7 +47,7 @@ class Width:
 
 WIDTHS = (Width(256, 0, 3), Width(128, 64, 4), Width(128, 0, 5))
 
-#: Of a tile of grad_scales: tokens of a step, rows and columns of G, steps in flight.
+#: A tile of grad_scales: tokens of a step, rows and columns of G, steps in flight.
 TOKENS, GRAM_ROWS, GRAM_COLUMNS, GRAM_STAGES = 64, 128, 256, 4
 
 #: What a tile costs besides its products, in tokens of a product, and in steps of grad_scales.
@@ -56,12 +55,12 @@ _TILE_TOKENS, _TILE_STEPS = 8, 10
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Of x's GPU."""
+    """Return the number of multiprocessors of x's GPU."""
     return plain.device_of(x).multiprocessors
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Why this backend cannot serve these tensors, or None if it can."""
+    """Return why this backend cannot serve these tensors, or None if it can."""
     if x.dtype not in (torch.float16, torch.bfloat16) or weight.dtype is not x.dtype:
         return f"x {x.dtype} with weight {weight.dtype}: it computes in float16 and bfloat16, with a weight of the same"
     if x.device.type != "cuda" or torch.version.hip is not None:
@@ -72,9 +71,9 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 @lru_cache(maxsize=4096)
 def widths(m: int, rows: int, multiprocessors: int) -> tuple[Width, ...]:
-    """The tiles for a result ``[m, rows]``, that which takes the fewest tokens' time, wave by wave, first.
+    """Return the widths of tiles for a result ``[m, rows]``, the one whose waves cost the least first.
 
-    Empty where there are too few tiles for the multiprocessors.
+    Empty if there are too few tiles for the multiprocessors.
     """
 
     def cost(w: Width) -> int:
@@ -86,7 +85,10 @@ def widths(m: int, rows: int, multiprocessors: int) -> tuple[Width, ...]:
 
 
 def candidates(problem: Problem, device: Device) -> tuple[Width | None, ...]:
-    """What ``rlrr-tune`` measures, the rule's choice first; grad_scales, and what goes elsewhere, has none to make."""
+    """Return what ``rlrr-tune`` measures, the cost model's choice first.
+
+    ``(None,)`` for grad_scales, which has one tile only, and for problems that go to the plain kernels.
+    """
     if problem.kernel == "grad_scales":
         return (None,)
     rows = problem.n if problem.kernel == "forward" else problem.k
@@ -94,7 +96,7 @@ def candidates(problem: Problem, device: Device) -> tuple[Width | None, ...]:
 
 
 def _chosen(problem: Problem, act: Tensor) -> Width | None:
-    """What was measured for a product, or else the rule's choice; None for too few tiles."""
+    """Return what was measured for a product, else the cost model's choice; None if there are too few tiles."""
     rows = problem.n if problem.kernel == "forward" else problem.k
     fitting = widths(problem.m, rows, multiprocessors(act))
     entry = tuned.find(problem, act.device)
@@ -105,7 +107,7 @@ def _chosen(problem: Problem, act: Tensor) -> Width | None:
 
 @lru_cache(maxsize=4096)
 def split_tokens(m: int, n: int, k: int, multiprocessors: int) -> int:
-    """Tokens that a program of grad_scales sums over: those whose waves take the fewest steps."""
+    """Return the number of tokens that a program of grad_scales sums over, so that its waves take the fewest steps."""
     steps, k_tiles = ceil_div(m, TOKENS), ceil_div(k, GRAM_COLUMNS)
     tiles = ceil_div(n, GRAM_ROWS) * k_tiles
     most = min(steps, max(1, WORKSPACE_BYTES // _partial_bytes(n, k)), max(1, 3 * multiprocessors // tiles))
@@ -118,12 +120,15 @@ def split_tokens(m: int, n: int, k: int, multiprocessors: int) -> int:
 
 
 def _partial_bytes(n: int, k: int) -> int:
-    """Of partial sums of one split: du and df from each tile of K, dv from each 64 rows."""
+    """Return the bytes of one split's partial sums: du and df from each tile of K, dv from each 64 rows."""
     return 4 * (2 * n * ceil_div(k, GRAM_COLUMNS) + ceil_div(n, 64) * k)
 
 
 def _fits(*tensors: Tensor) -> bool:
-    """Whether the copy engine can load boxes of these matrices: row-major, base and rows of a multiple of 16 bytes."""
+    """Return whether the copy engine can load boxes of these matrices.
+
+    They must be row-major, and begin and have rows at multiples of 16 bytes.
+    """
     return all(
         t.stride(1) == 1
         and t.stride(0) >= t.shape[1]
@@ -134,7 +139,7 @@ def _fits(*tensors: Tensor) -> bool:
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """A vector or two where boxes can begin; a view of a flat parameter may begin anywhere."""
+    """Return vectors where boxes can begin, copied if they must be: a view of a flat parameter may begin anywhere."""
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
@@ -163,7 +168,7 @@ def _product(
     choice: Width,
     forward: bool,
 ) -> None:
-    """One launch of ``product_kernel``: act ``[M, depth]`` and W into out ``[M, rows]``."""
+    """Launch ``product_kernel`` once, with act ``[M, depth]`` and W into out ``[M, rows]``."""
     (m, depth), rows = act.shape, out.shape[1]
     steps = ceil_div(depth, DEPTH)
     wide, extra = choice.wide, choice.extra or 64
@@ -211,7 +216,7 @@ def forward(
     *,
     choice: Width | None = None,
 ) -> Tensor:
-    """y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
+    """Return y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
     (m, k), n, groups = x.shape, weight.shape[0], scale_in.shape[0]
     choice = choice or _chosen(Problem("forward", m, n, k, groups, x.dtype, weight.dtype), x)
     u, v = plain.vectors(scale_out, scale_in)
@@ -227,11 +232,11 @@ def forward(
 def grad_input(
     dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, choice: Width | None = None
 ) -> Tensor:
-    """dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
+    """Return dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
     (m, n), k, groups = dy.shape, weight.shape[1], scale_in.shape[0]
     choice = choice or _chosen(Problem("grad_input", m, n, k, groups, dy.dtype, weight.dtype), dy)
     u, v = plain.vectors(scale_out, scale_in)
-    u = _aligned(u.float().view(1, n))  # in boxes, as the depth is N here
+    u = _aligned(u.float().view(1, n))  # u comes in boxes here, because the depth is N
     if choice is None or k % 8 or not _fits(dy, weight, u) or not _whole_groups(n, groups):
         return plain.grad_input(dy, weight, scale_out, scale_in)
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
@@ -250,9 +255,10 @@ def grad_scales(
     *,
     tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` unless asked for), float32.
+    """Return du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` without ``need_shift``), in float32.
 
-    Where the partial sums of all rows of W would not fit in ``WORKSPACE_BYTES``, slices of rows take turns.
+    If the partial sums of all rows of W do not fit in ``WORKSPACE_BYTES``, slices of rows are processed one after
+    another.
     """
     (m, n), k, groups = dy.shape, x.shape[1], scale_in.shape[0]
     tokens = tokens or split_tokens(m, n, k, multiprocessors(x))
@@ -260,18 +266,18 @@ def grad_scales(
     few = 2 * splits * ceil_div(n, GRAM_ROWS) * k_tiles < multiprocessors(x)
     if few or not _fits(dy, x) or not weight.is_contiguous() or not _whole_groups(n, groups):
         return plain.grad_scales(dy, x, weight, scale_out, scale_in, need_shift)
-    # its tiles have one row of dv, and df once: at most half of what these take
+    # row_slices counts one row of dv and one of df for each tile, at most half of what these tiles write
     slices = row_slices(n, k, groups, GRAM_ROWS, GRAM_COLUMNS, splits, WORKSPACE_BYTES // 2)
     if len(slices) > 1:
         run = functools.partial(_gram, need_shift=need_shift, tokens=tokens)
-        return in_slices(run, slices, dy, x, weight, scale_out, scale_in)
+        return plain.in_slices(run, slices, dy, x, weight, scale_out, scale_in)
     return _gram(dy, x, weight, scale_out, scale_in, need_shift=need_shift, tokens=tokens)
 
 
 def _gram(
     dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, need_shift: bool, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`grad_scales` in one launch, and one that adds up its partial sums."""
+    """Compute :func:`grad_scales` by one launch, and another that adds up its partial sums."""
     (m, n), k, groups = dy.shape, x.shape[1], scale_in.shape[0]
     splits, k_tiles = ceil_div(m, tokens), ceil_div(k, GRAM_COLUMNS)
     group_tiles = ceil_div(n // groups, GRAM_ROWS)

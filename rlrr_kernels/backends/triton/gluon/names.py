@@ -1,4 +1,4 @@
-"""What the kernels use of Gluon, under one name each: Triton 3.6 to 3.9 differ in some."""
+"""The parts of Gluon that the kernels use, each under one name: some names differ between Triton 3.6 and 3.9."""
 
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlrr_kernels.backends.triton import launch, layer_norm
+from rlrr_kernels.backends.triton import launch, norm
 from rlrr_kernels.backends.triton.choose import Choice, Device
 
 #: The machine's GPUs: data sheets' multiprocessors and shared memory.
@@ -152,8 +152,8 @@ def calls(case: Case, t: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]
 
     def layer_norm_passes() -> None:
         s = v[0, 0]
-        y, mean, rstd = layer_norm.forward(x, w[0], None, s, s, 1e-6, x.dtype)
-        layer_norm.backward(y, x, mean, rstd, w[0], None, s, True)
+        y, mean, rstd = norm.layer_norm(x, w[0], None, s, s, 1e-6, x.dtype)
+        norm.layer_norm_backward(y, x, mean, rstd, w[0], None, s, True)
 
     found: dict[str, Callable[[], Any]] = {
         "forward": lambda: launch.forward(x, *args, b, f, choice=case.choice),
