@@ -14,7 +14,7 @@
 namespace rlrr::model {
 
 constexpr int kMostShared = 227 * 1024;  // of any GPU that is modelled
-constexpr int kPoison = 0xff;  // a NaN in float32, float16 and bfloat16
+constexpr int kPoison = 0xff;            // a NaN in float32, float16 and bfloat16
 constexpr int kSwizzlePeriod = 1024;
 
 enum class State { runnable, paused, at_instruction, at_barrier, at_phase, done };

@@ -151,7 +151,13 @@ FAULTS = [
             "split < s.splits; ++split) sum",
             "split + 1 < s.splits; ++split) sum",
         ),
-        ("another column's bias", "forward", "epilogue.cuh", "s.shift, column + 2), sum.w", "s.shift, column + 1), sum.w"),
+        (
+            "another column's bias",
+            "forward",
+            "epilogue.cuh",
+            "s.shift, column + 2), sum.w",
+            "s.shift, column + 1), sum.w",
+        ),
         ("a split rounded", "forward", "epilogue.cuh", "sum.x += more.x", "sum.x += widen(narrow<T>(more.x))"),
         # rounding
         (

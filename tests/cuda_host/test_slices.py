@@ -141,7 +141,11 @@ FAULTS = [
             ("partials.cuh", "s.tile > 0;", "true;"),
             ("partials.cuh", "g.dv + s.group * g.layer.k +", "g.dv +"),
             ("partials.cuh", "group * group_rows + tile * tile_rows;", "group * group_rows;"),
-            ("partials.cuh", "s.tile < all_.tiles; s.tile += step_.tiles", "s.tile < step_.tiles; s.tile += step_.tiles"),
+            (
+                "partials.cuh",
+                "s.tile < all_.tiles; s.tile += step_.tiles",
+                "s.tile < step_.tiles; s.tile += step_.tiles",
+            ),
         )
     ),
 ]

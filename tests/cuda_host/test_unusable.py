@@ -17,7 +17,9 @@ def runtime(tmp_path_factory) -> ctypes.CDLL:
         pytest.skip("needs a C++ compiler (c++ or g++, or the one that CXX names)")
     library = tmp_path_factory.mktemp("runtime") / "unusable.so"
     command = [cxx, *FLAGS, f"-I{HERE / 'include'}", f"-I{SOURCES}", "-shared"]
-    subprocess.run([*command, "-xc++", str(SOURCES / "device.cu"), str(HERE / "runtime.cpp"), "-o", str(library)], check=True)
+    subprocess.run(
+        [*command, "-xc++", str(SOURCES / "device.cu"), str(HERE / "runtime.cpp"), "-o", str(library)], check=True
+    )
     loaded = ctypes.CDLL(str(library))
     loaded.runtime_unusable.restype = ctypes.c_char_p
     return loaded

@@ -126,7 +126,7 @@ RLRR_DEVICE void load_row_scales(float (&to)[2], const Product& p, int segment, 
 // slots in the 1024 (512) cycles that the tensor cores take for the products of both warpgroups. Rescaling costs no
 // time as long as products overlap. In SASS (nvcc -cubin, nvdisasm -c) the step is the loop around four HGMMA, each
 // followed by WARPGROUP.DEPBAR.LE gsb0, 0x3; 0x0 would mean that no product overlaps.
-// tests/cuda_host/hopper/test_sass.py checks this.
+// tests/cuda_host/test_sass.py checks this.
 template <class T, Weight kWeight, int kTokens>
 struct Multiplication {
   static constexpr int kParts = kBox / 16;  // products of a step

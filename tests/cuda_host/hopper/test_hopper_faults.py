@@ -31,7 +31,11 @@ FAULTS = [
         "      auto& boxes",
     ),
     Fault(
-        "a stage released under a product", "grad_input", "hopper/persistent_product.cuh", "part == kInFlight - 1", "part == 0"
+        "a stage released under a product",
+        "grad_input",
+        "hopper/persistent_product.cuh",
+        "part == kInFlight - 1",
+        "part == 0",
     ),
     Fault(
         "registers reused under a product",
@@ -55,13 +59,31 @@ FAULTS = [
         "    ptx::named_barrier(1, kConsumers * kWarpgroup);\n    const int col",
         "    const int col",
     ),
-    Fault("stride between boxes", "grad_scales", "hopper/warpgroups.cuh", "(next_box >> 4) << 16", "(next_box >> 5) << 16"),
-    Fault("depth's step in a row", "forward", "hopper/warpgroups.cuh", "kAlongRow = 16 * 2 >> 4", "kAlongRow = 16 * 4 >> 4"),
+    Fault(
+        "stride between boxes", "grad_scales", "hopper/warpgroups.cuh", "(next_box >> 4) << 16", "(next_box >> 5) << 16"
+    ),
+    Fault(
+        "depth's step in a row",
+        "forward",
+        "hopper/warpgroups.cuh",
+        "kAlongRow = 16 * 2 >> 4",
+        "kAlongRow = 16 * 4 >> 4",
+    ),
     Fault("no swizzle in loads", "grad_input", "hopper/warpgroups.cuh", "((chunk ^ (row % 8)) << 4)", "(chunk << 4)"),
-    Fault("W's chunks in order", "forward", "hopper/persistent_product.cuh", "offset ^ 16 * 2 * part", "offset + 16 * 2 * part"),
+    Fault(
+        "W's chunks in order",
+        "forward",
+        "hopper/persistent_product.cuh",
+        "offset ^ 16 * 2 * part",
+        "offset + 16 * 2 * part",
+    ),
     Fault("the first rows over and over", "grad_input", "hopper/persistent_product.cuh", "+ 16 * kRowBytes * part", ""),
     Fault(
-        "tokens of wide tiles", "forward", "hopper/persistent_product.cuh", "index / of_rows * kTokens", "index / of_rows * 256"
+        "tokens of wide tiles",
+        "forward",
+        "hopper/persistent_product.cuh",
+        "index / of_rows * kTokens",
+        "index / of_rows * 256",
     ),
     Fault(
         "boxes of wide tiles",
@@ -70,9 +92,19 @@ FAULTS = [
         "p.token_count, depth, width)",
         "p.token_count, depth, kWideTile)",
     ),
-    Fault("u and v of the wrong rows", "forward", "hopper/persistent_product.cuh", "row_scales[i % 2]", "row_scales[i / 2]"),
     Fault(
-        "the first group's v throughout", "grad_input", "hopper/persistent_product.cuh", "segment++, row", "0 * segment++, row"
+        "u and v of the wrong rows",
+        "forward",
+        "hopper/persistent_product.cuh",
+        "row_scales[i % 2]",
+        "row_scales[i / 2]",
+    ),
+    Fault(
+        "the first group's v throughout",
+        "grad_input",
+        "hopper/persistent_product.cuh",
+        "segment++, row",
+        "0 * segment++, row",
     ),
     Fault(
         "one split's tokens in another's",

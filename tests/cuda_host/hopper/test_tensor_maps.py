@@ -11,7 +11,7 @@ from tests.cuda_host.faults import Fault, parameters
 from tests.cuda_host.machine import HopperMachine, TensorMap, build_hopper, compiler
 
 SINGLE, HALF, BF16 = range(3)
-#: dtype of problem.h -> the driver's name for it, and bytes.
+#: dtype of passes.h -> the driver's name for it, and bytes.
 TYPES = {SINGLE: (7, 4), HALF: (6, 2), BF16: (9, 2)}
 #: An address; nothing is read.
 BASE = 2**40

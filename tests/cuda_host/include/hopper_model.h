@@ -105,8 +105,8 @@ void finish(float (&)[kSums]) {
 template <auto kKernel, class Parameters>
 cudaError_t launch_warpgroups(int blocks, int shared_bytes, cudaStream_t, const Parameters& parameters) {
   return model::run_grid(
-      blocks, hopper::kBlockThreads, shared_bytes, 227 * 1024, [](const void* p) { kKernel(*static_cast<const Parameters*>(p)); },
-      &parameters);
+      blocks, hopper::kBlockThreads, shared_bytes, 227 * 1024,
+      [](const void* p) { kKernel(*static_cast<const Parameters*>(p)); }, &parameters);
 }
 
 }  // namespace rlrr::ptx

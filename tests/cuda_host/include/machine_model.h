@@ -100,7 +100,8 @@ template <auto kKernel, class Parameters>
 cudaError_t launch(int64_t blocks, int shared_bytes, cudaStream_t, const Parameters& parameters) {
   model::blocks_launched += blocks;
   return model::run_grid(
-      blocks, kThreads, shared_bytes, 99 * 1024, [](const void* p) { kKernel(*static_cast<const Parameters*>(p)); }, &parameters);
+      blocks, kThreads, shared_bytes, 99 * 1024, [](const void* p) { kKernel(*static_cast<const Parameters*>(p)); },
+      &parameters);
 }
 
 }  // namespace rlrr::ptx
