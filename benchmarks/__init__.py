@@ -1,1 +1,1 @@
-"""Speed and memory of the layer against other ways to compute the same function."""
+"""Benchmarks: speed and memory of the layer against other ways to compute the same function."""

@@ -1,7 +1,7 @@
-"""The layer as published, and the strongest ways to compute it and its gradients without this package's kernels.
+"""The layer as published, and the fastest ways to compute it and its gradients without this package's kernels.
 
-Elementwise work of the latter becomes one kernel on a GPU, by ``torch.compile``: eager PyTorch would
-write out every step of it, and beating that would show nothing.
+On a GPU ``torch.compile`` makes one kernel of the elementwise work of the latter: eager PyTorch would write every step
+of it to memory, and being faster than that would show nothing.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ T = TypeVar("T")
 
 
 def weight_by_autograd(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """W' = W * (1 + u v) ``[N, K]`` by plain operations, in the dtype that they promote to."""
+    """Return W' = W * (1 + u v) ``[N, K]`` by plain operations, in the dtype that they promote to."""
     scale = 1 + u.view(len(v), -1, 1) * v
     return weight * scale.view(weight.shape)
 
 
 def formula(x: Tensor, weight: Tensor, u: Tensor, v: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
-    """The layer as the published code computes it: one linear with both biases; autograd keeps W' in x's dtype."""
+    """Compute the layer as the published code does: one linear with both biases; autograd keeps W' in x's dtype."""
     return F.linear(x, weight_by_autograd(weight, u, v).to(x.dtype), (bias + shift).to(x.dtype))
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # fullgraph: too many recompilations are an error then, not eager PyTorch in silence
-    return torch.compile(function, dynamic=False, fullgraph=True)
+def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """Compile a function; too many recompilations are an error, and do not fall back to eager PyTorch."""
+    return torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
 
 
 def one_kernel(function: Callable[..., T]) -> Callable[..., T]:
-    """Compile an elementwise function for CUDA tensors; its first argument tells the device."""
+    """Compile an elementwise function for CUDA tensors; its first argument decides."""
 
     @functools.wraps(function)
     def call(first: Tensor, *others: Any) -> T:
         if first.is_cuda and not torch.compiler.is_compiling():
-            return _compiled(function)(first, *others)  # type: ignore[no-any-return]
+            return compiled(function)(first, *others)  # type: ignore[no-any-return]
         return function(first, *others)
 
     return call
@@ -48,7 +48,7 @@ def one_kernel(function: Callable[..., T]) -> Callable[..., T]:
 
 @one_kernel
 def rescaled_weight(weight: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """W' ``[N, K]`` with as few passes over memory as eager PyTorch allows: S, the product in place, rounding."""
+    """Return W' ``[N, K]`` with the fewest passes over memory in eager PyTorch: S, the product in place, rounding."""
     groups, _, k = v.shape
     one = torch.ones((), device=u.device, dtype=u.dtype)
     scale = torch.addcmul(one, u.view(groups, -1, 1), v).view(-1, k)
@@ -57,10 +57,10 @@ def rescaled_weight(weight: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) ->
 
 @one_kernel
 def _reduced(g: Tensor, weight: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """du ``[N, 1]`` and dv ``[groups, 1, K]`` from G = dy^T x ``[N, K]``."""
+    """Return du ``[N, 1]`` and dv ``[groups, 1, K]`` from G = dy^T x ``[N, K]``."""
     groups, _, k = v.shape
     wide, u = g.to(u.dtype), u.view(groups, -1, 1)
-    if torch.compiler.is_compiling():  # sums fuse with what they read, products do not
+    if torch.compiler.is_compiling():  # the compiler fuses sums with what they read, but not products
         p = (wide * weight).view(groups, -1, k)
         return (p * v).sum(2).view(-1, 1), (p * u).sum(1, keepdim=True)
     p = wide.mul_(weight).view(groups, -1, k)
@@ -68,7 +68,7 @@ def _reduced(g: Tensor, weight: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, T
 
 
 class Recompute(torch.autograd.Function):
-    """The careful way without kernels: W' written to memory, not kept, and written again in backward."""
+    """The layer without kernels and without keeping W': it is written to memory in forward and again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, v: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
@@ -79,48 +79,48 @@ class Recompute(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, u, v = ctx.saved_tensors
         dx = dy @ rescaled_weight(weight, u, v, dy.dtype)
-        # G is rounded to x's dtype here, which the package does not do
+        # G is rounded to x's dtype here; the package does not round it
         du, dv = _reduced(dy.mT @ x, weight, u, v)
         return dx, None, du, dv, None, dy.sum(0, dtype=u.dtype)
 
 
 @one_kernel
 def _scaled_groups(x: Tensor, v: Tensor) -> Tensor:
-    """x * v of each group, ``[groups, M, K]`` in x's dtype."""
+    """Return x * v of each group, ``[groups, M, K]`` in x's dtype."""
     return (x * v).to(x.dtype)
 
 
 @one_kernel
 def _scaled_columns(dy: Tensor, u: Tensor) -> Tensor:
-    """dy * u^T ``[M, N]`` in dy's dtype."""
+    """Return dy * u^T ``[M, N]`` in dy's dtype."""
     return (dy * u.mT).to(dy.dtype)
 
 
 @one_kernel
 def _summed(plain: Tensor, z: Tensor, u: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
-    """y ``[M, N]`` from x W^T and z."""
+    """Return y ``[M, N]`` from x W^T and z."""
     return torch.addcmul(plain + (bias + shift), z, u.mT).to(plain.dtype)
 
 
 @one_kernel
 def _input_grads(plain: Tensor, t: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """dx ``[M, K]`` from dy W and t ``[groups, M, K]``, and dv ``[groups, 1, K]``."""
+    """Return dx ``[M, K]`` from dy W and t ``[groups, M, K]``, and dv ``[groups, 1, K]``."""
     dx = (plain + (t * v).sum(0)).to(plain.dtype)
     return dx, (t.to(v.dtype) * x).sum(1, keepdim=True)
 
 
 @one_kernel
 def _output_grads(dy: Tensor, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """du ``[N, 1]`` and df ``[N]``."""
+    """Return du ``[N, 1]`` and df ``[N]``."""
     wide = dy.to(u.dtype)
     return (wide * z).sum(0).unsqueeze(1), wide.sum(0)
 
 
 class Factored(torch.autograd.Function):
-    """W' never formed: y = x W^T + z * u + b + f with z = (x * v) W^T, two products more than a plain layer's.
+    """The layer without W': y = x W^T + z * u + b + f with z = (x * v) W^T, two products more than a plain layer.
 
-    With t = (dy * u) W: dx = dy W + v * t, dv = sum of x * t and du = sum of dy * z over tokens,
-    so backward needs no dy^T x.
+    With t = (dy * u) W: dx = dy W + v * t, dv = sum of x * t and du = sum of dy * z over tokens, so backward needs no
+    dy^T x.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
 """A layer beside busy processes: ``python -m benchmarks.busy`` (four minutes at most).
 
 Forward and backward in float32 on the CPU, by this package, the published formula and a plain linear in turns, while
-processes that this program starts multiply matrices. A user waits for the mean, which a call that now and then waits
-for a thread without a core raises far above the median. ``--write`` puts the rounds into
+other processes, which this program starts, multiply matrices. A user waits for the mean time, and calls that sometimes
+wait for a thread without a core raise it far above the median. ``--write`` writes the rounds to
 ``benchmarks/results/cpu/busy.json``.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import os
 import shlex
 import statistics
@@ -22,19 +21,19 @@ from typing import Any
 import torch
 
 from benchmarks import results, timing
-from benchmarks.implementations import IMPLEMENTATIONS, LAYERS, TOKENS, make_inputs, step
+from benchmarks.implementations import LAYERS, TOKENS, call, make_inputs
 from benchmarks.tables import markdown
-from benchmarks.timing import Call, Variant
+from benchmarks.timing import Variant
 
-#: What is beside: threads of each process.
+#: Name -> threads of each busy process.
 NEIGHBOURS: dict[str, tuple[int, ...]] = {"none": (), "1 of 2 threads": (2,), "4 of 1 thread": (1, 1, 1, 1)}
 #: (M, N, K, groups) of the demo's qkv, and of ViT-B/16's proj for one image.
 SHAPES = {"demo qkv": (544, 384, 128, 3), "ViT-B proj": (TOKENS, *LAYERS["proj"])}
 NAMES = (results.OURS, results.FORMULA, results.PLAIN)
-#: Ours may take so many times the formula's mean.
+#: The most that our mean may be, as a multiple of the formula's.
 LIMIT = 1.5
 
-#: Arguments: threads, the starting process, with which it ends.
+#: Arguments: number of threads, and the parent process, with which it ends.
 _WORK = """
 import os, sys, torch
 torch.set_num_threads(int(sys.argv[1]))
@@ -47,10 +46,13 @@ while os.getppid() == int(sys.argv[2]):
 
 @contextlib.contextmanager
 def busy(threads: Sequence[int]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that multiply matrices on so many threads each, at work when this is entered, ended when it is left.
+    """Run processes that multiply matrices while the context is open.
+
+    Args:
+        threads: Number of threads of each process.
 
     Raises:
-        RuntimeError: one has ended before its time.
+        RuntimeError: If a process does not start, or ends too early.
     """
     with contextlib.ExitStack() as stack:
         processes = []
@@ -60,21 +62,21 @@ def busy(threads: Sequence[int]) -> Iterator[list[subprocess.Popen[str]]]:
             stack.callback(process.kill)
             processes.append(process)
         if any(process.stdout is None or process.stdout.readline() != "busy\n" for process in processes):
-            raise RuntimeError("a busy process did not start; what it said stands above")
+            raise RuntimeError("a busy process did not start; its output stands above")
         yield processes
         if any(process.poll() is not None for process in processes):
             raise RuntimeError("a busy process ended while it was measured beside")
 
 
 def measure(neighbours: str, layer: str, threads: int, budget: float, rounds: tuple[int, int]) -> list[dict[str, Any]]:
-    """A row for each implementation on ``threads`` of torch's threads; the neighbours must be there already."""
+    """Measure each implementation on ``threads`` threads of torch, and return a row for each."""
     inputs = make_inputs(*SHAPES[layer], torch.float32, "cpu")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         found = timing.interleaved(
             {
-                name: lambda name=name: Variant([Call(functools.partial(step, inputs, IMPLEMENTATIONS[name]))])  # type: ignore[misc]
+                name: lambda name=name: Variant([call(name, "both", inputs)])  # type: ignore[misc]
                 for name in NAMES
             },
             timing.WallClock(),
@@ -96,7 +98,7 @@ def measure(neighbours: str, layer: str, threads: int, budget: float, rounds: tu
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each case: our time over the formula's and the plain linear's, of means and (of medians)."""
+    """Return a line for each case: our time / the formula's and the plain linear's, of means and (of medians)."""
     cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         cases.setdefault((row["neighbours"], row["layer"], row["threads"]), {})[row["implementation"]] = row
@@ -117,13 +119,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def worst(rows: Sequence[dict[str, Any]]) -> float:
-    """The most that our mean is of the formula's in the same case."""
+    """Return the largest ratio of our mean to the formula's mean in the same case."""
     means = {(r["implementation"], r["neighbours"], r["layer"], r["threads"]): r["mean"] for r in rows}
     return max(mean / means[results.FORMULA, *case] for (name, *case), mean in means.items() if name == results.OURS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 1 where our mean is beyond the limit."""
+    """Run the command; return 1 if our mean is above the limit, else 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.busy", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="most for the rounds of a case")
     parser.add_argument("--rounds", type=int, default=150, help="most for a case")

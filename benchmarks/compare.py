@@ -1,13 +1,12 @@
 """Whether a run is slower than an earlier one: ``python -m benchmarks.compare OLD NEW``.
 
-Times of two runs do not compare, clocks and neighbours being what they are; ratios within a run do. A
-case's ratio is its median over that of a yardstick which takes turns with it and holds none of this
-package's code: the plain linear of the same shape, M, dtype and direction; F.linear's call for calls;
-LayerNorm alone for norms; and for training steps full fine-tuning, the plain timm model that every
-method starts from and every machine can run. A case is slower where the ratio grew by more than the
-threshold and the ratios' quartile ranges, those of the yardstick included, do not meet.
+Times of two runs cannot be compared, as clocks and neighbours differ; ratios within a run can. A case's ratio is its
+median / that of a yardstick which takes turns with it and has none of this package's code: the plain linear of the same
+shape, M, dtype and direction; F.linear's call for calls; LayerNorm alone for norms; and for training steps full
+fine-tuning, the plain timm model that every method starts from and every machine can run. A case is slower if the ratio
+grew by more than the threshold and the ratios' quartile ranges, the yardstick's included, do not overlap.
 
-Exits 1 if a case is slower or fails now, 2 if the runs cannot be compared.
+Exit status: 1 if a case is slower or fails now, 2 if the runs cannot be compared.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ YARDSTICKS = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time over the yardstick's: of the medians, and the least and most that the quartiles allow."""
+    """Time / the yardstick's: of the medians, and the least and most that the quartiles allow."""
 
     middle: float
     low: float
@@ -45,7 +44,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Change:
-    """One case in both runs. ``new`` is None where it fails now."""
+    """One case in both runs. ``new`` is None if it fails now."""
 
     case: str
     old: Ratio
@@ -55,7 +54,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of two runs; cases that have no counterpart, or no ratio, by name."""
+    """The changes between two runs, and the names of cases without a counterpart or without a ratio."""
 
     changes: list[Change]
     only_old: list[str]
@@ -64,20 +63,23 @@ class Comparison:
 
     @property
     def flagged(self) -> list[Change]:
+        """The cases that are slower or fail now."""
         return [change for change in self.changes if change.verdict in FLAGGED]
 
 
 def compare(
     old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], threshold: float = THRESHOLD
 ) -> Comparison:
-    """Every case of two runs, each given as its chunks.
+    """Compare every case of two runs, each given as its chunks.
 
     Args:
-        threshold: how much a ratio may grow, as a share of the old one.
+        old: The earlier run.
+        new: The later run.
+        threshold: How much a ratio may grow, as a share of the old one.
 
     Raises:
-        ValueError: the runs are of different devices, have no dtype or no case with a ratio in common,
-            or are not valid (:func:`benchmarks.groups.groups`).
+        ValueError: If the runs are of different devices, have no dtype or no case with a ratio in common, or are not
+            valid (:func:`benchmarks.groups.groups`).
     """
     devices = [_device(chunks) for chunks in (old, new)]
     if devices[0] != devices[1]:
@@ -117,7 +119,7 @@ def _yardstick(group: Group) -> str:
 
 
 def _cases(found: Iterable[Group]) -> dict[str, tuple[Group, str]]:
-    """Name of a case -> where it is; yardsticks left out."""
+    """Return for each case, by name, its group and implementation, without yardsticks."""
     cases = {}
     for group in found:
         direction = DIRECTIONS.get(group.case.get("direction", ""), "")

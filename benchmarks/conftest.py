@@ -1,4 +1,4 @@
-"""Options of the suites, one recorder for a session, and the table that ends it."""
+"""Options of the suites, one recorder for a session, and the table at its end."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ratios, results
-from benchmarks.cases import DTYPES
+from benchmarks import results, tables
+from benchmarks.chunks import DTYPES
 from benchmarks.groups import groups
 from benchmarks.suite import SLICE_MINUTES, Recorder, planned, recorder_of
 
@@ -16,7 +16,7 @@ _RECORDER = pytest.StashKey[Recorder]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--results`` and what narrows the cases."""
+    """Add ``--results`` and the options that narrow the cases."""
     group = parser.getgroup("rlrr_kernels benchmarks")
     group.addoption(
         "--results",
@@ -45,23 +45,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def recorder(pytestconfig: pytest.Config) -> Recorder:
-    """Where groups of this session are measured once and written."""
+    """The recorder that measures each group of this session once, and writes it."""
     pytestconfig.stash[_RECORDER] = recorder_of(pytestconfig)
     return pytestconfig.stash[_RECORDER]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Times of every test are for ``-v``: ratios within a group are what counts."""
+    """Hide pytest-benchmark's table without ``-v``: ratios within a group are what counts."""
     if config.option.verbose <= 0:
         config.option.benchmark_quiet = True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Groups by their place; tests of one stay together.
+    """Sort the groups by their place; tests of one group stay together.
 
     Raises:
-        pytest.UsageError: the options together ask for nothing: a run of no tests would look like one without faults.
+        pytest.UsageError: If the options leave no test: the session would look like one without failures.
     """
     chunk = config.getoption("--chunk")
     if chunk is not None and not planned(config):
@@ -77,12 +77,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> Generator[None, None, None]:
-    """The table of ratios, after all else."""
+    """Print the table of ratios last."""
     yield
     recorder = config.stash.get(_RECORDER, None)
     if recorder is not None and (found := groups(recorder.chunks())):
         terminalreporter.section("times of others / ours: above 1 where ours is faster")
-        terminalreporter.write_line(ratios.table(found))
+        terminalreporter.write_line(tables.ratios(found))
         if recorder.left_out:
             count = f"{len(recorder.left_out)} of {len(recorder.left_out) + len(found)} groups"
             terminalreporter.write_line(

@@ -1,12 +1,11 @@
 """Compile what the launcher would launch, for a GPU that is not here, and report on the machine code.
 
-Run as a script (``python -m benchmarks.disassemble``) it reads one JSON request on
-standard input and prints one JSON line for each kernel compiled. It is a process of
-its own because kernels must not be imported for the interpreter here, and because a
-compiler that aborts must fail one request, not the caller.
+As a script (``python -m benchmarks.disassemble``) it reads one JSON request from standard input and prints one JSON
+line for each kernel. It runs in a process of its own, as kernels must not be imported for the interpreter there, and a
+compiler that aborts must not end the caller.
 
-The launcher itself is called, on tensors without memory, and Triton's own binder
-specialises the arguments (strides of 1, sizes of 1, multiples of 16) as at a launch.
+It calls the launcher itself, on tensors without memory, and Triton's own binder specialises the arguments (strides of
+1, sizes of 1, multiples of 16) as in a launch.
 """
 
 from __future__ import annotations
@@ -26,23 +25,30 @@ from unittest import mock
 
 
 class CompilerEnded(AssertionError):
-    """The compiler took its process with it. ``reports``: what it had finished before."""
+    """The compiler ended its process. ``reports``: the kernels that were finished before."""
 
     def __init__(self, reports: list[dict[str, Any]], last_words: str) -> None:
         super().__init__(f"after {len(reports)} kernels the compiler ended: {last_words[-3000:]}")
         self.reports = reports
 
 
-#: The first line of an answer: everything is imported, and what fails from here on is the compiler.
+#: The first line of an answer: everything is imported, and later failures are the compiler's.
 READY = "ready"
 
 
 def probe(request: dict[str, Any], python: str = sys.executable) -> list[dict[str, Any]]:
-    """Answer in a process of its own, by the interpreter ``python``: another one brings another Triton.
+    """Compile in a process of its own.
 
-    A request is ``{"device": fields of Device, "cases": [as_case(...), ...]}``; a report names its case by
-    ``index``, and a case can have several kernels. Raises :class:`CompilerEnded` where the process does
-    not live to the last case, RuntimeError where it cannot even begin.
+    Args:
+        request: ``{"device": fields of Device, "cases": [as_case(...), ...]}``.
+        python: The interpreter; another one has another Triton.
+
+    Returns:
+        The reports; each names its case by ``index``, and a case can have several kernels.
+
+    Raises:
+        CompilerEnded: If the process ends before the last case.
+        RuntimeError: If it does not start.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -63,7 +69,7 @@ def probe(request: dict[str, Any], python: str = sys.executable) -> list[dict[st
 
 
 class NoGPU:
-    """The part of Triton's driver that compiling asks for: a target, and no device behind it."""
+    """The part of Triton's driver that compiling uses: a target without a device."""
 
     def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -81,7 +87,7 @@ class NoGPU:
 
 
 class CompileOnly:
-    """Stands for a kernel: ``kernel[grid](...)`` specialises and compiles, and launches nothing."""
+    """Replaces a kernel: ``kernel[grid](...)`` specialises and compiles, and launches nothing."""
 
     def __init__(self, kernel: Any, compiled: list[Any]) -> None:
         self.kernel, self.compiled = kernel, compiled
@@ -93,9 +99,11 @@ class CompileOnly:
 
 @contextlib.contextmanager
 def without_gpu(device: Any, compiled: list[Any]) -> Iterator[None]:
-    """The launchers take tensors without data as those of a GPU ``device`` (a ``choose.Device``), and only compile.
+    """Make the launchers take tensors without data as tensors of a GPU ``device``, and only compile.
 
-    ``compiled`` gets what each launch compiled. Triton's cache on disk is filled as by a launch on such a GPU.
+    Args:
+        device: A ``choose.Device``.
+        compiled: Gets what each launch compiled. Triton's cache on disk is filled as by a launch on such a GPU.
     """
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -108,7 +116,7 @@ def without_gpu(device: Any, compiled: list[Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in (launch, norm, gluon):
             for name, kernel in vars(module).copy().items():
-                if isinstance(kernel, JITFunction) and name.endswith("_kernel"):  # not what kernels call
+                if isinstance(kernel, JITFunction) and name.endswith("_kernel"):  # not the functions that kernels call
                     stack.enter_context(mock.patch.object(module, name, CompileOnly(kernel, compiled)))
         for name, value in (("interpreting", False), ("device_of", device), ("guard", contextlib.nullcontext())):
             stack.enter_context(mock.patch.object(launch, name, lambda *_, value=value: value))
@@ -123,9 +131,12 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def inspect(compiled: Any, disassemble: bool, sass: bool = False) -> dict[str, Any]:
-    """Registers, stack and shared memory.
+    """Return registers, stack and shared memory of a compiled kernel.
 
-    ``disassemble``: also the product's loop, and how much code there is besides. ``sass``: also the machine code.
+    Args:
+        compiled: The kernel.
+        disassemble: Add the product's loop, and the number of instructions outside of it.
+        sass: Add the machine code.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -148,7 +159,7 @@ def inspect(compiled: Any, disassemble: bool, sass: bool = False) -> dict[str, A
 
 
 def product_loop(sass: str) -> tuple[list[str], int]:
-    """Instructions of the innermost loop that multiplies tiles, and the number of all instructions."""
+    """Return the instructions of the innermost loop that multiplies tiles, and the number of all instructions."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in sass.splitlines():
@@ -165,15 +176,33 @@ def product_loop(sass: str) -> tuple[list[str], int]:
     with_tensor = [body for body in loops if any("MMA" in i for i in body)]
     if with_tensor:
         return min(with_tensor, key=len), count
-    # without tensor cores: the densest in multiply-adds, the innermost of those that tie
+    # without tensor cores: the loop with most multiply-adds, and of equal ones the innermost
     return max(loops, key=lambda body: (sum("FFMA" in i for i in body), -len(body)), default=[]), count
 
 
-def main() -> None:
+def launch_without_data(problem: Any, candidate: Any) -> None:
+    """Launch a candidate of ``rlrr-tune`` for a problem, on tensors without data."""
     import torch
 
-    from rlrr_kernels.backends.triton import choose, launch, norm
-    from rlrr_kernels.backends.triton.gluon import launch as gluon
+    from rlrr_kernels.tune.candidates import Tensors, run
+
+    _, m, n, k, groups, dtype, weight_dtype, _ = problem
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight, dy = empty(m, k, dtype=dtype), empty(n, k, dtype=weight_dtype), empty(m, n, dtype=dtype)
+    run(problem, Tensors(x, weight, dy, empty(n, 1), empty(groups, 1, k), empty(n), empty(n)), candidate)
+
+
+def main() -> None:
+    """Answer the request on standard input."""
+    import torch
+
+    from rlrr_kernels.backends.problem import Problem
+    from rlrr_kernels.backends.triton import choose, norm
+    from rlrr_kernels.backends.triton.gluon.launch import Width
+    from rlrr_kernels.tune.candidates import Candidate
 
     request = json.load(sys.stdin)
     device = choose.Device(**request["device"] | {"capability": tuple(request["device"]["capability"])})
@@ -182,44 +211,28 @@ def main() -> None:
         print(json.dumps(READY), flush=True)
         for index, case in enumerate(request["cases"]):
             del compiled[:]
-            arguments = dict(case)
-            torch.backends.cuda.matmul.allow_tf32 = arguments.pop("kind") == "tf32"
-            dtype, weight_dtype = (getattr(torch, arguments.pop(key)) for key in ("dtype", "weight_dtype"))
-            m, n, k, groups = (arguments.pop(key) for key in ("m", "n", "k", "groups"))
-            wanted = arguments.pop("disassemble", False), arguments.pop("sass", False)
-            kernel = arguments.pop("kernel")
-            plain = arguments.pop("backend", "triton") == "triton"
-            backend, tile = (launch, choose.Choice) if plain else (gluon, gluon.Width)
-            if "choice" in arguments:
-                arguments["choice"] = tile(**arguments["choice"])
-            x, dy, weight, u, v, offset = (
-                torch.empty(shape, dtype=t, device="meta")
-                for shape, t in (
-                    ((m, k), dtype),
-                    ((m, n), dtype),
-                    ((n, k), weight_dtype),
-                    ((n, 1), torch.float32),
-                    ((groups, 1, k), torch.float32),
-                    ((n,), torch.float32),
-                )
-            )
-            if kernel == "forward":
-                backend.forward(x, weight, u, v, offset, offset, **arguments)
-            elif kernel == "grad_input":
-                backend.grad_input(dy, weight, u, v, **arguments)
-            elif kernel == "layer_norm":  # over K, forward and backward
-                own, (mean, rstd) = weight[0], torch.empty(2, m, 1, dtype=torch.float32, device="meta")
-                norm.layer_norm(x, own, own, v[0, 0], v[0, 0], 1e-6, x.dtype)
-                norm.layer_norm_backward(x, x, mean, rstd, own, own, v[0, 0], True)
+            torch.backends.cuda.matmul.allow_tf32 = case["kind"] == "tf32"
+            dtype, weight_dtype = (getattr(torch, case[key]) for key in ("dtype", "weight_dtype"))
+            if case["kernel"] == "layer_norm":
+                x = torch.empty(case["m"], case["k"], dtype=dtype, device="meta")
+                weight, scale = (torch.empty(case["k"], dtype=t, device="meta") for t in (weight_dtype, torch.float32))
+                mean, rstd = torch.empty(2, case["m"], 1, device="meta")
+                norm.layer_norm(x, weight, weight, scale, scale, 1e-6, dtype)
+                norm.layer_norm_backward(x, x, mean, rstd, weight, weight, scale, True)
             else:
-                backend.grad_scales(dy, x, weight, u, v, True, **arguments)
+                backend = case.get("backend", "triton")
+                tile = (Width if backend == "gluon" else choose.Choice)(**case["choice"]) if "choice" in case else None
+                sizes = case["m"], case["n"], case["k"], case["groups"]
+                problem = Problem(case["kernel"], *sizes, dtype, weight_dtype)
+                launch_without_data(problem, Candidate(backend, tile))
             for result in compiled:
-                report = inspect(result, *wanted) | {"case": case, "index": index, "name": result.metadata.name}
+                report = inspect(result, case.get("disassemble", False), case.get("sass", False))
+                report |= {"case": case, "index": index, "name": result.metadata.name}
                 print(json.dumps(report), flush=True)
 
 
 def as_case(kernel: str, kind: str, choice: Any = None, **rest: Any) -> dict[str, Any]:
-    """A request's case, with a ``Choice`` spelled out; without one the launcher chooses."""
+    """Return a request's case with a ``Choice`` as a dict; without a choice the launcher chooses."""
     chosen = {} if choice is None else {"choice": dataclasses.asdict(choice)}
     return {"kernel": kernel, "kind": kind, **chosen, **rest}
 

@@ -1,4 +1,4 @@
-"""Raw results as groups: what was measured taking turns, and may therefore be divided by one another."""
+"""Raw results as groups: what was measured in turns and may therefore be divided by one another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "launch": ("call", "dtype"),
     "step": ("model", "batch", "image_size", "dtype"),
 }
-HEAD = ("suite", "chunk", "date", "device", "processor", "versions", "command", "results")
 DIRECTIONS = {
     "forward": "forward",
     "forward_no_grad": "forward, no graph",
@@ -34,9 +33,9 @@ class Group:
     """One shape, dtype and direction (or step, or call) on one device, in one run.
 
     Attributes:
-        chunk: the file's head: suite, device, versions, date, command.
-        case: what the rows have in common: the fields named in :data:`FIELDS`.
-        rows: implementation -> row of the file, failed ones included.
+        chunk: The file's head: suite, device, versions, date, command.
+        case: What the rows have in common: the fields named in :data:`FIELDS`.
+        rows: Implementation -> row of the file, also if it failed.
     """
 
     chunk: Mapping[str, Any]
@@ -45,19 +44,20 @@ class Group:
 
     @property
     def suite(self) -> str:
+        """The suite of its chunk."""
         return self.chunk["suite"]
 
     @property
     def ours(self) -> str:
-        """The name that stands for this package here."""
+        """The implementation that stands for this package here."""
         return results.GRAD_SCALES if self.case.get("direction") == "grad_scales" else results.OURS
 
     def median(self, implementation: str) -> float | None:
-        """Seconds; None where it is missing or failed."""
+        """Return the median in seconds; None if it is missing or failed."""
         return self.rows.get(implementation, {}).get("median")
 
     def speed_up(self, other: str) -> float | None:
-        """The other's time / ours: above 1 where ours is faster. None where either is missing."""
+        """Return the other's time / ours: above 1 where ours is faster. None if either is missing."""
         ours, theirs = self.median(self.ours), self.median(other)
         return None if ours is None or theirs is None else theirs / ours
 
@@ -72,12 +72,12 @@ class Group:
 
     @property
     def best_rival(self) -> str | None:
-        """The fastest of them."""
+        """The fastest rival."""
         return min(self.rivals, key=lambda name: self.rows[name]["median"], default=None)
 
     @property
     def name(self) -> str:
-        """As one reads it: "ViT-L/16 fc1, M = 50,432"."""
+        """A readable name: "ViT-L/16 fc1, M = 50,432"."""
         case = self.case
         if self.suite == "launch":
             return f"call: {case['call']}"
@@ -87,25 +87,26 @@ class Group:
 
 
 def is_ours(implementation: str) -> bool:
-    """Whether it is this package: its choice, one of its backends, compiled, or a part of it."""
+    """Return whether it is this package: its choice, one of its backends, compiled, or a part of it."""
     return implementation.startswith("rlrr_kernels") or implementation in (results.GRAD_SCALES, results.THREE_OPS)
 
 
 def on_gpu(chunk: Mapping[str, Any]) -> bool:
+    """Return whether a chunk was measured on a GPU."""
     return chunk["device"] != "cpu"
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Of one value or more, all above 0."""
+    """Return the geometric mean of one value or more, all above 0."""
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def groups(chunks: Iterable[Mapping[str, Any]]) -> list[Group]:
-    """Groups in the order of the files, training steps by model and batch.
+    """Return groups in the order of the files; training steps by model and batch.
 
     Raises:
-        ValueError: a suite is unknown, a row lacks a field, its times are not numbers above 0, or a
-            case was measured twice on one device.
+        ValueError: If a suite is unknown, a row lacks a field, a time is not a number above 0, or a case was measured
+            twice on one device.
     """
     found: dict[tuple[Any, ...], Group] = {}
     for chunk in chunks:
@@ -119,7 +120,7 @@ def groups(chunks: Iterable[Mapping[str, Any]]) -> list[Group]:
             key = (chunk["device"], chunk["suite"], *case.values())
             group = found.setdefault(key, Group(chunk, case, {}))
             if group.chunk is not chunk and group.chunk["chunk"] == chunk["chunk"]:
-                continue  # of two incomplete files of a chunk the first counts: what others took turns with is there
+                continue  # of two incomplete files of a chunk the first counts
             name = row["implementation"]
             if group.chunk is not chunk or name in group.rows:
                 other = group.chunk["chunk"]
@@ -142,24 +143,16 @@ def _check(row: Mapping[str, Any], fields: Sequence[str], where: str) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Chunks of a folder, or of one file.
+    """Return the chunks of a folder, or of one file.
 
     Raises:
-        FileNotFoundError: there is no such path.
-        ValueError: a file is no raw result, or a folder holds none.
+        FileNotFoundError: If there is no such path.
+        ValueError: If a file is no raw result, or a folder holds none.
     """
-    if path.is_dir():
-        chunks = results.load(path)
-        if not chunks:
-            raise ValueError(f"{path}: expected raw results of the benchmark suites, found none")
-        return chunks
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    try:
-        chunk = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    missing = [name for name in HEAD if name not in chunk] if isinstance(chunk, dict) else HEAD
-    if missing:
-        raise ValueError(f"{path}: expected raw results of a benchmark suite, which have {', '.join(missing)}")
-    return [chunk]
+    chunk = None if path.is_dir() else results.read(path)
+    chunks = results.load(path) if path.is_dir() else [] if chunk is None else [chunk]
+    if not chunks:
+        raise ValueError(f"{path}: expected raw results of the benchmark suites, found none")
+    return chunks

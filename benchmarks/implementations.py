@@ -1,4 +1,4 @@
-"""What is compared: this package on each backend, and how else one would compute the layer in PyTorch."""
+"""What is compared: this package on each backend, and other ways to compute the layer in PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import baselines, results
-from benchmarks.cases import MODELS
+from benchmarks.chunks import MODELS
 from benchmarks.timing import Call, Rejected, Unavailable
 from rlrr_kernels import backend_for, rescaled_linear, use_backend
 from rlrr_kernels.backends import choice, reference, verdicts
@@ -24,12 +24,12 @@ from rlrr_kernels.ops import linear
 TOKENS = MODELS["vit_b"][0].tokens
 LAYERS = {shape.layer: (shape.n, shape.k, shape.groups) for shape in MODELS["vit_b"]}
 
-#: Implementation -> the backend that it asks for.
+#: Implementation of ours -> the backend that it asks for.
 BACKENDS = {
     **{results.GLUON: "gluon", results.TRITON: "triton", results.CUDA: "cuda", results.CUDA_HOPPER: "cuda"},
     **{results.CPU: "cpu", results.PANELS: "panels"},
 }
-#: Of these -> what `python -m rlrr_kernels check` calls it.
+#: Implementation of ours -> its name in `python -m rlrr_kernels check`.
 CHECKED = {
     **{results.GLUON: "gluon", results.TRITON: "triton", results.CUDA: "cuda", results.CUDA_HOPPER: "cuda-hopper"},
     results.CPU: "cpu",
@@ -50,20 +50,22 @@ class Inputs:
 
     @property
     def trained(self) -> tuple[Tensor, ...]:
+        """x and the parameters that get gradients."""
         return self.x, self.scale_out, self.scale_in, self.shift
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        """In :func:`~rlrr_kernels.rescaled_linear`'s order."""
+        """The arguments of :func:`~rlrr_kernels.rescaled_linear`, in its order."""
         return self.x, self.weight, self.scale_out, self.scale_in, self.bias, self.shift
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(t.nbytes for t in (*self.arguments, self.dy))
 
 
 def make_inputs(m: int, n: int, k: int, groups: int, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-    """Random data, W scaled as a trained layer's."""
+    """Return random inputs, with W scaled as in a trained layer."""
     torch.manual_seed(seed)
     wide: dict[str, Any] = {"dtype": reference.accumulation_dtype(dtype), "device": device}
     narrow: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -81,105 +83,50 @@ def make_inputs(m: int, n: int, k: int, groups: int, dtype: torch.dtype, device:
     return inputs
 
 
-def fused(i: Inputs) -> Tensor:
-    """This package, on the backend it chooses."""
-    return rescaled_linear(*i.arguments)
+def _detached(i: Inputs) -> tuple[Tensor, ...]:
+    return tuple(t.detach() for t in i.arguments)
 
 
-def formula(i: Inputs) -> Tensor:
-    """In eager PyTorch by autograd, as the published code computes it."""
-    return baselines.formula(*i.arguments)
-
-
-def recompute(i: Inputs) -> Tensor:
-    return baselines.Recompute.apply(*i.arguments)
-
-
-def factored(i: Inputs) -> Tensor:
-    return baselines.Factored.apply(*i.arguments)
-
-
-def plain(i: Inputs) -> Tensor:
-    """A frozen ``nn.Linear``: another function, and the limit for forward and dx."""
-    return F.linear(i.x, i.weight, i.bias)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
-    # fullgraph: too many recompilations are an error then, not eager PyTorch in silence
-    return torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
-
-
-def formula_compiled(i: Inputs) -> Tensor:
-    return _compiled(baselines.formula)(*i.arguments)  # type: ignore[no-any-return]
-
-
-def formula_max(i: Inputs) -> Tensor:
-    # without its own CUDA graphs: the stopwatch captures one itself
-    return _compiled(baselines.formula, "max-autotune-no-cudagraphs")(*i.arguments)  # type: ignore[no-any-return]
+_Pass = Callable[[Inputs], tuple[Tensor, ...]]
+_products: tuple[_Pass, ...] = (
+    lambda i: (i.x.detach() @ i.weight.mT,),
+    lambda i: (i.dy @ i.weight,),
+    lambda i: (i.dy.mT @ i.x.detach(),),
+)
+_ops: tuple[_Pass, ...] = (
+    lambda i: (linear.forward(*_detached(i)),),
+    lambda i: (linear.grad_input(i.dy, *_detached(i)[1:4]),),
+    lambda i: linear.grad_scales(i.dy, *_detached(i)[:4], True),
+)
+#: Without autograd: forward, grad_input and grad_scales by the products alone (W as it is), and by the package's ops.
+_PASSES = {
+    **{results.PRODUCTS: _products, results.BARE_GRAD: _products},
+    **{results.THREE_OPS: _ops, results.GRAD_SCALES: _ops},
+}
+#: Direction -> which of the three it runs.
+_OF_DIRECTION = {
+    **{"forward": slice(0, 1), "backward": slice(1, 3), "both": slice(0, 3)},
+    "grad_scales": slice(2, 3),
+}
 
 
 def _recompute(*arguments: Tensor) -> Tensor:
     return baselines.Recompute.apply(*arguments)
 
 
-def recompute_compiled(i: Inputs) -> Tensor:
-    return _compiled(_recompute)(*i.arguments)  # type: ignore[no-any-return]
-
-
-def products(i: Inputs) -> tuple[Tensor, ...]:
-    """The layer's three products alone, W as it is: x W^T, dy W and dy^T x in x's dtype."""
-    return (*_bare_forward(i), *_bare_backward(i))
-
-
-def _bare_forward(i: Inputs) -> tuple[Tensor, ...]:
-    return (i.x.detach() @ i.weight.mT,)
-
-
-def _bare_backward(i: Inputs) -> tuple[Tensor, ...]:
-    return i.dy @ i.weight, *_bare_grad(i)
-
-
-def _bare_grad(i: Inputs) -> tuple[Tensor, ...]:
-    return (i.dy.mT @ i.x.detach(),)
-
-
-def three_ops(i: Inputs) -> tuple[Tensor, ...]:
-    """The package's ops alone: no module, no validation, no autograd."""
-    return (*_op_forward(i), *_op_backward(i))
-
-
-def _op_forward(i: Inputs) -> tuple[Tensor, ...]:
-    return (linear.forward(*(t.detach() for t in i.arguments)),)
-
-
-def _op_backward(i: Inputs) -> tuple[Tensor, ...]:
-    dx = linear.grad_input(i.dy, i.weight, i.scale_out.detach(), i.scale_in.detach())
-    return dx, *_op_grad(i)
-
-
-def _op_grad(i: Inputs) -> tuple[Tensor, ...]:
-    x, u, v, _ = (t.detach() for t in i.trained)
-    return linear.grad_scales(i.dy, x, i.weight, u, v, True)
-
-
-#: Products and ops without autograd: implementation -> direction -> what runs.
-_BARE: dict[str, dict[str, Callable[[Inputs], tuple[Tensor, ...]]]] = {
-    results.PRODUCTS: {"forward": _bare_forward, "backward": _bare_backward, "both": products},
-    results.THREE_OPS: {"forward": _op_forward, "backward": _op_backward, "both": three_ops},
-    results.GRAD_SCALES: {"grad_scales": _op_grad},
-    results.BARE_GRAD: {"grad_scales": _bare_grad},
-}
-
-_FUNCTIONS: dict[str, Callable[[Inputs], Tensor]] = {
-    results.FORMULA: formula,
-    results.FORMULA_COMPILED: formula_compiled,
-    results.FORMULA_MAX: formula_max,
-    results.RECOMPUTE: recompute,
-    results.RECOMPUTE_COMPILED: recompute_compiled,
-    results.FACTORED: factored,
-    results.PLAIN: plain,
-    **dict.fromkeys((results.OURS, *BACKENDS), fused),
+#: Implementation -> the layer as a function of x, W, u, v, b and f.
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    results.FORMULA: baselines.formula,
+    results.FORMULA_COMPILED: lambda *arguments: baselines.compiled(baselines.formula)(*arguments),
+    # without CUDA graphs of its own: the stopwatch captures one itself
+    results.FORMULA_MAX: lambda *arguments: baselines.compiled(baselines.formula, "max-autotune-no-cudagraphs")(
+        *arguments
+    ),
+    results.RECOMPUTE: _recompute,
+    results.RECOMPUTE_COMPILED: lambda *arguments: baselines.compiled(_recompute)(*arguments),
+    results.FACTORED: lambda *arguments: baselines.Factored.apply(*arguments),
+    results.PLAIN: lambda x, weight, u, v, bias, shift: F.linear(x, weight, bias),
+    **dict.fromkeys((results.OURS, *BACKENDS), rescaled_linear),
 }
 
 THROUGH_AUTOGRAD = frozenset((*_FUNCTIONS, results.LORA, results.HIRA))
@@ -190,7 +137,9 @@ class Layer:
     """An implementation on its inputs.
 
     Attributes:
-        forward: y ``[M, N]``. trained: x and the parameters that get gradients. frozen: the others.
+        forward: Returns y ``[M, N]``.
+        trained: x and the parameters that get gradients.
+        frozen: The other parameters.
     """
 
     forward: Callable[[], Tensor]
@@ -199,22 +148,22 @@ class Layer:
 
 
 def bind(name: str, i: Inputs) -> Layer:
-    """An implementation that goes through autograd, on these inputs.
+    """Return an implementation that uses autograd, on these inputs.
 
     Raises:
-        Unavailable: as :func:`require_peft`, for PEFT's layers.
+        Unavailable: For PEFT's layers, as :func:`require_peft`.
     """
     if name in (results.LORA, results.HIRA):
         return _peft(name, i)
     trained = (i.x,) if name == results.PLAIN else i.trained
-    return Layer(functools.partial(_FUNCTIONS[name], i), trained, (i.weight, i.bias))
+    return Layer(functools.partial(_FUNCTIONS[name], *i.arguments), trained, (i.weight, i.bias))
 
 
 def require_peft() -> Any:
-    """PEFT.
+    """Return the module PEFT.
 
     Raises:
-        Unavailable: it is not installed, or too old to have HiRA.
+        Unavailable: If it is not installed, or too old to have HiRA.
     """
     try:
         import peft
@@ -226,7 +175,7 @@ def require_peft() -> Any:
 
 
 def _peft(name: str, i: Inputs) -> Layer:
-    """PEFT's own layer on a frozen ``nn.Linear``, its adapters in x's dtype: the fastest way to run it."""
+    """Return PEFT's own layer on a frozen ``nn.Linear``, with adapters in x's dtype, which is fastest."""
     peft = require_peft()
     linear = nn.Linear(i.x.shape[1], i.dy.shape[1], device="meta")
     linear.weight, linear.bias = (nn.Parameter(t, requires_grad=False) for t in (i.weight, i.bias))
@@ -234,7 +183,7 @@ def _peft(name: str, i: Inputs) -> Layer:
     model: Any = peft.inject_adapter_in_model(kind(r=rank, target_modules=["0"]), nn.Sequential(linear))
     adapters = tuple(p for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
-        for parameter in adapters:  # the second factor starts as zeros, which is no data to measure with
+        for parameter in adapters:  # the second factor starts as zeros
             parameter.normal_(0, parameter.shape[-1] ** -0.5)
     return Layer(functools.partial(model[0], i.x), (i.x, *adapters), (i.weight, i.bias))
 
@@ -256,13 +205,14 @@ class _Backward:
 
 
 def call(name: str, direction: str, i: Inputs) -> Call:
-    """What is timed of an implementation on these inputs; it returns what it computes as a tuple.
+    """Return what is timed of an implementation on these inputs; its result is a tuple.
 
     Raises:
-        Unavailable: as :func:`bind`.
+        Unavailable: As :func:`bind`.
     """
-    if name in _BARE:
-        return Call(functools.partial(_BARE[name][direction], i))
+    if name in _PASSES:
+        passes = _PASSES[name][_OF_DIRECTION[direction]]
+        return Call(lambda: tuple(t for one in passes for t in one(i)))
     layer = bind(name, i)
     if direction == "backward":
         backward = _Backward(layer, i.dy)
@@ -283,19 +233,20 @@ def call(name: str, direction: str, i: Inputs) -> Call:
 
 
 def names(direction: str, device: str, searched: bool = False) -> list[str]:
-    """Implementations of a direction on ``"cpu"`` or ``"cuda"``; ``searched``: ``max-autotune`` too."""
-    bare = [name for name, directions in _BARE.items() if direction in directions]
+    """Return the implementations of a direction on ``"cpu"`` or ``"cuda"``; ``searched`` adds ``max-autotune``."""
     if direction == "grad_scales":
-        return bare
+        return [results.GRAD_SCALES, results.BARE_GRAD]
     left_out = {results.CPU} if device == "cuda" else {results.GLUON, results.TRITON, results.CUDA, results.CUDA_HOPPER}
     if not searched or device == "cpu":
         left_out.add(results.FORMULA_MAX)
-    return [n for n in results.LAYER_IMPLEMENTATIONS if n not in left_out and (n not in _BARE or n in bare)]
+    if direction not in _OF_DIRECTION:
+        left_out |= _PASSES.keys()
+    return [name for name in results.LAYER_IMPLEMENTATIONS if name not in left_out]
 
 
 @contextlib.contextmanager
 def _hopper() -> Iterator[None]:
-    # what RLRR_CUDA_HOPPER sets, read once at import
+    # RLRR_CUDA_HOPPER sets this switch at import
     from rlrr_kernels.backends import cuda
 
     before, cuda.HOPPER = cuda.HOPPER, True
@@ -307,18 +258,18 @@ def _hopper() -> Iterator[None]:
 
 
 def context(name: str) -> Callable[[], AbstractContextManager[Any]]:
-    """What an implementation runs under: the backend it asks for."""
+    """Return the context that an implementation runs in, with the backend that it asks for."""
     if name == results.CUDA_HOPPER:
         return _hopper
     return functools.partial(use_backend, BACKENDS[name]) if name in BACKENDS else nullcontext
 
 
 def served_by(name: str, x: Tensor, weight: Tensor) -> str | None:
-    """The backend behind one of ours, None behind the others.
+    """Return the backend behind one of ours, and None for the others.
 
     Raises:
-        Unavailable: the backend that it asks for cannot serve these tensors.
-        Rejected: that backend has failed its check on this device.
+        Unavailable: If the backend that it asks for cannot serve these tensors.
+        Rejected: If that backend has failed its check on this device.
     """
     if name == results.CUDA_HOPPER and torch.cuda.get_device_capability(x.device)[0] != 9:
         raise Unavailable(f"{torch.cuda.get_device_name(x.device)}: the path is for compute capability 9.x")
@@ -326,35 +277,10 @@ def served_by(name: str, x: Tensor, weight: Tensor) -> str | None:
         why = choice.refusal(BACKENDS[name], x, weight)
         if why is not None:
             raise Unavailable(f"backend {BACKENDS[name]!r} cannot serve {why}")
-        require_check(name, x.device)
+        why = verdicts.failure(CHECKED[name], x.device) if name in CHECKED else None
+        if why is not None:
+            raise Rejected(f"check: {why}")
         return BACKENDS[name]
     if name not in (results.OURS, results.OURS_COMPILED, results.THREE_OPS, results.GRAD_SCALES):
         return None
     return backend_for(x, weight)
-
-
-def require_check(name: str, device: torch.device) -> None:
-    """Refuse an implementation of ours whose backend has failed `python -m rlrr_kernels check`.
-
-    Raises:
-        Rejected: it has, on this device.
-    """
-    why = verdicts.failure(CHECKED[name], device) if name in CHECKED else None
-    if why is not None:
-        raise Rejected(f"check: {why}")
-
-
-def step(i: Inputs, implementation: Callable[[Inputs], Tensor]) -> tuple[Tensor, ...]:
-    """y and the gradients of what is trained; of x alone for the plain linear."""
-    y = implementation(i)
-    trained = (i.x,) if implementation is plain else i.trained
-    return (y.detach(), *torch.autograd.grad(y, trained, i.dy))
-
-
-#: In eager PyTorch.
-IMPLEMENTATIONS: dict[str, Callable[[Inputs], Tensor]] = {
-    "rlrr_kernels": fused,
-    "recompute": recompute,
-    "formula": formula,
-    "plain linear": plain,
-}

@@ -1,4 +1,4 @@
-"""Plots of measured results, as PNGs that carry a digest of what they were drawn from."""
+"""Plots of measured results, as PNGs that contain a digest of the data behind them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from benchmarks.tables import PRODUCTS, implementations, largest
 
 _KEY = "drawn-from-sha256"
 _DTYPES = ("bfloat16", "float16", "float32")
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Okabe and Ito's colours, told apart by the colour-blind; the markers say the same
+# Okabe and Ito's colours, which the colour-blind can distinguish; each line also has its own marker
 _LINES = {
     results.OURS: ("#D55E00", "o"),
     results.RECOMPUTE_COMPILED: ("#E69F00", "v"),
@@ -57,11 +56,13 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure yet to be drawn.
+    """A figure that is not drawn yet.
 
     Attributes:
-        kind: "throughput", "memory" or "step". alt: what it shows, in a sentence.
-        digest: of the results and the drawing. draw: the PNG.
+        kind: "throughput", "memory" or "step".
+        alt: What it shows, in a sentence.
+        digest: Digest of the results and of the drawing code.
+        draw: Returns the PNG.
     """
 
     kind: str
@@ -71,7 +72,7 @@ class Plot:
 
 
 def plots(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Plot]:
-    """Plots of one device, by file name."""
+    """Return the plots of one device, by file name."""
     found = groups(chunks)
     parts: dict[tuple[str, str], list[Group]] = {}
     for group in found:
@@ -94,7 +95,7 @@ def plots(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Plot]:
 
 
 def digest(path: Path) -> str | None:
-    """Of what a PNG was drawn from; None if there is none, or it is not of this program."""
+    """Return the digest in a PNG; None if there is no file, or it is not of this program."""
     if not path.is_file():
         return None
     with Image.open(path) as image:
@@ -102,10 +103,13 @@ def digest(path: Path) -> str | None:
 
 
 def roofline(device: str, case: Mapping[str, Any], m: np.ndarray) -> np.ndarray | None:
-    """Most TFLOP/s that the data sheet allows for forward and backward at these M; None for an unknown GPU or dtype.
+    """Return the most TFLOP/s of forward and backward that the data sheet allows at these M.
 
-    Bytes are those no implementation avoids: x and W read and y written in forward, x, W and dy read and
-    dx written in backward, once each.
+    No implementation avoids these bytes: x and W read and y written in forward; x, W and dy read and dx written in
+    backward, once each.
+
+    Returns:
+        One value for each M, or None for an unknown GPU or dtype.
     """
     peak = next((value for name, value in PEAKS.items() if name in device), None)
     if peak is None or case["dtype"] not in ("bfloat16", "float16"):
@@ -117,7 +121,7 @@ def roofline(device: str, case: Mapping[str, Any], m: np.ndarray) -> np.ndarray 
 
 
 def _digest(found: Iterable[Group]) -> str:
-    """Of results and of this file: another way of drawing them is another plot."""
+    """Return the digest of results and of this file: if the code that draws changes, so does the plot."""
     data = [Path(__file__).read_text(), *([g.chunk["device"], dict(g.case), dict(g.rows)] for g in found)]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
@@ -130,7 +134,7 @@ def _png(draw: Callable[[list[Group]], Figure], found: list[Group], title: str, 
         axes.tick_params(labelsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=160, format="png")
-    # 256 colours take a third of the bytes, and a repository keeps every version
+    # 256 colours take a third of the bytes
     image = Image.open(buffer).convert("RGB").quantize(256)
     info = PngInfo()
     info.add_text(_KEY, key)
@@ -140,13 +144,13 @@ def _png(draw: Callable[[list[Group]], Figure], found: list[Group], title: str, 
 
 
 def _dtypes(found: Iterable[Group]) -> list[str]:
-    """At most two that were measured."""
+    """Return at most two dtypes that were measured."""
     there = {group.case["dtype"] for group in found}
     return [name for name in _DTYPES if name in there][:2] or sorted(there)[:2]
 
 
 def _layers(found: Iterable[Group]) -> list[str]:
-    """At most four panels: of a model with more layers, fc1 of each stage."""
+    """Return at most four layers for panels; of a model with more layers, fc1 of each stage."""
     names = list(dict.fromkeys(group.case["layer"] for group in found))
     return names if len(names) <= 4 else ([name for name in names if name.endswith("fc1")] or names)[:4]
 
@@ -171,7 +175,7 @@ def _throughput(found: list[Group]) -> Figure:
 
 
 def _panel(axes: Axes, own: list[Group], gpu: bool) -> dict[str, tuple[float, str]]:
-    """Draw one layer; the last value and the colour of each line, by name."""
+    """Draw one layer, and return the last value and the colour of each line, by name."""
     ends: dict[str, tuple[float, str]] = {}
     tokens = sorted({g.case["m"] for g in own})
     for name, (colour, marker) in _LINES.items():
@@ -201,7 +205,10 @@ def _panel(axes: Axes, own: list[Group], gpu: bool) -> dict[str, tuple[float, st
 
 
 def _rates(group: Group, name: str, gpu: bool) -> tuple[float, float, float] | None:
-    """TFLOP/s on a GPU, elsewhere speed over the plain linear's: of the slow quartile, the median, the fast one."""
+    """Return an implementation's speed at the slow quartile, the median and the fast quartile, or None.
+
+    TFLOP/s on a GPU; elsewhere the plain linear's time / its time.
+    """
     row, plain, case = group.rows.get(name, {}), group.median(results.PLAIN), group.case
     if "median" not in row or (plain is None and not gpu):
         return None
@@ -210,7 +217,7 @@ def _rates(group: Group, name: str, gpu: bool) -> tuple[float, float, float] | N
 
 
 def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Names beside the last panel, at their lines' ends but never over one another."""
+    """Write names beside the last panel, at the ends of their lines, without overlap."""
     low, high = axes.get_ylim()
     order = sorted(ends, key=lambda name: ends[name][0])
     places = apart([ends[name][0] for name in order], (high - low) / 11)
@@ -232,8 +239,8 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
 
 
 def apart(values: Sequence[float], gap: float) -> list[float]:
-    """Places in the order of the sorted ``values``, at least ``gap`` apart, as near to them as squares measure it."""
-    # without the gaps the places must only not decrease: runs that would are pooled at their mean
+    """Return places in the order of the sorted ``values``, at least ``gap`` apart, and as near to them as possible."""
+    # less their gaps the places must not decrease: runs that would decrease are pooled at their mean
     pools: list[list[float]] = []
     for i, value in enumerate(values):
         pools.append([value - i * gap])
@@ -274,7 +281,7 @@ def _memory(found: list[Group]) -> Figure:
 
 
 def _memory_case(found: list[Group]) -> Group:
-    """The layer with the largest weight, at its largest M."""
+    """Return the layer with the largest weight, at its largest M."""
     dtype = _dtypes(found)[0]
     return max(largest(g for g in found if g.case["dtype"] == dtype), key=lambda g: g.case["n"] * g.case["k"])
 

@@ -1,8 +1,8 @@
 """Tables and plots of what was measured, in docs/benchmarks.md: ``python -m benchmarks.report``.
 
-Reads the raw results under ``benchmarks/results/<device>/`` and rewrites what stands between the
-markers of the page, and the plots beside it; text outside of the markers is kept. ``--check`` writes
-nothing and exits 1 where page or plots are not what the raw results give.
+Reads the raw results under ``benchmarks/results/<device>/`` and rewrites the text between the markers of the page, and
+the plots beside it; text outside of the markers is kept. ``--check`` writes nothing and exits with 1 if the page or a
+plot differs from what the raw results give.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Chunk = Mapping[str, Any]
 
 
 def devices(folder: Path) -> list[list[dict[str, Any]]]:
-    """Chunks of each device, GPUs first.
+    """Return the chunks of each device, GPUs first.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`benchmarks.results.load`; or a folder mixes devices.
+        FileNotFoundError, ValueError: As :func:`benchmarks.results.load`, or if a folder has several devices.
     """
     found = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
@@ -48,11 +48,11 @@ def devices(folder: Path) -> list[list[dict[str, Any]]]:
 
 
 def generate(measured: Sequence[Sequence[Chunk]], images: str = "benchmarks") -> tuple[str, dict[str, plots.Plot]]:
-    """What stands between the markers, and the plots that it shows, by file name.
+    """Return the text between the markers, and the plots that it shows, by file name.
 
     Args:
-        measured: chunks of each device, as :func:`devices` gives them.
-        images: folder of the plots as the page names it.
+        measured: Chunks of each device, as :func:`devices` returns them.
+        images: Folder of the plots, relative to the page.
     """
     parts = [_targets(measured)]
     drawn: dict[str, plots.Plot] = {}
@@ -87,7 +87,7 @@ def _device(chunks: Sequence[Chunk], drawn: Mapping[str, plots.Plot], images: st
         kind: "\n\n".join(f"![{p.alt}]({images}/{name})" for name, p in drawn.items() if p.kind == kind)
         for kind in ("throughput", "memory", "step")
     }
-    parts = [f"## {chunks[0]['device'] if on_gpu(chunks[0]) else 'CPU'}", tables.caveats(chunks, found)]
+    parts = [f"## {chunks[0]['device'] if on_gpu(chunks[0]) else 'CPU'}", tables.caveats(chunks)]
     if suites["layer"]:
         parts += ["### Layers", shown["throughput"], *_summaries(suites["layer"]), *_every_case(suites["layer"])]
         parts += ["### Memory of a layer", shown["memory"], *_memory(suites["layer"])]
@@ -107,7 +107,7 @@ def _device(chunks: Sequence[Chunk], drawn: Mapping[str, plots.Plot], images: st
 
 
 def _split(found: Iterable[Group], *fields: str) -> list[tuple[str, list[Group]]]:
-    """Groups by what they have in common, in the order in which that comes."""
+    """Return the groups by the values of these fields, in order of appearance."""
     parts: dict[str, list[Group]] = {}
     for group in found:
         parts.setdefault(", ".join(str(group.case[name]) for name in fields), []).append(group)
@@ -115,7 +115,7 @@ def _split(found: Iterable[Group], *fields: str) -> list[tuple[str, list[Group]]
 
 
 def _summaries(found: Sequence[Group]) -> list[str]:
-    """For each dtype how often ours wins; then losses and failures, of all of them."""
+    """Return for each dtype how often ours wins; then the losses and failures of all of them."""
     parts = []
     for dtype, own in _split(found, "dtype"):
         parts.append(f"{dtype}: time of others / ours, geometric mean (least to most).\n\n{tables.summary(own)}")
@@ -154,10 +154,10 @@ def _memory(found: Sequence[Group]) -> list[str]:
 
 
 def replaced(page: str, text: str) -> str:
-    """The page with new text between its markers.
+    """Return the page with new text between its markers.
 
     Raises:
-        ValueError: the markers are not there once each, in order.
+        ValueError: If the markers are not there once each, in order.
     """
     begin, end = page.find(BEGIN), page.find(END)
     if page.count(BEGIN) != 1 or page.count(END) != 1 or end < begin:
@@ -166,7 +166,7 @@ def replaced(page: str, text: str) -> str:
 
 
 def stale(page: Path, text: str, drawn: Mapping[str, plots.Plot]) -> list[str]:
-    """What is not as the raw results give it: lines of the page, and plots, by name."""
+    """Return the lines of the page and the plots, by name, that differ from what the raw results give."""
     old = page.read_text()
     new = replaced(old, text)
     found = list(difflib.unified_diff(old.splitlines(), new.splitlines(), str(page), "the raw results", lineterm=""))
@@ -178,12 +178,12 @@ def stale(page: Path, text: str, drawn: Mapping[str, plots.Plot]) -> list[str]:
 
 
 def _leftovers(folder: Path, drawn: Iterable[str]) -> list[Path]:
-    """Plots of this program that the results no longer give."""
+    """Return plots of this program that the results do not give any more."""
     return [p for p in sorted(folder.glob("*.png")) if p.name not in set(drawn) and plots.digest(p) is not None]
 
 
 def write(page: Path, text: str, drawn: Mapping[str, plots.Plot]) -> None:
-    """Bring page and plots up to date; a plot whose data are the same stays as it is."""
+    """Write page and plots; a plot with the same data stays as it is."""
     folder = page.with_suffix("")
     new = replaced(page.read_text(), text)
     for name, plot in drawn.items():
@@ -196,7 +196,7 @@ def write(page: Path, text: str, drawn: Mapping[str, plots.Plot]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page, or check it."""
+    """Write the page, or check it, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the devices' folders")
     parser.add_argument("--page", type=Path, default=PAGE, help="default: docs/benchmarks.md; plots go beside it")

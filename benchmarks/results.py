@@ -1,21 +1,21 @@
-"""Raw results: one JSON file a chunk under ``benchmarks/results/<device>/``, and the names used in it.
+"""Raw results: a JSON file for each chunk under ``benchmarks/results/<device>/``, and the names used in it.
 
-A chunk is what one command measures in one go::
+A chunk is what one command measures::
 
     {"suite", "chunk", "date", "device", "processor", "versions", "command",
      "commit", "dirty", "environment", "tf32", "tuned", "rounds", "complete", "results": [one object a line]}
 
-``commit`` and ``dirty`` (whether the sources differ from it) are what git says of the checkout; where there is none,
-the commit is RLRR_COMMIT's, or null, and ``dirty`` null. ``environment`` holds the variables RLRR_*; ``tf32`` whether
-float32 products may be TF32; ``tuned`` whether a table of ``rlrr-tune`` was in use; ``rounds`` the least and most that
-were asked for. ``complete`` is true only where every case of the chunk was tried. A run that is not complete is kept
-beside one that is, as ``<chunk>-partial.json``, or ``<chunk>-partial-<what was asked for>.json``: sessions narrowed in
-different ways keep what each measured.
+- ``commit``, ``dirty``: Of the git checkout, and whether the sources differ from it; without git, RLRR_COMMIT or null,
+  and null.
+- ``environment``: The variables RLRR_*. ``tf32``: Whether float32 products may be TF32. ``tuned``: Whether a table of
+  ``rlrr-tune`` was in use. ``rounds``: The least and most that were asked for.
+- ``complete``: Whether every case of the chunk was tried. An incomplete run is kept beside the complete one, as
+  ``<chunk>-partial.json`` or ``<chunk>-partial-<what was asked for>.json``, so that sessions that were narrowed in
+  different ways keep what each measured.
 
-Each object of ``results`` holds a case's fields (:class:`LayerCase`, :class:`LaunchCase`,
-:class:`StepCase`), then ``seconds`` (one value a round), ``median``, ``q1``, ``q3``, ``clock``, ``copies`` (of the
-inputs, taken in turn) and what else the suite measured; or, where the case failed, ``error`` in one line in
-place of all that.
+Each object of ``results`` holds a case's fields (:class:`LayerCase`, :class:`LaunchCase`, :class:`StepCase`), then
+``seconds`` (one value a round), ``median``, ``q1``, ``q3``, ``clock``, ``copies`` (of the inputs, used in turn) and
+what else the suite measured; or, if the case failed, ``error`` in one line.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ import torch
 
 from rlrr_kernels import __version__
 from rlrr_kernels.backends import tuned
+from rlrr_kernels.io.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "results"
 PARTIAL = "-partial"
+#: Fields that a file must have to be read.
+FIELDS = ("suite", "chunk", "date", "device", "processor", "versions", "command", "results")
 
 #: What read the time: a CUDA graph's replay, CUDA events around single calls, the wall clock.
 GRAPH, EVENTS, WALL = "graph", "events", "wall"
@@ -84,16 +87,18 @@ class LayerCase:
     """One row of the suites "layer" and "norm".
 
     Attributes:
-        model: as "ViT-B/16". layer: "qkv", "proj", "fc1", "fc2", with the stage before it for Swin
-            ("1.qkv"); "norm" in the suite "norm", where n and k are both the width D.
-        n, k, groups: output features, input features, row blocks with a v each.
-        m: tokens of all images together. images: how many.
-        dtype: of x and W, as "bfloat16".
-        direction: "forward" (graph recorded), "forward_no_grad", "backward" (alone), "both"; or
-            "grad_scales", du, dv and df alone.
-        implementation: one of the constants above.
-        backend: what served ours, else None.
-        same_function: whether it computes y = x (W * (1 + u v))^T + b + f and all its gradients.
+        model: As "ViT-B/16".
+        layer: "qkv", "proj", "fc1", "fc2", with the stage before it for Swin ("1.qkv"); "norm" in the suite "norm",
+            where n and k are both the width D.
+        n, k, groups: Output features, input features, row blocks with a v each.
+        m: Tokens of all images together.
+        images: How many.
+        dtype: Of x and W, as "bfloat16".
+        direction: "forward" (graph recorded), "forward_no_grad", "backward" (alone), "both"; or "grad_scales" for du,
+            dv and df alone.
+        implementation: One of the constants above.
+        backend: The backend that served ours; None for others.
+        same_function: Whether it computes y = x (W * (1 + u v))^T + b + f and all its gradients.
     """
 
     model: str
@@ -122,7 +127,7 @@ class LaunchCase:
 
 @dataclass(frozen=True)
 class StepCase:
-    """One row of the suite "step": a whole training step. ``dtype``: autocast's, or "float32"."""
+    """One row of the suite "step": a whole training step. ``dtype``: of autocast, or "float32"."""
 
     model: str
     batch: int
@@ -140,10 +145,11 @@ class Result:
     """A case and its rounds (seconds each), or why there are none.
 
     Attributes:
-        more: what else was measured: ``extra_bytes``, ``saved_bytes``, ``saved_x`` of a layer;
-            ``images_per_second``, ``peak_bytes`` of a step; of what computes the same function
-            ``error_vs_formula``, the relative Frobenius error of its worst result.
-        clock: what read the time. copies: of the inputs.
+        more: What else was measured: ``extra_bytes``, ``saved_bytes``, ``saved_x`` of a layer; ``images_per_second``,
+            ``peak_bytes`` of a step; for the same function also ``error_vs_formula``, the relative Frobenius error of
+            its worst result.
+        clock: What read the time.
+        copies: Number of copies of the inputs.
     """
 
     case: Case
@@ -154,7 +160,7 @@ class Result:
     copies: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """The object that goes into the file."""
+        """Return the object for the file."""
         case = dataclasses.asdict(self.case)
         if self.error is not None:
             return case | {"error": self.error}
@@ -165,7 +171,7 @@ class Result:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile, of one value or more."""
+    """Return the first quartile, the median and the third quartile of one value or more."""
     if len(values) == 1:
         return (values[0],) * 3
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -173,18 +179,18 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, as ``Type: first line of the message``."""
+    """Return an error as ``Type: first line of the message``."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:300]
 
 
 def device_name() -> str:
-    """``cpu``, or the name of the first GPU."""
+    """Return ``cpu``, or the name of the first GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def results_folder() -> Path:
-    """Where the results of this device are kept."""
+    """Return the folder for the results of this device."""
     return FOLDER / device_name().replace(" ", "_")
 
 
@@ -201,12 +207,15 @@ def write(
     """Write ``<folder>/<chunk>.json``, whole or not at all, and return its path.
 
     Args:
-        folder: made if missing. suite: "layer", "norm", "launch" or "step".
-        chunk: as "layer-vit_b". command: what regenerates the file.
-        complete: whether every case of the chunk was tried; the file is named ``<chunk>-partial.json`` otherwise,
-            and goes away once the complete one is written.
-        rounds: least and most that a group was measured for.
-        narrowing: what of the chunk was asked for, of letters, digits and hyphens: a part of an incomplete file's name.
+        folder: It is made if missing.
+        suite: "layer", "norm", "launch" or "step".
+        chunk: As "layer-vit_b".
+        command: The command that measures it again.
+        results: The rows.
+        complete: Whether every case of the chunk was tried. If not, the file is named ``<chunk>-partial.json`` and is
+            deleted once the complete one is written.
+        rounds: Least and most rounds of a group.
+        narrowing: Which part of the chunk was asked for, in letters, digits and hyphens, for an incomplete file's name.
     """
     own = {
         "suite": suite,
@@ -226,7 +235,7 @@ def write(
 
 
 def head(command: str) -> dict[str, Any]:
-    """When, where and of what a file's numbers are."""
+    """Return date, device, versions and source of a file's numbers."""
     return {
         "date": datetime.date.today().isoformat(),
         "device": device_name(),
@@ -240,49 +249,50 @@ def head(command: str) -> dict[str, Any]:
 
 def save(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a head and its ``results``, whole or not at all; the folder is made if missing."""
-    # a line for each result, so that two runs can be told apart by eye
+    # a line for each result, so that a diff of two runs is readable
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     text = f'{json.dumps(head, indent=1)[:-2]},\n "results": [\n  {lines}\n ]\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
+    write_atomically(path, text.encode())
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """Return the chunk in a file, or None if the JSON has no "suite" and is another kind of result.
+
+    Raises:
+        ValueError: If the file is not JSON, or lacks a field.
+    """
     try:
-        part.write_text(text)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        chunk = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(chunk, dict) or "suite" not in chunk:
+        return None
+    for name in FIELDS:
+        if name not in chunk:
+            raise ValueError(f"{path}: expected the field {name!r}, got {', '.join(chunk)}")
+    return chunk
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """Chunks in a folder, by file name; a JSON file without "suite" is another kind of result and left out.
-
-    Of a chunk with a complete file the partial ones are left out too.
+    """Return the chunks in a folder, by file name, without the partial ones of a complete chunk.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: a file is not JSON, or lacks a field of the schema.
+        FileNotFoundError: If there is no such folder.
+        ValueError: If a file is not JSON, or lacks a field.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: expected a folder of results, got {folder}")
     chunks = []
     for path in sorted(folder.glob("*.json")):
         whole, partial, _ = path.stem.partition(PARTIAL)
-        if partial and path.with_stem(whole).exists():
-            continue
-        try:
-            chunk = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: expected JSON: {error}") from error
-        if not isinstance(chunk, dict) or "suite" not in chunk:
-            continue
-        for name in ("chunk", "date", "device", "processor", "versions", "command", "results"):
-            if name not in chunk:
-                raise ValueError(f"{path}: expected the field {name!r}, got {', '.join(chunk)}")
-        chunks.append(chunk)
+        if not (partial and path.with_stem(whole).exists()) and (chunk := read(path)) is not None:
+            chunks.append(chunk)
     return chunks
 
 
 def versions() -> dict[str, str | None]:
-    """Of everything that decides a time; None for what is not here."""
+    """Return the version of everything that affects a time; None for what is not here."""
     found: dict[str, str | None] = {"rlrr_kernels": __version__, "torch": torch.__version__}
     for name in ("triton", "peft", "timm"):
         try:
@@ -294,7 +304,7 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def source() -> dict[str, Any]:
-    """``commit`` and ``dirty`` of the checkout when first asked; results and pages do not count as changes.
+    """Return ``commit`` and ``dirty`` of the checkout; results and pages do not count as changes.
 
     A copy without git's folder has the commit that RLRR_COMMIT names, or None, and None for ``dirty``.
     """
@@ -314,14 +324,14 @@ def source() -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """Variables RLRR_*; of a path its last part, as the rest is of this machine only."""
+    """Return the variables RLRR_*; of a path only the last part, as the rest is specific to this machine."""
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith("RLRR_")}
     return {name: Path(value).name if os.path.isabs(value) else value for name, value in found.items()}
 
 
 @functools.cache
 def _tuned() -> bool:
-    """Whether a file of ``rlrr-tune`` is in use."""
+    """Return whether a file of ``rlrr-tune`` is in use."""
     return bool(tuned.of_user())
 
 

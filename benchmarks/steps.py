@@ -1,4 +1,4 @@
-"""Whole training steps of a timm vision transformer by this package and by its rivals."""
+"""Whole training steps of a timm vision transformer, by this package and by its rivals."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from rlrr_kernels.models.bypass import meta_copy
 from rlrr_kernels.models.modules import adapters, head, replace
 
 CLASSES = 100
-#: Without weight decay on anything that the method would spare; the same for all, as only its cost matters here.
+#: The same for all methods, as only the cost of a step matters here.
 LEARNING_RATE = 1e-5
 
 
 class FormulaLinear(nn.Module):
     """The layer as the published code computes it: W' by autograd at every forward, one linear with both biases.
 
-    It is leaner than the published model in two ways, so that beating it says more. W' is W * (1 + u v), of which
-    autograd keeps nothing but W, where the published code multiplies W by v, then by u, and adds W, which keeps
-    W * v too. And timm's fused qkv stays one product in three groups, where the published model calls three layers.
-    What is kept for backward is as there: W' in the product's dtype (under autocast), and x.
+    It costs less than the published model in two ways, which favours it. W' is W * (1 + u v), of which autograd keeps
+    only W; the published code multiplies W by v, then by u, and adds W, which keeps W * v too. And timm's fused qkv
+    stays one product in three groups; the published model calls three layers. Both keep W' in the product's dtype
+    (under autocast), and x, for backward.
 
     Args:
-        layer: whose frozen and trained parameters are shared.
+        layer: The layer whose frozen and trained parameters it shares.
     """
 
     def __init__(self, layer: FusedRLRRLinear) -> None:
@@ -42,15 +42,15 @@ class FormulaLinear(nn.Module):
         self.groups = layer.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` to ``[..., N]`` in x's dtype, or autocast's."""
+        """Map ``[..., K]`` to ``[..., N]`` in x's dtype, or autocast's."""
         v = self.scale_in.view(self.groups, 1, -1)
-        # in the parameters' dtype: under autocast the product rounds W' itself
+        # W' stays in the parameters' dtype: under autocast the product rounds it
         weight = weight_by_autograd(self.weight, self.scale_out.view(-1, 1), v)
         return F.linear(x, weight, self.shift if self.bias is None else self.bias + self.shift)
 
 
 def apply_formula(model: nn.Module) -> nn.Module:
-    """RLRR as published, in place: what ``apply_rlrr`` adapts, by plain operations; returns the model."""
+    """Apply RLRR as published, by plain operations, to what ``apply_rlrr`` adapts; in place."""
     before = dict(model.named_modules())
     apply_rlrr(model)
     for name, module in list(adapters(model)):
@@ -60,13 +60,13 @@ def apply_formula(model: nn.Module) -> nn.Module:
             affine = SSFAffine(module.normalized_shape[0], module.ssf_scale.device)
             affine.ssf_scale, affine.ssf_shift = module.ssf_scale, module.ssf_shift
             replace(model, name, nn.Sequential(before[name], affine))
-    # the record of what apply_rlrr did is not true any more
+    # these attributes describe modules that were replaced
     del model.rlrr_config, model._rlrr_base
     return model
 
 
 def _apply_hira(model: nn.Module) -> nn.Module:
-    """HiRA of rank 1 by PEFT on the linears that RLRR adapts; the head trains too."""
+    """Apply PEFT's HiRA of rank 1 to the linears that RLRR adapts; the head trains too."""
     peft = require_peft()
     adapted = apply_rlrr(meta_copy(model), train_head=False)
     targets = [name for name, layer in adapted.named_modules() if isinstance(layer, FusedRLRRLinear)]
@@ -76,13 +76,16 @@ def _apply_hira(model: nn.Module) -> nn.Module:
 
 
 def build(implementation: str, name: str, device: str, **options: Any) -> nn.Module:
-    """A timm model, made to train by an implementation; equal seeds give equal frozen weights.
+    """Return a timm model that an implementation trains; equal seeds give equal frozen weights.
 
     Args:
-        implementation: one of ``STEP_IMPLEMENTATIONS``. name, options: of ``timm.create_model``.
+        implementation: One of ``STEP_IMPLEMENTATIONS``.
+        name: Of ``timm.create_model``.
+        device: Where it trains.
+        options: Of ``timm.create_model``.
 
     Raises:
-        Unavailable: PEFT, which it needs, is not installed or has no HiRA.
+        Unavailable: If it needs PEFT, which is not installed or has no HiRA.
     """
     torch.manual_seed(0)
     model = timm.create_model(name, **({"num_classes": CLASSES} | options)).to(device)
@@ -100,7 +103,7 @@ def build(implementation: str, name: str, device: str, **options: Any) -> nn.Mod
         model.requires_grad_(False)
         head(model).requires_grad_(True)
     model.train()
-    # fullgraph: a break, or too many recompilations, is an error then, not eager PyTorch in silence
+    # fullgraph: a graph break, or too many recompilations, is an error and does not fall back to eager PyTorch
     compiled: Any = torch.compile(model, dynamic=False, fullgraph=True)
     return model if implementation == method else compiled
 
@@ -109,7 +112,10 @@ class Step:
     """Forward, cross-entropy, backward and AdamW on one batch of random images.
 
     Args:
-        model: what trains. images ``[B, 3, H, W]``, labels ``[B]``. dtype: autocast's, or float32 for none.
+        model: The model.
+        images: ``[B, 3, H, W]``.
+        labels: ``[B]``.
+        dtype: Of autocast; float32 for none.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
@@ -118,7 +124,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0, fused=images.is_cuda)
 
     def __call__(self) -> Tensor:
-        """The loss before the step ``[]``."""
+        """Take a step, and return the loss before it ``[]``."""
         loss = self._backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -131,14 +137,14 @@ class Step:
         return loss.detach()
 
     def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
-        """The loss and the norm of the whole gradient, each ``[]``: equal for all ways to train one model."""
+        """Return the loss and the norm of the whole gradient, each ``[]``, to compare methods of one model."""
         loss = self._backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.optimizer.zero_grad()
         return loss, torch.stack([g.norm() for g in gradients]).norm()
 
     def resident_bytes(self) -> int:
-        """Of parameters, buffers and the optimizer's state."""
+        """Return the bytes of parameters, buffers and the optimizer's state."""
         state = (t for values in self.optimizer.state.values() for t in values.values() if isinstance(t, Tensor))
         held = {t.untyped_storage().data_ptr(): t for t in (*self.model.parameters(), *self.model.buffers(), *state)}
         return sum(t.untyped_storage().nbytes() for t in held.values())

@@ -1,4 +1,4 @@
-"""What the suites share: groups of rivals measured in turns, handed to pytest-benchmark and written to files."""
+"""What the suites share: groups of rivals are measured in turns, handed to pytest-benchmark and written to files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import cases, results, timing
+from benchmarks import chunks, results, timing
 from benchmarks.results import Result
-from benchmarks.timing import Rounds
+from benchmarks.timing import Rounds, Variant
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class ReplayTimer:
-    """A timer for pytest-benchmark that tells durations measured before, each between two calls.
+    """A timer for pytest-benchmark that returns durations which were measured before.
 
-    Rivals are timed in turns, all of a group together, while pytest-benchmark times one test
-    after another: its table and JSON get the interleaved times by this.
+    Rivals are timed in turns, all of a group together, but pytest-benchmark times one test after another: this gives
+    its table and JSON the interleaved times.
     """
 
     __name__ = "replay"
@@ -33,7 +36,7 @@ class ReplayTimer:
         self._steps: list[float] = []
 
     def load(self, seconds: Iterable[float]) -> None:
-        """The durations to tell next, in order."""
+        """Set the next durations, in order."""
         self._now = 0.0
         self._steps = [step for duration in seconds for step in (0.0, duration)][::-1]
 
@@ -46,12 +49,11 @@ class ReplayTimer:
 
 REPLAY = ReplayTimer()
 
-#: Least and most rounds of a group of a suite, where they are not :data:`~benchmarks.timing.ROUNDS`.
+#: Least and most rounds of a suite's groups, if they are not :data:`~benchmarks.timing.ROUNDS`.
 ROUNDS = {"launch": (10, 200)}
 
-#: A session that does not measure everything begins no group that would end later, and leaves out all but these rivals.
+#: A session that does not measure everything measures only the strongest rivals, and no group that would end later.
 SLICE_MINUTES = 7.0
-
 STRONGEST = frozenset(
     (
         *(results.OURS, results.FORMULA, results.FORMULA_COMPILED, results.RECOMPUTE, results.RECOMPUTE_COMPILED),
@@ -60,19 +62,20 @@ STRONGEST = frozenset(
     )
 )
 
-#: Ours, the formula of each suite, and what costs little and shows the scale.
+#: What the others are compared with: ours, the formula of each suite, and cheap rivals that show the scale.
 YARDSTICKS = (results.OURS, results.GRAD_SCALES, results.FORMULA, results.OFFICIAL, results.PLAIN, results.BARE_GRAD)
 
 
 @dataclass(frozen=True)
 class Rivals:
-    """A group: everything of a test's parameters but the implementation.
+    """A group: all parameters of a test but the implementation.
 
     Attributes:
-        suite, chunk: where its results go.
-        key: what tells it from other groups of the suite. label: heads pytest-benchmark's table.
-        place: groups of a lower one are measured first, as the clock may leave out the last.
-        work: of a call, beside those of other groups of the suite.
+        suite, chunk: Where its results go.
+        key: Distinguishes it from other groups of the suite.
+        label: Heads pytest-benchmark's table.
+        place: Groups of a lower place are measured first, as the time may not suffice for the last.
+        work: Of a call, relative to other groups of the suite.
     """
 
     suite: str
@@ -85,24 +88,42 @@ class Rivals:
 
 @dataclass
 class Outcome:
-    """A result, and whether its error is only that it is not here, which is not part of its file."""
+    """A result, and whether its only error is that the rival is not here; such a result is not written."""
 
     result: Result
     unavailable: bool = False
 
 
-def outcome(case: results.Case, rounds: Rounds, more: dict[str, Any], copies: int = 1) -> Outcome:
-    """One rival's rounds, measured on ``copies`` copies of the inputs, as the result of its case."""
-    result = Result(case, rounds.seconds, more, rounds.error, rounds.clock, copies)
+def outcome(case: results.Case, rounds: Rounds, more: dict[str, Any] | None = None, copies: int = 1) -> Outcome:
+    """Return one rival's rounds, measured on ``copies`` copies of the inputs, as the result of its case."""
+    result = Result(case, rounds.seconds, more or {}, rounds.error, rounds.clock, copies)
     return Outcome(result, rounds.unavailable)
 
 
-#: Every test of the suites as they are planned: chunk -> (group, implementation).
+def interleaved(
+    names: Iterable[str], variant: Callable[[str], Variant], rounds: tuple[int, int] | None, **options: Any
+) -> dict[str, Rounds]:
+    """Time rivals in turns with the clock and budget of this device.
+
+    Args:
+        names: The rivals.
+        variant: Makes one of them.
+        rounds: As the command line asks for; None: as many as fit the budget, after a warm-up on a GPU.
+        options: Options of :func:`benchmarks.timing.interleaved` that differ.
+    """
+    defaults = {"stopwatch": None, "budget": timing.BUDGET[DEVICE], "rounds": rounds or timing.ROUNDS}
+    defaults["warm_seconds"] = 0.3 if DEVICE == "cuda" and rounds is None else 0.0
+    options = defaults | options
+    options["stopwatch"] = options["stopwatch"] or timing.device_clock()
+    return timing.interleaved({name: functools.partial(variant, name) for name in names}, **options)
+
+
+#: Every planned test: chunk -> (group, implementation).
 _PLANNED = pytest.StashKey[dict[str, set[tuple[Rivals, str]]]]()
 
 
 def parametrize(metafunc: pytest.Metafunc, tests: Sequence[tuple[Rivals, str]]) -> None:
-    """Make these tests, and note that a chunk is complete with all that it has here, whatever is selected later."""
+    """Make these tests, and record them: a chunk is complete only with all of them, whatever is selected later."""
     if not everything(metafunc.config):
         tests = [(group, name) for group, name in tests if name in STRONGEST]
     found = metafunc.config.stash.setdefault(_PLANNED, {})
@@ -113,28 +134,22 @@ def parametrize(metafunc: pytest.Metafunc, tests: Sequence[tuple[Rivals, str]]) 
 
 
 def planned(config: pytest.Config) -> bool:
-    """Whether the options leave any test of the files that were collected."""
+    """Return whether the options leave any test of the collected files."""
     return bool(config.stash.get(_PLANNED, {}))
 
 
 def everything(config: pytest.Config) -> bool:
-    """Whether all rivals are measured, however long it takes: for raw results, and where asked for."""
+    """Return whether all rivals are measured without a time limit: for raw results, or if asked for."""
     return config.getoption("--everything") or any(config.getoption(o) is not None for o in ("--results", "--chunk"))
 
 
-def narrowed(config: pytest.Config) -> bool:
-    """Whether options ask for other cases or rounds than planned."""
-    asked = (config.getoption(name) for name in ("--images", "--rounds"))
-    return any(o is not None for o in asked) or set(config.getoption("--dtype")) != set(cases.DTYPES)
-
-
-def narrowing(config: pytest.Config) -> str:
-    """What else than all of a chunk is asked for, for a file's name: ``images-64-k-not-autotune``; empty for all."""
-    asked = {name: config.getoption(f"--{name}") for name in ("images", "rounds")}
-    asked["dtype"] = None if set(config.getoption("--dtype")) == set(cases.DTYPES) else config.getoption("--dtype")
+def narrowing(config: pytest.Config) -> dict[str, Any]:
+    """Return the options that ask for other cases or rounds than planned, or for a part of the tests (``k``)."""
+    asked = {name: config.getoption(f"--{name}") for name in ("images", "rounds", "dtype")}
+    if set(asked["dtype"]) == set(chunks.DTYPES):
+        del asked["dtype"]
     asked["k"] = config.getoption("keyword") or None
-    words = (f"{name} {value}" for name, value in asked.items() if value is not None)
-    return re.sub(r"[^A-Za-z0-9]+", "-", " ".join(words)).strip("-")
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 @dataclass
@@ -142,13 +157,13 @@ class Recorder:
     """Everything measured in a pytest session, each group once.
 
     Attributes:
-        folder: where the chunks are written after each group, or None. command: what regenerates them.
-        planned: chunk -> tests with which its file is complete; a chunk that is not here is never complete.
-        rounds: least and most of each group, where the command line asks for them.
-        minutes: groups that would not end within these are left out, and so are rivals of a step that are not made
-            yet when they are up.
-        narrowing: what else than all of a chunk is asked for, as a part of a file's name.
-        left_out: those groups.
+        folder: Where the chunks are written after each group, or None.
+        command: The command that measures them again.
+        planned: Chunk -> tests with which its file is complete; a chunk that is not here is never complete.
+        rounds: Least and most rounds of each group, if the command line asks for them.
+        minutes: Groups that would end later are left out, and so are rivals of a step that are not made by then.
+        narrowing: Which part of a chunk is asked for, for a file's name.
+        left_out: The groups that were left out.
     """
 
     folder: Path | None
@@ -167,9 +182,10 @@ class Recorder:
     def outcomes(
         self, group: Rivals, names: list[str], measure: Callable[[list[str]], dict[str, Outcome]]
     ) -> dict[str, Outcome]:
-        """Implementation -> outcome, none of a group left out; ``measure(names)`` is called for its first test only.
+        """Return implementation -> outcome, or nothing for a group that is left out.
 
-        Ends the session where the group has left the GPU unusable: what it measured is written.
+        ``measure(names)`` is called for a group's first test only. If the group has left the GPU unusable, its
+        results are written and the session ends.
         """
         if group in self.left_out or (group not in self._groups and self._late(group)):
             self.left_out.add(group)
@@ -187,7 +203,7 @@ class Recorder:
         return self._groups[group]
 
     def keep(self, group: Rivals, found: dict[str, Outcome]) -> None:
-        """Write what there is of a group that is being measured: it is all that is left if the session is killed."""
+        """Write the results so far of a group that is being measured, in case the session is killed."""
         self._groups[group] = found
         try:
             self._write(group.suite, group.chunk, ended=False)
@@ -200,13 +216,13 @@ class Recorder:
         return self._began + 60 * self.minutes
 
     def _late(self, group: Rivals) -> bool:
-        """Whether it would end too late, by what the last group of its suite, or else the longest, took."""
+        """Return whether a group would end too late, by the last group of its suite, or else the longest one."""
         work, seconds = self._last.get(group.suite, (group.work, self._longest))
         spent = time.monotonic() - self._began
         return spent + seconds * max(1.0, group.work / work) > 60 * self.minutes
 
     def chunks(self) -> list[dict[str, Any]]:
-        """What was measured, as :func:`benchmarks.groups.groups` takes it."""
+        """Return what was measured, as :func:`benchmarks.groups.groups` takes it."""
         names = dict.fromkeys((group.suite, group.chunk) for group in self._groups)
         return [
             {"suite": suite, "chunk": chunk, "device": results.device_name()}
@@ -215,7 +231,7 @@ class Recorder:
         ]
 
     def _kept(self, chunk: str) -> list[Result]:
-        """What is not here has no result, not a failed one."""
+        """Return the results of a chunk; a rival that is not here has none."""
         of_chunk = (found for group, found in self._groups.items() if group.chunk == chunk)
         return [outcome.result for found in of_chunk for outcome in found.values() if not outcome.unavailable]
 
@@ -230,23 +246,31 @@ class Recorder:
 
 
 def recorder_of(config: pytest.Config) -> Recorder:
-    """A recorder as the command line asks for."""
+    """Return the recorder that the command line asks for."""
     folder = config.getoption("--results")
     if folder is not None and folder.is_file():
         raise pytest.UsageError(f"--results: expected a folder, got the file {folder}")
     command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
-    planned = {} if narrowed(config) else config.stash.get(_PLANNED, {})
-    command = config.getoption("--results-command") or command
+    asked = narrowing(config)
     minutes = config.getoption("--minutes")
     if minutes is None:
         minutes = math.inf if everything(config) else SLICE_MINUTES
     count = config.getoption("--rounds")
-    rounds = None if count is None else (count, count)
-    return Recorder(folder, command, planned, rounds, minutes, narrowing(config))
+    return Recorder(
+        folder,
+        config.getoption("--results-command") or command,
+        # a selection by -k shows in the tests that ran; other cases or rounds are never those planned
+        planned={} if asked.keys() - {"k"} else config.stash.get(_PLANNED, {}),
+        rounds=None if count is None else (count, count),
+        minutes=minutes,
+        narrowing=re.sub(r"[^A-Za-z0-9]+", "-", " ".join(f"{name} {value}" for name, value in asked.items())).strip(
+            "-"
+        ),
+    )
 
 
 def selected(session: pytest.Session, group: Rivals) -> list[str]:
-    """Implementations of a group whose tests run, and after them those without which the others' times say nothing."""
+    """Return a group's implementations whose tests run, and those that the others are compared with."""
     calls = (getattr(item, "callspec", None) for item in session.items)
     found = (spec.params for spec in calls if spec is not None and spec.params.get("group") == group)
     names = [params["implementation"] for params in found]
@@ -255,9 +279,9 @@ def selected(session: pytest.Session, group: Rivals) -> list[str]:
 
 
 def play(benchmark: Any, group: Rivals, found: Outcome) -> None:
-    """Hand a rival's rounds to pytest-benchmark; skips or fails the test where there are none."""
+    """Give a rival's rounds to pytest-benchmark; skip or fail the test if there are none."""
     if found.result.error is not None:
-        benchmark.skipped = True  # or it would complain that nothing was timed
+        benchmark.skipped = True  # otherwise pytest-benchmark warns that nothing was timed
         (pytest.skip if found.unavailable else pytest.fail)(found.result.error)
     benchmark.group = group.label
     benchmark.extra_info |= {"device": results.device_name(), "clock": found.result.clock, **found.result.more}
@@ -266,9 +290,11 @@ def play(benchmark: Any, group: Rivals, found: Outcome) -> None:
 
 
 def turn_by_turn(measure: Callable[..., dict[str, Outcome]], minutes_each: bool = False) -> Callable[..., None]:
-    """The test of a suite: ``measure`` (of a group, rounds, names) lets all rivals of a group take turns, once.
+    """Return the test of a suite.
 
-    ``minutes_each``: a group takes minutes; ``measure`` has the recorder too, for its clock and to keep results early.
+    Args:
+        measure: Measures all rivals of a group in turns: (group, rounds, names) -> outcomes.
+        minutes_each: A group takes minutes; ``measure`` also gets the recorder, for its clock and to write early.
     """
 
     @pytest.mark.benchmark(timer=REPLAY)
@@ -279,7 +305,7 @@ def turn_by_turn(measure: Callable[..., dict[str, Outcome]], minutes_each: bool 
         group: Rivals,
         implementation: str,
     ) -> None:
-        """One implementation of a group; the group's first test measures all of them."""
+        """Test one implementation of a group; the group's first test measures all of them."""
         own = functools.partial(measure, group, recorder.rounds, **({"recorder": recorder} if minutes_each else {}))
         found = recorder.outcomes(group, selected(request.session, group), own)
         if implementation not in found:

@@ -1,7 +1,7 @@
-"""Markdown tables of measured results.
+"""Tables of measured results.
 
-Ratios are another implementation's median over ours from the same run: above 1 where ours is faster.
-On a CPU nothing else is shown of time; on a GPU microseconds and TFLOP/s too.
+Ratios are another implementation's median / ours from the same run: above 1 where ours is faster. For a CPU only ratios
+of times are shown; for a GPU also microseconds and TFLOP/s.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ PRODUCTS = {"forward": 1, "forward_no_grad": 1, "backward": 2, "both": 3, "grad_
 BEST = "**best other way to the same function**"
 CALLS = {"no_grad": "forward, no graph", "forward": "forward", "both": "forward + backward"}
 _NAMES = {"torch": "PyTorch", "triton": "Triton", "cuda": "CUDA", "peft": "PEFT", "python": "Python"}
+#: What shows the scale of a session's ratios: another function, or a part of ours.
+_SCALE = {
+    "layer": (results.PLAIN, results.PRODUCTS, results.BARE_GRAD),
+    "norm": (results.LAYER_NORM,),
+    "launch": (results.PLAIN,),
+    "step": (results.PROBE,),
+}
 _ORDERS: dict[str, tuple[str, ...]] = {
     "layer": results.LAYER_IMPLEMENTATIONS,
     "norm": results.NORM_IMPLEMENTATIONS,
@@ -26,18 +33,18 @@ _ORDERS: dict[str, tuple[str, ...]] = {
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table; columns from ``left`` on are aligned to the right."""
+    """Return a table; columns from ``left`` on are aligned to the right."""
     lines = [heads, ["---"] * left + ["---:"] * (len(heads) - left), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def details(title: str, text: str) -> str:
-    """Folded away until a reader opens it."""
+    """Return text that is hidden until a reader opens it."""
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def caption(found: Sequence[Group]) -> str:
-    """Device, versions, date and commands of the runs behind a table, a line for each set of versions."""
+    """Return device, versions, date and commands of the runs behind a table, a line for each set of versions."""
     runs: dict[str, list[str]] = {}
     for group in found:
         chunk = group.chunk
@@ -49,32 +56,21 @@ def caption(found: Sequence[Group]) -> str:
     return "  \n".join(f"*{run}; {_commands(commands)}*" for run, commands in runs.items())
 
 
-def caveats(chunks: Iterable[Mapping[str, Any]], found: Iterable[Group]) -> str:
-    """Which chunks did not run to their end, and in which groups times come from different clocks; empty without."""
-    lines = []
+def caveats(chunks: Iterable[Mapping[str, Any]]) -> str:
+    """Return which chunks are incomplete, or nothing."""
     unfinished = [f"`{chunk['chunk']}`" for chunk in chunks if chunk.get("complete") is not True]
-    if unfinished:
-        lines.append(f"- **Incomplete**, of which only a part was measured: {', '.join(unfinished)}.")
-    for group in found:
-        clocks: dict[str, list[str]] = {}
-        for name, row in group.rows.items():
-            if row.get("clock") is not None:
-                clocks.setdefault(row["clock"], []).append(name)
-        if len(clocks) > 1:
-            said = "; ".join(f"{clock}: {', '.join(names)}" for clock, names in clocks.items())
-            lines.append(f"- **Different clocks** in {group.name}, {group.case['dtype']}, {column(group)}: {said}.")
-    return "\n".join(lines)
+    return f"- **Incomplete**, of which only a part was measured: {', '.join(unfinished)}." if unfinished else ""
 
 
 def _commands(commands: Sequence[str]) -> str:
-    """All of them, or of many the first and the last."""
+    """Return all commands, or of more than three the first and the last."""
     if len(commands) <= 3:
         return ", ".join(f"`{command}`" for command in commands)
     return f"{len(commands)} commands, `{commands[0]}` to `{commands[-1]}`"
 
 
 def implementations(found: Iterable[Group]) -> list[str]:
-    """Those that occur in these groups of one suite, in its order."""
+    """Return the implementations in these groups of one suite, in the suite's order."""
     found = list(found)
     names = dict.fromkeys(name for group in found for name in group.rows)
     order = _ORDERS[found[0].suite] if found else ()
@@ -82,7 +78,7 @@ def implementations(found: Iterable[Group]) -> list[str]:
 
 
 def computes(name: str, found: Iterable[Group]) -> str:
-    """What an implementation is, for a column beside its name."""
+    """Return what an implementation computes, for the column beside its name."""
     if is_ours(name):
         return "this package, a part of it" if name in results.OTHER_FUNCTIONS else "this package"
     flags = {
@@ -94,7 +90,7 @@ def computes(name: str, found: Iterable[Group]) -> str:
 
 
 def ratio(group: Group, other: str) -> str:
-    """Bold where another way to the same function, this package's own included, is faster."""
+    """Return the other's time / ours, bold if another way to the same function is faster."""
     value = group.speed_up(other)
     if value is None:
         return "failed" if "error" in group.rows.get(other, {}) else ""
@@ -103,14 +99,14 @@ def ratio(group: Group, other: str) -> str:
 
 
 def column(group: Group) -> str:
-    """The column of a summary that a group falls into."""
+    """Return a group's column of the summary."""
     if group.suite == "launch":
         return CALLS.get(group.case["call"], group.case["call"])
     return "training step" if group.suite == "step" else DIRECTIONS[group.case["direction"]]
 
 
 def summary(found: Sequence[Group]) -> str:
-    """How many times as fast as each implementation ours is: mean, extremes, and how often it is faster."""
+    """Return the ratios to each implementation: their mean, their extremes, and how often ours is faster."""
     columns = list(dict.fromkeys(column(group) for group in found))
     rows = []
     if any(group.rivals for group in found):
@@ -140,7 +136,7 @@ def _spread(ratios: Iterable[float | None], rival: bool) -> str:
 
 
 def losses(found: Sequence[Group]) -> str:
-    """Every case in which another way to the same function is faster, worst first; empty without one."""
+    """Return every case in which another way to the same function is faster, the worst first, or nothing."""
     lost = [(g.speed_up(name) or 1, g, name) for g in found for name in g.rivals if (g.speed_up(name) or 1) < 1]
     rows = [
         [g.name, g.case["dtype"], column(g), name, f"{value:.2f}"]
@@ -150,7 +146,7 @@ def losses(found: Sequence[Group]) -> str:
 
 
 def failures(found: Sequence[Group]) -> str:
-    """What did not run, and why; empty where everything did."""
+    """Return what did not run, and why, or nothing."""
     counts: dict[tuple[str, str], list[str]] = {}
     for group in found:
         for name, row in group.rows.items():
@@ -161,7 +157,7 @@ def failures(found: Sequence[Group]) -> str:
 
 
 def every_case(found: Sequence[Group]) -> str:
-    """A row for each layer and M of one direction and dtype."""
+    """Return a row for each layer and M of one direction and dtype."""
     gpu = on_gpu(found[0].chunk)
     names = [name for name in implementations(found) if name != results.OURS]
     absolute = ["ours, µs", "ours, TFLOP/s"] if gpu else []
@@ -183,7 +179,7 @@ def _absolute(group: Group, seconds: float) -> list[str]:
 
 
 def largest(found: Iterable[Group]) -> list[Group]:
-    """Of forward and backward, the largest M of each layer."""
+    """Return the groups of forward + backward at the largest M of each layer."""
     best: dict[str, Group] = {}
     for group in found:
         kept = best.get(group.case["layer"])
@@ -193,7 +189,7 @@ def largest(found: Iterable[Group]) -> list[Group]:
 
 
 def memory(found: Sequence[Group]) -> str:
-    """Peak beyond inputs and outputs, and what of it is kept for backward, in MB, at each layer's largest M."""
+    """Return the peak beyond inputs and outputs, and the part kept for backward, in MB, at each layer's largest M."""
     shown = largest(found)
     heads = [f"{g.case['layer']}, M = {g.case['m']:,}" for g in shown]
     rows = []
@@ -211,7 +207,7 @@ def _bytes(row: Mapping[str, Any]) -> str:
 
 
 def step(group: Group) -> str:
-    """One training step: speed and peak memory of every method."""
+    """Return the table of one training step: speed and peak memory of every method."""
     gpu = on_gpu(group.chunk)
     rows = []
     for name in implementations([group]):
@@ -229,7 +225,7 @@ def step(group: Group) -> str:
 
 
 def launch(found: Sequence[Group]) -> str:
-    """CPU time of a call of one dtype: over F.linear's, and on a GPU in microseconds."""
+    """Return the CPU time of a call of one dtype: relative to F.linear's, and on a GPU in microseconds."""
     heads = [column(g) for g in found]
     rows = [[name, computes(name, found), *(_call(g, name) for g in found)] for name in implementations(found)]
     return markdown(["implementation", "computes", *heads], rows, left=2)
@@ -241,3 +237,37 @@ def _call(group: Group, name: str) -> str:
         return "failed" if name in group.rows else ""
     times = "" if plain is None else f"{seconds / plain:.1f} x"
     return f"{seconds * 1e6:.1f} µs, {times}".rstrip(", ") if on_gpu(group.chunk) else times
+
+
+def ratios(found: Iterable[Group]) -> str:
+    """Return the table that ends a session, for a terminal: a line for each group, with others' times / ours.
+
+    A cell is empty if something was not measured. Memory is the peak beyond inputs and outputs; of a training step it
+    is the whole peak.
+    """
+    rows = [("", "dtype", "", "formula", "best other way to the same", "for scale", "our memory / formula's")]
+    for group in found:
+        formula = results.OFFICIAL if group.suite == "step" else results.FORMULA
+        best = group.best_rival
+        shown = (name for name in _SCALE[group.suite] if name in group.rows)
+        scale = (f"{name} {value}" for name in shown if (value := _time_ratio(group, name)))
+        field = "peak_bytes" if group.suite == "step" else "extra_bytes"
+        ours, theirs = (group.rows.get(name, {}).get(field) for name in (group.ours, formula))
+        rows.append(
+            (
+                *(group.name, group.case["dtype"], column(group), _time_ratio(group, formula)),
+                "" if best is None or group.median(group.ours) is None else f"{_time_ratio(group, best)} {best}",
+                ", ".join(scale),
+                f"{ours / theirs:.2f}" if ours is not None and theirs else "",
+            )
+        )
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _time_ratio(group: Group, other: str) -> str:
+    value = group.speed_up(other)
+    if value is not None:
+        return f"{value:.2f}"
+    return "failed" if any("error" in group.rows[name] for name in {group.ours, other} & group.rows.keys()) else ""

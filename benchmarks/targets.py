@@ -1,17 +1,19 @@
-"""What the package promises on a GPU, held against measured results.
+"""The package's promises on a GPU, compared with measured results.
 
-All are stated for bfloat16 on an NVIDIA GPU; results of a CPU never fill them. Where a target speaks
-of many cases, the worst one decides. A case in which ours failed, or is beaten, is missed. A target is met only
-where every case that the suites plan for it was measured, with all that it is compared with.
+All are for bfloat16 on an NVIDIA GPU; results of a CPU never count. If a target covers many cases, the worst one
+decides. A target is missed if ours failed or was slower in a case. It is met only if every case that the suites plan
+for it was measured, with all that it is compared with.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import cases, implementations, results
+from benchmarks import implementations, results
+from benchmarks.chunks import IMAGES, MODELS, STEP_BATCHES, STEP_MODELS, searched
 from benchmarks.groups import FIELDS, Group, geometric_mean, groups, is_ours, on_gpu
 
 MET, MISSED, INCOMPLETE, NOT_MEASURED = "met", "missed", "incomplete", "not measured"
@@ -19,8 +21,12 @@ DTYPE = "bfloat16"
 EXTRA_BYTES = 2_000_000
 #: A value of one group, or None where what it takes was not measured.
 Measure = Callable[[Group], float | None]
-#: (value, name of the case) of each -> the value that decides, and how it is shown.
-Summary = Callable[[list[tuple[float, str]]], tuple[float, str]]
+#: Relation -> the comparison, and which of all (value, name of the case) is the worst.
+_RELATIONS: dict[str, tuple[Callable[[float, float], bool], Callable[..., Any]]] = {
+    ">=": (operator.ge, min),
+    "<=": (operator.le, max),
+    "<": (operator.lt, max),
+}
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,9 @@ class Planned:
     """A group that the whole suite measures.
 
     Attributes:
-        suite: "layer", "launch" or "step". case: as a :class:`~benchmarks.groups.Group` has it.
-        rivals: the other ways to the same function in it.
+        suite: "layer", "launch" or "step".
+        case: The fields of a :class:`~benchmarks.groups.Group`'s case.
+        rivals: The other ways to the same function in it.
     """
 
     suite: str
@@ -39,7 +46,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Row:
-    """One target. ``cases``: how many measured cases stand behind the verdict, of how many ``planned``."""
+    """One target. ``cases`` of its ``planned`` cases were measured."""
 
     target: str
     wanted: str
@@ -50,18 +57,18 @@ class Row:
 
 
 def planned() -> list[Planned]:
-    """Every group of the whole suite that a target may speak of."""
+    """Return every group of the whole suite that a target may cover."""
     found = []
-    for shape in (shape for shapes in cases.MODELS.values() for shape in shapes):
-        for images in cases.IMAGES:
+    for shape in (shape for shapes in MODELS.values() for shape in shapes):
+        for images in IMAGES:
             for direction in results.DIRECTIONS:
-                names = implementations.names(direction, "cuda", cases.searched(shape, images, DTYPE))
+                names = implementations.names(direction, "cuda", searched(shape, images, DTYPE))
                 of_shape = shape.model, shape.layer, shape.n, shape.k, shape.groups, shape.tokens * images
                 found.append(_plan("layer", (*of_shape, DTYPE, direction), names))
     found += [_plan("launch", (call, DTYPE), ()) for call in ("no_grad", "forward", "both")]
-    for key in cases.STEP_MODELS:
-        for batch in cases.STEP_BATCHES:
-            found.append(_plan("step", (cases.MODELS[key][0].model, batch, 224, DTYPE), results.STEP_IMPLEMENTATIONS))
+    for key in STEP_MODELS:
+        for batch in STEP_BATCHES:
+            found.append(_plan("step", (MODELS[key][0].model, batch, 224, DTYPE), results.STEP_IMPLEMENTATIONS))
     return found
 
 
@@ -72,7 +79,7 @@ def _plan(suite: str, case: Sequence[Any], names: Iterable[str]) -> Planned:
 
 @dataclass(frozen=True)
 class _Cases:
-    """What a target speaks of: groups that were measured, and those that are planned."""
+    """The measured and the planned groups of a target."""
 
     measured: list[Group]
     planned: list[Planned]
@@ -84,13 +91,14 @@ class _Cases:
 
 
 def rows(chunks: Iterable[Mapping[str, Any]], plan: Sequence[Planned] | None = None) -> list[Row]:
-    """Every target, in a fixed order, from the chunks of one device.
+    """Return every target, in a fixed order, from the chunks of one device.
 
     Args:
-        plan: what must have been measured for a target to be met; default: :func:`planned`.
+        chunks: Raw results.
+        plan: What must have been measured for a target to be met; default: :func:`planned`.
 
     Raises:
-        ValueError: as :func:`benchmarks.groups.groups`; or GPUs of several names.
+        ValueError: As :func:`benchmarks.groups.groups`, or if there are results of several GPUs.
     """
     chunks = [chunk for chunk in chunks if on_gpu(chunk)]
     names = sorted({chunk["device"] for chunk in chunks})
@@ -113,41 +121,36 @@ def rows(chunks: Iterable[Mapping[str, Any]], plan: Sequence[Planned] | None = N
     best = "forward + backward: best other way to the same function, its time / ours"
     step = "ViT-B/16 step, batch 64"
     return [
-        _least("forward: plain linear's time / ours, M >= 12,608", 0.95, large, _against(results.PLAIN)),
-        _least(
-            "forward: W' written by one kernel + BLAS, its time / ours, M <= 6,304",
-            1.0,
-            small,
+        _row("forward: plain linear's time / ours, M >= 12,608", ">=", 0.95, large, _against(results.PLAIN)),
+        _row(
+            *("forward: W' written by one kernel + BLAS, its time / ours, M <= 6,304", ">=", 1.0, small),
             _against(results.RECOMPUTE),
         ),
-        _least(
-            "u, v, f gradients: BLAS's dy^T x alone, its time / ours",
-            1.0,
-            layers("grad_scales"),
+        _row(
+            *("u, v, f gradients: BLAS's dy^T x alone, its time / ours", ">=", 1.0, layers("grad_scales")),
             _against(results.BARE_GRAD),
         ),
-        _least(f"{best}, every shape", 1.0, both, _best_rival),
-        _mean(f"{best}, geometric mean over ViTs", 1.15, vits, _best_rival),
-        _least(
-            "forward + backward: formula in eager, its time / ours, M = 6,304", 2.0, batch_32, _against(results.FORMULA)
+        _row(f"{best}, every shape", ">=", 1.0, both, _best_rival),
+        _row(f"{best}, geometric mean over ViTs", ">=", 1.15, vits, _best_rival, mean=True),
+        _row(
+            *("forward + backward: formula in eager, its time / ours, M = 6,304", ">=", 2.0, batch_32),
+            _against(results.FORMULA),
         ),
-        _least(
+        _row(
             "forward + backward: share of the most that BLAS's three products reach, ViT-L/16 fc1, M = 50,432",
-            0.85,
-            vit_l,
-            _peak_share(both.measured),
+            *(">=", 0.85, vit_l, _peak_share(both.measured)),
         ),
-        _below(
+        _row(
             "memory above a frozen nn.Linear, MB, every layer, forward and both",
-            EXTRA_BYTES / 1e6,
-            layers("forward", "both"),
-            _extra_megabytes,
+            *("<", EXTRA_BYTES / 1e6, layers("forward", "both"), _extra_megabytes),
         ),
-        _least(f"{step}: images/s / official formula's", 1.8, steps, _against(results.OFFICIAL)),
-        _most(f"{step}: peak memory / official formula's", 0.6, steps, _memory),
-        _least(f"{step}: images/s / official formula's, compiled", 1.0, steps, _against(results.OFFICIAL_COMPILED)),
-        _most("CPU time of a call in eager, C++ path, µs", 30.0, calls, _microseconds(results.CUDA), results.CUDA),
-        _most("CPU time of a call in eager, Triton, µs", 60.0, calls, _microseconds(results.TRITON), results.TRITON),
+        _row(f"{step}: images/s / official formula's", ">=", 1.8, steps, _against(results.OFFICIAL)),
+        _row(f"{step}: peak memory / official formula's", "<=", 0.6, steps, _memory),
+        _row(f"{step}: images/s / official formula's, compiled", ">=", 1.0, steps, _against(results.OFFICIAL_COMPILED)),
+        *(
+            _row(f"CPU time of a call in eager, {title}, µs", "<=", most, calls, _microseconds(name), name)
+            for title, name, most in (("C++ path", results.CUDA, 30.0), ("Triton", results.TRITON, 60.0))
+        ),
     ]
 
 
@@ -156,19 +159,19 @@ def _against(other: str) -> Measure:
 
 
 def _best_rival(group: Group) -> float | None:
-    """None where no rival ran; where some did not, what the others leave of it."""
+    """Return the best rival's time / ours, of those that ran; None if none ran."""
     best = group.best_rival
     return None if best is None else group.speed_up(best)
 
 
 def _products_per_second(group: Group, implementation: str) -> float | None:
-    """Flops of the three products a second."""
+    """Return flops of the three products in a second."""
     seconds, case = group.median(implementation), group.case
     return None if seconds is None else 6 * case["m"] * case["n"] * case["k"] / seconds
 
 
 def _peak_share(both: Sequence[Group]) -> Measure:
-    """Of the most that bare products reach at any shape in the same run."""
+    """Measure the share of the most that bare products reach at any shape in the same run."""
 
     def share(group: Group) -> float | None:
         run = (g for g in both if g.chunk is group.chunk)
@@ -180,7 +183,10 @@ def _peak_share(both: Sequence[Group]) -> Measure:
 
 
 def _extra_megabytes(group: Group) -> float | None:
-    """Peak and what is kept, added although the peak may hold what is kept: more than is taken, never less."""
+    """Return peak and kept bytes above a plain linear's, in MB.
+
+    The peak may include what is kept: the sum is never too small.
+    """
     held = []
     for name in (results.OURS, results.PLAIN):
         row = group.rows.get(name, {})
@@ -191,6 +197,7 @@ def _extra_megabytes(group: Group) -> float | None:
 
 
 def _memory(group: Group) -> float | None:
+    """Return our peak memory / the official formula's."""
     ours, theirs = (group.rows.get(name, {}).get("peak_bytes") for name in (results.OURS, results.OFFICIAL))
     return None if ours is None or not theirs else ours / theirs
 
@@ -203,46 +210,29 @@ def _microseconds(implementation: str) -> Measure:
     return microseconds
 
 
-def _least(target: str, wanted: float, cases: _Cases, measure: Measure) -> Row:
-    return _row(target, f">= {wanted:g}", cases, measure, lambda got: got >= wanted, _worst(min))
-
-
-def _mean(target: str, wanted: float, cases: _Cases, measure: Measure) -> Row:
-    return _row(target, f">= {wanted:g}", cases, measure, lambda got: got >= wanted, _averaged)
-
-
-def _most(target: str, wanted: float, cases: _Cases, measure: Measure, implementation: str = results.OURS) -> Row:
-    return _row(target, f"<= {wanted:g}", cases, measure, lambda got: got <= wanted, _worst(max), implementation)
-
-
-def _below(target: str, wanted: float, cases: _Cases, measure: Measure) -> Row:
-    return _row(target, f"< {wanted:g}", cases, measure, lambda got: got < wanted, _worst(max))
-
-
-def _worst(of: Callable[[list[tuple[float, str]]], tuple[float, str]]) -> Summary:
-    def summary(measured: list[tuple[float, str]]) -> tuple[float, str]:
-        got, name = of(measured)
-        return got, f"{got:.3f} ({name})"
-
-    return summary
-
-
-def _averaged(measured: list[tuple[float, str]]) -> tuple[float, str]:
-    mean = geometric_mean([value for value, _ in measured])
-    return mean, f"{mean:.3f}"
-
-
 def _row(
     target: str,
-    wanted: str,
+    relation: str,
+    wanted: float,
     found: _Cases,
     measure: Measure,
-    fits: Callable[[float], bool],
-    summary: Summary,
     implementation: str | None = None,
+    mean: bool = False,
 ) -> Row:
+    """Return a target's row.
+
+    Args:
+        target: Its name.
+        relation: ">=", "<=" or "<": how the value that decides must relate to ``wanted``.
+        wanted: The bound.
+        found: The cases that it covers.
+        measure: The value of one case.
+        implementation: Its failure misses the target; default: this package's choice.
+        mean: The geometric mean of all cases decides, not the worst case.
+    """
+
     def row(got: str, verdict: str, count: int) -> Row:
-        return Row(target, wanted, got, verdict, count, len(found.planned))
+        return Row(target, f"{relation} {wanted:g}", got, verdict, count, len(found.planned))
 
     failed = [group for group in found.measured if "error" in group.rows.get(implementation or group.ours, {})]
     values = {_key(group): (value, group.name) for group in found.measured if (value := measure(group)) is not None}
@@ -250,11 +240,17 @@ def _row(
         return row(f"failed at {failed[0].name}", MISSED, len(values) + len(failed))
     if not values:
         return row("", NOT_MEASURED, 0)
-    got, text = summary(list(values.values()))
-    if not fits(got):
+    fits, worst = _RELATIONS[relation]
+    if mean:
+        got = geometric_mean([value for value, _ in values.values()])
+        text = f"{got:.3f}"
+    else:
+        got, name = worst(values.values())
+        text = f"{got:.3f} ({name})"
+    if not fits(got, wanted):
         return row(text, MISSED, len(values))
     ran = {_key(group): set(group.rivals) for group in found.measured if _key(group) in values}
-    # the best of the others is only known where all of them ran
+    # the best of the others is only known if all of them ran
     needed = {_key(p): p.rivals if measure is _best_rival else frozenset() for p in found.planned}
     lacking = sum(key not in ran or not rivals <= ran[key] for key, rivals in needed.items())
     if lacking or not found.planned:

@@ -1,4 +1,4 @@
-"""What a call costs the CPU in eager mode: a tiny layer, its GPU work enqueued and not waited for."""
+"""CPU time of a call in eager mode: a tiny layer, whose GPU work is enqueued and not waited for."""
 
 from __future__ import annotations
 
@@ -11,33 +11,30 @@ import pytest
 import torch
 
 from benchmarks import implementations, results, timing
-from benchmarks.agreement import Formula
 from benchmarks.implementations import make_inputs
+from benchmarks.measures import Formula
 from benchmarks.results import LaunchCase
-from benchmarks.suite import ROUNDS, Outcome, Rivals, outcome, parametrize, turn_by_turn
+from benchmarks.suite import DEVICE, ROUNDS, Outcome, Rivals, interleaved, outcome, parametrize, turn_by_turn
 from benchmarks.timing import Variant
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: M, N and K: so small that on a CPU too the call is mostly what surrounds the arithmetic.
 M, N, K = 8, 64, 64
-#: Calls between two looks at the clock; a GPU's queue takes over a thousand kernels before the CPU has to wait.
+#: Calls between two readings of the clock; a GPU's queue takes over a thousand kernels before the CPU has to wait.
 BATCH = 20
-#: Seconds that the rounds of a group may take.
-BUDGET = 2.0
-#: What a call is named in the results -> the direction of an implementation.
+#: Name of a call in the results -> direction of an implementation.
 CALLS = {"no_grad": "forward_no_grad", "forward": "forward", "both": "both"}
 NAMES = (results.OURS, *implementations.BACKENDS, results.PLAIN, results.FORMULA, results.LORA)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make a group for each call and dtype."""
     option = metafunc.config.getoption
     tests = []
     for dtype in option("--dtype") if "launch".startswith(option("--chunk") or "") else ():
         for call in CALLS:
             group = Rivals("launch", "launch", (call, dtype), f"launch-{call}-{dtype}", place=3)
-            for name in NAMES:
-                if name in implementations.names(CALLS[call], DEVICE):
-                    tests.append((group, name))
+            there = implementations.names(CALLS[call], DEVICE)
+            tests += [(group, name) for name in NAMES if name in there]
     parametrize(metafunc, tests)
 
 
@@ -56,23 +53,22 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
                 more[name] = {"error_vs_formula": formula.error(made.run())}
         return Variant([made], functools.partial(_around, name, call))
 
-    found = timing.interleaved(
-        {name: functools.partial(variant, name) for name in names},
-        timing.Batches(BATCH, wait=False),
-        BUDGET,
+    found = interleaved(
+        names,
+        variant,
         rounds or ROUNDS["launch"],
+        stopwatch=timing.Batches(BATCH, wait=False),
+        budget=2.0,
         warm_seconds=0.3 if rounds is None else 0.0,
     )
-    outcomes = {}
-    for name in names:
-        case = LaunchCase(call, dtype, name, backends.get(name))
-        outcomes[name] = outcome(case, found[name], more.get(name, {}))
-    return outcomes
+    return {
+        name: outcome(LaunchCase(call, dtype, name, backends.get(name)), found[name], more.get(name)) for name in names
+    }
 
 
 @contextlib.contextmanager
 def _around(name: str, call: str) -> Iterator[None]:
-    """The backend, and ``no_grad`` around the whole batch: a user enters it once, not at each call."""
+    """Enter the backend, and ``no_grad`` around the whole batch: a user enters it once, not at each call."""
     with implementations.context(name)(), torch.set_grad_enabled(call != "no_grad"):
         yield
 

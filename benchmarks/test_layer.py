@@ -1,7 +1,7 @@
 """Forward, backward, both, and the gradients of u, v and f alone, of the linears of four vision transformers.
 
-Every way to compute the layer takes its turn within each round. Read the times as ratios within a group:
-absolute times on a shared CPU mean little.
+Every way to compute the layer takes its turn in each round. Read the times as ratios within a group: absolute times on
+a shared CPU mean little.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cases, implementations, results, timing
-from benchmarks.agreement import Formula
-from benchmarks.cases import Shape
+from benchmarks import chunks, implementations, results, timing
+from benchmarks.chunks import Shape
 from benchmarks.implementations import Inputs, make_inputs
-from benchmarks.memory import peak_and_results, saved_for_backward
+from benchmarks.measures import Formula, peak_and_results, saved_for_backward
 from benchmarks.results import LayerCase
-from benchmarks.suite import Outcome, Rivals, outcome, parametrize, turn_by_turn
+from benchmarks.suite import DEVICE, Outcome, Rivals, interleaved, outcome, parametrize, turn_by_turn
 from benchmarks.tables import PRODUCTS
 from benchmarks.timing import Variant
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLICE_DIRECTIONS = ("forward", "both")
 
 #: What ``torch.compile`` has in its caches.
@@ -31,28 +29,26 @@ _compiled_for: list[tuple[Shape, int, str]] = []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Groups in the order in which compiled code can be shared: directions last."""
+    """Make groups in the order in which compiled code can be shared: directions last."""
     option = metafunc.config.getoption
     chunk, images, dtypes = option("--chunk"), option("--images"), option("--dtype")
     whole = chunk is not None
-    shapes = [shape for key in cases.MODELS if whole or key == "vit_b" for shape in cases.MODELS[key]]
+    shapes = [shape for key in chunks.MODELS if whole or key == "vit_b" for shape in chunks.MODELS[key]]
     tests = []
     for shape in shapes:
         for dtype in dtypes:
-            name = cases.layer_chunk(shape, dtype) if whole else f"layer-{shape.key}"
+            name = chunks.layer_chunk(shape, dtype) if whole else f"layer-{shape.key}"
             if not name.startswith(chunk or ""):
                 continue
-            for place, count in enumerate(images or (cases.IMAGES if whole else cases.SLICE_IMAGES[DEVICE])):
-                searched = whole and cases.searched(shape, count, dtype)
+            for place, count in enumerate(images or (chunks.IMAGES if whole else chunks.SLICE_IMAGES[DEVICE])):
+                searched = whole and chunks.searched(shape, count, dtype)
                 for direction in results.DIRECTIONS if whole else SLICE_DIRECTIONS:
                     label = f"{shape.key}-{shape.layer}-{count}-{dtype}-{direction}"
-                    # of a slice the small ones first, what takes longest at the end
+                    # a slice begins with the small groups and ends with those that take longest
                     order = 0 if whole else 1 + 3 * place + 2 * (direction != "both")
                     work = count * shape.tokens * shape.n * shape.k * PRODUCTS[direction]
                     group = Rivals("layer", name, (shape, count, dtype, direction), label, order, work)
-                    tests += [
-                        (group, implementation) for implementation in implementations.names(direction, DEVICE, searched)
-                    ]
+                    tests += [(group, one) for one in implementations.names(direction, DEVICE, searched)]
     parametrize(metafunc, tests)
 
 
@@ -60,14 +56,21 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
     shape, images, dtype, direction = group.key
     if _compiled_for != [(shape, images, dtype)]:
         _compiled_for[:] = [(shape, images, dtype)]
-        # a limit on recompilations would otherwise be met after a few shapes
+        # otherwise the limit on recompilations is reached after a few shapes
         torch._dynamo.reset()
     m = shape.tokens * images
     make = functools.partial(make_inputs, m, shape.n, shape.k, shape.groups, getattr(torch, dtype), DEVICE)
     first = make()
     count = timing.copies(first.nbytes, timing.l2_bytes())
     inputs = [first, *(make(seed=seed) for seed in range(1, count))]
-    formula = Formula(functools.partial(_results, results.FORMULA, direction, first), first.x.dtype)
+
+    def formula_results() -> tuple[Tensor, ...]:
+        call = implementations.call(results.FORMULA, direction, first)
+        if call.before is not None:
+            call.before()
+        return tuple(t.detach() for t in call.run())
+
+    formula = Formula(formula_results, first.x.dtype)
     more: dict[str, dict[str, Any]] = {}
     backends: dict[str, str | None] = {}
 
@@ -77,16 +80,9 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
         if name not in results.OTHER_FUNCTIONS:
             more[name]["error_vs_formula"] = formula.error(got)
         del got
-        context = implementations.context(name)
-        return Variant([implementations.call(name, direction, i) for i in inputs], context)
+        return Variant([implementations.call(name, direction, i) for i in inputs], implementations.context(name))
 
-    found = timing.interleaved(
-        {name: functools.partial(variant, name) for name in names},
-        timing.device_clock(),
-        timing.BUDGET[DEVICE],
-        rounds or timing.ROUNDS,
-        warm_seconds=0.3 if DEVICE == "cuda" and rounds is None else 0.0,
-    )
+    found = interleaved(names, variant, rounds)
     outcomes = {}
     for name in names:
         case = LayerCase(
@@ -95,28 +91,19 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
             backend=backends.get(name),
             same_function=name not in results.OTHER_FUNCTIONS,
         )
-        outcomes[name] = outcome(case, found[name], more.get(name, {}), count)
+        outcomes[name] = outcome(case, found[name], more.get(name), count)
     return outcomes
 
 
-def _results(name: str, direction: str, i: Inputs) -> tuple[Tensor, ...]:
-    call = implementations.call(name, direction, i)
-    if call.before is not None:
-        call.before()
-    return tuple(t.detach() for t in call.run())
-
-
 def _memory(name: str, direction: str, i: Inputs) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
-    """Of one call, and its results; products and ops without autograd keep nothing for backward."""
+    """Return the memory of one call, and its results; calls without autograd keep nothing for backward."""
     with implementations.context(name)():
-        call = implementations.call(name, direction, i)
-        extra, got = peak_and_results(call.run, call.before)
+        extra, got = peak_and_results(implementations.call(name, direction, i))
         got = tuple(t.detach() for t in got)
         saved, saved_x = 0, False
         if name in implementations.THROUGH_AUTOGRAD and direction != "forward_no_grad":
             layer = implementations.bind(name, i)
-            others: tuple[Tensor, ...] = (*layer.trained, *layer.frozen)
-            saved, saved_x = saved_for_backward(layer.forward, i.x, others)
+            saved, saved_x = saved_for_backward(layer.forward, i.x, (*layer.trained, *layer.frozen))
     return {"extra_bytes": extra, "saved_bytes": saved, "saved_x": saved_x}, got
 
 

@@ -1,7 +1,7 @@
 """SSF's affine behind a LayerNorm, for ViT-B/16's tokens: fused, as two operations, by composed weights, compiled.
 
-Read the times as ratios within a group, and LayerNorm alone as the floor: the fused layer
-moves the same bytes.
+Read the times as ratios within a group. LayerNorm alone is the least that is possible: the fused layer moves the same
+bytes.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import results, timing
-from benchmarks.agreement import Formula
-from benchmarks.memory import peak_and_results, saved_for_backward
+from benchmarks.measures import Formula, peak_and_results, saved_for_backward
 from benchmarks.results import COMPOSED, FORMULA, FORMULA_COMPILED, LAYER_NORM, NORM_IMPLEMENTATIONS, OURS, LayerCase
-from benchmarks.suite import Outcome, Rivals, outcome, parametrize, turn_by_turn
+from benchmarks.suite import DEVICE, Outcome, Rivals, interleaved, outcome, parametrize, turn_by_turn
 from benchmarks.timing import Call, Variant
 from rlrr_kernels.backends import choice, reference
 from rlrr_kernels.backends.reference import compose_affine
 from rlrr_kernels.layers.norm import SSFLayerNorm
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGES = (1, 32, 256) if DEVICE == "cuda" else (8,)
 TOKENS, D = 197, 768
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make a group for each batch size, dtype and direction."""
     option = metafunc.config.getoption
     tests = []
     for images in (option("--images") or IMAGES) if "norm".startswith(option("--chunk") or "") else ():
@@ -44,12 +43,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def two_operations(norm: nn.Module, scale: Tensor, shift: Tensor, x: Tensor) -> Tensor:
-    """The published code's: LayerNorm, then y * s + t, in x's dtype."""
+    """Return y * s + t of the LayerNorm's y, in x's dtype, as the published code computes it."""
     return (norm(x) * scale + shift).to(x.dtype)
 
 
 def layers(dtype: torch.dtype) -> dict[str, tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]]:
-    """Implementation -> (layer ``[..., D]`` to ``[..., D]``, what it trains); all share their values."""
+    """Return for each implementation its layer, ``[..., D]`` to ``[..., D]``, and what it trains; all share values."""
     torch.manual_seed(0)
     norm = nn.LayerNorm(D, device=DEVICE, dtype=dtype).requires_grad_(False)
     with torch.no_grad():
@@ -60,7 +59,7 @@ def layers(dtype: torch.dtype) -> dict[str, tuple[Callable[[Tensor], Tensor], tu
 
     def composed(x: Tensor) -> Tensor:
         weight, bias = compose_affine(norm.weight, norm.bias, s, t, s.dtype)
-        # on a GPU PyTorch's LayerNorm wants weights of x's dtype
+        # on a GPU PyTorch's LayerNorm needs weights of x's dtype
         return F.layer_norm(x, (D,), weight.to(x.dtype), bias.to(x.dtype), norm.eps)
 
     separate = functools.partial(two_operations, norm, s, t)
@@ -105,19 +104,13 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
         x = pairs[0][0]
         owned = [*trained, *(layer.parameters() if isinstance(layer, nn.Module) else ())]
         saved, saved_x = saved_for_backward(lambda: layer(x), x, owned)
-        extra, got = peak_and_results(calls[0].run)
+        extra, got = peak_and_results(calls[0])
         more[name] = {"extra_bytes": extra, "saved_bytes": saved, "saved_x": saved_x}
         if name not in results.OTHER_FUNCTIONS:
             more[name]["error_vs_formula"] = formula.error(got)
         return Variant(calls)
 
-    found = timing.interleaved(
-        {name: functools.partial(variant, name) for name in names},
-        timing.device_clock(),
-        timing.BUDGET[DEVICE],
-        rounds or timing.ROUNDS,
-        warm_seconds=0.3 if DEVICE == "cuda" and rounds is None else 0.0,
-    )
+    found = interleaved(names, variant, rounds)
     served = "torch" if choice.module_for_layer_norm(pairs[0][0]) is reference else "triton"
     outcomes = {}
     for name in names:
@@ -127,7 +120,7 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
             backend=served if name == OURS else None,
             same_function=name not in results.OTHER_FUNCTIONS,
         )
-        outcomes[name] = outcome(case, found[name], more.get(name, {}), len(pairs))
+        outcomes[name] = outcome(case, found[name], more.get(name), len(pairs))
     return outcomes
 
 

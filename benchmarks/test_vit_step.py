@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,31 +9,30 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, implementations, results, timing
-from benchmarks.agreement import Formula
-from benchmarks.memory import peak_extra_bytes
+from benchmarks import chunks, implementations, results, timing
+from benchmarks.measures import Formula, peak_extra_bytes
 from benchmarks.results import STEP_IMPLEMENTATIONS, StepCase
 from benchmarks.steps import CLASSES, Step, build
-from benchmarks.suite import Outcome, Recorder, Rivals, outcome, parametrize, turn_by_turn
+from benchmarks.suite import DEVICE, Outcome, Recorder, Rivals, interleaved, outcome, parametrize, turn_by_turn
 from benchmarks.timing import Call, Rounds, Variant
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = 224
 
 
 @dataclass(frozen=True)
 class Model:
-    """``name`` and ``depth`` (None: all) are timm's; ``title`` is what the results call it."""
+    """A timm model by ``name``, with ``depth`` blocks (None: all); ``title`` is its name in the results."""
 
     title: str
     name: str
     depth: int | None = None
 
 
-SLICE = Model("ViT-B/16, 2 blocks", cases.STEP_MODELS["vit_b"], 2)
+SLICE = Model("ViT-B/16, 2 blocks", chunks.STEP_MODELS["vit_b"], 2)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make a group for each model, batch size and dtype."""
     option = metafunc.config.getoption
     chunk, images = option("--chunk"), option("--images")
     tests: list[tuple[Rivals, str]] = []
@@ -42,23 +40,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if dtype in option("--dtype"):
             label = f"{name}-{batch}-{dtype}"
             group = Rivals("step", name, (model, batch, dtype), label, place=2)
-            tests += [(group, name) for name in STEP_IMPLEMENTATIONS]
+            tests += [(group, one) for one in STEP_IMPLEMENTATIONS]
     parametrize(metafunc, tests)
 
 
 def _slice(images: Sequence[int] | None) -> list[tuple[str, Model, int, str]]:
-    return [("step-slice", SLICE, batch, dtype) for batch in images or (4,) for dtype in cases.DTYPES]
+    return [("step-slice", SLICE, batch, dtype) for batch in images or (4,) for dtype in chunks.DTYPES]
 
 
 def _chunks(prefix: str, images: Sequence[int] | None) -> list[tuple[str, Model, int, str]]:
-    """Chunk's name, model, batch size and dtype; ``images`` in place of the batch size that a chunk is named by."""
+    """Return name, model, batch size and dtype of each chunk; ``images`` replaces the batch size of the name."""
     found: dict[tuple[str, int], tuple[str, Model, int, str]] = {}
-    for key, name in cases.STEP_MODELS.items():
-        for planned in cases.STEP_BATCHES:
+    for key, name in chunks.STEP_MODELS.items():
+        for planned in chunks.STEP_BATCHES:
             chunk = f"step-{key}-{planned}"
             if chunk.startswith(prefix):
-                for batch in images or (planned,):  # once, though all chunks of a model would have the same
-                    model = Model(cases.MODELS[key][0].model, name)
+                for batch in images or (planned,):  # once, though several chunks of a model would measure the same
+                    model = Model(chunks.MODELS[key][0].model, name)
                     found.setdefault((key, batch), (chunk, model, batch, "bfloat16"))
     return list(found.values())
 
@@ -89,7 +87,7 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str], re
         return Variant([Call(step)])
 
     def outcomes(found: Mapping[str, Rounds]) -> dict[str, Outcome]:
-        """Of those that have rounds or failed."""
+        """Return the outcomes of those that have rounds or failed."""
         results_of = {}
         for name, rival in found.items():
             if not rival.seconds and rival.error is None:
@@ -104,11 +102,12 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str], re
             results_of[name] = outcome(case, rival, more)
         return results_of
 
-    found = timing.interleaved(
-        {name: functools.partial(variant, name) for name in names},
-        timing.Batches(4 if DEVICE == "cuda" else 1, wait=True, settle=True),
-        20.0 if DEVICE == "cuda" else 10.0,
-        rounds or timing.ROUNDS,
+    found = interleaved(
+        names,
+        variant,
+        rounds,
+        stopwatch=timing.Batches(4 if DEVICE == "cuda" else 1, wait=True, settle=True),
+        budget=20.0 if DEVICE == "cuda" else 10.0,
         warm_seconds=1.0 if DEVICE == "cuda" and rounds is None else 0.0,
         until=recorder.until,
         after_each=lambda found: recorder.keep(group, outcomes(found)),

@@ -1,4 +1,4 @@
-"""Seconds of rival calls, taken in turns: CUDA graphs or events on a GPU, the wall clock on a CPU."""
+"""Seconds of rival calls, which take turns: by CUDA graphs or events on a GPU, by the wall clock on a CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.results import EVENTS, GRAPH, WALL, one_line
 #: Seconds that the rounds of one group of rivals may take, and between which numbers of rounds that decides.
 BUDGET = {"cuda": 2.0, "cpu": 1.5}
 ROUNDS = (5, 30)
-#: GPU clock cycles of the pause in which work is enqueued: half a millisecond, longer than launching any graph here.
+#: GPU clock cycles of the pause in which work is enqueued: half a millisecond, more than any graph takes to launch.
 PAUSE = 1_000_000
 MOST_COPIES = 64
 
@@ -30,16 +30,16 @@ Turn = Callable[[], float]
 
 
 class Unavailable(Exception):
-    """What would be measured is not here, or not for this device; the message says why."""
+    """A rival is not here, or not for this device; the message says why."""
 
 
 class Rejected(Exception):
-    """What is here but must not be timed, as its results are wrong; the message says all of it."""
+    """A rival must not be timed, as its results are wrong; the message says how."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed, and what comes before it untimed, such as the forward whose graph a backward uses up."""
+    """What is timed, and what runs untimed before it, such as the forward whose graph a backward uses up."""
 
     run: Callable[[], Any]
     before: Callable[[], Any] | None = None
@@ -50,8 +50,8 @@ class Variant:
     """One rival.
 
     Attributes:
-        calls: the same work on one or more copies of the inputs, taken in turn.
-        context: is in force around them, as ``use_backend``; entering it is not timed.
+        calls: The same work on one or more copies of the inputs, used in turn.
+        context: Is active around the calls, as ``use_backend``; entering it is not timed.
     """
 
     calls: Sequence[Call]
@@ -62,8 +62,9 @@ class Variant:
 class Rounds:
     """Seconds of one call in each round, or why there are none.
 
-    ``clock``: "graph" (a CUDA graph's replay), "events" (CUDA events around single calls) or "wall".
-    ``unavailable``: the error is only that it is not here.
+    Attributes:
+        clock: "graph" (a CUDA graph's replay), "events" (CUDA events around single calls) or "wall".
+        unavailable: The error is only that the rival is not here.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -73,14 +74,14 @@ class Rounds:
 
 
 class Stopwatch(Protocol):
-    """Makes of a rival a function that does one turn and returns its seconds."""
+    """Makes of a rival a function that takes one turn and returns its seconds."""
 
     def __call__(self, variant: Variant) -> Turn:
-        """The function; what it times was run before."""
+        """Return the function; it has run once, so that compiling is not timed."""
 
     @property
     def clock(self) -> str:
-        """What reads the time of all rivals that it was given, known once they are all made."""
+        """The clock of all rivals; it is known once they are all made."""
 
 
 def synchronize() -> None:
@@ -89,26 +90,18 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Of one call, the GPU's work included."""
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
-
-
 def copies(bytes_each: int, l2_bytes: int) -> int:
-    """How many copies of the inputs to take in turn, so that each finds the L2 cache filled with others.
+    """Return how many copies of the inputs to use in turn, so that none is in the L2 cache at its turn.
 
     Args:
-        bytes_each: of the tensors that one call reads. l2_bytes: size of the cache; 0 asks for one copy.
+        bytes_each: Bytes of the tensors that one call reads.
+        l2_bytes: Size of the cache; 0 gives one copy.
     """
     return min(max(1, math.ceil(2 * l2_bytes / max(bytes_each, 1))), MOST_COPIES)
 
 
 def l2_bytes() -> int:
-    """Of the first GPU; 0 without one, as a CPU's calls are timed on one copy."""
+    """Return the L2 cache size of the first GPU; 0 without one, as a CPU's calls are timed on one copy."""
     return torch.cuda.get_device_properties(0).L2_cache_size if torch.cuda.is_available() else 0
 
 
@@ -121,20 +114,21 @@ def interleaved(
     until: float = math.inf,
     after_each: Callable[[dict[str, Rounds]], Any] = lambda found: None,
 ) -> dict[str, Rounds]:
-    """Time rivals in turns: what else the machine does, and its clock, then hit all of them alike.
+    """Time rivals in turns, so that other work of the machine, and its clock, affect all of them alike.
 
-    Each round has an order of its own, drawn at random from a fixed seed. After a fault that leaves the GPU
-    unusable nothing more runs, and what was measured before it is kept.
+    Each round has its own order, drawn from a fixed seed. After a fault that leaves the GPU unusable nothing more runs,
+    and what was measured before is kept.
 
     Args:
-        variants: name -> what makes the rival. One that fails, here or later, is out, with its reason;
-            the others go on.
-        stopwatch: of all of them.
-        budget: seconds after which no further round begins, within ``rounds``, (least, most).
-        warm_seconds: for how long all take turns before it counts; once each at least.
-        until: a time of ``time.monotonic`` after which no rival is made any more and no round begins but the first;
-            those not made have neither seconds nor an error.
-        after_each: called, untimed, with what was found when a rival could not be made and after each round.
+        variants: Name -> function that makes the rival. A rival that fails, here or later, is out, and its error is
+            kept; the others go on.
+        stopwatch: Times all of them.
+        budget: Seconds after which no further round begins.
+        rounds: The least and the most rounds, whatever the budget.
+        warm_seconds: How long all take turns before it counts; at least once each.
+        until: Time of ``time.monotonic`` after which no further rival is made, and no round but the first begins;
+            rivals that were not made have neither seconds nor an error.
+        after_each: Is called, untimed, with the results after each round, and after a rival could not be made.
     """
     found = {name: Rounds() for name in variants}
     turns: dict[str, Turn] = {}
@@ -151,7 +145,7 @@ def interleaved(
             found[name].unavailable = isinstance(error, Unavailable)
             found[name].seconds.clear()
             turns.pop(name, None)
-        # after the handler, or the traceback would hold the rival's tensors
+        # after the handler: within it the traceback holds the rival's tensors
         fault = _release()
         if fault is not None:
             fault = f"not measured: the GPU failed under {name}: {fault}"
@@ -176,13 +170,13 @@ def interleaved(
         least, most = rounds
         started = time.perf_counter()
         for count in range(most):
-            # not foretold from one round: on a busy machine some take ten times as long as others
+            # the number of rounds is not computed from the first: on a busy machine some take ten times as long
             if count >= least and time.perf_counter() - started >= budget:
                 break
             if count and time.monotonic() > until:
                 break
             order = list(turns)
-            shuffle(order)  # nobody always comes after the same one
+            shuffle(order)  # so that no rival always follows the same one
             for name in order:
                 took = attempt(name, turns[name])
                 if took is not None:
@@ -209,7 +203,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def gpu_fault() -> str | None:
-    """Why the GPU takes no more work in this process, as after an illegal access; None while it does."""
+    """Return why the GPU takes no more work in this process, as after an illegal access, or None."""
     try:
         synchronize()
         if torch.cuda.is_available():
@@ -220,13 +214,13 @@ def gpu_fault() -> str | None:
 
 
 def _release() -> str | None:
-    """Give back a failed rival's memory; the GPU's fault, if it has one."""
+    """Free a failed rival's memory, and return the GPU's fault, if any."""
     gc.collect()
     return gpu_fault()
 
 
 class WallClock:
-    """A stopwatch for the CPU: one call a turn."""
+    """A stopwatch for the CPU: one call is a turn."""
 
     clock = WALL
 
@@ -249,12 +243,12 @@ class WallClock:
 
 @dataclass(frozen=True)
 class Batches:
-    """A stopwatch that looks at the wall clock after ``count`` rounds of a rival's calls.
+    """A stopwatch that reads the wall clock after ``count`` rounds of a rival's calls.
 
     Attributes:
-        wait: on a GPU wait for its work within the time; otherwise the time is what enqueueing costs the CPU.
-        settle: on a GPU empty the allocator's cache and call once, untimed, at the start of each turn: the
-            blocks that the rival before has left are of other sizes.
+        wait: Wait for a GPU's work within the time; otherwise the time is what enqueueing costs the CPU.
+        settle: On a GPU, empty the allocator's cache and call once, untimed, at the start of each turn, as the rival
+            before has left blocks of other sizes.
     """
 
     count: int
@@ -289,10 +283,10 @@ class Batches:
 
 
 class GraphClock:
-    """A stopwatch for a GPU: all copies' calls in one CUDA graph, or between two events where graphs fail.
+    """A stopwatch for a GPU: all copies' calls in one CUDA graph, or between two events if graphs fail.
 
-    The graphs of a group share their memory: each writes what it reads, so any order of replays is right.
-    Where one rival cannot be captured, all are enqueued call by call: a group has one clock.
+    The graphs of a group share their memory: each writes what it reads, so they can be replayed in any order. If one
+    rival cannot be captured, all are enqueued call by call: a group has one clock.
     """
 
     def __init__(self) -> None:
@@ -319,7 +313,7 @@ class GraphClock:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def turn() -> float:
-            # asked at each turn: a rival made later may not have been captured
+            # read at each turn: a later rival may have failed to be captured
             prepare, work = captured if captured is not None and self.captures else enqueued
             with variant.context(), torch.cuda.stream(self.stream):
                 prepare()
@@ -336,13 +330,13 @@ class GraphClock:
     def _captured(
         self, before: Sequence[Callable[[], Any]], run: Sequence[Callable[[], Any]], variant: Variant
     ) -> tuple[Callable[[], None], Callable[[], None]] | None:
-        """Both as graphs, or None where they cannot be captured."""
+        """Return both as graphs, or None if they cannot be captured."""
         try:
             return self._capture(before, variant), self._capture(run, variant)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            torch.cuda.synchronize()  # what broke the GPU is this rival's error, and no refusal
+            torch.cuda.synchronize()  # raises if the GPU is broken: that is this rival's error
             self.captures = False
             warnings.warn(f"not captured, so its whole group is timed by events: {one_line(error)}", stacklevel=2)
             return None
@@ -356,7 +350,7 @@ class GraphClock:
             with variant.context(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 _each(actions)
         except BaseException:
-            # a failed capture leaves its stream current, and its pool between two states
+            # a failed capture leaves its stream current and its pool unusable
             torch.cuda.set_stream(current)
             self.pool = torch.cuda.graph_pool_handle()
             raise
@@ -369,5 +363,5 @@ def _each(actions: Sequence[Callable[[], Any]]) -> None:
 
 
 def device_clock() -> Stopwatch:
-    """The stopwatch of this machine for one group of rivals."""
+    """Return the stopwatch of this machine for one group of rivals."""
     return GraphClock() if torch.cuda.is_available() else WallClock()

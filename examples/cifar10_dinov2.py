@@ -34,14 +34,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.memory import peak_extra_bytes
+from benchmarks.measures import peak_extra_bytes
 from rlrr_kernels import count_parameters, param_groups
-from rlrr_kernels.checkpoint import write_atomically
 from rlrr_kernels.finetune import Settings
 from rlrr_kernels.finetune.__main__ import main as rlrr_finetune
 from rlrr_kernels.finetune.backbone import build_model
 from rlrr_kernels.finetune.distributed import choose_device
 from rlrr_kernels.finetune.run_folder import versions
+from rlrr_kernels.io.files import write_atomically
 
 MODEL = "vit_small_patch14_reg4_dinov2"
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rlrr_kernels import FusedRLRRLinear, merge_and_unload
-from rlrr_kernels.checkpoint import write_atomically
 from rlrr_kernels.finetune import Settings, prepare, train
 from rlrr_kernels.finetune.run_folder import draw_comparison, new_folder
+from rlrr_kernels.io.files import write_atomically
 
 #: For each method the peak learning rate that did best on seed 0's validation images,
 #: of 5e-3, 1e-2, 2e-2 and 4e-2 for RLRR, and of these, 5e-2, 1e-1 and 2e-1 for the probe.

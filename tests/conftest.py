@@ -3,15 +3,14 @@
 import os
 import sys
 
-# workers share the cores: with a thread for each core in each worker, threads that wait for each other by spinning
-# take the cores from those that they wait for, and a run of seconds takes minutes
+# workers share the cores; with a thread for each core in each worker, spinning threads slow the suite down many times
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# PyTorch's bfloat16 products by AMX tiles read past rows: a NaN beside a matrix reaches results, nn.Linear's too
+# PyTorch's bfloat16 products by AMX read past the end of rows, so that a NaN there reaches results
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
-# what failed on the developer's machine would change what auto chooses
+# faults that were recorded on this machine would change the choice of backends
 os.environ.setdefault("RLRR_CHECKED", "0")
 
 import torch
@@ -28,7 +27,7 @@ from rlrr_kernels.backends.triton import launch
 
 @pytest.hookimpl(tryfirst=True)  # before pytest itself selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What launches Triton's kernels is of ``-m gpu`` too where there is a GPU: there it runs, not interpreted."""
+    """Where there is a GPU, tests that launch Triton's kernels are marked ``gpu``, as they run there."""
     misfit = launch.interpreter_misfit() if launch.interpreting() else None
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
@@ -41,9 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, object, object]:
-    """A test that leaves the GPU unusable ends its process: every later one would fail, and name the wrong test.
+    """A test that leaves the GPU unusable ends its process, as every later test would fail there.
 
-    A worker of pytest-xdist is replaced by a fresh one.
+    pytest-xdist replaces a worker that ends.
     """
     report = yield
     if call.excinfo is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -65,7 +64,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     ]
 )
 def triton_device(request: pytest.FixtureRequest) -> str:
-    """Device of tensors for the Triton backend: interpreted here, real where there is a GPU."""
+    """The device of tensors for the Triton backend: the interpreter's, and a GPU's where there is one."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     if request.param == "cpu":

@@ -1,11 +1,12 @@
-"""What must hold of every compiled Hopper kernel before it may be launched, read from its code: ``make gates``.
+"""What must hold for every compiled Hopper kernel before it may be launched, read from its code: ``make gates``.
 
-For each Triton asked for, ``python -m tests.gates VERSION...`` compiles the plain kernels' tiles and all forms of the
-Gluon kernels, and prints a line for each pass: how many have a hazard (``hazards.py``), spill, want more shared memory
-than there is, and of Gluon's how many instructions they have (``gluon_code.py``). The exit status is 1 if one fails.
+``python -m tests.gates VERSION...`` compiles the tiles of the plain kernels and all forms of the Gluon kernels with
+each VERSION of Triton. It prints a line for each pass: how many kernels have a hazard (``hazards.py``), spill, or
+need more shared memory than there is, and for Gluon the numbers of instructions (``gluon_code.py``). It exits with 1
+if one fails.
 
-Each VERSION is installed into ``build/triton`` first, beside PyTorch, which it need not fit: nothing is launched.
-It takes about ten minutes a VERSION on two cores.
+Each VERSION is installed into ``build/triton``. It need not fit the installed PyTorch, as nothing is launched. This
+takes about ten minutes for each VERSION on two cores.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ MOST_STEP, MOST_STEP_OF_TWO = 190, 240
 #: From the last product of a tile to the next tile.
 MOST_AFTER = 250
 
-#: Sizes that all tiles divide, and that none does.
+#: Sizes that every tile divides, and sizes that no tile divides.
 WHOLE, ODD = {"m": 6400, "n": 2304, "k": 768}, {"m": 6301, "n": 2319, "k": 783}
 
 #: (arithmetic, dtype of x, dtype of W)
@@ -55,7 +56,7 @@ TYPES = (
 
 
 def plain_cases(kernel: Pass) -> Iterator[dict[str, Any]]:
-    """Every tile of the plain kernels on Hopper, and the first with its sum split; one and several groups."""
+    """Every tile of the plain kernels on Hopper; the first also with a split sum, and with several groups."""
     for (kind, dtype, weight_dtype), aligned in itertools.product(TYPES, (True, False)):
         sizes = WHOLE if aligned else ODD
         types = {"dtype": getattr(torch, dtype), "weight_dtype": getattr(torch, weight_dtype)}
@@ -67,7 +68,7 @@ def plain_cases(kernel: Pass) -> Iterator[dict[str, Any]]:
 
 
 def gluon_cases(kernel: Pass) -> Iterator[dict[str, Any]]:
-    """Every form of a Gluon kernel: widths, dtypes, one and several groups."""
+    """Every form of a Gluon kernel: widths, dtypes, one group and several."""
     widths = WIDTHS if kernel != "grad_scales" else (None,)
     for width, dtype, groups in itertools.product(widths, ("bfloat16", "float16"), (1, 3)):
         types = {"dtype": dtype, "weight_dtype": dtype, "sass": True}
@@ -78,12 +79,12 @@ CASES = {"triton": plain_cases, "gluon": gluon_cases}
 
 
 def of_gluon(report: dict[str, Any]) -> bool:
-    """Whether a report is of a Gluon kernel, and not of one that adds up its partial sums."""
+    """Whether a report is about a Gluon kernel, not one that adds partial sums."""
     return report["name"] in ("product_kernel", "gram_kernel")
 
 
 def wrong(report: dict[str, Any], device: Device) -> list[str]:
-    """Why a compiled kernel may not be launched; reads the machine code where the report has it."""
+    """Why a compiled kernel may not be launched; the machine code is read if the report has it."""
     found = []
     if report["stack"]:
         found.append(f"spills {report['stack']} bytes")
@@ -110,7 +111,7 @@ def _wrong_in_gluon(report: dict[str, Any], lines: list[str]) -> Iterator[str]:
 
 
 def compiled(python: str, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Reports on all cases for Hopper, by two processes of an interpreter."""
+    """Reports on all cases for Hopper, from two processes of an interpreter."""
     requests = [{"device": dataclasses.asdict(H100), "cases": part} for part in (wanted[::2], wanted[1::2]) if part]
     with ThreadPoolExecutor(2) as pool:
         return [report for half in pool.map(lambda r: probe(r, python), requests) for report in half]
@@ -121,7 +122,7 @@ def _range(values: list[int]) -> str:
 
 
 def cells(reports: list[dict[str, Any]], failed: list[list[str]]) -> tuple[Any, ...]:
-    """Of a line: compiled, wrong, hazards, shared memory, and of Gluon's code: :class:`Figures`."""
+    """The cells of a line: compiled, wrong, hazards, registers, shared memory, and :class:`Figures` of Gluon's code."""
     hazardous = sum(any(line.startswith("hazard") for line in lines) for lines in failed)
     shared = max(report["shared"] for report in reports)
     found = len(reports), sum(map(bool, failed)), hazardous, max(r["registers"] for r in reports), shared
@@ -134,13 +135,13 @@ def cells(reports: list[dict[str, Any]], failed: list[list[str]]) -> tuple[Any, 
 
 
 def triton_version(python: str) -> str:
-    """Of an interpreter."""
+    """The version of Triton that an interpreter imports."""
     question = "import triton; print(triton.__version__)"
     return subprocess.run([python, "-c", question], check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 
 def interpreter(version: str, folder: Path) -> str:
-    """This Python with another Triton in front of its own, installed into ``folder`` if it is not there."""
+    """A script that runs this Python with another Triton, installed into ``folder`` if it is not there."""
     target = folder / version
     if version == "newest" or not (target / "triton").exists():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(target)]
@@ -152,7 +153,7 @@ def interpreter(version: str, folder: Path) -> str:
 
 
 def main() -> int:
-    """Print a table; 1 if something that can be launched is wrong."""
+    """Print the table; returns 1 if a kernel is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.gates", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("version", nargs="*", help="of Triton, or newest; default: the installed one")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "triton", help="default: build/triton")

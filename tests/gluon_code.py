@@ -1,8 +1,8 @@
-"""What the machine code of a Gluon kernel holds: instructions a step, after it, and the order of its waits.
+"""What the machine code of a Gluon kernel shows: numbers of instructions, and the order of its waits.
 
-Its warpgroups run loops of their own. A ``BAR.SYNC`` that names 128 threads is one warpgroup's; of the whole block is
-any other. One thread acts for its warpgroup where it frees a stage or starts a store, and one waits for a store: what
-the others did or will do is kept apart from that by a barrier alone.
+Each warpgroup runs its own loop. A ``BAR.SYNC`` that names 128 threads is a warpgroup's barrier; any other is that of
+the whole block. One thread of a warpgroup frees a stage, starts a store, or waits for a store. Only a barrier orders
+that with what the other threads did or will do.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _LABELS = (".L", "$")
 
 @dataclass(frozen=True)
 class Figures:
-    """Of the slower of two warpgroups, in instructions of one warp.
+    """Counts for the slower of two warpgroups, in instructions of one warp.
 
     Attributes:
-        step: of the product's loop, without what most steps skip.
-        longest: of the loop, all in all.
-        after: from the wait for a tile's last product to the next tile.
-        barriers: of the warpgroup in a step, and after it.
-        block_barriers: of the whole block in a step.
+        step: instructions of the product's loop, without those that most steps skip.
+        longest: all instructions of the loop.
+        after: instructions from the wait for a tile's last product to the next tile.
+        barriers: barriers of the warpgroup in a step, and after it.
+        block_barriers: barriers of the whole block in a step.
     """
 
     step: int
@@ -36,7 +36,7 @@ class Figures:
 
 
 def _loops(lines: Sequence[str]) -> list[tuple[int, int]]:
-    """First and last line of each loop that multiplies, short ones first; not what goes back from afar into one."""
+    """First and last line of each loop with products, short ones first, without jumps back into a loop from outside."""
     at = {text: place for place, text in enumerate(lines) if text.startswith(_LABELS)}
     ends = ((at.get(match[1], end + 1), end) for end, text in enumerate(lines) if (match := _BRANCH.search(text)))
     found: list[tuple[int, int]] = []
@@ -48,9 +48,16 @@ def _loops(lines: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def figures(lines: Sequence[str]) -> Figures:
-    """Of a kernel; ``lines`` as :func:`tests.sass.parsed` gives them. Raises ValueError where two loops are not found.
+    """Count the instructions of a kernel.
 
-    A kernel that computes one tile a block has no end of a tile: ``after`` is 0.
+    Args:
+        lines: instructions and labels, as :func:`tests.sass.parsed` gives them.
+
+    Returns:
+        The counts; ``after`` is 0 for a kernel that computes one tile in each block.
+
+    Raises:
+        ValueError: If there are not two loops, one of each warpgroup.
     """
     loops = _loops(lines)
     steps = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
@@ -75,7 +82,7 @@ def figures(lines: Sequence[str]) -> Figures:
 
 
 def _least(lines: Sequence[str], first: int, end: int) -> int:
-    """Instructions on the shortest way through a loop."""
+    """Instructions on the shortest path through a loop."""
     at = {lines[place]: place for place in range(first, end + 1) if lines[place].startswith(_LABELS)}
     cost = [0] * (end + 2)
     for place in range(end, first - 1, -1):
@@ -91,9 +98,9 @@ def _instructions(lines: Sequence[str]) -> list[str]:
 
 
 def _end(lines: Sequence[str], end: int) -> Sequence[str]:
-    """From the wait for a tile's last product to the branch to the next tile; nothing where no tile follows another.
+    """The lines from the wait for a tile's last product to the branch to the next tile, if there is one.
 
-    ``end``: the last line of the loop before it.
+    ``end`` is the last line of the loop before them.
     """
     store = next((n for n in range(end, len(lines)) if "UTMASTG" in lines[n]), None)
     if store is None:
@@ -104,7 +111,7 @@ def _end(lines: Sequence[str], end: int) -> Sequence[str]:
 
 
 def disorder(lines: Sequence[str]) -> Iterator[str]:
-    """Where one thread goes on for its warpgroup and no barrier keeps the others' work before, or after, that."""
+    """Where one thread acts for its warpgroup and no barrier orders the other threads' work before or after that."""
     wait = ""
     written = fenced = False
     for text in lines:

@@ -1,12 +1,12 @@
-"""Registers of a Hopper kernel that are used while a ``wgmma`` product still needs them, read from its machine code.
+"""Find registers of a Hopper kernel that are used while a ``wgmma`` product still needs them, in its machine code.
 
-``wgmma`` runs on beside the instructions that follow it. Until a wait says that it is done, nobody may write to the
-registers of its left operand, nor read or write those of its sums; the hardware does not look. Products are counted
-in groups: ``HGMMA ..., gsb0`` ends one, and ``WARPGROUP.DEPBAR.LE gsb0, n`` waits until n groups at most run.
+``wgmma`` is asynchronous. Until a wait for it, nothing may write to the registers of its left operand, nor read or
+write those of its sums; the hardware does not check this. Products form groups: ``HGMMA ..., gsb0`` ends one, and
+``WARPGROUP.DEPBAR.LE gsb0, n`` waits until at most n groups run.
 
-:func:`hazards` walks every path through a kernel, the first and the last step of its loops and its exits too, with
-the products in flight as its state. What it cannot read it refuses: an unknown way to branch is a ValueError. It is on
-the safe side where code is ambiguous: a predicated instruction may be executed or not.
+:func:`hazards` walks every path through a kernel with the products in flight as its state, including the first and
+last step of loops and the exits. An unknown kind of branch is a ValueError. A predicated instruction is taken as
+executed and as skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-#: Beyond any code's: a loop that starts products and waits for none would be walked for ever.
+#: More than any kernel has; it ends the walk through a loop that starts products and never waits.
 MOST_GROUPS = 64
 #: Registers that hold the left operand of one product: 64 x 32 bytes over 128 threads.
 LEFT = 4
@@ -24,16 +24,16 @@ LEFT = 4
 _PREDICATE = re.compile(r"@(!?)(U?P(?:T|\d+)) ")
 _PRODUCT = re.compile(r"[HQI]GMMA\.64x(\d+)x\d+\.(F32|F16|S32)\S* R(\d+), (?:R(\d+)\S*, )?(?:gdesc|\!?U?P)")
 
-#: First operand read, not written.
+#: Instructions that read their first operand.
 _READERS = re.compile(r"ST|\w?SETP|RED\b|BAR|SYNCS\.ARR|UTMA|UBLKCP|CCTL|R2UR|R2P|FCHK|NANOSLEEP|WARPSYNC")
-#: What can leave the straight path, as CUDA's list of Hopper's instructions has it; most of it no kernel here has.
+#: Instructions that may branch, from CUDA's list for Hopper; kernels here have few of them.
 _JUMPS = re.compile(r"(EXIT|KILL|RET|BRA|CALL|BSSY|BSYNC|BREAK|BRX|BRXU|JMP|JMX|JMXU|RPCMOV|RTT|BPT)\b")
 _LABELS = (".L", "$")
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A product in flight: the registers of its sums, and of its left operand if that is in registers."""
+    """A product in flight: the registers of its sums, and those of its left operand, if any."""
 
     sums: range
     left: range
@@ -44,7 +44,7 @@ _Groups = tuple[tuple[_Running, ...], ...]
 
 @dataclass(frozen=True)
 class _State:
-    """Where a path is, and what it has behind it."""
+    """Where a path is, and what came before."""
 
     line: int
     groups: _Groups = ((),)  # oldest first, the last still open
@@ -54,10 +54,16 @@ class _State:
 
 
 def hazards(lines: Sequence[str]) -> list[str]:
-    """What a kernel does wrong on some path: ``"instruction: why"``, in order of the code.
+    """What a kernel does wrong on some path.
 
-    ``lines``: instructions and labels, as :func:`tests.sass.parsed` gives them. Raises ValueError for control flow
-    that it does not know.
+    Args:
+        lines: instructions and labels, as :func:`tests.sass.parsed` gives them.
+
+    Returns:
+        Lines ``"instruction: why"``, in the order of the code.
+
+    Raises:
+        ValueError: If control flow or a product cannot be analysed.
     """
     labels = {text: place for place, text in enumerate(lines) if text.startswith(_LABELS)}
     found: set[tuple[int, str]] = set()
@@ -85,7 +91,7 @@ def hazards(lines: Sequence[str]) -> list[str]:
 
 
 def products(lines: Sequence[str]) -> list[bool]:
-    """For each product of a kernel in order, whether its left operand comes from registers."""
+    """For each product of a kernel, in order, whether its left operand is in registers."""
     return [bool(match[4]) for text in lines if (match := _PRODUCT.search(text))]
 
 
@@ -132,7 +138,7 @@ def _joins(text: str, joins: tuple[tuple[str, int], ...], labels: dict[str, int]
 
 
 def _next(text: str, state: _State, labels: dict[str, int]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Where a path can go on, and where the calls that it is in then return."""
+    """Where a path can continue, and where its calls then return."""
     guard = _PREDICATE.match(text)
     bare = text[guard.end() :] if guard else text
     executed, skipped = _executed(text)
@@ -167,7 +173,7 @@ def _next(text: str, state: _State, labels: dict[str, int]) -> Iterator[tuple[in
 
 
 def _wrong(text: str, state: _State) -> Iterator[str]:
-    """What an instruction does that the products in flight, or the registers set aside, forbid."""
+    """What an instruction does that the products in flight, or the register budget, forbid."""
     if text.startswith(_LABELS) or not _executed(text)[0]:
         return
     new = _product(text)
@@ -198,7 +204,7 @@ def _wrong(text: str, state: _State) -> Iterator[str]:
 
 
 def _parts(text: str) -> tuple[str, list[str]]:
-    """Opcode and operands, without the predicate and without predicates that are results."""
+    """Opcode and operands, without the guard and without predicates that are results."""
     bare = re.sub(_PREDICATE, "", text)
     opcode, _, rest = bare.partition(" ")
     operands = [operand.strip() for operand in rest.split(",") if operand.strip()]
@@ -208,7 +214,7 @@ def _parts(text: str) -> tuple[str, list[str]]:
 
 
 def _width(opcode: str) -> int:
-    """Registers of the datum that an instruction moves or makes."""
+    """Number of registers of the value that an instruction moves or computes."""
     if re.search(r"\.256\b", opcode):
         return 8
     if re.search(r"\.128\b", opcode) or opcode.endswith(".4") or re.match(r"[HI]MMA\b", opcode):
@@ -232,7 +238,7 @@ def _written(text: str) -> set[int]:
 
 
 def _read(text: str) -> set[int]:
-    """General registers that an instruction reads; of wide data and of addresses in 64 bits all of them."""
+    """General registers that an instruction reads, including all of wide values and 64-bit addresses."""
     opcode, operands = _parts(text)
     stores = _READERS.match(opcode)
     if operands and not stores and re.match(r"R\d+\b", operands[0]):
@@ -240,7 +246,7 @@ def _read(text: str) -> set[int]:
     found: set[int] = set()
     for place, operand in enumerate(operands):
         data = _width(opcode) if stores else min(_width(opcode), 2)
-        # of a wide product only what is added has both halves; an address has them if it says so
+        # of a wide product only the addend has two registers; an address has two if it says so
         if operand.startswith(("[", "desc")) or (".WIDE" in opcode and place < len(operands) - 1):
             data = 1
         for number, pair in re.findall(r"\bR(\d+)(?:\.reuse)?(\.64)?", operand):

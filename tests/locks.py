@@ -1,4 +1,4 @@
-"""A lock that a process holds as long as it lives: by it a test sees whether the process does."""
+"""A lock that a process holds until it ends, which shows a test whether it still runs."""
 
 import time
 
@@ -6,7 +6,7 @@ from filelock import FileLock, Timeout
 
 
 def holding(lock):
-    """Code that takes the lock, which only the end of its process gives back."""
+    """Code that takes the lock; the end of its process releases it."""
     return f"import fcntl, time\nheld = open({str(lock)!r}, 'w')\nfcntl.flock(held, fcntl.LOCK_EX)\n"
 
 

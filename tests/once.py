@@ -1,4 +1,4 @@
-"""What is costly to make and serves all of pytest-xdist's workers: made once a session, by the first that asks."""
+"""What is costly to make is made once in a session, by the first worker of pytest-xdist that needs it."""
 
 import os
 
@@ -6,9 +6,9 @@ from filelock import FileLock
 
 
 def once(tmp_path_factory, name, make):
-    """The folder of this name that ``make(folder)`` has filled."""
+    """The folder with this name, which the first caller fills by ``make(folder)``."""
     base = tmp_path_factory.getbasetemp()
-    # each worker has a folder of its own, below one that they share
+    # each worker's folder lies in one that they share
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{folder}.lock"):
         if not folder.exists():

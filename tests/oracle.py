@@ -25,7 +25,7 @@ BACKENDS = [
 
 
 def device_of(backend: str) -> str:
-    """Where a backend's tensors live: Triton takes the GPU's where there is one, else the interpreter's."""
+    """The device of a backend's tensors; Triton's kernels are interpreted on the CPU where there is no GPU."""
     return "cuda" if backend in ("cuda", "gluon") or (backend == "triton" and torch.cuda.is_available()) else "cpu"
 
 
@@ -99,7 +99,7 @@ def make_problem(
     device: str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """Random values of the size training meets; u and v large enough that S matters everywhere."""
+    """Random values of the size that training has, with u and v so large that S matters everywhere."""
     g = torch.Generator().manual_seed(seed + 7919 * m + 104729 * n + 1299709 * k)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -118,7 +118,7 @@ def make_problem(
 
 
 def strided(t: Tensor, how: str) -> Tensor:
-    """The same values laid out otherwise; what lies between them is NaN, so that reading it shows."""
+    """The same values in another layout, with NaN between them, so that reading between them shows."""
     rows, cols = t.shape
     if how == "transposed":
         return t.mT.contiguous().mT
@@ -162,7 +162,15 @@ def differentiate(p: Problem, dtype: torch.dtype, keep: tuple[str, ...] = ()) ->
 
 
 def assert_close(name: str, got: Tensor, plain: Tensor, exact: Tensor, more: float = 0.0) -> None:
-    """The yardstick; ``plain`` also says which shape and dtype are right. ``more`` is allowed beyond it."""
+    """Hold a result to the yardstick.
+
+    Args:
+        name: of the result, for the message.
+        got: the result.
+        plain: what the plain formula gives, whose shape and dtype ``got`` must have.
+        exact: the result in float64.
+        more: relative error allowed beyond the yardstick.
+    """
     assert got.shape == plain.shape, f"{name}: shape {list(got.shape)}, expected {list(plain.shape)}"
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
     ours, bound = relative_error(got, exact), allowed(plain, exact, more)

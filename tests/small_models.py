@@ -1,4 +1,4 @@
-"""Small layers, and small models of each family, that the tests share."""
+"""Small layers and models that the tests share."""
 
 import timm
 import torch
@@ -15,7 +15,7 @@ ROWS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
 def small_layer(**options) -> FusedRLRRLinear:
-    """From 8 features to 6, with a shift that is not zero; the same at each call."""
+    """A layer from 8 to 6 features with a nonzero shift, the same at each call."""
     torch.manual_seed(0)
     made = FusedRLRRLinear(8, 6, **options)
     nn.init.normal_(made.shift)
@@ -43,7 +43,7 @@ def small_swin(classes: int = 5, name: str = "swin_tiny_patch4_window7_224", **o
 
 
 def stir(model: nn.Module) -> nn.Module:
-    """Move everything that trains by a little, as training would."""
+    """Change everything that trains a little, as training does."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,7 +53,7 @@ def stir(model: nn.Module) -> nn.Module:
 
 
 def tuned(make=small_vit, **options) -> nn.Module:
-    """Adapted, and moved as by training."""
+    """A model that is adapted and changed as by training."""
     return stir(apply_rlrr(make(), **options))
 
 

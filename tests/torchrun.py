@@ -1,4 +1,4 @@
-"""Several processes of a test's own, under torchrun."""
+"""Processes under torchrun."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def launch(*arguments, processes=2, timeout=1500, **options):
-    """``python -m`` these arguments in each of some processes on the CPU; the finished process, its output kept."""
+    """Run ``python -m`` with these arguments in several processes on the CPU; returns the completed torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -1,6 +1,7 @@
-"""What tuning changed, seen through singular values: RLRR beside SSF, LoRA and full fine-tuning."""
+"""Singular-value analysis: compares weights tuned by RLRR, SSF, LoRA or full fine-tuning with their base weights."""
 
 from rlrr_kernels.analysis.base import base_weights, linear_weights
+from rlrr_kernels.analysis.comparison import analyze
 from rlrr_kernels.analysis.measures import (
     Distribution,
     LayerView,
@@ -10,7 +11,6 @@ from rlrr_kernels.analysis.measures import (
     principal_angles,
     scales_view,
 )
-from rlrr_kernels.analysis.report import analyze
 from rlrr_kernels.analysis.sources import (
     Tuned,
     full_checkpoint,

@@ -1,4 +1,4 @@
-"""``rlrr-analyze``: what tuning changed in each layer, for several ways of tuning side by side."""
+"""``rlrr-analyze``: compares models tuned in several ways with their base model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from tqdm import tqdm
 
 from rlrr_kernels.analysis import sources
 from rlrr_kernels.analysis.base import base_weights
+from rlrr_kernels.analysis.comparison import analyze
 from rlrr_kernels.analysis.figure import draw
-from rlrr_kernels.analysis.files import read_json
-from rlrr_kernels.analysis.report import analyze
-from rlrr_kernels.checkpoint import write_atomically
-from rlrr_kernels.io.files import check_writable
+from rlrr_kernels.io.checks import read_json
+from rlrr_kernels.io.files import check_writable, write_atomically
 
 DESCRIPTION = """\
 Compare tuned models with the model they were tuned from, layer by layer: singular
@@ -81,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad arguments or files, 130 stopped by Ctrl-C."""
+    """Run the command; the exit status is 0, 2 for bad arguments or files, or 130 after Ctrl-C."""
     options = parser()
     arguments = options.parse_args(argv)
     try:
@@ -97,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Read, compare, write; returns what is in ``analysis.json``."""
+    """Read, compare and write; returns the content of ``analysis.json``."""
     readers: dict[str, Callable[..., sources.Tuned]] = {
         "rlrr": sources.rlrr_adapter,
         "ssf": sources.ssf_checkpoint,
@@ -115,7 +114,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--device: {arguments.device!r} cannot be used: {error}") from error
     base = base_weights(arguments.base, arguments.checkpoint)
     tuned = [reader(path, base) for reader, path in given]
-    # before minutes of work, not after
+    # checked before minutes of work
     arguments.out.mkdir(parents=True, exist_ok=True)
     check_writable(arguments.out)
     progress = partial(tqdm, unit="layer", disable=None, leave=False)
@@ -130,7 +129,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(analysis: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the medians over layers, a row a tuned model."""
+    """Print a table of medians over layers, with one row for each tuned model."""
     table = Table(title=f"Medians over layers; directions and low rank: {analysis['top']}")
     table.add_column("")
     table.add_column("layers", justify="right")
@@ -142,7 +141,7 @@ def show(analysis: Mapping[str, Any], console: Console | None = None) -> None:
             for key, form in COLUMNS.values()
         ]
         table.add_row(method["label"], str(len(method["layers"])), *cells)
-    # a log file has no width, and cut headings say nothing
+    # in a log file rich would cut the headings to 80 columns
     console = console or (Console() if sys.stdout.isatty() else Console(width=140))
     console.print(table)
     for method in analysis["methods"]:
@@ -151,7 +150,7 @@ def show(analysis: Mapping[str, Any], console: Console | None = None) -> None:
 
 
 def _title(base: str) -> str:
-    """The model's name, where the base is a run."""
+    """The name of the model, also if the base is a run folder."""
     path = Path(base)
     return str(read_json(path / "metrics.json")["settings"]["model"]) if path.is_dir() else path.name
 

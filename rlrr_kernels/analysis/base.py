@@ -1,4 +1,4 @@
-"""The model that others were tuned from: the weight of each of its linears."""
+"""The base model that others were tuned from: the weights of its linears."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rlrr_kernels.analysis.files import read_json, read_tensors
+from rlrr_kernels.io.checks import read_json
+from rlrr_kernels.io.reading import read_state_dict
 
-#: What classifiers of timm's models are called, for files that do not say of which model they are.
+#: Names of classifiers in timm's models, for files that do not name their model.
 HEADS = ("head", "head.fc", "head_dist", "fc", "classifier")
 
 
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Layer name -> W ``[N, K]`` of each ``nn.Linear`` of a model, without copies; of adapted layers the frozen one."""
-    # by state_dict, which has the frozen weight of a merged layer too
+    """Layer name -> W ``[N, K]`` of each ``nn.Linear`` of a model, not copied; for adapted layers the frozen weight."""
+    # state_dict also has the frozen weight of a merged layer
     return {
         name: module.state_dict()["weight"]
         for name, module in model.named_modules()
@@ -25,17 +26,18 @@ def linear_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_weights(base: str, checkpoint: str | Path | None = None) -> dict[str, Tensor]:
-    """Layer name -> weight of every linear but the head.
+    """Layer name -> W ``[N, K]`` of all linears except the head.
 
     Args:
-        base: a timm model name; or a run folder, whose model and weights are taken; or a file with a state
-            dict, in which layers are the classifier by name: as the model calls it if the file says which it is
-            (``rlrr-finetune merge`` writes that), and :data:`HEADS`.
-        checkpoint: weights for the model, instead of its pretrained ones or the run's: safetensors, ``.pth``, or
-            a published ``.npz``.
+        base: Name of a timm model; or a run folder, for its model and weights; or a file with a state dict. In a file,
+            the head is recognised by its name: one of :data:`HEADS`, or the one of the model that the file names
+            (``rlrr-finetune merge`` writes that).
+        checkpoint: Weights for the model instead of its pretrained ones or the run's: safetensors, ``.pth``, or a
+            published ``.npz``.
 
     Raises:
-        FileNotFoundError, ValueError: the model is unknown, or its weights cannot be had or do not fit.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If the model is unknown, or its weights cannot be read or do not fit.
     """
     path = Path(base)
     if path.is_file():
@@ -44,7 +46,7 @@ def base_weights(base: str, checkpoint: str | Path | None = None) -> dict[str, T
         return _weights_of_file(path)
     name, pretrained = base, True
     if path.is_dir():
-        settings = read_json(path / "metrics.json").get("settings")
+        settings = read_json(existing(path / "metrics.json")).get("settings")
         if not isinstance(settings, dict) or not isinstance(settings.get("model"), str):
             raise ValueError(f"{path / 'metrics.json'}: expected the settings of a run, with the name of its model")
         name, pretrained = settings["model"], bool(settings.get("pretrained", True))
@@ -52,6 +54,27 @@ def base_weights(base: str, checkpoint: str | Path | None = None) -> dict[str, T
             raise ValueError(f"{path}: the run started from random weights; name them with --checkpoint")
         checkpoint = checkpoint or settings.get("checkpoint")
     return _weights_of_timm(name, pretrained, None if checkpoint is None else Path(checkpoint))
+
+
+def existing(path: Path) -> Path:
+    """Return ``path`` if it is a file.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    return path
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the floating-point tensors of a state dict, by name.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is refused by :func:`~rlrr_kernels.io.reading.read_state_dict`.
+    """
+    return {name: tensor for name, tensor in read_state_dict(existing(path)).items() if tensor.is_floating_point()}
 
 
 def _weights_of_file(path: Path) -> dict[str, Tensor]:
@@ -66,7 +89,7 @@ def _weights_of_file(path: Path) -> dict[str, Tensor]:
 
 
 def _heads_of(path: Path) -> Collection[str]:
-    """Names of the classifiers of the model that a file holds."""
+    """Names that the classifiers in a file may have."""
     if path.suffix != ".safetensors":
         return HEADS
     import timm
@@ -86,7 +109,7 @@ def _weights_of_timm(name: str, pretrained: bool, checkpoint: Path | None) -> di
     if checkpoint is not None and not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint: {checkpoint} does not exist")
     try:
-        # without classes there is no head, which would be random here
+        # num_classes=0: a head would have random weights
         model = timm.create_model(name, pretrained=pretrained and checkpoint is None, num_classes=0)
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f"base: {name!r} is no file or folder, and not to be had from timm: {error}") from error

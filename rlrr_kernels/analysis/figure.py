@@ -1,4 +1,4 @@
-"""The analysis as one picture: which side each method turns, how far, and what its updates are made of."""
+"""Draws the result of :func:`~rlrr_kernels.analysis.analyze` as one picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from rlrr_kernels.analysis.measures import QUANTILES, SPECTRUM_POINTS
 
-# Okabe and Ito's colours, told apart by the colour-blind; the markers say the same
+# Okabe and Ito's colours, which colour-blind people can distinguish, and markers
 _STYLES = {"RLRR": ("#0072B2", "o"), "SSF": ("#E69F00", "s"), "LoRA": ("#009E73", "^"), "full": ("#CC79A7", "D")}
 _SHARES = (
     ("share_out", "output\nscaling"),
@@ -23,16 +23,16 @@ _SHARES = (
     ("share_rescaling", "both sides at\nonce, $W \\odot a c^T$"),
     ("share_low_rank", "rank k"),
 )
-# angles below are drawn here: nothing that matters happens there, and a log axis has no zero
+# smaller values are drawn at these, as a logarithmic axis has no zero
 _LEAST_ANGLE = 1e-2
 _LEAST_UPDATE = 1e-6
 
 
 def draw(analysis: Mapping[str, Any], title: str = "") -> bytes:
-    """A PNG of what :func:`~rlrr_kernels.analysis.analyze` returned.
+    """Draw a PNG of what :func:`~rlrr_kernels.analysis.analyze` returned.
 
-    Six panels, or four where no method rescales: rotation of the leading directions, relative
-    size of the update by layer, what updates are made of, singular values, u and v by layer.
+    There are six panels, or four if no method rescales: rotation of the leading directions, relative size of the update
+    by layer, shares of the forms of updates, singular values, u and v by layer.
     """
     methods: Sequence[Mapping[str, Any]] = analysis["methods"]
     rescaled = [m for m in methods if any(view["scales"] for view in m["layers"].values())]
@@ -66,7 +66,7 @@ def _style(method: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _dash(methods: Sequence[Mapping[str, Any]], method: Mapping[str, Any]) -> str:
-    """Solid for the first tuned model of a method, and others for the next."""
+    """Line style: solid for the first tuned model of a method, and others for the next ones."""
     same = [m["label"] for m in methods if m["method"] == method["method"]]
     return ("-", "--", ":", "-.")[same.index(method["label"]) % 4]
 
@@ -141,12 +141,12 @@ def _spectra(axes: Axes, methods: Sequence[Mapping[str, Any]]) -> None:
         before, after = (
             np.array([view[key] for view in method["layers"].values()]) for key in ("spectrum", "spectrum_updated")
         )
-        # against the largest value where W itself has none to speak of
+        # relative to the largest value where W's own is almost zero
         ratio = after / np.maximum(before, 1e-6 * before[:, :1])
         low, middle, high = np.quantile(ratio, (0.05, 0.5, 0.95), axis=0)
         axes.plot(x, middle, color=_style(method)[0], ls=_dash(methods, method), lw=1.5)
         axes.fill_between(x, low, high, color=_style(method)[0], alpha=0.15, lw=0)
-        # the very last values of W are next to nothing, and their ratios anything
+        # the last values of W are almost zero, so that their ratios are arbitrary
         shown = [min(shown[0], 0.9 * low[:-2].min()), max(shown[1], 1.1 * high[:-2].max())]
     axes.set_ylim(*shown)
     axes.axhline(1, color="#999999", lw=0.8, ls=":")
@@ -174,21 +174,21 @@ def _scales(axes: Axes, methods: Sequence[Mapping[str, Any]], layers: Sequence[s
 
 
 def _plain_ticks(axis: Axis, form: str, factor: float = 1) -> None:
-    """Numbers as one writes them on a log axis, also where it spans less than a decade."""
+    """Format the ticks of a logarithmic axis as plain numbers, also if it spans less than a decade."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: form.format(factor * value)))
     axis.set_minor_formatter(NullFormatter())
 
 
 def _layers_in_order(methods: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Layers of all methods: by the numbers in a name, and within a block as they come."""
+    """Layers of all methods, sorted by the numbers in their names, then in the order of the methods."""
     names = list(dict.fromkeys(name for method in methods for name in method["layers"]))
     numbers = {name: [int(number) for number in re.findall(r"\d+(?=\.)", name)] for name in names}
     return sorted(names, key=lambda name: numbers[name])
 
 
 def _layer_ticks(axes: Axes, layers: Sequence[str]) -> None:
-    """Label the first layer of each block with its number, of at most 14 blocks."""
+    """Label the first layer of each block with its number, for at most 14 blocks."""
     starts: dict[str, int] = {}
     for position, name in enumerate(layers):
         block = re.match(r"(.*\.\d+)\.", name)

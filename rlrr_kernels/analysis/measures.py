@@ -1,8 +1,7 @@
-"""What an update does to one weight: numbers from singular value decompositions, and nothing else.
+"""Measures of the update of one weight, from singular value decompositions.
 
-A weight W [N, K] acts as y = W x. In W = U diag(s) V^T the columns of U are directions
-of the output (N) and the columns of V directions of the input (K). RLRR's paper
-(arXiv 2403.19067) writes X W instead, so what it calls left is the input here.
+A weight W [N, K] acts as y = W x. In W = U diag(s) V^T the columns of U are directions of the output (N) and the
+columns of V directions of the input (K). RLRR's paper (arXiv 2403.19067) writes X W, so its left is the input here.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Positions, from the first to the last singular value, at which a whole spectrum is sampled.
+#: Number of evenly spaced samples of a spectrum, from the first to the last singular value.
 SPECTRUM_POINTS = 33
 
 #: Quantiles that describe a distribution.
@@ -24,7 +23,7 @@ _BINS = 40
 
 @dataclass(frozen=True)
 class Decomposition:
-    """W = u diag(s) vh, thin; s falls. W [N, K], u [N, r], s [r], vh [r, K] with r = min(N, K)."""
+    """W = u diag(s) vh, thin, s descending. W [N, K], u [N, r], s [r], vh [r, K] with r = min(N, K)."""
 
     weight: Tensor
     u: Tensor
@@ -33,7 +32,7 @@ class Decomposition:
 
     @property
     def rank(self) -> int:
-        """Singular values above the rounding of W's own arithmetic."""
+        """Number of singular values above W's rounding errors."""
         return int((self.s > _noise(self.weight, self.s[0])).sum())
 
 
@@ -43,23 +42,25 @@ class LayerView:
 
     Attributes:
         shape: [N, K].
-        top: k, the leading singular vectors that are compared: as asked for, and at most the ranks of W and W'.
-        singular_values, singular_values_updated: the k largest of W and of W'.
-        spectrum, spectrum_updated: all of them, sampled at :data:`SPECTRUM_POINTS` even positions.
-        gap: (s_k - s_k+1) / s_1 of W. Where it is small against ``update_norm``, the k leading
-            directions are not set apart from the next and may turn for little (Wedin 1972).
-        angles_out, angles_in: the k principal angles in degrees, rising, between the leading
-            output (input) directions of W and those of W'.
-        rotation_out, rotation_in: their root mean square.
+        top: k, the number of leading singular vectors compared: as requested, but at most the ranks of W and W'.
+        singular_values, singular_values_updated: The k largest of W and of W'.
+        spectrum, spectrum_updated: All of them, at :data:`SPECTRUM_POINTS` evenly spaced positions.
+        gap: (s_k - s_k+1) / s_1 of W. If it is small compared with ``update_norm``, the k leading directions are not
+            separated from the next, and a small update may turn them far (Wedin 1972).
+        angles_out, angles_in: The k principal angles in degrees, ascending, between the leading output (input)
+            directions of W and those of W'.
+        rotation_out, rotation_in: Root mean square of these angles.
         relative_update: ||W' - W||_F / ||W||_F.
-        update_norm: ||W' - W||_2 / ||W||_2. norm_ratio: ||W'||_2 / ||W||_2.
+        update_norm: ||W' - W||_2 / ||W||_2.
+        norm_ratio: ||W'||_2 / ||W||_2.
         effective_rank, effective_rank_updated: exp of the entropy of s / sum(s) (Roy and Vetterli, 2007).
-        update_rank: singular values of W' - W above rounding. update_effective_rank: as above.
-        share_out, share_in: how much of ||W' - W||_F^2 the best diag(a) W (W diag(c)) gives: rescaling of one side.
-        share_rescaling: the same for the best W * (a c^T), the form of RLRR. Found by alternating
-            least squares from both one-sided answers, so a lower bound, never below either.
-        share_low_rank: the same for the best matrix of rank k.
-            The four are None where W' = W.
+        update_rank: Number of singular values of W' - W above rounding errors.
+        update_effective_rank: The effective rank of W' - W.
+        share_out, share_in: Share of ||W' - W||_F^2 that the best diag(a) W (W diag(c)) explains: rescaling of one
+            side. This and the next two are None if W' = W.
+        share_rescaling: Share of the best W * (a c^T), the form of RLRR. Found by alternating least squares from both
+            one-sided solutions: a lower bound that is at least as large as either.
+        share_low_rank: Share of the best matrix of rank k.
     """
 
     shape: tuple[int, int]
@@ -100,13 +101,15 @@ class Distribution:
 
 @dataclass(frozen=True)
 class ScalesView:
-    """Distributions of u and v in W' = W * (1 + u v), and of what they amount to.
+    """Distributions of u and v in W' = W * (1 + u v), and of 1 + u v.
 
-    Only the product u v has a meaning by itself: c u and v / c give the same W'.
+    Only the product u v is determined: c u and v / c give the same W'.
 
     Attributes:
-        u, v: their entries. factor: the entries of 1 + u v.
-        rms: root mean square of u v. flipped: fraction of entries whose sign changes (1 + u v < 0).
+        u, v: The entries of u and v.
+        factor: The entries of 1 + u v.
+        rms: Root mean square of u v.
+        flipped: Fraction of entries whose sign changes (1 + u v < 0).
     """
 
     u: Distribution
@@ -120,7 +123,7 @@ def decompose(weight: Tensor) -> Decomposition:
     """The thin singular value decomposition of W ``[N, K]``: in float64 on a CPU, in float32 elsewhere.
 
     Raises:
-        ValueError: not a matrix of finite floating-point numbers, or all zero.
+        ValueError: If the weight is no matrix of finite floating-point numbers, or is all zero.
     """
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(f"weight: expected a floating-point matrix, got {weight.dtype} of shape {list(weight.shape)}")
@@ -132,7 +135,7 @@ def decompose(weight: Tensor) -> Decomposition:
     if weight.shape[0] >= weight.shape[1]:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     else:
-        # LAPACK takes a fourth of the time for the tall one
+        # LAPACK is four times as fast for the tall one
         v, s, uh = torch.linalg.svd(weight.T, full_matrices=False)
         u, vh = uh.T, v.T
     return Decomposition(weight, u, s, vh)
@@ -142,12 +145,12 @@ def layer_view(weight: Tensor | Decomposition, updated: Tensor, *, top: int = 8)
     """Compare W' with W.
 
     Args:
-        weight: W ``[N, K]``, or :func:`decompose` of it where several updates of one W are compared.
+        weight: W ``[N, K]``, or its :func:`decompose` if several updates of one W are compared.
         updated: W' ``[N, K]``.
-        top: leading singular vectors to compare, 1 or more.
+        top: Number of leading singular vectors to compare, 1 or more.
 
     Raises:
-        ValueError: shapes differ, ``top`` is less than 1, or either is no matrix that :func:`decompose` takes.
+        ValueError: If shapes differ, ``top`` is less than 1, or :func:`decompose` refuses W or W'.
     """
     if top < 1:
         raise ValueError(f"top: expected 1 or more, got {top}")
@@ -156,9 +159,9 @@ def layer_view(weight: Tensor | Decomposition, updated: Tensor, *, top: int = 8)
         raise ValueError(f"updated: expected shape {list(old.weight.shape)}, got {list(updated.shape)}")
     new = decompose(updated.to(old.weight.device))
     update = new.weight - old.weight
-    # values alone: the directions of an update are not compared with anything
+    # the singular vectors of the update are not needed
     s = torch.linalg.svdvals(update if update.shape[0] >= update.shape[1] else update.T)
-    # vectors that belong to rounding are arbitrary
+    # vectors of singular values that are rounding errors are arbitrary
     k = min(top, old.rank, new.rank)
     out = principal_angles(old.u[:, :k], new.u[:, :k])
     into = principal_angles(old.vh[:k].T, new.vh[:k].T)
@@ -183,7 +186,7 @@ def layer_view(weight: Tensor | Decomposition, updated: Tensor, *, top: int = 8)
         norm_ratio=float(new.s[0] / old.s[0]),
         effective_rank=effective_rank(old.s),
         effective_rank_updated=effective_rank(new.s),
-        # W' was rounded at its own size, so that is what W' - W is exact to
+        # the rounding errors of W' - W are those of W and W'
         update_rank=int((s > _noise(update, old.s[0] + new.s[0])).sum()),
         update_effective_rank=effective_rank(s),
         share_out=rows,
@@ -194,10 +197,9 @@ def layer_view(weight: Tensor | Decomposition, updated: Tensor, *, top: int = 8)
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
-    """Principal angles in degrees, rising, between the column spaces of two bases ``[n, k]`` with orthonormal columns.
+    """Principal angles ``[k]`` in degrees, ascending, between the spaces of two orthonormal bases ``[n, k]``.
 
-    Cosines alone cannot tell angles below 1e-8 from zero, nor sines those near 90 degrees,
-    so both are formed (Björck and Golub, 1973). Returns ``[k]``.
+    Cosines are inaccurate for angles near 0, and sines near 90 degrees, so both are used (Björck and Golub, 1973).
     """
     inner = first.T @ second
     cosines = torch.linalg.svdvals(inner)
@@ -206,7 +208,7 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of s / sum(s) (Roy and Vetterli, 2007): r for r equal values, 0 where all are zero."""
+    """exp of the entropy of s / sum(s) (Roy and Vetterli, 2007): r for r equal values, 0 if all are zero."""
     total = singular_values.sum()
     if not bool(total > 0):
         return 0.0
@@ -218,7 +220,7 @@ def scales_view(scale_out: Tensor, scale_in: Tensor) -> ScalesView:
     """Describe u ``[N, r]`` and v ``[r, K]`` (or ``[N]`` and ``[K]``) of one group of rows.
 
     Raises:
-        ValueError: shapes that do not multiply, or entries that are not finite.
+        ValueError: If the shapes do not multiply, or an entry is not finite.
     """
     u = scale_out.detach().to(_working_dtype(scale_out))
     v = scale_in.detach().to(_working_dtype(scale_in))
@@ -244,7 +246,7 @@ def _rescaling_shares(weight: Tensor, update: Tensor) -> tuple[float, float, flo
     products, squares, total = update * weight, weight.square(), float(update.square().sum())
 
     def best(products: Tensor, squares: Tensor, other: Tensor) -> tuple[Tensor, float]:
-        # the row factor that goes with `other` [K, 1], and the squared norm it takes off D
+        # the best row factor for the column factor `other` [K, 1], and the part of ||D||^2 that it explains
         along, size = products @ other, squares @ other.square()
         factor = torch.where(size > 0, along / size, 0.0)
         return factor, float((along * factor).sum())
@@ -285,12 +287,12 @@ def _sampled(values: Tensor) -> list[float]:
 def _distribution(values: Tensor) -> Distribution:
     values = values.flatten()
     rising = values.sort().values
-    # torch.quantile refuses more than 2^24 values
+    # torch.quantile supports up to 2^24 values
     positions = [q * (len(rising) - 1) for q in QUANTILES]
     quantiles = [float(torch.lerp(rising[math.floor(p)], rising[math.ceil(p)], p % 1)) for p in positions]
     low, high = quantiles[0], quantiles[-1]
     if low == high:
-        # histc would take a range of zero width for "not given"
+        # histc treats a range of zero width as not given
         counts = [0] * _BINS
         counts[_BINS // 2] = len(values)
     else:

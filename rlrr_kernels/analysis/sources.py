@@ -1,7 +1,6 @@
-"""Tuned models, however they were tuned, as one thing: a name, and an update for each linear that was changed.
+"""Readers of tuned models: each returns a :class:`Tuned`, with an update for each linear that was changed.
 
-Every function here reads files or modules and computes nothing; what a form of update
-means is in :mod:`rlrr_kernels.analysis.updates`.
+Nothing is computed here; the forms of updates are in :mod:`rlrr_kernels.analysis.updates`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlrr_kernels.analysis.base import linear_weights
-from rlrr_kernels.analysis.files import ADAPTER_CONFIG, ADAPTER_TENSORS, adapter_folder, read_json, read_tensors
+from rlrr_kernels.analysis.base import linear_weights, read_tensors
 from rlrr_kernels.analysis.updates import LowRank, OutputScaled, Replaced, Rescaled, Update
-from rlrr_kernels.checkpoint import adapter_metadata
+from rlrr_kernels.checkpoint import CONFIG, WEIGHTS, adapter_metadata
 from rlrr_kernels.checkpoint.manifest import Manifest, fingerprint, same_weights
+from rlrr_kernels.io.checks import expect, read_json
 from rlrr_kernels.layers.linear import FusedRLRRLinear
 
-#: Options of PEFT that make something else of A and B than W + scaling * B A.
+#: Options of PEFT with which the weight is not W + scaling * B A.
 _NOT_PLAIN_LORA = (
     "use_dora",
     "use_qalora",
@@ -32,10 +31,10 @@ _NOT_PLAIN_LORA = (
     "layer_replication",
 )
 
-# alpha / r in the LoRA runs of rlrr-finetune, whatever their rank; the files do not hold it
+# alpha / r in all LoRA runs of rlrr-finetune; the files do not hold it
 _RUN_SCALING = 2.0
 
-# Where SSF's own code keeps the scales after a block's linears; those that it keeps in the block follow LayerNorms
+# Names of the scales after linears in SSF's own code; its other scales follow LayerNorms
 _SSF_NAMES = {
     "attn.ssf_scale_1": "attn.qkv",
     "attn.ssf_scale_2": "attn.proj",
@@ -46,13 +45,13 @@ _SSF_NAMES = {
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned model beside its base.
+    """A tuned model.
 
     Attributes:
         method: ``"RLRR"``, ``"SSF"``, ``"LoRA"`` or ``"full"``.
-        path: where it was read.
-        updates: layer name, as in the base -> what was done to its weight.
-        skipped: names of tuned tensors that belong to no linear of the base: heads, affines after norms, convolutions.
+        path: Where it was read.
+        updates: Layer name in the base -> update of its weight.
+        skipped: Names of tuned tensors that belong to no linear of the base: heads, affines after norms, convolutions.
     """
 
     method: str
@@ -62,11 +61,11 @@ class Tuned:
 
 
 def rlrr_of_model(model: nn.Module) -> tuple[dict[str, Tensor], Tuned]:
-    """The base weights and the updates of a model in memory, as ``apply_rlrr`` and training left it.
+    """Return the base weights and the updates of a model in memory, after ``apply_rlrr`` and training.
 
     Raises:
-        ValueError: it has no :class:`~rlrr_kernels.FusedRLRRLinear`.
-        RuntimeError: they are merged and their frozen weights were not kept.
+        ValueError: If it has no :class:`~rlrr_kernels.FusedRLRRLinear`.
+        RuntimeError: If the layers are merged and their frozen weights were not kept.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FusedRLRRLinear)}
     if not layers:
@@ -77,17 +76,17 @@ def rlrr_of_model(model: nn.Module) -> tuple[dict[str, Tensor], Tuned]:
 
 
 def rlrr_adapter(path: str | Path, base: Mapping[str, Tensor]) -> Tuned:
-    """An adapter folder, or the run folder it lies in.
+    """Read an adapter folder, or the run folder that contains it.
 
     Args:
-        path: what :func:`~rlrr_kernels.save_adapter` or ``rlrr-finetune`` wrote.
-        base: layer name -> weight, of the model it was trained on.
+        path: A folder that :func:`~rlrr_kernels.save_adapter` or ``rlrr-finetune`` wrote.
+        base: Layer name -> weight of the model it was trained on.
 
     Raises:
-        FileNotFoundError, ValueError: no such folder, no u and v in it, a run of another method, or trained on
-            other weights than the base's.
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it has no u and v, is a run of another method, or was trained on other weights than the base's.
     """
-    folder = adapter_folder(path)
+    folder = _adapter_folder(path)
     manifest, _, state = _saved(folder, "rlrr")
     names = [name.removesuffix(".scale_out") for name in state if name.endswith(".scale_out")]
     if not names:
@@ -105,21 +104,22 @@ def rlrr_adapter(path: str | Path, base: Mapping[str, Tensor]) -> Tuned:
 
 
 def lora_adapter(path: str | Path, base: Mapping[str, Tensor]) -> Tuned:
-    """A LoRA adapter: W + scaling * B A, where scaling is alpha / r, or alpha / sqrt(r) with rslora.
+    """Read a LoRA adapter: W + scaling * B A, where scaling is alpha / r, or alpha / sqrt(r) with rslora.
 
     Args:
-        path: a folder of PEFT's, or a run folder of ``rlrr-finetune`` or the adapter folder in it.
-        base: layer name -> weight, of the model it was trained on.
+        path: A folder that PEFT wrote, or a run folder of ``rlrr-finetune`` or the adapter folder in it.
+        base: Layer name -> weight of the model it was trained on.
 
     Raises:
-        FileNotFoundError, ValueError: no such folder, no plain LoRA (DoRA, an initialisation
-            that changed the base weights, ...), of other layers than the base's, or (a run) trained on other weights.
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it is no plain LoRA (but DoRA, an initialisation that changes the base weights, ...), has none of
+            the base's layers, or (a run) was trained on other weights.
     """
-    folder = adapter_folder(path)
-    config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
+    folder = _adapter_folder(path)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if "peft_type" in config:
         _check_plain_lora(folder, config)
-        manifest, state, ending = None, read_tensors(folder / ADAPTER_TENSORS), ".weight"
+        manifest, state, ending = None, read_tensors(folder / WEIGHTS), ".weight"
     else:
         manifest, said, state = _saved(folder, "lora")
         if said is None:
@@ -132,9 +132,9 @@ def lora_adapter(path: str | Path, base: Mapping[str, Tensor]) -> Tuned:
     for stem, (a, b) in _factors(folder, state, ending).items():
         name = stem.removeprefix("base_model.model.")
         if a.ndim != 2:
-            skipped.add(name)  # of a convolution
+            skipped.add(name)  # LoRA of a convolution
             continue
-        # of names that only the file has, none is matched with its patterns: a long one could take hours
+        # the file's patterns are matched with the base's names only: with a long name of the file it could take hours
         known = not manifest and name in base
         scaling = _lora_scaling(folder, config, name, a.shape[0]) if known else _RUN_SCALING
         updates[name] = _built(folder, name, lambda a=a, b=b, s=scaling: LowRank(a, b, s))  # type: ignore[misc]
@@ -143,22 +143,23 @@ def lora_adapter(path: str | Path, base: Mapping[str, Tensor]) -> Tuned:
 
 
 def ssf_checkpoint(path: str | Path, base: Mapping[str, Tensor]) -> Tuned:
-    """A scale after linears: ``<layer>.ssf_scale`` ``[N]``, or the names of SSF's own ViT code.
+    """Read SSF's scales after linears: ``<layer>.ssf_scale`` ``[N]``, or under the names of SSF's own ViT code.
 
-    Scales after LayerNorms, and shifts, change no weight and are left out.
+    Scales after LayerNorms, and shifts, change no weight and are skipped.
 
     Args:
-        path: a file with a state dict; or a run folder of ``rlrr-finetune`` or the adapter folder in it.
-        base: layer name -> weight, of the model it was trained on.
+        path: A file with a state dict; or a run folder of ``rlrr-finetune`` or the adapter folder in it.
+        base: Layer name -> weight of the model it was trained on.
 
     Raises:
-        FileNotFoundError, ValueError: no such file or folder, a run of another method, no scale after any linear
-            of the base, or it was trained on other weights than the base's, where the file or run says on which.
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If it is a run of another method, has no scale after any linear of the base, or was trained on other
+            weights than the base's, if it says on which.
     """
     path = Path(path)
     manifest, heads = None, set()
     if path.is_dir():
-        path = adapter_folder(path)
+        path = _adapter_folder(path)
         manifest, _, state = _saved(path, "ssf")
         heads = {key for key in state if not key.endswith((".ssf_scale", ".ssf_shift"))}
     else:
@@ -182,17 +183,25 @@ def ssf_checkpoint(path: str | Path, base: Mapping[str, Tensor]) -> Tuned:
 
 
 def full_checkpoint(path: str | Path, base: Mapping[str, Tensor]) -> Tuned:
-    """A fully fine-tuned model: a state dict with the base's names, as a file, a run folder or an adapter folder.
+    """Read a fully fine-tuned model: a state dict with the base's names, as a file, a run folder or an adapter folder.
 
     Raises:
-        FileNotFoundError, ValueError: no such file or folder, a run of another method, or no weight of any linear of
-            the base in it.
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If it is a run of another method, or has no weight of any linear of the base.
     """
     path = Path(path)
-    state = _saved(adapter_folder(path), "full")[-1] if path.is_dir() else read_tensors(path)
+    state = _saved(_adapter_folder(path), "full")[-1] if path.is_dir() else read_tensors(path)
     updates = {name: Replaced(state[f"{name}.weight"]) for name in base if f"{name}.weight" in state}
     used = {f"{name}.{part}" for name in updates for part in ("weight", "bias")}
     return _tuned("full", path, updates, set(state) - used, base)
+
+
+def _adapter_folder(path: str | Path) -> Path:
+    path = Path(path)
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: expected an adapter folder or a run folder")
+    return folder
 
 
 def _tuned(
@@ -201,25 +210,27 @@ def _tuned(
     known = {name: update for name, update in updates.items() if name in base}
     if not known:
         tuned = f", such as {next(iter(updates))}," if updates else ""
-        raise ValueError(f"{path}: nothing that was tuned{tuned} is a linear of the base, which has {_few(base)}")
+        raise ValueError(
+            f"{path}: nothing that was tuned{tuned} is a linear of the base, which has {_first_names(base)}"
+        )
     return Tuned(method, str(path), known, tuple(sorted(skipped | (updates.keys() - known.keys()))))
 
 
 def _saved(folder: Path, method: str) -> tuple[Manifest, str | None, dict[str, Tensor]]:
-    """What :func:`~rlrr_kernels.save_adapter` wrote; and the method of the run, if one of ``rlrr-finetune`` did.
+    """Read what :func:`~rlrr_kernels.save_adapter` wrote: manifest, method if it was a run's, and tensors.
 
     Raises:
-        FileNotFoundError, ValueError: something else, or a run of another method than ``method``.
+        ValueError: If it is no adapter, or of a run of another method than ``method``.
     """
     from rlrr_kernels.finetune.settings import METHODS
 
     manifest = Manifest.read(folder)
     said = adapter_metadata(folder).get("method")
     if said not in METHODS:
-        said = None  # metadata of the user's own
+        said = None  # the user's own metadata, not a run's
     elif said != method:
         raise ValueError(f"{folder}: expected an adapter of method {method}, got one of {said}")
-    return manifest, said, read_tensors(folder / ADAPTER_TENSORS)
+    return manifest, said, read_tensors(folder / WEIGHTS)
 
 
 def _check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
@@ -261,31 +272,32 @@ def _built(path: Path, name: str, build: Any) -> Update:
     return update
 
 
-def _few(names: Mapping[str, Tensor]) -> str:
+def _first_names(names: Mapping[str, Tensor]) -> str:
     shown = list(names)[:3]
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if shown else "none"
 
 
 def _lora_scaling(folder: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
     alpha: Any = config.get("lora_alpha")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: alpha_pattern: expected an object, got {patterns!r:.80}")
+    try:
+        patterns = expect({"alpha_pattern": None, **config}, "alpha_pattern", dict, type(None)) or {}
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     for pattern, value in patterns.items():
-        # PEFT's rule: the end of the name, from a dot on; the first that matches counts
-        if _matches(pattern, name, folder / ADAPTER_CONFIG):
+        # PEFT takes the first pattern that matches the whole name, or its end after a dot
+        if _matches(pattern, name, folder / CONFIG):
             alpha = value
             break
-    # a float holds no more than 1e308, a number in JSON any
+    # numbers in JSON may be larger than any float
     if type(alpha) not in (int, float) or not abs(alpha) < 1e300:
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: lora_alpha: expected a number, got {alpha!r:.80}")
+        raise ValueError(f"{folder / CONFIG}: lora_alpha: expected a number, got {alpha!r:.80}")
     if rank < 1:
         raise ValueError(f"{folder}: {name}: expected a rank of 1 or more, got {rank}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _matches(pattern: str, name: str, source: Path) -> bool:
-    # what repeats what repeats takes exponential time, and what repeats often takes a high power of the name's length
+    # nested repetition takes exponential time, and several repetitions a high power of the name's length
     if len(pattern) > 200 or len(re.findall(r"[*+?{]", pattern)) > 3 or re.search(r"\)[*+?{]", pattern):
         raise ValueError(
             f"{source}: alpha_pattern: expected a name, or a simple pattern over names, got {pattern!r:.80}"
@@ -307,7 +319,7 @@ def _ssf_layer(key: str) -> str | None:
 
 def _check_fingerprint(path: Path, name: str, manifest: Manifest | None, base: Mapping[str, Tensor]) -> None:
     known = {} if manifest is None else manifest.fingerprint
-    # PEFT keeps the layer that it wraps under this name
+    # PEFT keeps the wrapped layer under this name
     expected = known.get(name, known.get(f"{name}.base_layer"))
     if expected is not None and name in base and not same_weights(fingerprint(base[name]), expected):
         raise ValueError(
@@ -319,6 +331,6 @@ def _check_same(path: Path, name: str, state: Mapping[str, Tensor], base: Mappin
     weight = state.get(f"{name}.weight")
     if weight is None:
         return
-    # storage in bfloat16 moves a weight by less than 0.4%
+    # storage in bfloat16 changes a weight by less than 0.4%
     if weight.shape != base[name].shape or (weight.float() - base[name].float()).norm() > 1e-2 * base[name].norm():
         raise ValueError(f"{path}: its {name}.weight is not the base's, so it was tuned from other weights")

@@ -1,4 +1,4 @@
-"""The forms that an update of a linear's weight takes: from W to W', one class a form."""
+"""Forms of updates of a linear's weight, from W to W', with one class for each form."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 
 
 class Update(Protocol):
-    """What tuning did to one weight."""
+    """The update of one weight."""
 
     def __call__(self, weight: Tensor) -> Tensor:
         """W' ``[N, K]`` of W ``[N, K]``, in float64 on a CPU and in W's dtype elsewhere.
 
         Raises:
-            ValueError: the update belongs to a weight of another shape.
+            ValueError: If the update is for a weight of another shape.
         """
         ...
 
     def scales(self, rows: slice) -> tuple[Tensor, Tensor] | None:
-        """u ``[n, r]`` and v ``[r, K]`` of those rows where W' = W * (1 + u v), and None for other forms."""
+        """u ``[n, r]`` and v ``[r, K]`` of these rows if W' = W * (1 + u v), else None."""
         ...
 
 
 @dataclass(frozen=True)
 class Rescaled:
-    """W * (1 + u v), RLRR's form: u ``[N, r]``; v ``[r, K]``, or ``[groups, r, K]`` with a v for each block of rows."""
+    """RLRR: W * (1 + u v) with u ``[N, r]`` and v ``[r, K]``, or ``[groups, r, K]`` for equal blocks of rows."""
 
     scale_out: Tensor
     scale_in: Tensor
@@ -57,13 +57,13 @@ class Rescaled:
         v = self._v()
         first, last, block = rows.start, rows.stop - 1, self.scale_out.shape[0] // v.shape[0]
         if first // block != last // block:
-            return None  # rows of several groups have no one v
+            return None  # the rows are of several groups
         return self.scale_out[rows], v[first // block]
 
 
 @dataclass(frozen=True)
 class OutputScaled:
-    """diag(a) W, a scale after the layer as SSF's: a ``[N]``."""
+    """SSF: diag(a) W, a scale a ``[N]`` after the layer."""
 
     scale: Tensor
 
@@ -78,7 +78,7 @@ class OutputScaled:
 
 @dataclass(frozen=True)
 class LowRank:
-    """W + scaling * B A, LoRA's form: A ``[r, K]``, B ``[N, r]``."""
+    """LoRA: W + scaling * B A with A ``[r, K]`` and B ``[N, r]``."""
 
     a: Tensor
     b: Tensor
@@ -101,7 +101,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Replaced:
-    """Another weight in the place of W ``[N, K]``: full fine-tuning."""
+    """Full fine-tuning: another weight ``[N, K]``."""
 
     weight: Tensor
 

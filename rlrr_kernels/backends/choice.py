@@ -1,21 +1,4 @@
-"""Which backend serves which tensors.
-
-A backend is a module with these functions (shapes as in :mod:`rlrr_kernels.backends.reference`); it knows nothing of
-``nn.Module``, autocast or autograd::
-
-    forward(x, weight, scale_out, scale_in, bias, shift) -> y
-    grad_input(dy, weight, scale_out, scale_in) -> dx
-    grad_scales(dy, x, weight, scale_out, scale_in, need_shift) -> (du, dv, df)
-    grad_shift(dy) -> df, if neither u nor v trains
-    unsupported(x, weight) -> why it cannot serve these tensors, or None
-
-and, if it serves LayerNorm too::
-
-    layer_norm(x, weight, bias, scale, shift, eps, dtype) -> (y, mean, rstd)
-    layer_norm_backward(dy, x, mean, rstd, weight, bias, scale, need_x) -> (dx, ds, dt)
-    unsupported_layer_norm(x) -> why it cannot serve x, or None
-
-To add one, write the module and add its line to :data:`BACKENDS` (and its name to :data:`LAYER_NORM_BACKENDS`).
+"""Which backend serves which tensors. The backends are in :data:`rlrr_kernels.backends.BACKENDS`.
 
 ``auto`` takes, for each pass, what was measured fastest (:mod:`rlrr_kernels.backends.tuned`), else the first of the
 backends that are tried for the device type without being asked; in both cases one that can serve the tensors, and
@@ -37,23 +20,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rlrr_kernels.backends import tuned, verdicts
+from rlrr_kernels.backends import BACKENDS as BACKENDS
+from rlrr_kernels.backends import LAYER_NORM_BACKENDS, tuned, verdicts
 from rlrr_kernels.backends.problem import Pass, Problem
-
-#: name -> (module, device types it is tried for without being asked), best first.
-BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cpu": ("rlrr_kernels.backends.cpu", ("cpu",)),
-    "gluon": ("rlrr_kernels.backends.triton.gluon", ("cuda",)),
-    "triton": ("rlrr_kernels.backends.triton", ("cuda",)),
-    # not yet measured on a GPU: by name, or where it was measured fastest
-    "cuda": ("rlrr_kernels.backends.cuda", ()),
-    "panels": ("rlrr_kernels.backends.panels", ("cuda", "cpu", "mps", "xpu")),
-    # W' whole in each pass: by name alone
-    "reference": ("rlrr_kernels.backends.reference", ()),
-}
-
-#: The backends that serve LayerNorm, best first, for the device types above; ``reference`` serves all the rest.
-LAYER_NORM_BACKENDS = ("triton",)
 
 _forced: str | None = None
 _loaded: dict[str, ModuleType | str] = {}

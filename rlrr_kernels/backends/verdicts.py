@@ -1,11 +1,11 @@
-"""What the check found, kept for the next processes: ``auto`` leaves out what failed, ``info`` says what is proven.
+"""Results of ``python -m rlrr_kernels check``, kept for later processes: ``auto`` skips backends that failed.
 
-The file is read once a process, when a backend is first chosen. A finding counts only for the device, driver,
-torch, Triton, package and build of the backend that it was made with. A file that is damaged, in whole or in part,
-costs one warning and nothing else.
+The file is read once per process, when a backend is first chosen. A finding is valid only for the device, driver,
+versions of torch, Triton and this package, and build of the backend that it was made with. A damaged file or entry
+causes one warning and is ignored.
 
-``RLRR_CHECKED=0`` switches it off; ``RLRR_CHECKED_FILE`` names another file than ``rlrr_kernels/checked.json`` in
-the user's cache folder. Both are read with the file.
+``RLRR_CHECKED=0`` ignores the file; ``RLRR_CHECKED_FILE`` names another file than ``rlrr_kernels/checked.json`` in the
+user's cache folder. Both variables are read together with the file.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 from rlrr_kernels._version import __version__
 from rlrr_kernels.backends import library
 from rlrr_kernels.io import cache
-from rlrr_kernels.io.cache import text
+from rlrr_kernels.io.checks import expect, expect_one_of, expect_text
 
-#: The version of the file's layout.
+#: The format of the file.
 FORMAT = 1
 
 #: The passes of the linear layer.
@@ -45,15 +45,15 @@ SUBJECTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 
 class Where(NamedTuple):
-    """What a finding holds for.
+    """What a finding or a measurement is valid for.
 
     Attributes:
-        device: a GPU's name, or a CPU's architecture and the instructions that torch uses.
-        driver: a GPU's; ``none`` for a CPU.
-        torch_version, triton_version: that of Triton is ``none`` for backends that do without it.
-        version: of this package.
-        subject: one of :data:`SUBJECTS`, or another backend.
-        build: changes when the library is rebuilt, or the kernels' sources change.
+        device: Name of the GPU, or architecture of the CPU and the instructions that torch uses.
+        driver: Version of the GPU's driver; ``none`` for a CPU.
+        torch_version, triton_version: ``none`` for backends that do not use Triton.
+        version: Version of this package.
+        subject: One of :data:`SUBJECTS`, or another backend.
+        build: Digest that changes when the library is rebuilt, or the kernels' sources change.
     """
 
     device: str
@@ -66,7 +66,7 @@ class Where(NamedTuple):
 
     @classmethod
     def of(cls, subject: str, device: torch.device) -> Where:
-        """This process, for a subject. Loads no backend."""
+        """Describe this process for a subject, without loading a backend."""
         on_gpu = device.type == "cuda"
         return cls(
             device_name(device),
@@ -80,7 +80,7 @@ class Where(NamedTuple):
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name, or a CPU's architecture and the instructions that torch uses."""
+    """Name of a GPU, or architecture of the CPU and the instructions that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -96,13 +96,13 @@ def _triton_version() -> str:
 
 @functools.cache
 def _driver() -> str:
-    """The version of NVIDIA's driver, or of the CUDA that it serves where the system does not tell."""
+    """Version of NVIDIA's driver, or of the CUDA that it supports if the system does not say (WSL)."""
     try:
         found = re.search(r"\s(\d+\.[\d.]*\d)\s", Path("/proc/driver/nvidia/version").read_text())
         if found is not None:
             return found[1]
     except OSError:
-        pass  # as under WSL
+        pass
     version = ctypes.c_int()
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -113,9 +113,9 @@ def _driver() -> str:
 
 @functools.cache
 def build_of(subject: str) -> str:
-    """A digest of what computes, and of what else decides which of it runs."""
+    """Digest of the kernels of a subject and of the settings that select among them."""
     if subject in ("triton", "gluon"):
-        paths = sorted((Path(__file__).parent.parent / "backends" / "triton").rglob("*.py"))
+        paths = sorted((Path(__file__).parent / "triton").rglob("*.py"))
         switches = os.environ.get("TRITON_PTXAS_PATH", "")
     else:
         paths = [library.FOLDER / f"librlrr_{subject.partition('-')[0]}.so"]
@@ -127,9 +127,9 @@ def build_of(subject: str) -> str:
 
 
 def _cpu_flags() -> str:
-    """The instructions that the CPU has, as Linux lists them: torch's word for them leaves AMX out."""
+    """The CPU's instructions as Linux lists them; torch's name for them does not tell AMX."""
     try:
-        with open("/proc/cpuinfo") as lines:  # a block for each core: not read to its end
+        with open("/proc/cpuinfo") as lines:  # the first core's line is enough
             return next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         return ""
@@ -137,7 +137,13 @@ def _cpu_flags() -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one pass. ``reason``: of a failure, one line; ``ratio``: the largest error by what it may be."""
+    """The result of the check of one pass.
+
+    Attributes:
+        which: The pass.
+        ratio: Largest error, relative to the allowed error.
+        reason: Why it failed, in one line; empty if it passed.
+    """
 
     where: Where
     which: str
@@ -146,8 +152,13 @@ class Finding:
     reason: str = ""
     date: str = ""
 
+    @property
+    def key(self) -> object:
+        """A new finding replaces the one with the same key."""
+        return self.where, self.which
+
     def to_json(self) -> dict[str, Any]:
-        """One object of the file."""
+        """The finding as an object of the file."""
         return {
             **self.where._asdict(),
             "pass": self.which,
@@ -159,81 +170,61 @@ class Finding:
 
 
 def parse(raw: Any) -> Finding:
-    """One entry, every field checked.
+    """Check every field of one object of the file.
 
     Raises:
-        ValueError: the first field that is not as expected.
+        ValueError: If a field is not as expected; names the first.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {raw!r:.40}")
-    where = Where(*(text(raw, name) for name in Where._fields))
-    if where.subject not in SUBJECTS:
-        raise ValueError(f"subject: expected one of {', '.join(SUBJECTS)}, got {where.subject!r:.40}")
-    passes = SUBJECTS[where.subject][1]
-    which = text(raw, "pass")
-    if which not in passes:
-        raise ValueError(f"pass: expected one of {', '.join(passes)}, got {which!r:.40}")
-    right, ratio = raw.get("right"), raw.get("ratio")
-    if not isinstance(right, bool):
-        raise ValueError(f"right: expected true or false, got {right!r:.40}")
-    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float)):
-        raise ValueError(f"ratio: expected a number or null, got {ratio!r:.40}")
-    return Finding(where, which, right, ratio, _words(raw, "reason"), _words(raw, "date"))
-
-
-def _words(values: Mapping[str, Any], name: str) -> str:
-    value = values.get(name)
-    # it is shown in terminals, which obey some characters
-    if not isinstance(value, str) or not value.isprintable() or len(value) > 500:
-        raise ValueError(f"{name}: expected one line of text, got {value!r:.40}")
-    return value
+    where = Where(*(expect_text(raw, name) for name in Where._fields))
+    _, passes = SUBJECTS[expect_one_of(raw, "subject", SUBJECTS)]
+    return Finding(
+        where,
+        expect_one_of(raw, "pass", passes),
+        expect(raw, "right", bool),
+        expect(raw, "ratio", float, type(None)),
+        expect_text(raw, "reason", empty=True),
+        expect_text(raw, "date", empty=True),
+    )
 
 
 def default_file() -> Path | None:
-    """Where findings are kept: ``RLRR_CHECKED_FILE``, else in the user's cache folder; None where there is no home."""
+    """Path of the file: ``RLRR_CHECKED_FILE``, else in the user's cache folder; None if there is no home folder."""
     return cache.default_file("RLRR_CHECKED_FILE", "checked.json")
 
 
 def add(path: Path, findings: Iterable[Finding]) -> Path | None:
-    """Keep findings, in place of earlier ones for the same; as :func:`rlrr_kernels.io.cache.add`."""
-    return cache.add(path, FORMAT, {(f.where, f.which): f.to_json() for f in findings}, _key_of)
-
-
-def _key_of(raw: Any) -> object:
-    try:
-        finding = parse(raw)
-    except ValueError:
-        return None
-    return finding.where, finding.which
+    """As :func:`rlrr_kernels.io.cache.add`."""
+    return cache.add(path, FORMAT, findings, parse)
 
 
 @functools.cache
 def kept() -> tuple[Finding, ...]:
-    """All findings of the file in use; none where it is switched off or missing. Read once a process."""
+    """The file's findings, as :func:`rlrr_kernels.io.cache.load`; none if it is switched off or missing. Cached."""
     path = default_file()
     if path is None or os.environ.get("RLRR_CHECKED") == "0":
         return ()
-    read = functools.partial(cache.read, layout=FORMAT)
-    return tuple(cache.load(path, read, parse, "left out: `python -m rlrr_kernels check` checks anew"))
+    return tuple(cache.load(path, FORMAT, parse, "left out: `python -m rlrr_kernels check` checks anew"))
 
 
 def found(subject: str, device: torch.device) -> dict[str, Finding]:
-    """What holds here for one of :data:`SUBJECTS`, by pass."""
+    """The findings that are valid here for one of :data:`SUBJECTS`, by pass."""
     if not any(finding.where.subject == subject for finding in kept()):
-        return {}  # asking the device and the library for their versions takes milliseconds
+        return {}  # Where.of would take milliseconds
     where = Where.of(subject, device)
     return {finding.which: finding for finding in kept() if finding.where == where}
 
 
 def failure(subject: str, device: torch.device, passes: Iterable[str] = PRODUCTS) -> str | None:
-    """Which of these passes failed here, and how; None where none has."""
+    """Which of these passes failed here, and why; None if none did."""
     findings = found(subject, device)
     failed = [findings[which] for which in passes if which in findings and not findings[which].right]
     return "; ".join(f"{finding.which}: {finding.reason}" for finding in failed) or None
 
 
 def state(subject: str, device: torch.device) -> str:
-    """``proven``, ``failed`` and how, or ``not yet checked``."""
+    """``proven`` with the date, ``failed`` with the reason, or ``not yet checked``."""
     passes = SUBJECTS[subject][1]
     failed = failure(subject, device, passes)
     if failed is not None:

@@ -1,8 +1,8 @@
-"""What is computed to prove a backend, and the judgement: passes at the shapes that matter, twice each.
+"""What is computed to check a backend, and the judgement: each pass runs twice at each shape.
 
-ViT-B's four linears at a batch of images; sizes that no tile divides, in several groups; one token; and few tokens at
-a deep layer, whose sums GPUs split. On a GPU each shape and dtype is a Triton kernel to compile at most, and the
-four layers mostly share theirs.
+The shapes are ViT-B's four linears at a batch of images; sizes that no tile divides, in several groups; one token; and
+few tokens at a deep layer, whose sums GPUs split. On a GPU each shape and dtype compiles at most one Triton kernel, and
+the four layers mostly share theirs.
 """
 
 from __future__ import annotations
@@ -21,18 +21,24 @@ from rlrr_kernels.backends import choice
 from rlrr_kernels.check import yardstick
 from rlrr_kernels.check.yardstick import Expected
 
-#: Tokens of the ViT-B layers: 32 images on a GPU, so that four processes at once fit in 8 GB; 2 on a CPU, whose
-#: float64 answers take most of the time.
+#: Tokens of the ViT-B layers: 32 images on a GPU, so that four processes at once fit in 8 GB; 2 on a CPU, where the
+#: exact results in float64 take most of the time.
 TOKENS = {"cuda": 32 * 197, "cpu": 2 * 197}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EPS = 1e-6
-#: How cuBLAS, the driver (by torch or Triton) and torch on a CPU say that others have the memory, in RuntimeErrors.
+#: RuntimeErrors of cuBLAS, the driver (by torch or Triton) and torch on a CPU that mean that there is no memory.
 _NO_ROOM = re.compile("CUBLAS_STATUS_ALLOC_FAILED|out of memory|can't allocate memory")
 
 
 @dataclass(frozen=True)
 class Case:
-    """x ``[m, k]``, W ``[n, k]`` of another dtype where ``weight_dtype`` is given; LayerNorm has x ``[m, k]`` alone."""
+    """One set of sizes.
+
+    Attributes:
+        m, n, k, groups: x is ``[m, k]``, W ``[n, k]``; for LayerNorm there is only x.
+        dtype: The dtype of x.
+        weight_dtype: The dtype of W, if it is another.
+    """
 
     m: int
     n: int
@@ -52,7 +58,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def module_of(subject: str, device: torch.device) -> ModuleType | str:
-    """The backend behind one of :data:`rlrr_kernels.backends.verdicts.SUBJECTS`, or why it is not here."""
+    """Return the backend of one of :data:`rlrr_kernels.backends.verdicts.SUBJECTS`, or why it is not here."""
     if subject != "cuda-hopper":
         return choice.load(subject)
     if torch.cuda.get_device_capability(device)[0] != 9:
@@ -64,11 +70,11 @@ def module_of(subject: str, device: torch.device) -> ModuleType | str:
 
 
 def cases(which: str, device_type: str) -> Iterator[Case]:
-    """Of a pass, the quick ones first."""
+    """Yield the cases of a pass, the quick ones first."""
     tokens = TOKENS[device_type]
     small = [(37, 51, 45, 3), (1, 768, 768, 1), (64, 768, 3072, 1)]
     layers = [(tokens, 768, 768, 1), (tokens, 2304, 768, 3), (tokens, 3072, 768, 1), (tokens, 768, 3072, 1)]
-    if which == "layer_norm":  # its rows are the layers' inputs
+    if which == "layer_norm":  # its rows are the inputs of the layers
         small, layers = [(37, 0, 45, 1), (1, 0, 768, 1)], [(tokens, 0, 768, 1)]
     for dtype in _DTYPES:
         yield from (Case(*sizes, dtype) for sizes in (*small, *layers))
@@ -78,13 +84,14 @@ def cases(which: str, device_type: str) -> Iterator[Case]:
 
 @dataclass
 class Report:
-    """What became of a pass's cases.
+    """The result of a pass's cases.
 
     Attributes:
-        tried: how many of them the backend serves.
-        ratio: the largest error by what it may be, and ``worst`` the case that has it.
-        reason: what is not right, or None; nothing is tried after it.
-        refusal: why the last case that it does not serve is not served.
+        tried: How many cases the backend serves.
+        ratio: The largest error divided by the allowed error.
+        worst: The case that has it.
+        reason: What is wrong, or None; no case is tried after it.
+        refusal: Why the last case that the backend does not serve is not served.
     """
 
     tried: int = 0
@@ -104,13 +111,18 @@ def run(
     """Compute a pass twice for each case that the backend serves, and judge it.
 
     Args:
-        module: a backend (see :mod:`rlrr_kernels.backends.choice`).
-        which: a pass of :data:`rlrr_kernels.backends.verdicts.SUBJECTS`.
-        tell: called with ``"launched"`` once a case's kernels are compiled and launched, when a GPU may still be at
-            them, and with ``"done"`` once it has been judged.
+        module: A backend (see :mod:`rlrr_kernels.backends.choice`).
+        which: A pass of :data:`rlrr_kernels.backends.verdicts.SUBJECTS`.
+        device: Where it runs.
+        chosen: The cases.
+        tell: Called with ``"launched"`` when a case's kernels are compiled and launched, while a GPU may still run
+            them, and with ``"done"`` when the case has been judged.
+
+    Returns:
+        The report; an error that the pass raises is its reason.
 
     Raises:
-        torch.OutOfMemoryError: there is no room for it now; anything else that is raised is the report's reason.
+        torch.OutOfMemoryError: If there is not enough memory now.
     """
     prepare = _layer_norm if which == "layer_norm" else _product
     report = Report()
@@ -126,7 +138,7 @@ def run(
             ratio, wrong = yardstick.judge(got, wanted())
             wrong = wrong or _difference(got, again)
             tell("done", case)
-        except Exception as error:  # whatever a kernel does wrong is the answer; a GPU may do no more after it
+        except Exception as error:  # any error of a kernel is a finding; a GPU may do nothing after it
             if isinstance(error, torch.OutOfMemoryError) or _NO_ROOM.search(str(error)):
                 raise torch.OutOfMemoryError(str(error)) from error
             ratio, wrong = math.inf, f"{type(error).__name__}: {error}"
@@ -172,7 +184,7 @@ def _product(module: ModuleType, which: str, case: Case, device: torch.device) -
             return (module.forward(x, weight, u, v, bias, shift),)
         if which == "grad_input":
             return (module.grad_input(dy, weight, u, v),)
-        # df comes from a pass of its own too, where neither u nor v trains
+        # df also has a pass of its own, for layers of which neither u nor v trains
         return (*module.grad_scales(dy, x, weight, u, v, True), module.grad_shift(dy))
 
     def wanted() -> list[Expected]:
@@ -184,7 +196,7 @@ def _product(module: ModuleType, which: str, case: Case, device: torch.device) -
 
 def _layer_norm(module: ModuleType, which: str, case: Case, device: torch.device) -> _Prepared:
     draw, wide = _draws(case, device), torch.promote_types(case.dtype, torch.float32)
-    # with a large mean: the variance must not be a difference of large numbers
+    # a large mean shows a variance that is computed as a difference of large numbers
     x, dy = draw(case.m, case.k, dtype=case.dtype) + 8, draw(case.m, case.k, dtype=case.dtype)
     weight, bias = (draw(case.k, dtype=case.weight_dtype or case.dtype) for _ in range(2))
     scale, shift = (draw(case.k, dtype=wide) for _ in range(2))
@@ -194,7 +206,7 @@ def _layer_norm(module: ModuleType, which: str, case: Case, device: torch.device
         return y, *module.layer_norm_backward(dy, x, mean, rstd, weight, bias, scale, True)
 
     def formula(dtype: torch.dtype, wide: torch.dtype) -> tuple[Tensor, ...]:
-        """y, dx, ds, dt as SSF writes it, by autograd."""
+        """Return y, dx, ds, dt as SSF defines them, by autograd."""
         rows, s, t = x.to(dtype).requires_grad_(), scale.to(wide).requires_grad_(), shift.to(wide).requires_grad_()
         normalised = F.layer_norm(rows, rows.shape[-1:], weight.to(dtype), bias.to(dtype), _EPS)
         y = (normalised * s + t).to(dtype)

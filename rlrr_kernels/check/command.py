@@ -1,4 +1,4 @@
-"""The command and its table, and :func:`failures` for programs."""
+"""The command ``check`` and its table; :func:`failures` is for programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from rlrr_kernels._version import __version__
 from rlrr_kernels.backends import verdicts
 from rlrr_kernels.backends.verdicts import SUBJECTS, Finding
-from rlrr_kernels.check.processes import Outcome, Task, exit_on_signals, run
+from rlrr_kernels.check.processes import Outcome, Task, exit_on_signals, run_tasks
 from rlrr_kernels.io import cache
 
 DESCRIPTION = """\
@@ -22,14 +22,14 @@ Compute every pass of every backend at the shapes that matter, in a process each
 to float64. What is found is kept: backends that failed here are not chosen any more.
 """
 
-#: Seconds that one process may take: most of them compile kernels for a GPU first.
+#: Seconds that one process may take, including compiling for a GPU.
 SECONDS = 180.0
 
 _COLUMNS = "{:<12} {:<12} {:>6}  {:<9}  {}"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command takes; checked by :func:`main`."""
+    """Add the command's options; :func:`main` checks their values."""
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:INDEX (default: the GPU, else the CPU)")
     parser.add_argument(
         "--backend", action="append", metavar="NAME", help=f"of {', '.join(SUBJECTS)}; may be repeated (default: all)"
@@ -40,9 +40,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Exit status: 0 all is right, 1 something is wrong, or nothing could be checked, 2 bad arguments, 130 Ctrl-C.
+    """Run the command. SIGTERM and SIGHUP end it with its processes, as Ctrl-C does.
 
-    SIGTERM and SIGHUP end it with its processes, as Ctrl-C does; 128 and their number is the status then.
+    Returns:
+        The exit status: 0 if all is right; 1 if something is wrong, or nothing could be checked; 2 for bad arguments;
+        130 after Ctrl-C; 128 and its number after another signal.
     """
     try:
         device = device_of(arguments.device)
@@ -62,7 +64,7 @@ def main(arguments: argparse.Namespace) -> int:
     print(_COLUMNS.format("backend", "pass", "error", "verdict", ""), flush=True)
     outcomes, absent, interrupted = list[Outcome](), set[str](), 0
     try:
-        for outcome in run(tasks, arguments.seconds, _at_once(device)):
+        for outcome in run_tasks(tasks, arguments.seconds, _at_once(device)):
             outcomes.append(outcome)
             if outcome.verdict != "not here" or outcome.task.subject not in absent:
                 print(_row(outcome), flush=True)
@@ -85,16 +87,17 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def failures(device: torch.device, seconds: float = SECONDS) -> tuple[dict[str, str], dict[str, str]]:
-    """Backends that failed on a device, and others that could not be checked -> why; what was not yet checked is now.
+    """Check what was not yet checked on a device, keep the findings, and return which backends are wrong.
 
-    What is found is kept.
+    Returns:
+        Two dicts from backend to reason: those that failed, and others that could not be checked.
 
     Raises:
-        OSError: it cannot be kept.
+        OSError: If the findings cannot be kept.
     """
     tasks = [task for task in _tasks(device, None) if task.which not in verdicts.found(task.subject, device)]
     path = _place()
-    outcomes = list(run(tasks, seconds, _at_once(device)))
+    outcomes = list(run_tasks(tasks, seconds, _at_once(device)))
     _keep(path, outcomes)
     wrong, untried = (
         {o.task.subject: f"{o.task.which}: {o.reason}" for o in outcomes if o.verdict == verdict}
@@ -108,7 +111,11 @@ def failures(device: torch.device, seconds: float = SECONDS) -> tuple[dict[str, 
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device that an option names, by default the GPU, else the CPU. Raises ValueError if it is not here."""
+    """Return the device that an option names; by default the GPU, else the CPU.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
     if name is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     kind, colon, index = name.partition(":")
@@ -135,7 +142,7 @@ def _tasks(device: torch.device, names: Sequence[str] | None) -> list[Task]:
 
 
 def _at_once(device: torch.device) -> int:
-    """Processes on a GPU mostly compile, each on one core; on a CPU one uses all cores."""
+    """Return how many processes to run: on a GPU each mostly compiles on one core; on a CPU one uses all cores."""
     return min(4, os.cpu_count() or 1) if device.type == "cuda" else 1
 
 
@@ -147,7 +154,11 @@ def _row(outcome: Outcome) -> str:
 
 
 def _place() -> Path:
-    """Where findings are kept. Raises OSError where they cannot be: before minutes of checking, not after."""
+    """Return the file for the findings.
+
+    Raises:
+        OSError: If it cannot be written: before minutes of checking, not after.
+    """
     path = verdicts.default_file()
     if path is None:
         raise OSError("there is no home folder; name a file by RLRR_CHECKED_FILE")
@@ -156,7 +167,7 @@ def _place() -> Path:
 
 
 def _keep(path: Path, outcomes: Iterable[Outcome]) -> bool:
-    """Add what was found to the record; whether anything was."""
+    """Keep what was found, and return whether there was anything to keep."""
     today = datetime.date.today().isoformat()
     findings = [
         Finding(o.where, o.task.which, o.verdict == "right", o.ratio, o.reason, today)

@@ -1,7 +1,7 @@
 """One pass of one backend, in a process of its own: ``python -m rlrr_kernels.check.worker SUBJECT PASS DEVICE``.
 
-It says on standard output, each in a line after :data:`MARK`, first what it is about to check (so that a process
-that hangs or dies leaves a finding), then each case that it has launched and is done with, and what came of it all.
+It writes messages to standard output, each in a line after :data:`MARK`: first what it will check, so that there is a
+finding even if the process hangs or dies; then each case that it has launched and judged; then the result.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ MARK = "rlrr_kernels check: "
 
 
 def one_line(words: object) -> str:
-    """The first line of some text, fit for a table in a terminal."""
+    """Return the first line of a text, without control characters."""
     line = next((line.strip() for line in str(words).splitlines() if line.strip()), "it said nothing")
     return "".join(c if c.isprintable() else " " for c in line)[:300]
 
 
-def say(values: Mapping[str, Any]) -> None:
-    """To the process that waits; flushed, for what comes next may be the end."""
+def send(values: Mapping[str, Any]) -> None:
+    """Send a message to the parent process; it is flushed, as the process may die at the next step."""
     print(f"\n{MARK}{json.dumps(values)}", flush=True)
 
 
 def answer(subject: str, which: str, device: torch.device) -> dict[str, Any]:
-    """What came of it: ``verdict``, with ``ratio``, ``worst`` and ``reason`` where there are any."""
+    """Return the result: ``verdict``, and ``ratio``, ``worst`` and ``reason`` if there are any."""
     module = cases.module_of(subject, device)
     if isinstance(module, str):
         return {"verdict": "not here", "reason": one_line(module)}
     try:
         report = cases.run(
-            module, which, device, cases.cases(which, device.type), lambda stage, case: say({stage: str(case)})
+            module, which, device, cases.cases(which, device.type), lambda stage, case: send({stage: str(case)})
         )
     except torch.OutOfMemoryError as error:
         return {"verdict": "not tried", "reason": one_line(error)}
@@ -53,12 +53,12 @@ def answer(subject: str, which: str, device: torch.device) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 once it has answered."""
+    """Check one pass and return 0."""
     subject, which, device = arguments[0], arguments[1], torch.device(arguments[2])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    say(verdicts.Where.of(subject, device)._asdict())
-    say(answer(subject, which, device))
+    send(verdicts.Where.of(subject, device)._asdict())
+    send(answer(subject, which, device))
     return 0
 
 

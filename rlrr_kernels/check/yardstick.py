@@ -1,10 +1,10 @@
-"""Whether results are right: the contract that the package's tests, ``check`` and ``rlrr-tune`` hold kernels to.
+"""Whether results are right: the contract of the package's tests, ``check`` and ``rlrr-tune``.
 
 The relative error against float64 may be at most twice that of the plain PyTorch formula in the same dtype, plus one
 rounding of that dtype: eps, or eps / sqrt(count) for 16-bit values, over which independent roundings average. Scale
-gradients are float32 by contract whatever x is, and so is their yardstick; on a GPU the tensor cores' own way of
-adding is allowed for. :func:`judge` asks more: no element may be more than four times as wrong as the formula's
-worst, plus one rounding, so that a few wrong ones show among many.
+gradients are float32 by contract whatever x is, and they are compared with a float32 formula; on a GPU the error of the
+tensor cores' own additions is allowed too. :func:`judge` also bounds single elements, so that a few wrong ones among
+many are seen: none may be more than four times as wrong as the formula's worst, plus one rounding.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from rlrr_kernels.backends import reference
 
-#: Tokens of one float64 product, which bounds what it takes besides its result.
+#: Tokens of one float64 product; this bounds its memory.
 _CHUNK = 8192
 
-#: Roundings of the largest element, in eps, by the bytes of one: to nearest; in another order of a sum; and where the
-#: exact answer is no better than what it judges.
+#: Bytes of an element -> allowed roundings of the largest element, in eps: one rounding to nearest for 2; another order
+#: of the sum for 4; an exact result that is itself a float64 sum for 8.
 _ELEMENT_ROUNDINGS = {2: 0.5, 4: 16, 8: 256}
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """||got - exact|| / ||exact|| in float64; infinite if anything is not finite."""
+    """Return ||got - exact|| / ||exact|| in float64; infinity if a value is not finite."""
     got, exact = got.double(), exact.double()
     if not torch.isfinite(got).all():
         return math.inf
@@ -35,9 +35,8 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 
 def allowed(plain: Tensor, exact: Tensor, more: float = 0.0) -> float:
-    """The relative error that results of ``plain``'s shape and dtype may have; ``more`` is allowed beyond it."""
-    # one rounding more than the formula's averages out over many narrow values; float32 results
-    # differ in the order of their sums as well, which does not
+    """Return the relative error allowed for results of ``plain``'s shape and dtype; ``more`` is added to it."""
+    # roundings of many 16-bit values average out; float32 results also differ in the order of sums, which does not
     rounding = torch.finfo(plain.dtype).eps
     if plain.dtype.itemsize == 2:
         rounding /= max(plain.numel(), 1) ** 0.5
@@ -47,18 +46,22 @@ def allowed(plain: Tensor, exact: Tensor, more: float = 0.0) -> float:
 
 
 def cut(x: Tensor) -> float:
-    """What tensor cores lose in float32 sums over the rows of x ``[M, ...]``, as a relative error.
+    """Return the relative error of float32 sums over the rows of x ``[M, ...]`` on tensor cores.
 
-    They cut, not round, when they add to a sum, once every 16 products: half a unit in the last place each time on
-    average, and always towards zero.
+    They truncate when they add to a sum, once every 16 products: half a unit in the last place each time on average,
+    always towards zero.
     """
     return x.shape[0] / 16 * torch.finfo(torch.float32).eps / 2 if x.is_cuda and x.dtype.itemsize == 2 else 0.0
 
 
 class Expected(NamedTuple):
-    """One result: exact, in float64, and as the plain formula gives it, in the dtype that is due.
+    """One expected result.
 
-    ``more``: relative error allowed beyond the formula's.
+    Attributes:
+        name: As "dx".
+        exact: In float64.
+        plain: By the plain formula, in the dtype that the pass returns.
+        more: Relative error allowed beyond the formula's.
     """
 
     name: str
@@ -78,10 +81,12 @@ def expected(
     shift: Tensor,
     dy: Tensor,
 ) -> list[Expected]:
-    """What a pass should return for these tensors (shapes as in :mod:`rlrr_kernels.backends.reference`), in its order.
+    """Return the expected results of a pass, in its order.
 
-    ``which``: ``"forward"``, ``"grad_input"`` or ``"grad_scales"`` (du, dv, df). What a pass does not read may be
-    empty.
+    The shapes are those of :mod:`rlrr_kernels.backends.reference`. A tensor that the pass does not read may be empty.
+
+    Args:
+        which: ``"forward"``, ``"grad_input"`` or ``"grad_scales"`` (du, dv, df).
     """
     wide, u, v = weight.double(), scale_out.double(), scale_in.double()
     if which == "forward":
@@ -106,14 +111,14 @@ def _chunks(t: Tensor) -> Sequence[Tensor]:
 
 
 class Judgement(NamedTuple):
-    """``ratio``: the largest error by what it may be, up to 1 where all is right; ``reason``: what is not, or None."""
+    """The largest ratio of error to allowed error, up to 1 if all is right, and what is wrong, or None."""
 
     ratio: float
     reason: str | None
 
 
 def judge(got: Sequence[Tensor], wanted: Sequence[Expected]) -> Judgement:
-    """Hold the results of a pass to the yardstick; the first that is not right is named."""
+    """Compare the results of a pass with what is expected; the reason names the first that is wrong."""
     worst, reason = 0.0, None
     for value, want in zip(got, wanted, strict=True):
         ratio, why = _judge(value, *want)

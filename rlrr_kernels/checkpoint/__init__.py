@@ -1,9 +1,8 @@
-"""Adapters on disk, and the checkpoints of the published code."""
+"""Checkpoints: adapters as folders, the published code's files, and Google's ``.npz`` backbones."""
 
 from rlrr_kernels.checkpoint.adapter import CARD, CONFIG, WEIGHTS, adapter_metadata, load_adapter, save_adapter
 from rlrr_kernels.checkpoint.npz import load_npz_backbone
 from rlrr_kernels.checkpoint.official import convert_official, load_official_adapter
-from rlrr_kernels.io.files import write_atomically
 
 __all__ = [
     "CARD",
@@ -15,5 +14,4 @@ __all__ = [
     "load_npz_backbone",
     "load_official_adapter",
     "save_adapter",
-    "write_atomically",
 ]

@@ -1,11 +1,9 @@
-"""Adapters on disk: a folder with what training changed, written whole and checked before it is loaded.
+"""Saving and loading adapters. An adapter is a folder with these files::
 
-::
-
-    adapter_config.json        what it was trained on and how, see manifest.py
-    adapter_model.safetensors  every tensor that trains, the head and batch norms' running statistics included,
-                               under its name in the model
-    README.md                  a card for people and model hubs
+adapter_config.json        what it was trained on and how: manifest.py
+adapter_model.safetensors  all tensors that are trained, under their names in the model, with the head and the
+                           running statistics of batch norms: trained.py
+README.md                  a card for people and model hubs: card.py
 """
 
 from __future__ import annotations
@@ -50,27 +48,27 @@ def save_adapter(
     *,
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Write what trains in ``model`` as an adapter folder.
+    """Save the trained tensors of ``model`` as an adapter folder.
 
-    A new folder appears with all its files at once. In a folder that holds an adapter of the
-    same configuration (as of an earlier epoch) the tensors are replaced, and then the card, each in one step.
+    A new folder is written in one step. If the folder holds an adapter of the same configuration (of an earlier epoch),
+    its tensors and then its card are replaced, each in one step.
 
     Args:
-        model: as :func:`~rlrr_kernels.apply_rlrr` leaves it, merged or not; or any model of which
-            only a part, or all, needs gradients. May be compiled or wrapped for data-parallel training. If
-            its parameters are sharded (FSDP), call this on every process: the first one writes.
-        folder: is made, with its parents, if it is not there.
-        metadata: strings to keep with the tensors, such as the data set's name and the accuracy.
-        overwrite: replace a folder that holds an adapter of another configuration.
-        class_names: of the classes in the order of the logits, for the configuration and the card.
+        model: A model after :func:`~rlrr_kernels.apply_rlrr`, merged or not; or any model with parameters that need
+            gradients. May be compiled or wrapped for data-parallel training. If its parameters are sharded (FSDP),
+            call this on every process; the first one writes.
+        folder: Created with its parents if necessary.
+        metadata: Strings to store with the tensors, such as the data set's name and the accuracy.
+        overwrite: Replace a folder that holds an adapter of another configuration.
+        class_names: Names of the classes in the order of the logits, for the configuration and the card.
 
     Raises:
-        ValueError: nothing in ``model`` trains, a tensor has no data (meta device), adapters are switched off, or
-            there are more or fewer ``class_names`` than the model's ``num_classes``.
-        TypeError: ``metadata`` or ``class_names`` is not strings only.
-        FileExistsError: the folder holds an adapter of another configuration, and not ``overwrite``; or
-            it holds other files in place of an adapter, or beside one that would be replaced as a whole.
-        RuntimeError: the frozen weights are not there, as after ``merge(keep=False)``.
+        ValueError: If no parameter needs gradients, a tensor has no data (meta device), adapters are switched off, or
+            the number of ``class_names`` is not the model's ``num_classes``.
+        TypeError: If ``metadata`` or ``class_names`` contains anything but strings.
+        FileExistsError: If the folder holds an adapter of another configuration and ``overwrite`` is False, or holds
+            files that are not an adapter's and would be deleted.
+        RuntimeError: If the frozen weights were deleted, as by ``merge(keep=False)``.
     """
     model = unwrapped(model)
     strings = dict(metadata or {})
@@ -78,7 +76,7 @@ def save_adapter(
         raise TypeError(f"metadata: expected strings only, got {strings!r:.200}")
     if "format" in strings:
         raise ValueError("metadata: 'format' is reserved")
-    _check_names(model, class_names)
+    _check_class_names(model, class_names)
     check_enabled(model)
     reshard(model)
     parameters = trained_parameters(model)
@@ -101,7 +99,7 @@ def save_adapter(
     _write(Path(os.path.realpath(folder)), files, manifest, overwrite)
 
 
-def _check_names(model: nn.Module, class_names: Sequence[str] | None) -> None:
+def _check_class_names(model: nn.Module, class_names: Sequence[str] | None) -> None:
     if class_names is None:
         return
     if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
@@ -112,7 +110,7 @@ def _check_names(model: nn.Module, class_names: Sequence[str] | None) -> None:
 
 
 def _write(folder: Path, files: Mapping[str, bytes], manifest: Manifest, overwrite: bool) -> None:
-    """``folder`` is free of symbolic links, so that what is renamed is the folder itself."""
+    """Write the files of an adapter. ``folder`` contains no symbolic links, so that renaming renames the folder."""
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_folder(folder, files)
@@ -124,7 +122,7 @@ def _write(folder: Path, files: Mapping[str, bytes], manifest: Manifest, overwri
         raise FileExistsError(f"{folder} exists and is no adapter folder: it holds {entries[0].name!r}")
     ours = {e for e in entries if e.name in files or any(is_temporary(e.name, of) for of in files)}
     foreign = [entry.name for entry in entries if entry not in ours or entry.is_dir()]
-    if _holds(folder, manifest):
+    if _agrees(folder, manifest):
         for name in (WEIGHTS, CARD):
             write_atomically(folder / name, files[name])
     elif not overwrite:
@@ -137,64 +135,57 @@ def _write(folder: Path, files: Mapping[str, bytes], manifest: Manifest, overwri
         replace_folder(folder, files)
 
 
-def _holds(folder: Path, manifest: Manifest) -> bool:
-    """Whether new tensors may stand beside the configuration that a folder holds."""
+def _agrees(folder: Path, manifest: Manifest) -> bool:
+    """Whether the configuration in a folder is the one of ``manifest``, so that only the tensors change."""
     if not (folder / CONFIG).is_file():
         return False
     try:
         return Manifest.read(folder).agrees_with(manifest)
     except ValueError:
-        return False  # not readable: another configuration, which needs overwrite
-
-
-def adapter_metadata(folder: str | Path) -> dict[str, str]:
-    """The strings that :func:`save_adapter` was given. Raises as :func:`load_adapter` for other folders."""
-    folder = _existing(folder)
-    Manifest.read(folder)
-    return {name: text for name, text in _read(folder / WEIGHTS, values=False).metadata.items() if name != "format"}
+        return False
 
 
 def load_adapter(
     model: nn.Module, folder: str | Path, *, check_base: bool = True, device: torch.device | str | None = None
 ) -> nn.Module:
-    """Put a saved adapter into ``model``, in place.
+    """Load a saved adapter into ``model``, in place.
 
     Args:
-        model: a plain model, which :func:`~rlrr_kernels.apply_rlrr` then prepares as the adapter's
-            was; or one that is prepared already. Tensors are cast to the dtypes of its parameters.
-            May be compiled or wrapped for data-parallel training; sharded (FSDP): call on every process.
-        folder: as :func:`save_adapter` wrote it.
-        check_base: see that architecture and frozen weights are those that the adapter was trained on.
-        device: where trained parameters that are on the meta device come to be (default: CPU).
-            The frozen ones stay there.
+        model: A plain model, to which :func:`~rlrr_kernels.apply_rlrr` is applied with the adapter's configuration; or
+            one that is prepared already. Tensors are cast to the dtypes of its parameters. May be compiled or wrapped
+            for data-parallel training. If its parameters are sharded (FSDP), call this on every process.
+        folder: A folder that :func:`save_adapter` wrote.
+        check_base: Check that the architecture and the frozen weights are those that the adapter was trained on.
+        device: Device of trained parameters that are on the meta device (default: CPU). Frozen ones stay on meta.
 
     Returns:
         The same model.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: no such folder.
-        ValueError: no adapter, a damaged one, one of another format version or base model, or names,
-            shapes or dtypes that do not fit the model. The model is then exactly as it was.
-        TypeError: a plain model that DDP or FSDP has taken over.
+        FileNotFoundError: If the folder does not exist.
+        NotADirectoryError: If it is a file.
+        ValueError: If it is no adapter, is damaged, has another format version or base model, or names, shapes or
+            dtypes do not fit the model. The model is then unchanged.
+        TypeError: If the model is plain and wrapped by DDP or FSDP.
 
     Warns:
-        UserWarning: an adapter of before running statistics were saved, of a model that trains some.
+        UserWarning: If the model trains norms with running statistics and the adapter has none, as older ones.
     """
     target = unwrapped(model)
     reshard(target)
-    folder = _existing(folder)
+    folder = _check_folder(folder)
     manifest = Manifest.read(folder)
     tensors = _read(folder / WEIGHTS).tensors
     count = sum(tensor.numel() for tensor in tensors.values())
     if count != manifest.parameters:
         raise ValueError(f"{folder / WEIGHTS}: expected {manifest.parameters} numbers as {CONFIG} says, got {count}")
     if check_base:
-        with _naming(folder):
+        with _folder_in_errors(folder):
             manifest.check_architecture(target)
     config = _config_of(tensors, manifest.rlrr, target)
     prepare = check_fit(target, config, tensors, f"adapter {folder}")
     if check_base:
-        with _naming(folder):
+        with _folder_in_errors(folder):
             manifest.check_weights(target)
     if prepare:
         apply_rlrr(model, config)
@@ -203,17 +194,17 @@ def load_adapter(
     if lacking:
         warnings.warn(
             f"adapter {folder} is of a version that did not save running statistics: {lacking[0]}, one of "
-            f"{len(lacking)}, stays as it is in the model, which may not be what it was tuned to",
+            f"{len(lacking)}, keeps its value in the model, which may differ from the one after training",
             stacklevel=2,
         )
     return model
 
 
 def _config_of(tensors: Mapping[str, Tensor], config: RLRRConfig | None, model: nn.Module) -> RLRRConfig | None:
-    """The config by which a plain model comes to have ``tensors``.
+    """The config with which ``apply_rlrr`` gives a plain model these ``tensors``.
 
-    It is the stored one, but for adapters written when patterns reached into the head and when heads outside of timm
-    stayed frozen: those tell by their tensors.
+    It is the stored one, except for two kinds of older adapters, which are recognised by their tensors: patterns used
+    to match layers of the head, and heads of models outside timm used to stay frozen.
     """
     if config is None or config.head_names:
         return config
@@ -229,7 +220,14 @@ def _config_of(tensors: Mapping[str, Tensor], config: RLRRConfig | None, model: 
     return config
 
 
-def _existing(folder: str | Path) -> Path:
+def adapter_metadata(folder: str | Path) -> dict[str, str]:
+    """The ``metadata`` of a saved adapter. Raises the errors of :func:`load_adapter` for other folders."""
+    folder = _check_folder(folder)
+    Manifest.read(folder)
+    return {name: text for name, text in _read(folder / WEIGHTS, values=False).metadata.items() if name != "format"}
+
+
+def _check_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"adapter folder {folder} does not exist")
@@ -245,8 +243,8 @@ def _read(path: Path, *, values: bool = True) -> Tensors:
 
 
 @contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    """What does not fit is told with the name of the folder that it came from."""
+def _folder_in_errors(folder: Path) -> Iterator[None]:
+    """Put the folder's name into errors."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The README of an adapter folder, with the front matter that model hubs read."""
+"""The README of an adapter folder, with front matter for model hubs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from rlrr_kernels.checkpoint.manifest import Manifest
-from rlrr_kernels.checkpoint.trained import printable
+from rlrr_kernels.io.checks import sanitize
 
 
 def model_card(model: nn.Module, manifest: Manifest, metadata: Mapping[str, str]) -> bytes:
-    """Markdown that says what the adapter is, how to load it, and what ``metadata`` tells of its training."""
+    """Markdown text: what the adapter is, how to load it, and a table of ``metadata``."""
     hub_name = _hub_name(model)
     front = {"library_name": "rlrr_kernels", "tags": ["rlrr", "parameter-efficient-fine-tuning"]}
     if hub_name is not None:
@@ -25,7 +25,7 @@ def model_card(model: nn.Module, manifest: Manifest, metadata: Mapping[str, str]
     base = hub_name or manifest.base_model["architecture"] or manifest.base_model["class"]
     lines = [
         "---",
-        # JSON strings and lists are YAML too, whatever is in them
+        # JSON strings and lists are valid YAML
         *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
         "---",
         "",
@@ -42,7 +42,7 @@ def model_card(model: nn.Module, manifest: Manifest, metadata: Mapping[str, str]
     if metadata:
         lines += ["| | |", "| --- | --- |", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in metadata.items()), ""]
     if manifest.class_names is not None:
-        names = ", ".join(_cell(printable(name)) for name in manifest.class_names)
+        names = ", ".join(_cell(sanitize(name)) for name in manifest.class_names)
         lines += [f"Classes, in the order of the logits: {names}.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     lines += [f"Written with {versions}.", ""]
@@ -60,7 +60,7 @@ def _code(model: nn.Module, manifest: Manifest) -> list[str]:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is not None and tuple(size) != tuple(_config(model).get("input_size") or ())[1:]:
         arguments.append(f"img_size={tuple(size)}")
-    # a model that another package registers with timm is unknown before that is imported
+    # models that another package registers with timm are known after its import only
     registrar = _registrar(architecture)
     imports = ["import timm", *([f"import {registrar}"] if registrar else [])]
     return [
@@ -91,5 +91,5 @@ def _registrar(architecture: str) -> str | None:
 
 
 def _cell(text: str) -> str:
-    """Text that stays within one cell of a Markdown table."""
+    """Escape text for one cell of a Markdown table."""
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())

@@ -1,4 +1,4 @@
-"""``adapter_config.json``: what an adapter was trained on and how, so that it is not loaded onto something else."""
+"""``adapter_config.json``: what an adapter was trained on and how, and checks that a model fits it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from rlrr_kernels._version import __version__
 from rlrr_kernels.backends.reference import accumulation_dtype
-from rlrr_kernels.io.reading import expect_names, read_json
+from rlrr_kernels.io.checks import expect, expect_dict, expect_names, read_json
 from rlrr_kernels.layers.linear import FusedRLRRLinear
 from rlrr_kernels.models.config import RLRRConfig
 from rlrr_kernels.models.modules import adapters, plain_name
@@ -25,11 +25,11 @@ from rlrr_kernels.ops.route import whole
 FORMAT_VERSION = 1
 FILE_NAME = "adapter_config.json"
 
-#: A real one has some kilobytes, and the names of its classes; more is refused before it is parsed.
+#: Largest file in bytes. Real ones have some kilobytes, and the names of the classes.
 LARGEST_FILE = 4 * 2**20
 
-#: Largest difference of fingerprints: relative of the means, absolute of the signed sums. bfloat16
-#: storage moves the first by less than 1e-3 and the second by about 1e-3.
+#: Largest relative difference of the means, and absolute difference of the signed sums, of two fingerprints. Storage in
+#: bfloat16 changes the first by less than 1e-3 and the second by about 1e-3.
 TOLERANCES = (1e-2, 2e-2)
 
 
@@ -38,14 +38,14 @@ class Manifest:
     """The content of ``adapter_config.json``.
 
     Attributes:
-        base_model: ``class``, and of a timm model ``architecture`` and ``tag`` of its pretrained weights.
-        num_classes: of the model, or None if it does not say.
-        rlrr: the :class:`~rlrr_kernels.RLRRConfig`; None if the model was not prepared by
+        base_model: ``class``, and for a timm model ``architecture`` and ``tag`` of its pretrained weights.
+        num_classes: Number of classes, or None if the model has no such attribute.
+        rlrr: The :class:`~rlrr_kernels.RLRRConfig`; None if the model was not prepared by
             :func:`~rlrr_kernels.apply_rlrr` (a linear probe, full fine-tuning).
-        parameters: how many numbers train.
-        fingerprint: name of a frozen linear (or, without any, convolution) -> :func:`fingerprint` of its W.
-        versions: of the libraries it was written with.
-        class_names: in the order of the logits; None if they are not known, as of adapters of before they were kept.
+        parameters: Number of trained values.
+        fingerprint: Name of a frozen linear -> :func:`fingerprint` of its W; convolutions if no linear is frozen.
+        versions: Library -> version that wrote the adapter.
+        class_names: In the order of the logits; None if they are unknown, as in older adapters.
     """
 
     base_model: Mapping[str, str | None]
@@ -58,7 +58,7 @@ class Manifest:
 
     @classmethod
     def of(cls, model: nn.Module, parameters: int, class_names: Sequence[str] | None = None) -> Manifest:
-        """Describe a model of which ``parameters`` numbers train."""
+        """Describe a model with this number of trained values."""
         config = getattr(model, "rlrr_config", None)
         classes = getattr(model, "num_classes", None)
         return cls(
@@ -72,6 +72,7 @@ class Manifest:
         )
 
     def to_json(self) -> bytes:
+        """The content of the file."""
         values = {
             "format_version": FORMAT_VERSION,
             "base_model": dict(self.base_model),
@@ -86,10 +87,11 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read it from an adapter's folder.
+        """Read the file from an adapter's folder.
 
         Raises:
-            ValueError: no such file, more than 1 MiB, no JSON, a key twice, another format version, or a bad value.
+            ValueError: If there is no such file, :func:`~rlrr_kernels.io.checks.read_json` refuses it, or it has
+                another format version or a bad value.
         """
         path = folder / FILE_NAME
         if not path.is_file():
@@ -100,19 +102,19 @@ class Manifest:
             raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}")
         try:
             return cls(
-                base_model=_mapping(values, "base_model", str, type(None)),
-                num_classes=(classes := _value(values, "num_classes", int, type(None))),
-                rlrr=None if values.get("rlrr") is None else RLRRConfig.from_dict(_mapping(values, "rlrr", object)),
-                parameters=_value(values, "parameters", int),
-                fingerprint={k: _pair(k, v) for k, v in _mapping(values, "fingerprint", list).items()},
-                versions=_mapping(values, "versions", str),
+                base_model=expect_dict(values, "base_model", str, type(None)),
+                num_classes=(classes := expect(values, "num_classes", int, type(None))),
+                rlrr=None if values.get("rlrr") is None else RLRRConfig.from_dict(expect(values, "rlrr", dict)),
+                parameters=expect(values, "parameters", int),
+                fingerprint={k: _pair(k, v) for k, v in expect_dict(values, "fingerprint", list).items()},
+                versions=expect_dict(values, "versions", str),
                 class_names=expect_names(values, "class_names", classes),
             )
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def agrees_with(self, other: Manifest) -> bool:
-        """Whether the tensors of one could stand in the other's folder: all but versions and the start of u, v."""
+        """Whether two adapters differ at most in their tensors, versions, and initial values of u and v."""
         return (
             (self.base_model, self.num_classes, self.parameters, self.class_names)
             == (other.base_model, other.num_classes, other.parameters, other.class_names)
@@ -122,10 +124,10 @@ class Manifest:
         )
 
     def check_architecture(self, model: nn.Module) -> None:
-        """See that a model has the class and timm architecture that the adapter was trained on.
+        """Check that a model has the class and timm architecture that the adapter was trained on.
 
         Raises:
-            ValueError: it has not.
+            ValueError: If it does not.
         """
         found = describe_base(model)
         for key in ("class", "architecture"):
@@ -134,12 +136,12 @@ class Manifest:
                 raise ValueError(f"base model: the adapter was trained on {key} {expected}, the model's is {got}")
 
     def check_weights(self, model: nn.Module) -> None:
-        """See that a model has the frozen weights that the adapter was trained on.
+        """Check that a model has the frozen weights that the adapter was trained on.
 
-        Layers on the meta device have no weights yet and pass.
+        Layers on the meta device are skipped, as they have no weights yet.
 
         Raises:
-            ValueError: it has not; names the first layer that differs.
+            ValueError: If a weight differs; names the first such layer.
         """
         modules = {plain_name(name): module for name, module in model.named_modules()}
         for name, expected in self.fingerprint.items():
@@ -159,11 +161,13 @@ class Manifest:
 
 @torch.no_grad()
 def fingerprint(weight: Tensor) -> tuple[float, float]:
-    """Two numbers that tell pretrained weights apart and survive rounding to 16 bits.
+    """Two numbers that distinguish pretrained weights and survive rounding to 16 bits.
 
-    The mean of |W|, and the sum of W with signs that rows and columns have, over its Euclidean
-    norm. Two draws from one distribution, or another order of rows, agree in the first; in the second
-    they differ by about 1.
+    The first is the mean of |W|. The second is the sum of W with a sign for each row and column, divided by W's
+    Euclidean norm: it differs by about 1 for weights of one distribution, or in another order of rows.
+
+    Args:
+        weight: W ``[N, K]``, or with more dimensions, which are flattened.
     """
     values = whole(weight).detach()
     values = values.to(accumulation_dtype(values.dtype)).flatten(1)
@@ -174,14 +178,14 @@ def fingerprint(weight: Tensor) -> tuple[float, float]:
 
 
 def _signs(count: int, like: Tensor) -> Tensor:
-    """+1 and -1 in an order without a period (the top bit of multiples of 2^32 over the golden ratio)."""
+    """+1 and -1 in an order without a period: the top bit of multiples of 2^32 / golden ratio."""
     bits = (torch.arange(count, device=like.device) * 2654435769 >> 31) & 1
     return (2 * bits - 1).to(like.dtype)
 
 
 def describe_base(model: nn.Module) -> dict[str, str | None]:
-    """The model's class, and the architecture and tag that timm gave it."""
-    # FSDP puts a class of its own before the model's
+    """The model's class, and its architecture and tag in timm."""
+    # FSDP replaces the class by a subclass of its own
     kind = next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed"))
     config = getattr(model, "pretrained_cfg", None)
     config = config if isinstance(config, dict) else {}
@@ -193,12 +197,12 @@ def describe_base(model: nn.Module) -> dict[str, str | None]:
 
 
 def _weight(module: nn.Module) -> Tensor | None:
-    # state_dict, as it gives the frozen W of a merged layer too
+    # state_dict also has the frozen W of a merged layer
     return module.state_dict().get("weight") if isinstance(module, (nn.Linear, _ConvNd)) else None
 
 
 def _frozen_weights(model: nn.Module) -> dict[str, Tensor]:
-    """W of every adapted linear; without any, of every frozen linear; without any, of every frozen convolution."""
+    """W of every adapted linear; if there is none, of every frozen linear; if there is none, of every convolution."""
     layers: dict[str, nn.Module] = {n: module for n, module in adapters(model) if isinstance(module, FusedRLRRLinear)}
     for kind in (nn.Linear, _ConvNd):
         layers = layers or {
@@ -211,8 +215,7 @@ def _frozen_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same_weights(got: tuple[float, float], expected: tuple[float, float]) -> bool:
-    """Whether two fingerprints are of one weight, as far as :data:`TOLERANCES` go."""
-    # written so that NaN is not close to anything
+    """Whether two fingerprints agree within :data:`TOLERANCES`. NaN agrees with nothing."""
     return abs(got[0] - expected[0]) <= TOLERANCES[0] * abs(expected[0]) and abs(got[1] - expected[1]) <= TOLERANCES[1]
 
 
@@ -224,24 +227,9 @@ def _comparable(config: RLRRConfig | None) -> dict[str, Any] | None:
 
 def _versions() -> dict[str, str]:
     versions = {"rlrr_kernels": __version__, "torch": torch.__version__}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # models of other libraries need no timm
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # timm is optional
         versions["timm"] = importlib.metadata.version("timm")
     return versions
-
-
-def _value(values: dict[str, Any], name: str, *kinds: type) -> Any:
-    value = values.get(name)
-    if type(value) not in kinds:
-        raise ValueError(f"{name}: expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r:.80}")
-    return value
-
-
-def _mapping(values: dict[str, Any], name: str, *kinds: type) -> dict[str, Any]:
-    mapping = _value(values, name, dict)
-    for key, value in mapping.items():
-        if not isinstance(value, kinds):
-            raise ValueError(f"{name}: {key!r} has a bad value: {value!r:.80}")
-    return mapping
 
 
 def _pair(name: str, values: list[Any]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Google's ViT weights as ``.npz``: every array is checked before timm's own loader copies them."""
+"""Google's ViT weights in ``.npz`` files: all arrays are checked, then timm's own loader copies them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from rlrr_kernels.checkpoint.trained import check_unmerged, in_short
+from rlrr_kernels.checkpoint.trained import check_unmerged
+from rlrr_kernels.io.checks import summarize
 from rlrr_kernels.io.reading import Header, npz_arrays, npz_headers
 from rlrr_kernels.models.disable import remember_base
 from rlrr_kernels.models.modules import adapters, head, unwrapped
@@ -18,7 +19,7 @@ Shape = tuple[int, ...]
 
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 
-#: Arrays by which timm would take a file for another layout, whose names are not checked here.
+#: Arrays by which timm recognises other layouts, which are not supported here.
 _OTHER_LAYOUTS = (
     "params/embedding/kernel",
     "params/img/embedding/kernel",
@@ -28,22 +29,22 @@ _OTHER_LAYOUTS = (
 
 
 def load_npz_backbone(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load Google's ViT weights (such as ``imagenet21k/ViT-B_16.npz``) into a timm ViT, by timm's own loader.
+    """Load Google's ViT weights (such as ``imagenet21k/ViT-B_16.npz``) into a timm ViT, with timm's own loader.
 
-    Position embeddings are resized as timm does. The head is loaded where it has as many classes.
+    Position embeddings are resized as timm does. The head is loaded if it has the same number of classes.
 
     Args:
-        model: a timm ``VisionTransformer``, plain or after :func:`~rlrr_kernels.apply_rlrr`.
-        path: the file, in the layout with ``Transformer/encoderblock_<i>``; pickled arrays are refused.
+        model: A timm ``VisionTransformer``, plain or after :func:`~rlrr_kernels.apply_rlrr`.
+        path: The file, in the layout with ``Transformer/encoderblock_<i>``; pickled arrays are refused.
 
     Returns:
         The same model.
 
     Raises:
-        FileNotFoundError: no such file.
-        TypeError: another model.
-        ValueError: an array is missing, damaged or of another shape, or the model has parameters for
-            which the format has none. The model is then exactly as it was.
+        FileNotFoundError: If the file does not exist.
+        TypeError: If the model is not a timm ``VisionTransformer``.
+        ValueError: If an array is missing, damaged or of another shape, or the model has a parameter for which the
+            format has no array. The model is then unchanged.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -59,7 +60,7 @@ def load_npz_backbone(model: nn.Module, path: str | Path) -> nn.Module:
         names = _check(headers, expected, target)
     except ValueError as error:
         raise ValueError(f"{path} does not fit the model: {error}") from error
-    # a damaged one is found by its checksum before anything is copied
+    # verifies the checksums before anything is copied
     npz_arrays(path, names)
     target.load_pretrained(str(path))
     if hasattr(target, "rlrr_config"):
@@ -68,15 +69,15 @@ def load_npz_backbone(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _expected_arrays(model: Any) -> dict[str, Shape]:
-    """Name -> shape of every array that the model's parameters are made of.
+    """Name -> shape of all arrays that the model's parameters are made of.
 
     Raises:
-        ValueError: the model has a parameter that is made of none of them, or no data.
+        ValueError: If the format has no array for a parameter, or a parameter has no data.
     """
     dim = model.embed_dim
     arrays: dict[str, dict[str, Shape]] = {
         "cls_token": {"cls": (1, 1, dim)},
-        "pos_embed": {_POSITIONS: (1, 0, dim)},  # its length is looked at in the file
+        "pos_embed": {_POSITIONS: (1, 0, dim)},  # _check fills in the length that the file has
         "norm.weight": {"Transformer/encoder_norm/scale": (dim,)},
         "norm.bias": {"Transformer/encoder_norm/bias": (dim,)},
     }
@@ -123,7 +124,7 @@ def _block_arrays(block: Any, ours: str, theirs: str, dim: int) -> dict[str, dic
 
 
 def _check(file: Mapping[str, Header], expected: Mapping[str, Shape], model: Any) -> list[str]:
-    """Names of the arrays in the file that the model is made of, all of the right shape and dtype."""
+    """Check shapes and dtypes, and return the names in the file of the arrays that the model is made of."""
     prefix = "opt/target/" if "opt/target/embedding/kernel" in file else ""
     other = next((name for name in _OTHER_LAYOUTS if name in file or prefix + name in file), None)
     if other is not None:
@@ -150,12 +151,12 @@ def _check(file: Mapping[str, Header], expected: Mapping[str, Shape], model: Any
         elif array.dtype.kind != "f" or array.dtype.itemsize > 8 or not array.dtype.isnative:
             problems.append(f"{prefix + name} of {array.dtype}, expected floating point numbers")
     if problems:
-        raise ValueError(in_short(problems))
+        raise ValueError(summarize(problems))
     return [prefix + name for name in wanted]
 
 
 def _resizable(found: Shape, expected: Shape) -> Shape:
-    """``found`` if timm can resize such position embeddings: a class token's and a square grid's, as wide as ours."""
+    """``found`` if timm can resize such position embeddings (a class token and a square grid), else ``expected``."""
     if len(found) != 3 or found[0] != 1 or found[1] < 2 or found[2] != expected[2]:
         return expected
     return found if math.isqrt(found[1] - 1) ** 2 == found[1] - 1 else expected

@@ -1,7 +1,7 @@
-"""Checkpoints of the published code: its adapters here, the ``.npz`` weights that it starts from in npz.py.
+"""Checkpoints of the published code. The ``.npz`` backbones that it starts from are in npz.py.
 
-The code (github.com/zstarN70/RLRR) names u ``scale_line`` [N, 1], v ``scale_col`` [1, K]
-and f ``shift_bias`` [1, N]. Its ViT has q, k and v as three layers, its Swin one fused qkv.
+The code (github.com/zstarN70/RLRR) calls u ``scale_line`` [N, 1], v ``scale_col`` [1, K] and f ``shift_bias`` [1, N].
+Its ViT has q, k and v as three layers; its Swin has one fused qkv.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.checkpoint.trained import SHOWN, check_fit, copy_into
+from rlrr_kernels.checkpoint.trained import check_fit, copy_into
+from rlrr_kernels.io.checks import summarize
 from rlrr_kernels.io.reading import read_pickled
 from rlrr_kernels.models.adapt import apply_rlrr
 from rlrr_kernels.models.config import RLRRConfig
@@ -68,17 +69,15 @@ def convert_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename and reshape the published code's tensors to those of a timm model after :func:`~rlrr_kernels.apply_rlrr`.
 
     Args:
-        state: a whole state dict, or an adapter's (names with ``head``, ``scale`` or ``shift``), of
-            its ViT or its Swin.
+        state: A whole state dict, or an adapter's (names with ``head``, ``scale`` or ``shift``), of its ViT or Swin.
 
     Returns:
-        Name -> tensor. Of q, k and v, W ``[3 D, D]``, b, u ``[3 D, 1]`` and f ``[3 D]`` are joined
-        by rows, and v is ``[3, 1, D]``. Swin's patch mergings move from the end of a stage to the start
-        of the next, where timm has them.
+        Name -> tensor. W ``[3 D, D]``, b, u ``[3 D, 1]`` and f ``[3 D]`` of q, k and v are concatenated by rows; v is
+        ``[3, 1, D]``. Swin's patch mergings move from the end of a stage to the start of the next, as in timm.
 
     Raises:
-        ValueError: a name that is none of the published code's, one or two of q, k and v missing, or
-            u, v or f of another shape; names it.
+        ValueError: If a name is not one of the published code's, only one or two of q, k and v are there, or u, v or f
+            has another shape; names the tensor.
     """
     if not any(name.startswith(("transformer.", "layers.")) for name in state):
         raise ValueError("state: it has no names of the published ViT (transformer.*) or Swin (layers.*)")
@@ -96,13 +95,12 @@ def convert_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 raise ValueError(f"{published}: it is there twice, under two names")
             converted[name] = _reshape(published, tensor)
     if unknown:
-        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-        raise ValueError(f"state: names that the published code does not have: {', '.join(unknown[:SHOWN])}{more}")
+        raise ValueError(f"state: names that the published code does not have: {summarize(unknown)}")
     return _join(converted)
 
 
 def _rename(published: str, rules: Mapping[str, str]) -> str | None:
-    """timm's name; "" for what timm has no tensor for; None if no rule fits."""
+    """timm's name; "" if timm has no such tensor; None if no rule matches."""
     for ending, ours in _LEAVES.items():
         if published.endswith(f".{ending}"):
             published = published.removesuffix(ending) + ours
@@ -116,7 +114,7 @@ def _rename(published: str, rules: Mapping[str, str]) -> str | None:
 
 
 def _reshape(published: str, tensor: Tensor) -> Tensor:
-    """f as one dimension; u and v as they are, once their shapes are seen to be those of rank 1."""
+    """Check the shapes of u, v and f, and flatten f."""
     ending = published.rpartition(".")[2]
     expected = {"scale_col": (0, "[1, K]"), "shift_bias": (0, "[1, N]"), "scale_line": (1, "[N, 1]")}.get(ending)
     if expected is not None and (tensor.dim() != 2 or tensor.shape[expected[0]] != 1):
@@ -125,7 +123,7 @@ def _reshape(published: str, tensor: Tensor) -> Tensor:
 
 
 def _join(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``<name>.{query,key,value}`` become one ``<name>`` by rows; v's, of which each has its own, become groups."""
+    """Join ``<name>.{query,key,value}`` to one ``<name>``: by rows, and v to ``[3, 1, K]``."""
     joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         fused, _, part = name.rpartition(".")
@@ -143,22 +141,22 @@ def _join(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_official_adapter(model: nn.Module, path: str | Path, *, load_head: bool = True) -> nn.Module:
-    """Put a ``.pth`` of the published code into ``model``, in place.
+    """Load a ``.pth`` of the published code into ``model``, in place.
 
     Args:
-        model: timm's ViT or Swin of the same size: plain, and then prepared with the
-            default :class:`~rlrr_kernels.RLRRConfig`, or prepared so already. Its frozen weights have
-            to be those that the adapter was trained on, which such a file does not tell.
-        path: the file. Code in it is not run.
-        load_head: False leaves the model's head as it is, as do files without one.
+        model: timm's ViT or Swin of the same size: plain, or prepared with the default
+            :class:`~rlrr_kernels.RLRRConfig`. A plain one is prepared. Its frozen weights must be those that the
+            adapter was trained on; the file does not say which.
+        path: The file. Code in it is not run.
+        load_head: Load the head if the file has one; False leaves the model's head unchanged.
 
     Returns:
         The same model.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds other things than tensors, is damaged, or does not fit the model, in the
-            head's number of classes or elsewhere. The model is then exactly as it was.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is damaged, holds anything but tensors, or does not fit the model, for example in the
+            number of classes. The model is then unchanged.
     """
     path = Path(path)
     if not path.is_file():

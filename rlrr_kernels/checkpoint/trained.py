@@ -1,12 +1,13 @@
-"""The trained part of a model: its parameters, what fits them, and how they are filled."""
+"""The tensors of an adapter: which tensors of a model they are, whether others fit, and copying those."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from rlrr_kernels.io.checks import sanitize, summarize
 from rlrr_kernels.layers.linear import FusedRLRRLinear
 from rlrr_kernels.models import running_stats
 from rlrr_kernels.models.adapt import apply_rlrr
@@ -15,15 +16,12 @@ from rlrr_kernels.models.config import RLRRConfig
 from rlrr_kernels.models.modules import adapters, head_parameters, plain_name
 from rlrr_kernels.ops import route
 
-#: What an error message lists at most.
-SHOWN = 8
-
-#: What parameters are filled from. (torch has more floating point dtypes, some of which it cannot convert.)
-LOADED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: Dtypes of tensors that are loaded into parameters; torch cannot convert some of its other floating point dtypes.
+LOADABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of an adapter: what needs gradients, and u, v, f, affines and head even if they do not now."""
+    """Name -> parameter: all that need gradients, and u, v, f, affines and the trained head even if they are frozen."""
     config = getattr(model, "rlrr_config", None)
     chosen = set()
     if config is not None and config.train_head:
@@ -36,35 +34,18 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trained_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> running statistic of the norms that train, which are saved with what trains."""
+    """Name -> running statistic of the norms that are trained, which belong to the adapter too."""
     return running_stats.statistics(running_stats.trained_norms(model))
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, under the names of the model before parts of it were compiled."""
+    """Name -> parameter, with the names from before parts of the model were compiled."""
     return {plain_name(name): p for name, p in model.named_parameters()}
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> parameter, and running statistic of the norms that train."""
+    """Name -> parameter or running statistic: all that an adapter may have."""
     return {**parameters_of(model), **running_stats.statistics(running_stats.stateful_norms(model))}
-
-
-def check_unmerged(model: nn.Module) -> None:
-    """``ValueError`` if a layer is merged: what is loaded would count on the frozen weight."""
-    if any(isinstance(module, FusedRLRRLinear) and module.merged for _, module in adapters(model)):
-        raise ValueError("model: it is merged; unmerge before loading")
-
-
-def printable(name: str) -> str:
-    """A name from a file, as a terminal may be given it: in one line, without control characters, not too long."""
-    return (name if name.isprintable() else repr(name))[:200]
-
-
-def in_short(problems: Sequence[str]) -> str:
-    """The first of them in one line, and how many more there are."""
-    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return "; ".join(problems[:SHOWN]) + more
 
 
 def check_fit(
@@ -74,20 +55,20 @@ def check_fit(
     source: str,
     optional: Collection[str] = (),
 ) -> bool:
-    """See that tensors are those that the model's adapter needs, without changing the model.
+    """Check that tensors are those of the model's adapter, without changing the model.
 
     Args:
-        model: plain or prepared.
-        config: how a plain model would be prepared; None to leave it plain.
-        tensors: name -> values.
-        source: what the error message calls them.
-        optional: names that may be missing.
+        model: A plain or prepared model.
+        config: How a plain model would be prepared; None to leave it plain.
+        tensors: Name -> values.
+        source: What the error message calls them.
+        optional: Names that may be missing.
 
     Returns:
-        Whether the model is plain and has to be prepared with ``config`` to take them.
+        Whether the model is plain and must be prepared with ``config`` before the tensors are copied.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: If a name, shape or dtype does not fit, or adapters are merged or switched off.
     """
     check_enabled(model)
     check_unmerged(model)
@@ -100,11 +81,11 @@ def check_fit(
             raise ValueError(f"{source} does not fit the model: {error}") from error
     known, wanted = _tensors_of(plan), set(trained_parameters(plan))
     if not (layers or prepare) and len(wanted) == len(parameters_of(plan)):
-        wanted = set()  # a plain model does not say what of it was trained
+        wanted = set()  # in a plain model it is not known which parameters were trained
     if config is not None and config.train_batch_norm:
-        wanted |= trained_statistics(plan).keys()  # adapters of before that was an option lack those of a head
+        wanted |= trained_statistics(plan).keys()  # without the option, older adapters lack those of a head
     problems = [f"missing {name}" for name in sorted(wanted - tensors.keys() - set(optional))]
-    problems += [f"unexpected {printable(name)}" for name in sorted(tensors.keys() - known.keys())]
+    problems += [f"unexpected {sanitize(name)}" for name in sorted(tensors.keys() - known.keys())]
     for name in sorted(known.keys() & tensors.keys()):
         tensor, expected = tensors[name], known[name]
         if tensor.shape != expected.shape:
@@ -112,16 +93,16 @@ def check_fit(
         elif not expected.is_floating_point():
             if tensor.dtype is not expected.dtype:
                 problems.append(f"{name} of {tensor.dtype}, expected {expected.dtype}")
-        elif tensor.dtype not in LOADED:
+        elif tensor.dtype not in LOADABLE_DTYPES:
             problems.append(f"{name} of {tensor.dtype}, expected floating point numbers")
     if problems:
-        raise ValueError(f"{source} does not fit the model: {in_short(problems)}")
+        raise ValueError(f"{source} does not fit the model: {summarize(problems)}")
     return prepare
 
 
 @torch.no_grad()
 def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> None:
-    """Copy checked tensors into those of a model; those on the meta device are made anew on ``device``."""
+    """Copy checked tensors into a model; its tensors on the meta device are created on ``device`` (default: CPU)."""
     own = _tensors_of(model)
     made: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
@@ -129,7 +110,7 @@ def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.dev
             values = tensor.to(device or "cpu", own[name].dtype, copy=True)
             is_parameter = isinstance(own[name], nn.Parameter)
             made[id(own[name])] = nn.Parameter(values, own[name].requires_grad) if is_parameter else values
-    # by identity: a tensor may be in several places
+    # by identity, as a tensor may be shared by several modules
     for module in model.modules():
         for leaf, old in [*module._parameters.items(), *module._buffers.items()]:
             if id(old) in made:
@@ -140,8 +121,23 @@ def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.dev
 
 
 def check_enabled(model: nn.Module) -> None:
+    """Check that no adapter is switched off.
+
+    Raises:
+        ValueError: If one is.
+    """
     for name, module in adapters(model):
         if not module.enabled:
             raise ValueError(
                 f"model: {name or 'the layer'} is switched off, as inside disable_adapter; switch it on first"
             )
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Check that no layer is merged: loaded tensors belong beside the frozen weight.
+
+    Raises:
+        ValueError: If one is.
+    """
+    if any(isinstance(module, FusedRLRRLinear) and module.merged for _, module in adapters(model)):
+        raise ValueError("model: it is merged; unmerge before loading")

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from rlrr_kernels.backends.reference import accumulation_dtype
 from rlrr_kernels.checkpoint import load_npz_backbone
-from rlrr_kernels.checkpoint.trained import LOADED, in_short, printable
+from rlrr_kernels.checkpoint.trained import LOADABLE_DTYPES
 from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.io.checks import sanitize, summarize
 from rlrr_kernels.io.reading import read_state_dict
 from rlrr_kernels.layers.linear import FusedRLRRLinear
 from rlrr_kernels.models import running_stats
@@ -173,14 +174,14 @@ def load_backbone(model: nn.Module, path: Path) -> None:
     # checked first, as load_state_dict copies what fits before it raises
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(heads)}
     problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"unexpected {printable(name)}" for name in state if name not in own]
+    problems += [f"unexpected {sanitize(name)}" for name in state if name not in own]
     for name in own.keys() & state.keys():
         if state[name].shape != own[name].shape:
             problems.append(f"{name} of shape {list(state[name].shape)}, expected {list(own[name].shape)}")
-        elif own[name].is_floating_point() and state[name].dtype not in LOADED:
+        elif own[name].is_floating_point() and state[name].dtype not in LOADABLE_DTYPES:
             problems.append(f"{name} of {state[name].dtype}, expected floating point numbers")
     if problems:
-        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {in_short(problems)}")
+        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {summarize(problems)}")
     model.load_state_dict(state, strict=False)
 
 

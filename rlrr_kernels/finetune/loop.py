@@ -20,7 +20,7 @@ from rlrr_kernels.finetune import distributed
 from rlrr_kernels.finetune.backbone import build_model, check_statistics, unknown_model
 from rlrr_kernels.finetune.data import Splits, is_path, load_splits, make_transform
 from rlrr_kernels.finetune.run_folder import NotWritten, RunFolder, State, check_place
-from rlrr_kernels.finetune.saved_run import check_class_names, check_data, check_settings, check_state, read_state
+from rlrr_kernels.finetune.saved_run import check_data, check_settings, check_state, read_state
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.trainer import Trainer
 from rlrr_kernels.models.parameters import count_parameters
@@ -95,7 +95,6 @@ def prepare(settings: Settings) -> Prepared:
     splits = load_data(settings)
     if state:
         check_state(state, classes=splits.classes)
-        check_class_names(state, splits.names)
         check_data(state.record, settings, splits)
     model = build_model(settings, splits.classes)
     check_statistics(model, settings)

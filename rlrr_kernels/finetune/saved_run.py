@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from torch import nn
 
 from rlrr_kernels.checkpoint import WEIGHTS, adapter_metadata, load_adapter
 from rlrr_kernels.checkpoint.manifest import Manifest
-from rlrr_kernels.checkpoint.trained import printable
 from rlrr_kernels.finetune.backbone import build_model
 from rlrr_kernels.finetune.data import Splits
 from rlrr_kernels.finetune.run_folder import ADAPTER, METRICS, STATE, STATE_FORMAT, State
 from rlrr_kernels.finetune.settings import DEFAULTS, PROTOCOLS, Settings, check_types
-from rlrr_kernels.io.reading import expect, expect_names, parse_json, read_json, read_safetensors
+from rlrr_kernels.io.checks import expect, expect_names, parse_json, read_json
+from rlrr_kernels.io.reading import read_safetensors
 
 #: Settings in which a run and its continuation may differ: they do not change what is computed. Another ``data`` or
 #: ``data_root`` must hold the same images, see :func:`check_data`.
@@ -196,23 +196,6 @@ def check_state(state: State, **values: Any) -> None:
     for name, value in values.items():
         if state.record[name] != value:
             raise ValueError(f"{name}: expected {state.record[name]}, as in the run to resume, got {value}")
-
-
-def check_class_names(state: State, names: Sequence[str] | None) -> None:
-    """Check that the run to resume had the same class names. Nothing is checked if either side has none.
-
-    Raises:
-        ValueError: If a name differs.
-    """
-    recorded = state.record["metrics"].get("class_names")
-    if recorded is None or names is None:
-        return
-    for label, (own, name) in enumerate(zip(recorded, names, strict=True)):
-        if own != name:
-            raise ValueError(
-                f"classes: expected {printable(own)!r} for class {label}, as in the run to resume, got "
-                f"{printable(name)!r}"
-            )
 
 
 def check_data(recorded: Mapping[str, Any], settings: Settings, splits: Splits) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlrr_kernels.finetune.embedded import EMBEDDED_MODEL
 from rlrr_kernels.finetune.recipes import BACKBONE, recipe
-from rlrr_kernels.io.reading import expect
+from rlrr_kernels.io.checks import expect
 from rlrr_kernels.layers.linear import INITS
 
 METHODS = ("rlrr", "ssf", "lora", "linear", "full")

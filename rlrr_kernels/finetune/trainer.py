@@ -23,7 +23,7 @@ from rlrr_kernels.finetune.batches import Batch, Batches, Mixing, keyed_seed
 from rlrr_kernels.finetune.data import ImageSet, Splits, loading
 from rlrr_kernels.finetune.run_folder import State
 from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.io.reading import expect
+from rlrr_kernels.io.checks import expect
 from rlrr_kernels.models.parameters import param_groups
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -311,9 +311,6 @@ class Trainer:
         if self.world.main or isinstance(self.model, FSDPModule):
             save_adapter(self.model, folder, metadata, class_names=class_names)
 
-    def _whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: distributed.gather(part, self.parameters[name]) for name, part in parts.items()}
-
     def state(self, best: Mapping[str, Tensor] | None, record: dict[str, Any]) -> State:
         """Collect everything that :meth:`load` needs. All processes must call this.
 
@@ -321,11 +318,12 @@ class Trainer:
             best: What :meth:`trained` returned at the chosen epoch, or None if that is the last.
             record: JSON values to store with it.
         """
-        tensors = {f"trained/{k}": t for k, t in self._whole(self.trained()).items()}
-        if best is not None:
-            tensors |= {f"best/{k}": t for k, t in self._whole(best).items()}
-        if self.average:
-            tensors |= {f"average/{k}": t for k, t in self._whole(self.average.values).items()}
+        parts = {"trained": self.trained(), "best": best or {}, "average": self.average.values if self.average else {}}
+        tensors = {
+            f"{part}/{name}": distributed.gather(value, self.parameters[name])
+            for part, values in parts.items()
+            for name, value in values.items()
+        }
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 # moments are sharded as the parameter; the number of steps is a scalar
@@ -342,22 +340,16 @@ class Trainer:
             ValueError: If the state is of another model. Nothing is changed then.
         """
         self._check(state)
-        self._put(state.part("trained"))
-        moments: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.part("optimizer").items():
-            name, _, moment = key.rpartition("/")
-            moments.setdefault(name, {})[moment] = value
-        for name, found in moments.items():
-            parameter = self.parameters[name]
-            self.optimizer.state[parameter] = {
-                key: distributed.scatter(value, parameter) for key, value in found.items() if key != "step"
-            }
-            # the fused optimiser keeps the number of steps on the parameter's device
-            self.optimizer.state[parameter]["step"] = found["step"].to(parameter.device if self.fused else "cpu")
+        self.restore(self._local_parts(state.part("trained")))
+        for name, parameter in self.parameters.items():
+            if moments := state.part(f"optimizer/{name}"):
+                # the fused optimiser keeps the number of steps on the parameter's device
+                step = moments.pop("step").to(parameter.device if self.fused else "cpu")
+                sharded = {key: distributed.scatter(value, parameter) for key, value in moments.items()}
+                self.optimizer.state[parameter] = {"step": step, **sharded}
         if self.average:
-            for name, value in state.part("average").items():
-                part = distributed.local(distributed.scatter(value, self.parameters[name]))
-                self.average.values[name].copy_(part)
+            for name, value in self._local_parts(state.part("average")).items():
+                self.average.values[name].copy_(value)
         if state.record["scaler"]:
             self.scaler.load_state_dict(state.record["scaler"])
         self.epoch = state.record["epoch"]
@@ -366,7 +358,10 @@ class Trainer:
         if not best:
             with self.averaged():
                 return self.trained()
-        return {k: distributed.local(distributed.scatter(t, self.parameters[k])) for k, t in best.items()}
+        return self._local_parts(best)
+
+    def _local_parts(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: distributed.local(distributed.scatter(t, self.parameters[name])) for name, t in whole.items()}
 
     def _check(self, state: State) -> None:
         """Raise ``ValueError`` if :meth:`load` could not use all of a state."""
@@ -394,6 +389,3 @@ class Trainer:
             raise ValueError(f"resume: scaler: expected {', '.join(expected) or 'nothing'}, got {', '.join(scaler)}")
         for name, value in expected.items():
             expect(scaler, name, type(value), least=0)
-
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        self.restore({k: distributed.local(distributed.scatter(t, self.parameters[k])) for k, t in values.items()})

@@ -1,1 +1,1 @@
-"""Reads and writes files: nothing a file says is believed before it is checked, and no file is left half-written."""
+"""Files: what they hold is checked before it is used, and they are written atomically. Imports no other room."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole: a reader, or a crash, meets the old content or the new."""
+"""Atomic writes of files and folders: a reader, or a process that crashes, finds the old content or the new."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file, or replace it, so that nobody meets a part of it.
+    """Write or replace a file in one step.
 
     Raises:
-        OSError: it cannot be written. The old file is then as it was, and nothing else is left.
+        OSError: If it cannot be written. The old file is then unchanged, and no temporary file is left.
     """
     path = Path(path)
-    temporary = _temporary(path)
-    with _naming(path):
+    temporary = _temporary_name(path)
+    with _name_in_errors(path):
         try:
             _write(temporary, data)
             os.replace(temporary, path)
         except BaseException:
-            # whatever stands in the way of this must not hide what went wrong first
+            # an error of this must not hide the first one
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
@@ -32,14 +32,14 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write a new folder (or into an empty one) so that it appears with all its files at once.
+    """Write a new folder, or fill an empty one, with all its files in one step.
 
     Raises:
-        FileExistsError: the folder exists and is not empty.
-        OSError: it cannot be written. Nothing is left behind then.
+        FileExistsError: If the folder exists and is not empty.
+        OSError: If it cannot be written. Nothing is left behind then.
     """
-    with _naming(folder):
-        temporary = _filled(folder, files)
+    with _name_in_errors(folder):
+        temporary = _write_temporary_folder(folder, files)
         try:
             if _has_content(folder):
                 raise FileExistsError(f"{folder} exists")
@@ -51,16 +51,16 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put a new folder in an old one's place. The old one is deleted after the new one stands there.
+    """Replace a folder. The old one is deleted after the new one has its name.
 
-    Between two renames neither is under the name; both are then whole beside it.
+    Between two renames neither has the name; both then lie whole beside it.
 
     Raises:
-        OSError: it cannot be written. The old folder is then as it was.
+        OSError: If it cannot be written. The old folder is then unchanged.
     """
-    with _naming(folder):
-        temporary = _filled(folder, files)
-        old = _temporary(folder)
+    with _name_in_errors(folder):
+        temporary = _write_temporary_folder(folder, files)
+        old = _temporary_name(folder)
         try:
             os.rename(folder, old)
             try:
@@ -72,29 +72,29 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)  # what is left of it has a temporary's name
+    shutil.rmtree(old, ignore_errors=True)  # if this fails, the rest has a temporary name
 
 
 def check_writable(folder: Path, needed: int = 0) -> None:
-    """See that files of so many bytes can be put into a folder, or made below the nearest one that is there.
+    """Check before long work that its results can be written into a folder, or into its nearest parent that exists.
 
-    What only fails at the end of hours of work should fail before it. A byte is written and removed again: permission
-    bits say nothing to root, and nothing of a file system that is read-only, full or over a quota.
+    Writes and removes one byte: permission bits do not stop root, and do not tell whether a file system is read-only,
+    full or over a quota.
 
     Args:
-        folder: where files will go; need not exist.
-        needed: bytes.
+        folder: Where files will be written; need not exist.
+        needed: Size of the files in bytes.
 
     Raises:
-        OSError: they cannot; says why, or how much is free.
+        OSError: If the byte cannot be written, or there is less free space than needed.
     """
     place = folder
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file; expected a folder to write to")
-    probe = _temporary(place / "probe")
-    with _naming(place):
+    probe = _temporary_name(place / "probe")
+    with _name_in_errors(place):
         try:
             _write(probe, b"?")
         finally:
@@ -106,7 +106,7 @@ def check_writable(folder: Path, needed: int = 0) -> None:
 
 
 def in_units(size: int) -> str:
-    """A number of bytes for a reader, rounded up."""
+    """Format a number of bytes with a unit, rounded up."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= unit:
             return f"{-(-10 * size // unit) / 10:g} {name}"
@@ -114,8 +114,8 @@ def in_units(size: int) -> str:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """The system's errors name a temporary file, or none at all: a full disk has no name."""
+def _name_in_errors(path: Path) -> Iterator[None]:
+    """Put ``path`` into the system's errors, which name a temporary file, or none at all (a full disk)."""
     try:
         yield
     except OSError as error:
@@ -125,16 +125,16 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def is_temporary(name: str, of: str) -> bool:
-    """Whether a file's name is one that :func:`write_atomically` writes ``of`` under, left by a crash."""
+    """Whether ``name`` is a temporary name of the file ``of``, as a crash in :func:`write_atomically` leaves it."""
     return name.startswith(f".{of}.") and name.endswith(".partial")
 
 
-def _temporary(path: Path) -> Path:
+def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
 
 
-def _filled(folder: Path, files: Mapping[str, bytes]) -> Path:
-    temporary = _temporary(folder)
+def _write_temporary_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
+    temporary = _temporary_name(folder)
     temporary.mkdir()
     try:
         for name, data in files.items():
@@ -151,7 +151,7 @@ def _has_content(folder: Path) -> bool:
 
 
 def _write(path: Path, data: bytes) -> None:
-    # "x": the name is new, so a link that somebody put there is not followed
+    # mode "x" does not follow a link that somebody put there
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -159,7 +159,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power failure, where the system can."""
+    """Make a rename durable where the system can."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

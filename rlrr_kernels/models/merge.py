@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -159,7 +159,7 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
             delattr(inner, name)
     running_stats.unfreeze(inner)
     needed = [name for name, tensor in added.items() if has_effect(name, tensor)]
-    if needed and not _enable_in_config(inner, added.keys()):
+    if needed and not _enable_in_config(inner, set(added)):
         first, *others = needed
         more = f" and {len(others)} more tensors" if others else ""
         warnings.warn(
@@ -259,7 +259,7 @@ def _absorb(proj: Any, affine: SSFAffine) -> nn.Module:
     return merged
 
 
-def _enable_in_config(model: Any, added: Collection[str]) -> bool:
+def _enable_in_config(model: Any, added: set[str]) -> bool:
     """Set the switches in a transformers model's config with which its class builds the added biases.
 
     Other layers that a switch governs get a bias of zero.

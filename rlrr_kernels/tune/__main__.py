@@ -6,10 +6,13 @@ import argparse
 import datetime
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 
 from rlrr_kernels.backends import choice, tuned
@@ -18,10 +21,10 @@ from rlrr_kernels.backends.tuned import FORMAT, Entry
 from rlrr_kernels.check import yardstick
 from rlrr_kernels.check.command import device_of, failures
 from rlrr_kernels.io import cache
-from rlrr_kernels.tune import report, shapes
+from rlrr_kernels.tune import shapes
 from rlrr_kernels.tune.candidates import Candidate, candidates, copies_of, describe, make_tensors, run
 from rlrr_kernels.tune.contest import DeviceLostError, Result, contest, first_line, require, rules
-from rlrr_kernels.tune.timing import Machine, machine_of
+from rlrr_kernels.tune.machine import Machine, machine_of
 
 DESCRIPTION = """\
 Measure which backend, with which tile, is fastest for given layers on this device, and
@@ -32,7 +35,6 @@ backend is first held to float64 (python -m rlrr_kernels check); what is wrong i
     rlrr-tune --shape 12608,2304,768,3 --shape 12608,768,768 --dtype float16
     rlrr-tune --show
 """
-
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
@@ -46,7 +48,7 @@ class _Stopped(Exception):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's options."""
+    """Return the parser of the command line."""
     result = argparse.ArgumentParser(
         prog="rlrr-tune", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,9 +79,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
-    """Exit status: 0 done, 1 something could not be measured, 2 bad arguments, 130 stopped by Ctrl-C.
+    """Run the command.
 
-    ``machine``: where to measure; by default the device that is named.
+    Args:
+        argv: The arguments; default: those of the process.
+        machine: Where to measure; default: the device that ``--device`` names.
+
+    Returns:
+        The exit status: 0 done, 1 something could not be measured, 2 bad arguments, 130 stopped by Ctrl-C.
     """
     options = parser()
     arguments = options.parse_args(argv)
@@ -104,7 +111,7 @@ def _main(arguments: argparse.Namespace, machine: Machine | None) -> int:
         return 0
     device = machine.device if machine else device_of(arguments.device)
     if arguments.show:
-        _show(path, device)
+        _show_stored(path, device)
         return 0
     for name, least in (("rounds", 2), ("limit", 0), ("img_size", 1)):
         given = getattr(arguments, name)
@@ -117,29 +124,14 @@ def _main(arguments: argparse.Namespace, machine: Machine | None) -> int:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     machine = machine or machine_of(device)
     if not arguments.dry_run:
-        cache.check_writable(path, FORMAT)  # what would fail at the end fails before minutes of measuring
+        cache.check_writable(path, FORMAT)  # before minutes of measuring
         _check(device)
     layers = {problem: shape.name for shape in wanted for problem in _problems(arguments, shape, device)}
-    plan = {p: candidates(p, device, arguments.limit, arguments.backend) for p in layers}
+    plan = {problem: candidates(problem, device, arguments.limit, arguments.backend) for problem in layers}
     if arguments.dry_run:
-        rows = [(layers[problem], problem, found) for problem, found in plan.items()]
-        report.show_plan(rows, f"Would be measured on {machine.name}, after a check", report.console())
+        _show_plan(plan, layers, machine)
         return 0
     return _tune(arguments, path, machine, plan, layers)
-
-
-def _show(path: Path, device: torch.device) -> None:
-    rows = tuned.read(path)
-    if not path.exists():
-        print(f"there is no {path}; rlrr-tune --model or --shape makes it")
-        return
-    entries = []
-    for index, raw in enumerate(rows):
-        try:
-            entries.append(tuned.parse(raw))
-        except ValueError as error:
-            print(f"entry {index} is not used: {error}", file=sys.stderr)
-    report.show_stored(entries, device, str(path), report.console())
 
 
 def _shapes(arguments: argparse.Namespace) -> list[shapes.Shape]:
@@ -162,10 +154,10 @@ def _problems(arguments: argparse.Namespace, shape: shapes.Shape, device: torch.
 
 
 def _check(device: torch.device) -> None:
-    """Hold what was not yet checked here to float64: what fails is no candidate."""
+    """Check the backends that were not yet checked here: what fails is no candidate."""
     print(f"rlrr-tune: checking the backends on {device}", file=sys.stderr)
     wrong, untried = failures(device)
-    choice.failed.cache_clear()  # read before, where something was computed
+    choice.failed.cache_clear()
     for subject, why in wrong.items():
         print(f"rlrr-tune: {subject} failed its check: {why}", file=sys.stderr)
     for subject, why in untried.items():
@@ -176,10 +168,10 @@ def _tune(
     arguments: argparse.Namespace,
     path: Path,
     machine: Machine,
-    plan: dict[Problem, list[Candidate]],
-    layers: dict[Problem, str],
+    plan: Mapping[Problem, Sequence[Candidate]],
+    layers: Mapping[Problem, str],
 ) -> int:
-    """Measure each problem and store its outcome at once, so that stopping loses only the one at hand."""
+    """Measure each problem and store its result at once, so that an interrupt loses only the current one."""
     date = datetime.date.today().isoformat()
     results: list[Result] = []
     stop: _Stopped | None = None
@@ -205,11 +197,10 @@ def _tune(
     except KeyboardInterrupt:
         stop = _Stopped("interrupted", 130)
     except OSError as error:
-        # what was measured is shown all the same
         stop = _Stopped(f"stopped in {describe(problem)}: {error}; what was stored before is kept", 1)
     except DeviceLostError as error:
         stop = _Stopped(f"the GPU stopped answering in {describe(problem)}: {error}", 1)
-    report.show_results(results, layers, f"{machine.name}, {arguments.dtype}", report.console())
+    _show_results(results, layers, f"{machine.name}, {arguments.dtype}")
     print(
         f"{len(results) - sum(r.best is None for r in results)} of {len(plan)} measured, {stored} entries into {path}"
     )
@@ -226,7 +217,7 @@ def _store(path: Path, entries: Sequence[Entry]) -> int:
 
 
 def measure(problem: Problem, found: Sequence[Candidate], machine: Machine, rounds: int) -> Result:
-    """The contest of one problem on a machine."""
+    """Hold the contest of one problem on a machine."""
     copies = copies_of(problem, machine.cache_bytes)
     tensors = make_tensors(problem, copies, machine.device)
     t = tensors[0]
@@ -240,6 +231,71 @@ def measure(problem: Problem, found: Sequence[Candidate], machine: Machine, roun
 
     timing = {"copies": copies, "rounds": rounds}
     return contest(problem, found, launch, misfit, machine.timer, **timing, synchronize=machine.synchronize)
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Console:
+    """Print a table; a log file has no width, and cut columns say nothing."""
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("default, us", "best, us", "gain") else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    return console
+
+
+def _show_plan(plan: Mapping[Problem, Sequence[Candidate]], layers: Mapping[Problem, str], machine: Machine) -> None:
+    """Print layers, problem and candidates of each contest to come."""
+    rows = []
+    for problem, found in plan.items():
+        counts = Counter(one.backend for one in found)
+        several = ", ".join(f"{n} {name}" for name, n in counts.items())
+        rows.append((layers[problem] or "-", describe(problem), several, str(found[0])))
+    title = f"Would be measured on {machine.name}, after a check"
+    _print_table(title, ("layers", "pass", "candidates", "default"), rows)
+
+
+def _show_results(results: Sequence[Result], layers: Mapping[Problem, str], title: str) -> None:
+    """Print the default against the best, and what was left out and why."""
+    rows = []
+    for result in results:
+        gain = "-" if result.gain is None else f"{result.gain - 1:+.1%}"
+        times = (result.spreads.get(one) if one else None for one in (result.default, result.best))
+        best = "nothing could be measured" if result.best is None else str(result.best)
+        rows.append(
+            (
+                *(layers.get(result.problem) or "-", describe(result.problem), str(result.default)),
+                *("-" if spread is None else f"{spread.median * 1e6:.1f}" for spread in times),
+                *(gain, "the default" if result.best == result.default else best),
+            )
+        )
+    out = _print_table(title, ("layers", "pass", "default", "default, us", "best, us", "gain", "best"), rows)
+    for result in results:
+        for one, why in result.failures.items():
+            whose = ", the default" if one == result.default else ""
+            out.print(f"left out: {describe(result.problem)}: {one}{whose}: {why}", markup=False, highlight=False)
+
+
+def _show_stored(path: Path, device: torch.device) -> None:
+    """Print the entries of a file, and which of them hold on the device with what is installed."""
+    raw_entries = tuned.read(path)
+    if not path.exists():
+        print(f"there is no {path}; rlrr-tune --model or --shape makes it")
+        return
+    rows = []
+    for index, raw in enumerate(raw_entries):
+        try:
+            entry = tuned.parse(raw)
+        except ValueError as error:
+            print(f"entry {index} is not used: {error}", file=sys.stderr)
+            continue
+        before, after = (entry.measured.get(name) for name in ("default_seconds", "seconds"))
+        gain = f"{before / after - 1:+.1%}" if isinstance(before, float) and isinstance(after, float) and after else "-"
+        tile = "its own" if entry.tile is None else " ".join(f"{name}={value}" for name, value in entry.tile.items())
+        state = "used" if tuned.holds(entry, device) else "not used: of another device, or of other versions"
+        rows.append((entry.device, str(entry), entry.backend, tile, gain, state))
+    _print_table(str(path), ("device", "what", "backend", "tile", "gain", "state"), rows)
 
 
 if __name__ == "__main__":

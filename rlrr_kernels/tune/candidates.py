@@ -1,4 +1,4 @@
-"""One pass at one shape: what could compute it here, the tensors, and the launch itself."""
+"""The candidates for one pass at one shape, their tensors, and the launch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class Candidate(NamedTuple):
-    """A backend, and its choice of tile (a frozen dataclass), or None for one that has none to choose."""
+    """A backend and its choice of tile (a frozen dataclass), or None if it has no tiles to choose from."""
 
     backend: str
     choice: Any = None
 
     @property
     def tile(self) -> dict[str, int] | None:
-        """The choice as an entry keeps it."""
+        """The choice as an entry stores it."""
         return None if self.choice is None else asdict(self.choice)
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
 class Tensors(NamedTuple):
     """x ``[M, K]``, W ``[N, K]``, dy ``[M, N]``; u ``[N, 1]``, v ``[groups, 1, K]``, bias and shift ``[N]``.
 
-    x and dy are empty for the pass that does not read them.
+    x or dy is empty for the pass that does not read it.
     """
 
     x: Tensor
@@ -54,20 +54,22 @@ class Tensors(NamedTuple):
 
 
 def describe(problem: Problem) -> str:
-    """``forward M=12608 N=2304 K=768 groups=3``."""
+    """Return the problem in words, as ``forward M=12608 N=2304 K=768 groups=3``."""
     groups = f" groups={problem.groups}" if problem.groups > 1 else ""
     return f"{problem.kernel} M={problem.m} N={problem.n} K={problem.k}{groups}"
 
 
 def candidates(problem: Problem, device: torch.device, limit: int, names: Sequence[str] = ()) -> list[Candidate]:
-    """What can compute it: first the backend that serves unless asked, with the tile of its own choice.
+    """Return what can compute the problem; the default backend with its own choice of tile comes first.
 
     Args:
-        limit: tiles of a backend beside its own choice.
-        names: backends to take; all by default, but for the reference on a GPU, which keeps W' in memory.
+        problem: The pass and its sizes.
+        device: Where it is to run.
+        limit: How many tiles of a backend are taken besides its own choice.
+        names: The backends to take; default: all, but not the reference on a GPU, which keeps W' in memory.
 
     Raises:
-        ValueError: there is none.
+        ValueError: If there are none.
     """
     x = torch.empty(1, 1, dtype=problem.dtype, device=device)
     weight = torch.empty(1, 1, dtype=problem.weight_dtype, device=device)
@@ -83,7 +85,7 @@ def candidates(problem: Problem, device: torch.device, limit: int, names: Sequen
 
 
 def tiles(backend: str, problem: Problem, device: torch.device | Device) -> list[Any]:
-    """A backend's choices for a GPU, its own first; None alone where it has none to make."""
+    """Return a backend's choices for a GPU, its own first; ``[None]`` if it has none to make."""
     found = getattr(choice.load(backend), "candidates", None)
     if found is None:
         return [None]
@@ -96,18 +98,18 @@ def tiles(backend: str, problem: Problem, device: torch.device | Device) -> list
 
 
 def traffic(problem: Problem) -> int:
-    """Bytes of what one launch reads and writes, the small vectors left out."""
+    """Return the bytes that one launch reads and writes, without the small vectors."""
     x_size, weight_size = problem.dtype.itemsize, problem.weight_dtype.itemsize
     return problem.m * (problem.k + problem.n) * x_size + problem.n * problem.k * weight_size
 
 
 def copies_of(problem: Problem, cache_bytes: int) -> int:
-    """How many sets of tensors to go round, so that none is in the cache when its turn comes: 2 to 64."""
+    """Return how many sets of tensors, 2 to 64, are used in turn, so that none is in the cache at its turn."""
     return min(64, max(2, -(-2 * cache_bytes // traffic(problem))))
 
 
 def make_tensors(problem: Problem, copies: int, device: torch.device) -> list[Tensors]:
-    """Random values of the size that training meets; the small vectors are shared."""
+    """Return sets of random tensors with values as in training; the small vectors are shared."""
     generator = torch.Generator(device).manual_seed(0)
     kernel, m, n, k, groups, dtype, weight_dtype, _ = problem
     wide = torch.promote_types(dtype, torch.float32)
@@ -126,7 +128,7 @@ def make_tensors(problem: Problem, copies: int, device: torch.device) -> list[Te
 
 
 def run(problem: Problem, t: Tensors, candidate: Candidate) -> tuple[Tensor, ...]:
-    """One launch as training does it: y; dx; or du, dv, df."""
+    """Launch the pass once, as in training, and return (y,), (dx,), or (du, dv, df)."""
     module: Any = choice.load(candidate.backend)
     more = {} if candidate.choice is None else {"choice": candidate.choice}
     if problem.kernel == "forward":

@@ -1,4 +1,4 @@
-"""The contest: candidates that launch and compute right are timed in turns, and one must beat the default twice.
+"""The contest: candidates that launch and compute right are timed in turns; the winner must beat the default twice.
 
 Nothing here knows a device: launching, checking and timing are functions that are passed in.
 """
@@ -21,10 +21,10 @@ from rlrr_kernels.backends.tuned import Entry
 from rlrr_kernels.backends.verdicts import Where
 from rlrr_kernels.tune.candidates import Candidate, describe
 
-#: A candidate's median must be this many times faster than the default's, and their quartiles must not overlap.
+#: To win, a median must be this many times as fast as the default's, and the quartiles must not overlap.
 MARGIN = 1.02
 
-#: What was measured at an M serves others up to this ratio away.
+#: An entry that was measured at an M holds for others up to this ratio away.
 NEAR = 2**0.5
 
 #: (candidate, number of the set of tensors) -> the pass's results.
@@ -39,7 +39,7 @@ class DeviceLostError(RuntimeError):
 
 
 class Spread(NamedTuple):
-    """Seconds of a launch: median and quartiles over the rounds."""
+    """Seconds of a launch: the median and the quartiles over the rounds."""
 
     median: float
     q1: float
@@ -47,25 +47,25 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
-        """At least two rounds."""
+        """Return the spread of two rounds or more."""
         q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(median, q1, q3)
 
 
 def beats(challenger: Spread, champion: Spread) -> bool:
-    """Whether it is faster by more than the noise."""
+    """Return whether the challenger is faster by more than the noise."""
     return champion.median > MARGIN * challenger.median and challenger.q3 < champion.q1
 
 
 @dataclass
 class Result:
-    """What came of one problem.
+    """The result of one problem.
 
     Attributes:
-        candidates: all of them, the default first, and of each backend its own choice first.
-        best: the winner, or the default where none won; None if nothing could be measured.
-        spreads: candidate -> its times, of the last contest it was in.
-        failures: candidate -> why it was left out.
+        candidates: All of them; the default first, and each backend's own choice before its others.
+        best: The winner, or the default if none won; None if nothing could be measured.
+        spreads: Candidate -> its times in the last contest that it was in.
+        failures: Candidate -> why it was left out.
     """
 
     problem: Problem
@@ -76,20 +76,22 @@ class Result:
 
     @property
     def default(self) -> Candidate:
-        """What serves unless something else is asked for or measured."""
+        """What serves if nothing else is asked for or measured."""
         return self.candidates[0]
 
     @property
     def gain(self) -> float | None:
-        """How many times faster the best is than the default; None where one of them has no time."""
+        """How many times as fast as the default the best is; None if one of them has no time."""
         times = [self.spreads[one].median for one in (self.default, self.best) if one in self.spreads]
         return times[0] / times[1] if len(times) == 2 else None
 
     def entry(self, device: torch.device, date: str) -> Entry:
-        """What the file keeps; without a tile where a backend's own choice won, which it can make for other M too.
+        """Return the entry for the file.
+
+        It has no tile if a backend's own choice won, as the backend can make that choice for other M too.
 
         Raises:
-            ValueError: nothing could be measured.
+            ValueError: If nothing could be measured.
         """
         if self.best is None:
             raise ValueError(f"{describe(self.problem)}: nothing could be measured")
@@ -107,8 +109,10 @@ class Result:
 
 
 def rules(results: Iterable[Result], device: torch.device, date: str) -> list[Entry]:
-    """Entries to ship, for every N and K and whatever is installed: where all shapes measured at an M take least,
-    together, by another backend than the default. A band begins at a measured M and ends before the next one.
+    """Return the entries to ship, which hold for every N and K and for all versions.
+
+    There is one where all shapes measured at an M together take least time by another backend than the default. It
+    holds from that M up to the next one that was measured.
     """
     shapes: dict[Any, list[Result]] = defaultdict(list)
     for result in results:
@@ -130,7 +134,7 @@ def rules(results: Iterable[Result], device: torch.device, date: str) -> list[En
 
 
 def _total(backend: str, results: Iterable[Result]) -> float:
-    """Seconds of a backend's fastest candidate, over all results; infinite where one has none."""
+    """Return the seconds of a backend's fastest candidates over all results; infinite if one result has none."""
     times = ([spread.median for one, spread in r.spreads.items() if one.backend == backend] for r in results)
     return sum(min(found, default=float("inf")) for found in times)
 
@@ -149,15 +153,17 @@ def contest(
     """Find the fastest of ``candidates``, of which the first is the default.
 
     Args:
-        problem: which pass at which shape.
-        candidates: at least one.
-        launch, misfit, timer: see the types; ``misfit`` says why results (for set 0) are wrong, or None.
-        copies: sets of tensors.
-        rounds: at least two.
-        synchronize: waits for the device, and raises what a launch did wrong.
+        problem: The pass and its sizes.
+        candidates: At least one.
+        launch: Launches a candidate on a set of tensors.
+        misfit: Returns why results (of set 0) are wrong, or None.
+        timer: Times launches.
+        copies: Number of sets of tensors.
+        rounds: At least two.
+        synchronize: Waits for the device, and raises errors of earlier launches.
 
     Raises:
-        DeviceLostError: after a failed launch the device does not answer any more.
+        DeviceLostError: If the device does not answer any more after a failed launch.
     """
     result = Result(problem, candidates)
     sound = []
@@ -181,7 +187,7 @@ def contest(
         return result
     result.best = result.default
     if beats(result.spreads[fastest], result.spreads[result.default]):
-        # the least of many noisy medians is too small: only a second contest, of the two alone, tells
+        # the least of many noisy medians is too small: a second contest, of these two alone, decides
         compete([result.default, fastest])
         if beats(result.spreads[fastest], result.spreads[result.default]):
             result.best = fastest
@@ -189,12 +195,16 @@ def contest(
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, short: compilers write pages."""
+    """Return the error in one line: compilers write pages."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
 
 
 def require(synchronize: Callable[[], object], after: Exception) -> None:
-    """Make sure that the device still answers after an error; raises :class:`DeviceLostError` if not."""
+    """Check that the device still answers after an error.
+
+    Raises:
+        DeviceLostError: If it does not.
+    """
     try:
         synchronize()
     except Exception as lost:
@@ -206,12 +216,12 @@ def _trial(
     misfit: Callable[[Sequence[Tensor]], str | None],
     synchronize: Callable[[], object],
 ) -> str | None:
-    """Why a candidate is out, or None."""
+    """Return why a candidate is left out, or None."""
     try:
         first = launch()
         second = launch()
         synchronize()
-    except Exception as error:  # the compiler, the launcher and the driver have no common one
+    except Exception as error:  # compiler, launcher and driver raise errors of different types
         require(synchronize, error)
         return first_line(error)
     if not all(map(torch.equal, first, second)):

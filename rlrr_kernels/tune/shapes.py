@@ -1,4 +1,4 @@
-"""Which layers to tune for: given by their sizes, or those that ``apply_rlrr`` would adapt in a timm model."""
+"""The layers to tune for: given by their sizes, or those that ``apply_rlrr`` adapts in a timm model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlrr_kernels.models.adapt import apply_rlrr
 
 @dataclass(frozen=True)
 class Shape:
-    """x ``[m, k]``, W ``[n, k]`` in ``groups`` blocks of rows. ``name``: the layers that have it."""
+    """x ``[m, k]`` and W ``[n, k]`` in ``groups`` blocks of rows; ``name``: the layers of this shape."""
 
     m: int
     n: int
@@ -27,10 +27,10 @@ class Shape:
 
 
 def parse(text: str) -> Shape:
-    """``M,N,K`` or ``M,N,K,groups``.
+    """Parse ``M,N,K`` or ``M,N,K,groups``.
 
     Raises:
-        ValueError: another text, a size below 1, or groups that do not divide N.
+        ValueError: If the text is different, a size is below 1, or the groups do not divide N.
     """
     try:
         sizes = [int(word) for word in text.split(",")]
@@ -46,11 +46,11 @@ def parse(text: str) -> Shape:
 
 
 def of_model(name: str, batch: int, img_size: int | None = None) -> list[Shape]:
-    """The shapes of a timm model's adapted linears for ``batch`` images; needs no weights and computes nothing.
+    """Return the shapes of a timm model's adapted linears for ``batch`` images, without weights or computing.
 
     Raises:
-        ValueError: timm does not know the model, or it does not run on images of that size.
-        TypeError: the model is of a family that ``apply_rlrr`` does not know.
+        ValueError: If timm does not know the model, or it does not run on images of that size.
+        TypeError: If ``apply_rlrr`` does not know the model's family.
     """
     try:
         import timm
@@ -86,7 +86,7 @@ def of_model(name: str, batch: int, img_size: int | None = None) -> list[Shape]:
 
 
 def unique(shapes: Iterable[Shape]) -> list[Shape]:
-    """Each shape once, in the order in which they came, under all the names it came with."""
+    """Return each shape once, in order, with all the names it came with."""
     names: dict[Shape, dict[str, None]] = {}
     for shape in shapes:
         names.setdefault(replace(shape, name=""), {})[shape.name] = None

@@ -30,15 +30,6 @@ def test_base_weights_of_a_run_a_model_and_a_file_are_the_same(tmp_path):
         assert all(torch.equal(other[layer], weight) for layer, weight in of_model.items())
 
 
-def test_a_run_on_a_checkpoint_has_that_checkpoints_weights(tmp_path):
-    name = "vit_embedded_patch7_28"
-    other = timm.create_model(name)
-    save_file(other.state_dict(), tmp_path / "other.safetensors")
-    settings = {"model": name, "pretrained": True, "checkpoint": str(tmp_path / "other.safetensors")}
-    (tmp_path / "metrics.json").write_text(json.dumps({"settings": settings}))
-    assert torch.equal(base_weights(str(tmp_path))["blocks.0.mlp.fc1"], other.blocks[0].mlp.fc1.weight)
-
-
 def test_bases_that_cannot_be_had_say_why(tmp_path):
     with pytest.raises(ValueError, match="'vit_nonsense' is no file or folder, and not to be had from timm"):
         base_weights("vit_nonsense")

@@ -1,7 +1,6 @@
 """Runs of every method of ``rlrr-finetune``, analysed: the weights are those that the trained model computes with."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -91,10 +90,3 @@ def test_an_adapter_that_was_saved_by_hand_says_how_it_was_tuned_by_its_tensors(
     save_adapter(apply_lora(small_vit(), 2), tmp_path / "lora", {"method": "mine"})
     with pytest.raises(ValueError, match=r"lora: its scaling is not known; expected a run of rlrr-finetune"):
         lora_adapter(tmp_path / "lora", base)
-
-
-def test_a_run_without_its_adapter_says_what_is_missing(runs, tmp_path):
-    shutil.copy(runs["ssf"] / "metrics.json", tmp_path)
-    for method, read in READERS.items():
-        with pytest.raises((ValueError, FileNotFoundError), match=r"adapter_config.json"):
-            read(tmp_path, base_weights(str(runs[method])))

@@ -63,12 +63,9 @@ def test_an_rlrr_adapter_amounts_to_the_merged_model(tmp_path, make):
         assert torch.equal(from_model.updates[name](of_model[name]), tuned.updates[name](weight))
 
 
-def test_the_folder_itself_will_do_and_other_weights_will_not(tmp_path, base):
+def test_the_folder_itself_will_do_and_rounded_weights_too(tmp_path, base):
     save_adapter(apply_rlrr(small_vit()), tmp_path / "adapter")
     assert rlrr_adapter(tmp_path / "adapter", base).updates.keys() == LINEARS
-    other = {name: torch.randn_like(weight) for name, weight in base.items()}
-    with pytest.raises(ValueError, match=r"other weights than the base's, by the fingerprint of blocks"):
-        rlrr_adapter(tmp_path / "adapter", other)
     assert rlrr_adapter(tmp_path / "adapter", {n: w.bfloat16() for n, w in base.items()}).updates
 
 
@@ -231,12 +228,6 @@ def test_a_full_checkpoint_replaces_weights(tmp_path, base):
     assert torch.equal(again.updates["blocks.1.mlp.fc2"].weight, tuned.updates["blocks.1.mlp.fc2"].weight)
 
 
-@pytest.mark.parametrize("update", [Rescaled(torch.ones(6, 1), torch.ones(1, 4)), Replaced(torch.ones(6, 4))])
-def test_an_update_of_another_shape_is_refused(update):
-    with pytest.raises(ValueError, match=r"for a weight of shape \[6, 4\], and this one is \[4, 6\]"):
-        update(torch.ones(4, 6))
-
-
 @pytest.mark.parametrize(
     ("u", "v", "words"),
     [
@@ -248,18 +239,3 @@ def test_an_update_of_another_shape_is_refused(update):
 def test_scales_of_wrong_shapes_are_refused(u, v, words):
     with pytest.raises(ValueError, match=words):
         Rescaled(u, v)
-
-
-def test_damaged_files_are_named_and_code_in_them_is_not_run(tmp_path, base):
-    (tmp_path / "cut.safetensors").write_bytes(b"\x08\x00")
-    torch.save({"a": pytest.fail}, tmp_path / "code.pth")
-    for name, words in (("cut.safetensors", "is not a safetensors file"), ("code.pth", "is damaged or holds more")):
-        with pytest.raises(ValueError, match=f"{name} {words}"):
-            full_checkpoint(tmp_path / name, base)
-    with pytest.raises(FileNotFoundError, match=r"gone.pth does not exist"):
-        full_checkpoint(tmp_path / "gone.pth", base)
-    with pytest.raises(FileNotFoundError, match="expected an adapter folder or a run folder"):
-        rlrr_adapter(tmp_path / "gone", base)
-    lora = lora_folder(tmp_path / "lora", lora_tensors())
-    with pytest.raises(ValueError, match="expected format_version 1, got None"):
-        rlrr_adapter(lora, base)

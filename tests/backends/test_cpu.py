@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks.implementations import IMPLEMENTATIONS, make_inputs, step
-from benchmarks.memory import peak_extra_bytes
+from benchmarks.implementations import call, make_inputs
+from benchmarks.measures import peak_extra_bytes
 from rlrr_kernels.backends import library
 from tests.backends.test_numerics import RESULTS, solve
 from tests.oracle import check, make_problem, require
@@ -123,9 +123,7 @@ def two_threads():
 @pytest.mark.parametrize("m", [197, pytest.param(1024, marks=pytest.mark.slow)])
 def test_extra_memory_is_under_a_twentieth_of_the_formulas(m, n, k, dtype, two_threads):
     inputs = make_inputs(m, n, k, 1, dtype, "cpu")
-    formula, ours = (
-        peak_extra_bytes(lambda run=IMPLEMENTATIONS[name]: step(inputs, run)) for name in ("formula", "rlrr_kernels")
-    )
+    formula, ours = (peak_extra_bytes(call(name, "both", inputs).run) for name in ("formula", "rlrr_kernels"))
     assert formula > 2.9 * 4 * n * k  # three copies of W
     assert ours < 0.05 * formula
 

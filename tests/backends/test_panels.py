@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.memory import peak_extra_bytes
+from benchmarks.measures import peak_extra_bytes
 from rlrr_kernels.backends import panels
 from tests.backends.test_numerics import RESULTS, solve
 from tests.oracle import check, make_problem, strided

@@ -1,13 +1,16 @@
-"""Made-up raw results for tests: round numbers, never to be written where measured ones are kept."""
+"""Made-up raw results with round numbers; they must never be written beside measured ones."""
 
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks import results
+from benchmarks.results import LaunchCase, LayerCase, StepCase
 
 GPU = "NVIDIA H200"
 
 
 def chunk(rows: list[dict[str, Any]], suite: str = "layer", device: str = GPU, **head: Any) -> dict[str, Any]:
+    """Return a chunk with these rows."""
     return {
         "suite": suite,
         "chunk": f"{suite}-made-up",
@@ -22,7 +25,7 @@ def chunk(rows: list[dict[str, Any]], suite: str = "layer", device: str = GPU, *
 
 
 def _times(seconds: float | str, spread: float) -> dict[str, Any]:
-    """Quartiles ``spread`` (a share) around a median; or the error of a case that failed."""
+    """Return quartiles ``spread`` (a share) around a median, or the error of a case that failed."""
     if isinstance(seconds, str):
         return {"error": seconds}
     q1, q3 = seconds * (1 - spread), seconds * (1 + spread)
@@ -44,22 +47,11 @@ def layer(
     spread: float = 0.01,
     **more: Any,
 ) -> dict[str, Any]:
-    return {
-        "model": model,
-        "layer": name,
-        "n": n,
-        "k": k,
-        "groups": groups,
-        "m": m,
-        "images": m // 197,
-        "dtype": dtype,
-        "direction": direction,
-        "implementation": implementation,
-        "backend": "triton" if implementation == results.OURS else None,
-        "same_function": implementation not in results.OTHER_FUNCTIONS,
-        **_times(seconds, spread),
-        **more,
-    }
+    """Return a row of the suites "layer" and "norm"."""
+    backend = "triton" if implementation == results.OURS else None
+    same = implementation not in results.OTHER_FUNCTIONS
+    case = LayerCase(model, name, n, k, groups, m, m // 197, dtype, direction, implementation, backend, same)
+    return asdict(case) | _times(seconds, spread) | more
 
 
 def step(
@@ -71,19 +63,12 @@ def step(
     spread: float = 0.01,
     **more: Any,
 ) -> dict[str, Any]:
+    """Return a row of the suite "step"."""
     rate = {} if isinstance(seconds, str) else {"images_per_second": batch / seconds}
-    return {
-        "model": "ViT-B/16",
-        "batch": batch,
-        "image_size": 224,
-        "dtype": dtype,
-        "implementation": implementation,
-        "same_function": implementation not in results.OTHER_FUNCTIONS,
-        **_times(seconds, spread),
-        **rate,
-        **more,
-    }
+    same = implementation not in results.OTHER_FUNCTIONS
+    return asdict(StepCase("ViT-B/16", batch, 224, dtype, implementation, same)) | _times(seconds, spread) | rate | more
 
 
 def launch(implementation: str, seconds: float | str, call: str = "forward", dtype: str = "bfloat16") -> dict[str, Any]:
-    return {"call": call, "dtype": dtype, "implementation": implementation, "backend": None, **_times(seconds, 0.01)}
+    """Return a row of the suite "launch"."""
+    return asdict(LaunchCase(call, dtype, implementation, None)) | _times(seconds, 0.01)

@@ -1,4 +1,4 @@
-"""The first day's stages go on past what fails and hangs, end in time and say so; rehearsed on a pretended GPU."""
+"""The first day's stages go on past what fails and hangs, and end in time; rehearsed on a pretended GPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 from benchmarks.first_day import __main__ as command
 from benchmarks.first_day import day as module
-from benchmarks.first_day import passes, reports, stages
+from benchmarks.first_day import probes, pytest_outcomes
+from benchmarks.first_day.__main__ import STAGES
 from benchmarks.first_day.day import PRETENDED_GPU, Day, Done, Piece
-from benchmarks.first_day.stages import STAGES
-from benchmarks.results import CUDA, GRAPH, TRITON
+from benchmarks.results import CUDA, CUDA_HOPPER, GRAPH, TRITON
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,42 +26,42 @@ def _python(name: str, code: str, seconds: float = 600) -> Piece:
 
 
 def test_a_day_goes_on_past_what_fails_hangs_and_dies(tmp_path):
-    """Side by side, each with its row and its log, and what is written before a kill is there."""
+    """Pieces run in parallel; each has a row and a log, also of output before a kill."""
     day = Day(tmp_path / "out", 600, 2, rehearse=False)
     done = day.run(
         _python("right", "print('fine')"),
         _python("wrong", "import sys; print('no'); sys.exit(3)"),
-        _python("hangs", "print('begun'); import time; time.sleep(600)", 2),
+        _python("hangs", "print('begun'); import time; time.sleep(600)", 1),
         _python("dies", "print('begun'); import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
     )
     assert [one.status for one in done] == [0, 3, 124, -11]
-    day.note(done[0], done[0].last)
+    day.row_if_ok(done[0], done[0].last)
     rows = (tmp_path / "out" / "table.txt").read_text().splitlines()
     words = {row.split()[0]: row.partition(" ")[2].strip() for row in rows}
     assert words["right"] == "fine"
     assert words["wrong"].startswith("FAILED with status 3 after ")
     assert words["wrong"].endswith("s: no")
-    assert words["hangs"] == "TIME OUT after 2 s: begun"
+    assert words["hangs"] == "TIME OUT after 1 s: begun"
     assert words["dies"].startswith("DIED of signal 11 after ")
     assert day.failed
     assert {path.name for path in (tmp_path / "out").glob("*.log")} == {f"{name}.log" for name in words}
 
 
-def test_nothing_begins_that_could_not_end_in_time(tmp_path, monkeypatch):
+def test_a_piece_is_not_started_without_time_left_and_ended_in_time(tmp_path, monkeypatch):
     day = Day(tmp_path, 20, 1, rehearse=False)  # less than what is kept back and the least of a piece
     (done,) = day.run(_python("late", "print('began')"))
     assert (done.status, done.lines) == (None, [])
     assert "late                       not started: no time left\n" in day.table()
     monkeypatch.setattr(module, "LEAST", 0.1)
-    day = Day(tmp_path, module.RESERVE + 1, 1, rehearse=False)
+    day = Day(tmp_path, module.RESERVE + 0.5, 1, rehearse=False)
     began = time.monotonic()
     (done,) = day.run(_python("long", "import time; time.sleep(600)"))
     assert done.status == 124
     assert time.monotonic() - began < 60
 
 
-def test_stages_run_one_after_another_whatever_becomes_of_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command.processes, "exit_on_signals", lambda: None)
+def test_stages_run_one_after_another_also_after_one_has_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "exit_on_signals", lambda: None)
     ran = []
 
     def broken(day: Day) -> None:
@@ -84,7 +84,7 @@ def test_stages_run_one_after_another_whatever_becomes_of_them(tmp_path, monkeyp
     assert "stage: expected one of env, build, correct, " in capsys.readouterr().err
 
 
-def test_pieces_do_not_need_an_installed_package_or_see_what_would_change_figures(tmp_path, monkeypatch):
+def test_the_environment_of_pieces(tmp_path, monkeypatch):
     for name, value in {"RLRR_BACKEND": "reference", "TRITON_INTERPRET": "1", "PYTHONPATH": "/theirs"}.items():
         monkeypatch.setenv(name, value)
     environment = Day(tmp_path, 600, 1, rehearse=True).environment
@@ -96,16 +96,16 @@ def test_pieces_do_not_need_an_installed_package_or_see_what_would_change_figure
 def _reports(tmp_path: Path, test: str) -> list[str]:
     (tmp_path / "test_it.py").write_text(test)
     out = tmp_path / "reports.jsonl"
-    options = ["-p", "no:cacheprovider", "-p", "benchmarks.first_day.reports", "--reports", str(out)]
+    options = ["-p", "no:cacheprovider", "-p", "benchmarks.first_day.pytest_outcomes", "--outcomes", str(out)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-m", "pytest", "-q", *options, "test_it.py"]
-    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    session = [sys.executable, "-m", "pytest", "-q", *options, "test_it.py"]
+    subprocess.run(session, cwd=tmp_path, env=environment, capture_output=True, check=False)
     return out.read_text().splitlines()
 
 
 def test_each_test_is_reported_as_it_ends(tmp_path):
-    """The last one ends the process at once: those before it are there."""
+    """The last test ends the process: the results of those before it are there."""
     lines = _reports(
         tmp_path,
         """
@@ -122,26 +122,26 @@ def test_dies(): os._exit(1)
     )
     found = {test["test"].partition("::")[2]: test["outcome"] for test in map(json.loads, lines)}
     assert found == {"test_right": "passed", "test_error": "error", "test_wrong": "failed", "test_skipped": "skipped"}
-    counts, by_file, *failed = reports.summary(lines)
+    counts, by_file, *failed = pytest_outcomes.summary(lines)
     assert sorted(counts.split(", ")) == ["1 error", "1 failed", "1 passed", "1 skipped"]
     assert by_file == f"test_it.py: {counts}"
     assert failed[0] == "test_it.py::test_error: OSError: gone"
     assert failed[1].startswith("test_it.py::test_wrong: AssertionError: one")
-    assert reports.summary(lines, 1)[-1] == "and 1 more"
-    assert reports.summary([]) == ["no test ran"]
+    assert pytest_outcomes.summary(lines, 1)[-1] == "and 1 more"
+    assert pytest_outcomes.summary([]) == ["no test ran"]
 
 
 def test_the_table_of_passes_divides_blas_by_ours():
     row = {"layer": "fc1", "m": 1000, "n": 500, "k": 1000, "pass": "forward", "clock": GRAPH}
-    seconds = {passes.BLAS: [1e-6, 2e-6, 9e-6], TRITON: [4e-6], CUDA: [1e-6]}
-    row |= {"seconds": seconds, "errors": {passes.NAMES[-1]: "Rejected: it is wrong"}}
-    (line,) = passes.table([row])
+    seconds = {probes.BLAS: [1e-6, 2e-6, 9e-6], TRITON: [4e-6], CUDA: [1e-6]}
+    row |= {"seconds": seconds, "errors": {CUDA_HOPPER: "Rejected: it is wrong"}}
+    (line,) = probes.table_of_passes([row])
     assert " ".join(line.split()) == (
         "fc1 M = 1,000 forward BLAS 2 us, 500 TFLOP/s; BLAS / ours: "
         "triton 0.50 cuda 2.00 cuda-hopper failed: Rejected: it is wrong"
     )
-    row |= {"seconds": {TRITON: [4e-6]}, "errors": {passes.BLAS: "no memory"}, "clock": "events"}
-    assert passes.table([row])[0].endswith("BLAS failed: no memory [events]")
+    row |= {"seconds": {TRITON: [4e-6]}, "errors": {probes.BLAS: "no memory"}, "clock": "events"}
+    assert probes.table_of_passes([row])[0].endswith("BLAS failed: no memory [events]")
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,11 @@ def test_the_table_of_passes_divides_blas_by_ours():
 def test_a_sanitizers_log_is_clean_only_with_right_values_and_no_errors(tmp_path, status, lines, said):
     log = tmp_path / "log"
     log.write_text("\n".join(lines))
-    assert stages._sanitizer(Done("memcheck", status, 3.0, log)) == said
+    assert command.sanitizer_outcome(Done("memcheck", status, 3.0, log)) == said
 
 
 def _rehearse(out: Path, *names: str, **environment: str) -> tuple[int, str]:
-    """Exit status and table."""
+    """Return exit status and table."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))
     }
@@ -206,7 +206,7 @@ def test_the_other_stages_run_on_a_pretended_gpu(tmp_path):
         assert "passed" in said[suite]
         assert list((tmp_path / "results" / suite).glob("*.json"))
     measured = [json.loads(line)["seconds"] for line in (tmp_path / "passes.jsonl").read_text().splitlines()]
-    assert [seconds.keys() for seconds in measured] == [{passes.BLAS, *passes.NAMES}] * len(passes.PASSES)
+    assert [seconds.keys() for seconds in measured] == [{probes.BLAS, *probes.BACKENDS.values()}] * len(probes.PRODUCTS)
     assert table.count("forward M=64 N=64 K=64") == 2
 
 

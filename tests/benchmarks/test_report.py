@@ -14,7 +14,7 @@ from tests.benchmarks.made_up import chunk, launch, layer, step
 
 
 def cells(table):
-    """A Markdown table as rows of cells, by the first cell."""
+    """Return the cells of a Markdown table, by the first cell of each row."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return {row[0].strip("*"): row[1:] for row in rows}
 
@@ -89,15 +89,6 @@ def test_every_case_in_ratios_and_on_a_gpu_in_absolute_numbers():
     forward = groups([chunk([layer(results.OURS, 1e-3, direction="forward")])])
     # one product of 2 * 6304 * 3072 * 768 flops in 1 ms: 29.7
     assert tables.every_case(forward).splitlines()[2] == "| fc1 | 6,304 | triton | 1,000.0 | 29.7 |"
-
-
-def test_memory_at_the_largest_m():
-    found = cells(tables.memory(groups([three_shapes()])))
-    assert found["implementation"] == ["computes", "keeps x", "fc1, M = 6,304"]
-    assert found["rlrr_kernels"] == ["this package", "yes", "1.2 (0.0 kept)"]
-    assert found["formula"] == ["the same", "yes", "9.4 (6.3 kept)"]
-    assert found["plain linear"] == ["another function", "no", "0.0 (0.0 kept)"]
-    assert "factored" not in found
 
 
 def test_steps_on_a_gpu_and_on_a_cpu():
@@ -176,15 +167,10 @@ def test_without_results_the_page_says_what_is_missing():
     assert text.count("| no GPU yet |  | 0 of ") == 13
 
 
-def test_the_page_says_what_is_incomplete_and_where_clocks_differ():
-    rows = [layer(results.OURS, 1.0, clock="graph"), layer(results.FORMULA, 2.0, clock="events")]
-    rows += [layer(name, 1.0, direction="forward", clock="graph") for name in (results.OURS, results.FORMULA)]
-    text, _ = report.generate([[chunk(rows), steps() | {"complete": False}]])
+def test_the_page_says_what_is_incomplete():
+    text, _ = report.generate([[three_shapes(), steps() | {"complete": False}]])
     assert "- **Incomplete**, of which only a part was measured: `step-made-up`.\n" in text
-    assert text.count("**Different clocks**") == 1
-    where = "ViT-B/16 fc1, M = 6,304, bfloat16, forward + backward"
-    assert f"- **Different clocks** in {where}: graph: rlrr_kernels; events: formula.\n" in text
-    assert tables.caveats([three_shapes()], groups([three_shapes()])) == ""
+    assert tables.caveats([three_shapes()]) == ""
     # a run that ended before its first group, and nothing else
     alone, _ = report.generate([[chunk([], complete=False)]])
     assert "Incomplete" in alone
@@ -317,3 +303,48 @@ def test_labels_keep_apart_and_near(values, expected):
 
 def test_the_published_page_is_what_the_published_results_give(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def _ratio_cells(chunks):
+    head, *lines = tables.ratios(groups(chunks)).splitlines()
+    starts = [0, head.index("dtype"), head.index("dtype") + len("bfloat16") + 2]  # the third column has no head
+    starts += [head.index(name) for name in ("formula", "best other", "for scale", "our memory")]
+    return [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
+
+
+def test_ratios_are_others_over_ours_and_the_best_rival_is_named():
+    layers = chunk(
+        [
+            layer(results.OURS, 2.0, extra_bytes=10),
+            layer(results.CPU, 1.0),  # ours too, no rival
+            layer(results.FORMULA, 5.0, extra_bytes=40),
+            layer(results.FORMULA_COMPILED, 1.8),
+            layer(results.RECOMPUTE, 3.0),
+            layer(results.PLAIN, 1.0),  # another function: never the best
+            layer(results.PRODUCTS, 1.5),
+        ]
+    )
+    steps_ = chunk(
+        [
+            step(results.OURS, 1.0, peak_bytes=60),
+            step(results.OFFICIAL, 1.9, peak_bytes=100),
+            step(results.PROBE, 0.25, peak_bytes=20),
+        ],
+        "step",
+    )
+    assert _ratio_cells([layers, steps_]) == [
+        [
+            *("ViT-B/16 fc1, M = 6,304", "bfloat16", "forward + backward", "2.50", "0.90 formula compiled"),
+            *("plain linear 0.50, bare products 0.75", "0.25"),
+        ],
+        [
+            *("ViT-B/16, batch 64", "bfloat16", "training step", "1.90", "1.90 official formula"),
+            *("linear probe 0.25", "0.60"),
+        ],
+    ]
+
+
+def test_what_failed_or_is_missing_is_no_number():
+    failed = chunk([layer(results.OURS, "OutOfMemoryError: no"), layer(results.FORMULA, 1.0)])
+    alone = chunk([launch(results.OURS, 1.0)], "launch")
+    assert [row[3:] for row in _ratio_cells([failed, alone])] == [["failed", "", "", ""], ["", "", "", ""]]

@@ -1,4 +1,4 @@
-"""The training steps: the published formula's model is ours by other means, and each method trains what it should."""
+"""Training steps: the published formula's model equals ours, and each method trains what it should."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import results, steps
-from benchmarks.agreement import relative_error
-from benchmarks.memory import saved_for_backward
+from benchmarks import results
+from benchmarks.measures import relative_error, saved_for_backward
 from benchmarks.steps import FormulaLinear, Step, build
 from rlrr_kernels import FusedRLRRLinear, SSFAffine, SSFLayerNorm
 from rlrr_kernels.models.modules import head
@@ -58,7 +57,7 @@ def test_the_official_formula_is_the_same_model_by_plain_operations():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loss_and_gradient_tell_wrong_models_from_right_ones(dtype):
-    """What a step's error_vs_formula is made of: within 1% for the same model, off where one gradient is lost."""
+    """The error of a step is within 1% for the same model, and larger if one gradient is missing."""
     ours, official = (Step(small(name), *batch(), dtype) for name in (results.OURS, results.OFFICIAL))
     want = official.loss_and_gradient()
     assert relative_error(ours.loss_and_gradient(), want) < (1e-4 if dtype is torch.float32 else 0.01)
@@ -84,13 +83,6 @@ def test_the_formulas_layer_is_one_linear_and_keeps_one_rescaled_weight():
     assert (saved, saved_x) == (4 * 3 * 48 * 48, True)
 
 
-def test_under_autocast_the_formulas_product_is_in_its_dtype():
-    official = small(results.OFFICIAL)
-    layer = next(m for m in official.modules() if isinstance(m, FormulaLinear))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(2, 48)).dtype is torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("implementation", "trains"),
     [
@@ -114,10 +106,6 @@ def test_each_method_trains_its_own_and_the_head(implementation, trains):
         factors = [p for name, p in model.named_parameters() if p.requires_grad and name not in heads]
         assert len(factors) == 2 * 2 * 4
         assert {min(p.shape) for p in factors} == {8 if implementation == results.LORA else 1}
-
-
-def test_full_fine_tuning_trains_everything():
-    assert all(p.requires_grad for p in small(results.FULL).parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -160,4 +148,3 @@ def test_models_start_equal():
     ]
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])
-    assert steps.CLASSES > 1

@@ -1,4 +1,4 @@
-"""The suites: their shapes are the models', their groups are measured once, and what fails is said and nothing else."""
+"""The suites: their shapes are those of the models, groups are measured once, and failures are recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks import (
-    cases,
+    chunks,
     conftest,
     implementations,
     results,
@@ -25,9 +25,8 @@ from benchmarks import (
     test_vit_step,
     timing,
 )
-from benchmarks.cases import MODELS, Shape
+from benchmarks.chunks import MODELS, Shape
 from benchmarks.groups import groups
-from benchmarks.memory import peak_extra_bytes, saved_for_backward
 from benchmarks.results import LaunchCase, Result
 from benchmarks.suite import Outcome, Recorder, Rivals
 from rlrr_kernels import FusedRLRRLinear, apply_rlrr
@@ -40,8 +39,8 @@ TINY = Shape("vit_b", "tiny", "qkv", 5, 24, 16, 3)
     ("key", "name", "blocks"),
     [
         ("vit_b", "vit_base_patch16_224", ["blocks.0"]),
-        ("vit_l", "vit_large_patch16_224", ["blocks.0"]),
-        ("vit_h", "vit_huge_patch14_224", ["blocks.0"]),
+        pytest.param("vit_l", "vit_large_patch16_224", ["blocks.0"], marks=pytest.mark.slow),
+        pytest.param("vit_h", "vit_huge_patch14_224", ["blocks.0"], marks=pytest.mark.slow),
         ("swin_b", "swin_base_patch4_window7_224", [f"layers.{i}.blocks.0" for i in range(4)]),
     ],
 )
@@ -148,51 +147,6 @@ def test_a_broken_gpu_ends_the_session_after_the_group_is_written(tmp_path, monk
     assert (chunk["complete"], len(chunk["results"])) == (False, 1)
 
 
-def test_a_chunk_holds_all_its_groups_and_no_others(tmp_path):
-    recorder = Recorder(tmp_path, "command")
-    for chunk, call in (("a", "forward"), ("a", "both"), ("b", "no_grad")):
-        result = Result(LaunchCase(call, "float32", results.OURS, "cpu"), [1.0])
-        recorder.outcomes(
-            Rivals("launch", chunk, (call,), call), [results.OURS], lambda _, r=result: {results.OURS: Outcome(r)}
-        )
-    assert {c["chunk"]: [r["call"] for r in c["results"]] for c in results.load(tmp_path)} == {
-        "a": ["forward", "both"],
-        "b": ["no_grad"],
-    }
-
-
-def test_saved_for_backward_counts_each_storage_once_and_not_what_is_there_anyway():
-    x, w = torch.randn(10, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
-
-    def forward() -> torch.Tensor:
-        square = (w * 2).exp()  # exp keeps its own result, and so does the product of it
-        return x.view(10, 4) @ square.T
-
-    assert saved_for_backward(forward, x, (w,)) == (4 * 6 * 4, True)
-    assert saved_for_backward(lambda: x @ w.detach().T, x, ()) == (4 * 6 * 4, False)
-    assert saved_for_backward(lambda: x @ w.detach().T, x, (w,)) == (0, False)
-
-
-def test_peak_memory_leaves_out_what_stays_and_what_came_before():
-    log = []
-
-    def call():
-        a = torch.empty(1000, dtype=torch.uint8)
-        b = torch.empty(3000, dtype=torch.uint8)
-        del a
-        log.append("call")
-        return (torch.empty(500, dtype=torch.uint8), b)
-
-    def before():
-        log.append("before")
-        torch.empty(1 << 20)
-
-    assert peak_extra_bytes(call) == 1000 - 500
-    log.clear()
-    assert peak_extra_bytes(call, before) == 1000 - 500
-    assert log == ["before", "call"] * 2
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [n for n in results.NORM_IMPLEMENTATIONS if n != results.FORMULA_COMPILED])
 def test_layer_norms_rivals_compute_the_same(name, dtype):
@@ -220,7 +174,7 @@ def test_layer_norms_rivals_compute_the_same(name, dtype):
 
 @pytest.mark.parametrize("option", [None, "--results", "--chunk", "--everything"])
 def test_a_plain_session_has_the_strongest_rivals_only(option):
-    asked = {"--dtype": cases.DTYPES} | ({option: "layer-vit_b"} if option else {})
+    asked = {"--dtype": chunks.DTYPES} | ({option: "layer-vit_b"} if option else {})
     config = SimpleNamespace(getoption=asked.get, stash=pytest.Stash())
     found: list[str] = []
     metafunc = SimpleNamespace(config=config, parametrize=lambda _, tests: found.extend(t.values[1] for t in tests))
@@ -231,8 +185,8 @@ def test_a_plain_session_has_the_strongest_rivals_only(option):
 
 
 def _asked(**options) -> SimpleNamespace:
-    """A session's config with these options, ``chunk="a"`` for ``--chunk a``."""
-    asked = {"--dtype": cases.DTYPES} | {f"--{name}": value for name, value in options.items()}
+    """Return the config of a session with these options, ``chunk="a"`` for ``--chunk a``."""
+    asked = {"--dtype": chunks.DTYPES} | {f"--{name}": value for name, value in options.items()}
     asked["keyword"] = options.get("keyword", "")
     return SimpleNamespace(getoption=asked.get, stash=pytest.Stash(), invocation_params=SimpleNamespace(args=()))
 
@@ -259,14 +213,14 @@ def test_images_change_what_a_chunk_measures_and_not_which_it_is(options, groups
     assert suite.planned(config) == bool(found)
 
 
-def test_a_chunk_of_which_nothing_is_left_is_an_error():
+def test_options_that_leave_no_test_are_an_error():
     config = _asked(chunk="step-vit_b-64", dtype=["float32"])
     with pytest.raises(pytest.UsageError, match=r"--chunk: expected the start .* dtypes float32, got 'step-vit_b-64'"):
         conftest.pytest_collection_modifyitems(config, [])
 
 
 def test_sessions_narrowed_in_different_ways_keep_what_each_measured(tmp_path):
-    """And of a group that two of them measured the report has one, not an error."""
+    """The report takes one of several measurements of a group."""
     group = Rivals("launch", "a", ("forward",), "label")
     for seconds, options in ((1.0, {}), (2.0, {"images": [64, 1]}), (3.0, {"keyword": "not autotune"})):
         recorder = suite.recorder_of(_asked(results=tmp_path, **options))
@@ -281,7 +235,7 @@ def test_sessions_narrowed_in_different_ways_keep_what_each_measured(tmp_path):
 
 
 def test_a_training_step_is_written_as_its_rounds_go(tmp_path, monkeypatch):
-    """A group of minutes leaves what it has, not yet complete, when its process is killed in between."""
+    """If its process is killed in between, a group of minutes leaves what it has, as incomplete."""
     names = [results.OURS, results.OFFICIAL, results.PROBE]
     model = test_vit_step.Model("tiny", "vit_tiny_patch16_224", 1)
     group = Rivals("step", "step-slice", (model, 1, "float32"), "label")
@@ -303,7 +257,7 @@ def test_a_training_step_is_written_as_its_rounds_go(tmp_path, monkeypatch):
 
 
 def test_groups_that_would_end_too_late_are_left_out(tmp_path, monkeypatch):
-    """Each takes a minute for each unit of its work, of two and a half minutes."""
+    """Each takes a minute for each unit of its work; there are two and a half minutes."""
     now = [0.0]
     monkeypatch.setattr(suite.time, "monotonic", lambda: now[0])
     recorder = Recorder(tmp_path, "command", minutes=2.5)
@@ -327,7 +281,7 @@ def test_groups_that_would_end_too_late_are_left_out(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_plain_session_measures_and_ends_with_the_table(tmp_path):
-    """A real one, on two of a group's rivals; ours is measured beside them, though not selected."""
+    """A real session on two of a group's rivals; ours is measured beside them, though not selected."""
     options = [
         "-k",
         "no_grad-float32 and (plain or formula)",

@@ -1,4 +1,4 @@
-"""What decides a time: turns, rounds, copies that leave the cache cold, graphs, and what a failure costs the others."""
+"""Timing: turns, rounds, copies that leave the cache cold, graphs, and failures of single rivals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_copies_outgrow_the_cache_twice_and_are_one_without_it():
 
 @pytest.mark.parametrize(("budget", "rounds"), [(2.0, 4), (0.1, 2), (60.0, 6)])
 def test_rounds_fill_the_budget_between_least_and_most(monkeypatch, budget, rounds):
-    """The first turn, of no time, foretells nothing; each of the others takes half a second."""
+    """The first turn takes no time, each of the others half a second."""
     log: list[str] = []
     rival = Rival("a", log)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: max(0, len(log) - 1) / 2)
@@ -35,7 +35,7 @@ def test_rounds_fill_the_budget_between_least_and_most(monkeypatch, budget, roun
 
 
 class Rival:
-    """Counts seconds of its own, and writes its turns into a common log."""
+    """Returns made-up seconds, and writes its turns into a common log."""
 
     def __init__(self, name: str, log: list[str], fails_at: int | None = None) -> None:
         self.name, self.log, self.fails_at, self.turns = name, log, fails_at, 0
@@ -104,7 +104,7 @@ def test_a_failure_leaves_the_others_their_rounds():
 
 
 def test_a_fault_of_the_gpu_ends_the_group_and_keeps_what_it_has(monkeypatch):
-    """As after an illegal access: every later call of the runtime raises too, that which frees memory included."""
+    """As after an illegal access: every later call of the runtime raises too, also those that free memory."""
     log: list[str] = []
     rivals = [Rival("a", log), Rival("b", log), Rival("bad", log, fails_at=3)]
 
@@ -155,11 +155,6 @@ def test_no_rival_is_made_when_the_time_is_up_and_those_that_are_have_a_round(mo
     assert not any(rival.error for rival in found.values())
 
 
-def test_an_interrupt_is_no_result():
-    with pytest.raises(KeyboardInterrupt):
-        interleave([], 1, stopped=KeyboardInterrupt())  # type: ignore[arg-type]
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """A wall clock that only moves when told to."""
@@ -205,7 +200,7 @@ def test_a_turn_that_settles_frees_the_cache_and_calls_once_untimed(clock, monke
 
 
 class FakeCuda:
-    """As much of ``torch.cuda`` as the stopwatch touches; the GPU's clock moves by a call's own seconds."""
+    """The part of ``torch.cuda`` that the stopwatch uses; the GPU's clock moves by a call's own seconds."""
 
     def __init__(self, monkeypatch, refuse: Exception | None = None) -> None:
         self.now, self.capturing, self.refuse = 0.0, None, refuse

@@ -1,4 +1,4 @@
-"""What the check computes, and that it notices what is wrong."""
+"""What ``check`` computes, and that it finds planted errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GPUS = Device((8, 0), 108, 166_912), Device((9, 0), 132, 232_448)
 
 
 def module(**changes):
-    """The reference as a backend, with some of its functions replaced."""
+    """Return the reference as a backend, with some of its functions replaced."""
     return SimpleNamespace(**vars(reference) | {"unsupported_layer_norm": lambda x: None} | changes)
 
 
@@ -53,19 +53,6 @@ def test_layer_norms_plain_formula_and_its_kernels_are_right(case):
             continue  # they run on the GPU there
         report = cases.run(kernels, "layer_norm", CPU, [case])
         assert (report.tried, report.reason) == (1, None)
-
-
-def test_the_shapes_are_those_that_matter():
-    for kind, tokens in (("cuda", 6304), ("cpu", 394)):
-        found = {which: list(cases.cases(which, kind)) for which in (*PRODUCTS, "layer_norm")}
-        for which, chosen in found.items():
-            assert {c.dtype for c in chosen} >= {torch.bfloat16, torch.float16, torch.float32}
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                of = [c for c in chosen if c.dtype is dtype]
-                assert {c.m for c in of} >= {1, 37, tokens}, which
-                assert any(c.weight_dtype is torch.float32 for c in of) == (dtype.itemsize == 2)
-        layers = {(c.n, c.k, c.groups) for c in found["forward"] if c.m == tokens}
-        assert layers == {(2304, 768, 3), (768, 768, 1), (3072, 768, 1), (768, 3072, 1)}
 
 
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: f"sm_{device.capability[0]}0")
@@ -109,6 +96,7 @@ WRONG = {
         lambda f: lambda dy: f(dy).to(dy.dtype),
         r"df alone: torch.bfloat16 \[51\], expected",
     ),
+    "y transposed": ("forward", lambda f: lambda *a: f(*a).T, r"y: torch.bfloat16 \[51, 37\], expected "),
     "an error": ("forward", lambda f: lambda *a: 1 / 0, r"^bfloat16, .*: ZeroDivisionError: division by zero"),
 }
 
@@ -169,20 +157,12 @@ def test_bits_that_differ_between_two_runs_are_noticed(which):
     ],
     ids=lambda error: str(error)[:30],
 )
-def test_no_room_is_nobodys_fault(error):
+def test_running_out_of_memory_is_no_finding(error):
     def no_room(*arguments):
         raise error
 
     with pytest.raises(torch.OutOfMemoryError, match=re.escape(str(error))):
         cases.run(module(forward=no_room), "forward", CPU, [ODD])
-
-
-def test_a_kernel_that_wants_too_much_of_the_gpu_is_wrong():
-    def too_wide(*arguments):
-        raise RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448")
-
-    report = cases.run(module(forward=too_wide), "forward", CPU, [ODD])
-    assert "RuntimeError: out of resource: shared memory" in report.reason
 
 
 def test_the_hopper_kernels_are_not_those_of_a_library_built_without_them(monkeypatch):
@@ -197,7 +177,7 @@ def test_the_hopper_kernels_are_not_those_of_a_library_built_without_them(monkey
         assert (found is library) if here else ("90a" in found)
 
 
-def test_it_tells_what_it_has_launched_before_it_waits_for_it():
+def test_a_launch_is_reported_before_its_result_is_awaited():
     said = []
 
     def forward(*arguments):
@@ -207,8 +187,3 @@ def test_it_tells_what_it_has_launched_before_it_waits_for_it():
     cases.run(module(forward=forward), "forward", CPU, [ODD, BF16], lambda *told: said.append(told))
     one, two = ((("launched", case), "forward", ("done", case)) for case in (ODD, BF16))
     assert said == ["forward", *one, "forward", *two]
-
-
-def test_what_is_not_served_is_not_tried():
-    report = cases.run(module(unsupported=lambda x, weight: "x: no"), "forward", CPU, [ODD])
-    assert (report.tried, report.refusal, report.reason) == (0, "x: no", None)

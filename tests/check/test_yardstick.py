@@ -1,4 +1,4 @@
-"""The yardstick of tests, check and tuner: the plain formula passes, and small faults do not."""
+"""The yardstick of tests, ``check`` and ``rlrr-tune``: the plain formula passes, and small errors do not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def misfit(got, wanted):
 
 
 def served(kernel, t):
-    """What the reference backend gives."""
+    """Return the results of the reference backend."""
     if kernel == "forward":
         return (reference.forward(t.x, t.weight, t.scale_out, t.scale_in, t.bias, t.shift),)
     if kernel == "grad_input":
@@ -54,14 +54,6 @@ def test_a_right_result_passes_and_one_wrong_element_does_not(kernel, dtype):
         assert misfit(wrong, wanted).startswith(f"{want.name}: "), want.name
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_small_errors_everywhere_do_not_pass(kernel):
-    task, tensors = a_task(kernel, torch.bfloat16)
-    wanted = expected(task, tensors)
-    got = [value * (1 + 2**-6) for value in served(kernel, tensors)]
-    assert "error" in misfit(got, wanted)
-
-
 def test_what_is_expected_is_the_formula_and_its_gradients(monkeypatch):
     monkeypatch.setattr(yardstick, "_CHUNK", 33)  # 100 tokens in four uneven parts
     for kernel in KERNELS:
@@ -81,20 +73,3 @@ def test_what_is_expected_is_the_formula_and_its_gradients(monkeypatch):
         for name in exact:
             torch.testing.assert_close(exact[name], getattr(answer, name), rtol=1e-12, atol=1e-12)
     assert set(exact) == {"du", "dv", "df"}
-
-
-@pytest.mark.parametrize("fault", ["nan", "dtype", "shape"])
-def test_other_misfits_are_named(fault):
-    task, tensors = a_task("forward")
-    wanted = expected(task, tensors)
-    (y,) = served("forward", tensors)
-    if fault == "nan":
-        y[3, 4] = float("nan")
-        words = "y: not finite"
-    elif fault == "dtype":
-        y = y.double()
-        words = "y: torch.float64 [100, 48], expected torch.float32 [100, 48]"
-    else:
-        y = y.T
-        words = "y: torch.float32 [48, 100], expected torch.float32 [100, 48]"
-    assert misfit([y], wanted) == words

@@ -1,6 +1,5 @@
 """Google's .npz weights: the function they stand for, and what is refused before anything is copied."""
 
-import pickle
 import re
 
 import numpy as np
@@ -117,20 +116,6 @@ def test_arrays_that_do_not_fit_are_named_and_nothing_is_copied(tmp_path, change
     with pytest.raises(ValueError, match=words) as caught:
         load_npz_backbone(model, tmp_path / "a.npz")
     assert re.search(r"a\.npz (is damaged or no \.npz archive|does not fit the model): ", str(caught.value))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_a_damaged_file_is_refused_before_anything_is_copied(tmp_path):
-    np.savez(tmp_path / "a.npz", **google_arrays(source()))
-    data = (tmp_path / "a.npz").read_bytes()
-    middle = len(data) // 2
-    flipped = data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
-    model = small_vit()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for damaged in (data[:middle], flipped, b"", b"not an archive", pickle.dumps({})):
-        (tmp_path / "b.npz").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"b\.npz is damaged or no \.npz archive"):
-            load_npz_backbone(model, tmp_path / "b.npz")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

@@ -1,6 +1,5 @@
 """Checkpoints of the published code: what it computes, and what is refused."""
 
-import pickle
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from rlrr_kernels import apply_rlrr, merge, param_groups, use_backend
+from rlrr_kernels import apply_rlrr, param_groups, use_backend
 from rlrr_kernels.checkpoint.official import convert_official, load_official_adapter
+from tests.checkpoint.test_adapter import assert_untouched, values_of
 from tests.oracle import BACKENDS, assert_close, require
 from tests.small_models import X, small_swin, small_vit, stir
 
@@ -83,8 +83,15 @@ def test_logits_loss_gradients_and_ten_steps_are_the_published_code_s(backend):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def check_float32(backend, steps):
-    """Every value is held to the error of the plain formula in float32, against the published one in float64."""
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [
+        *(pytest.param(*b.values, 10, marks=b.marks) for b in BACKENDS if b.values != ("triton",)),
+        pytest.param("triton", 0, marks=[pytest.mark.slow, pytest.mark.triton]),
+    ],
+)
+def test_float32_has_the_error_of_the_plain_formula(backend, steps):
+    """Against the published values in float64."""
     got, plain, exact = (
         training(backend, torch.float32, steps),
         training("reference", torch.float32, steps),
@@ -93,17 +100,6 @@ def check_float32(backend, steps):
     assert got.keys() == exact.keys()
     for name in exact:
         assert_close(name, got[name], plain[name], exact[name])
-
-
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values != ("triton",)])
-def test_float32_has_the_error_of_the_plain_formula(backend):
-    check_float32(backend, 10)
-
-
-@pytest.mark.slow
-@pytest.mark.triton
-def test_one_step_of_the_triton_kernels_in_float32_has_the_error_of_the_plain_formula():
-    check_float32("triton", 0)
 
 
 def adapter_only(state):
@@ -140,13 +136,8 @@ def test_a_whole_published_state_brings_its_base_with_it(tmp_path):
     torch.testing.assert_close(logits, torch.from_numpy(FIXTURE["logits"]), rtol=1e-9, atol=1e-9)
 
 
-def values_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_untouched(model, before):
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+def assert_plain(model, before):
+    assert_untouched(model, before)
     assert not hasattr(model, "rlrr_config")
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -156,20 +147,24 @@ def test_a_head_of_other_classes_is_refused_unless_it_is_left_out(adapter_file):
     before = values_of(model)
     with pytest.raises(ValueError, match=r"its head has 7 classes, the model 3; build the model with num_classes=7"):
         load_official_adapter(model, adapter_file)
-    assert_untouched(model, before)
+    assert_plain(model, before)
     load_official_adapter(model, adapter_file, load_head=False)
     assert torch.equal(model.head.weight, before["head.weight"])
     expected = of_fixture("state/")["transformer.encoder.layer.1.ffn.fc2.shift_bias"][0]
     assert torch.equal(model.blocks[1].mlp.fc2.shift, expected)
 
 
-def test_a_file_without_a_head_leaves_the_model_s(tmp_path):
+def test_a_head_may_be_missing_from_a_file_and_a_layer_may_not(tmp_path):
     state = {name: tensor for name, tensor in adapter_only(of_fixture("state/")).items() if "head" not in name}
     torch.save(state, tmp_path / "a.pth")
     model = published_vit(classes=3)
     before = model.head.weight.clone()
     load_official_adapter(model, tmp_path / "a.pth")
     assert torch.equal(model.head.weight, before)
+    del state["transformer.encoder.layer.1.ffn.fc1.scale_line"], state["transformer.encoder.ssf_shift_enc_norm"]
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"missing blocks\.1\.mlp\.fc1\.scale_out; missing norm\.ssf_shift$"):
+        load_official_adapter(published_vit(), tmp_path / "a.pth")
 
 
 def test_an_adapter_of_another_size_is_refused_and_the_model_stays_plain(adapter_file):
@@ -180,50 +175,7 @@ def test_an_adapter_of_another_size_is_refused_and_the_model_stays_plain(adapter
         match=r"12\.pth does not fit .*: unexpected blocks\.1\.attn\.proj\.scale_in; .* more",
     ):
         load_official_adapter(model, adapter_file)
-    assert_untouched(model, before)
-
-
-def test_an_adapter_without_a_layer_is_refused(tmp_path):
-    state = adapter_only(of_fixture("state/"))
-    del state["transformer.encoder.layer.1.ffn.fc1.scale_line"], state["transformer.encoder.ssf_shift_enc_norm"]
-    torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"missing blocks\.1\.mlp\.fc1\.scale_out; missing norm\.ssf_shift$"):
-        load_official_adapter(published_vit(), tmp_path / "a.pth")
-
-
-def test_a_merged_model_is_refused(adapter_file):
-    model = merge(apply_rlrr(published_vit()))
-    with pytest.raises(ValueError, match="it is merged; unmerge before loading"):
-        load_official_adapter(model, adapter_file)
-
-
-class Bomb:
-    """Pickles as a call; the file it would write shows whether that ran."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_is_refused_and_not_run(tmp_path, zipped):
-    state = {"head.weight": torch.zeros(1), "x": Bomb(tmp_path / "ran")}
-    if zipped:
-        torch.save(state, tmp_path / "a.pth")
-    else:
-        (tmp_path / "a.pth").write_bytes(pickle.dumps(state, protocol=2))
-    with pytest.raises(ValueError, match=r"a\.pth is damaged or holds more than tensors; nothing in it was run"):
-        load_official_adapter(published_vit(), tmp_path / "a.pth")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("size", [0, 1, 100, 5000, -1])
-def test_a_truncated_file_is_refused(adapter_file, size):
-    adapter_file.write_bytes(adapter_file.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"75\.12\.pth is damaged or holds more than tensors"):
-        load_official_adapter(published_vit(), adapter_file)
+    assert_plain(model, before)
 
 
 def test_other_files_are_refused(tmp_path):

@@ -35,7 +35,7 @@ RESUMED = ("ddp accumulated", "fsdp accumulated")
 
 
 class Unreadable(torch.utils.data.Dataset):
-    """Images of which one process cannot read a single one."""
+    """Images that one of the processes cannot read."""
 
     def __init__(self, images):
         self.images = images

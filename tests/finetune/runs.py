@@ -1,4 +1,4 @@
-"""Small runs for the tests: real digits, few of them."""
+"""Small runs on a few real digits, for the tests."""
 
 import dataclasses
 from contextlib import AbstractContextManager
@@ -24,7 +24,7 @@ def shrink(splits: Splits, train: int = 96, val: int = 40, test: int = 50) -> Sp
 
 
 def prepared(folder: Path, sizes: tuple[int, int, int] = (96, 40, 50), **changes: object) -> Prepared:
-    """A run of two epochs into ``folder / "run"``, but for ``changes`` in its settings."""
+    """Prepare a run of two epochs into ``folder / "run"`` with these changes to its settings."""
     options = {"device": "cpu", "epochs": 2, "warmup_epochs": 1, "lr": 5e-3, "tensorboard": False, **changes}
     if "resume" not in options:
         options.setdefault("out", folder / "run")
@@ -33,16 +33,16 @@ def prepared(folder: Path, sizes: tuple[int, int, int] = (96, 40, 50), **changes
 
 
 def first_is_best() -> AbstractContextManager[object]:
-    """Whatever the figures say, the first epoch is the chosen one."""
+    """Make the first epoch the best one, whatever its results."""
     return mock.patch.object(loop, "_is_best", lambda metrics, split: len(metrics["epochs"]) == 1)
 
 
-#: Figures of an epoch or a run that time decides.
+#: Entries that differ from run to run.
 TIMES = ("images_per_second", "train_seconds", "started")
 
 
 def results(metrics: dict) -> dict:
-    """Everything in ``metrics.json`` that another run with equal settings must repeat, bit for bit."""
+    """The part of ``metrics.json`` that a run with equal settings must repeat bit for bit."""
     kept = {k: v for k, v in metrics.items() if k not in (*TIMES, "run", "settings", "resumed_after", "command")}
     epochs = [{k: v for k, v in epoch.items() if k not in TIMES} for epoch in metrics["epochs"]]
     return kept | {"epochs": epochs}

@@ -79,7 +79,7 @@ def test_a_head_of_zeros_gives_every_class_the_same_and_leaves_the_rest_as_drawn
 
 
 def test_a_head_of_several_layers_does_not_start_at_zero():
-    """Beneath a last layer of zeros with zeros before it nothing would ever get a gradient."""
+    """With two zero layers only the last bias would get a gradient."""
     model = torch.nn.Module()
     model.get_classifier = lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
     with pytest.raises(ValueError, match=r"head_init: expected random with model='.*', whose head is no nn.Linear"):
@@ -188,7 +188,7 @@ def test_ssf_puts_an_affine_after_every_linear_norm_and_the_patch_embedding():
     trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {"ssf_scale", "ssf_shift", "weight", "bias"}  # the last two are the head's
     assert not hasattr(model, "rlrr_config")
-    # with scale 1 and shift 0 it is the plain model, and a scale is one of a layer's outputs
+    # scale 1 and shift 0 give the plain model; a scale multiplies one output of a layer
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (SSFLinear, SSFLayerNorm, SSFAffine)):
@@ -228,7 +228,7 @@ def test_lora_of_the_matching_rank_trains_no_fewer_parameters_than_rlrr(make):
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256"])
 def test_lora_is_called_where_a_model_would_read_the_weight(name):
-    """Their qkv, whose matrices would never train."""
+    """Otherwise the matrices of their qkv would never train."""
     pytest.importorskip("peft")
     small = {"depths": (1, 1), "embed_dim": 24, "num_heads": (2, 4)} if "swin" in name else {"depth": 1}
     model = timm.create_model(name, num_classes=3, **small)

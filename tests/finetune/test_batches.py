@@ -12,7 +12,7 @@ from rlrr_kernels.finetune.distributed import World
 
 
 def steps(batches):
-    """The images that count, a list a step."""
+    """The images that count, as a list for each step."""
     found, current = [], []
     for batch in batches.plan():
         current += batch.indices[: batch.counts]
@@ -24,7 +24,7 @@ def steps(batches):
 
 
 def together(images, batch_size, processes, accumulation):
-    """Of all processes, a set a step."""
+    """The images of all processes, sorted, for each step."""
     every = [
         steps(Batches(images, batch_size, World(rank, processes), accumulation=accumulation, seed=3))
         for rank in range(processes)

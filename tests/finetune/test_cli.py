@@ -1,4 +1,4 @@
-"""The command line as a user meets it: one run, and what all commands share."""
+"""The command line: its options, help and errors."""
 
 import dataclasses
 import json
@@ -9,16 +9,9 @@ import sys
 import pytest
 
 from rlrr_kernels.finetune import Settings
-from rlrr_kernels.finetune.__main__ import COMMANDS, main, parser
+from rlrr_kernels.finetune.__main__ import COMMANDS, parser
 from rlrr_kernels.finetune.commands.common import as_options
-
-
-def run(*words):
-    """Exit status, whichever way the program ends."""
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as stop:
-        return stop.code
+from tests.finetune.commands.conftest import status
 
 
 def test_every_setting_is_an_option_and_only_given_ones_are_taken():
@@ -40,7 +33,7 @@ def test_help_says_every_default_and_every_command():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_has_help_of_its_own(capsys, name):
-    assert run(name, "--help") == 0
+    assert status(name, "--help") == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: rlrr-finetune" + (f" {name}" if name != "train" else ""))
     assert COMMANDS[name].description.splitlines()[0] in shown
@@ -68,7 +61,7 @@ def test_each_command_has_help_of_its_own(capsys, name):
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(capsys, arguments, words):
-    assert run(*arguments) == 2
+    assert status(*arguments) == 2
     *_, last = capsys.readouterr().err.strip().splitlines()
     assert words in last
     assert "error: " in last
@@ -89,13 +82,8 @@ def test_errors_name_options_where_python_names_arguments(message, shown):
     assert as_options(message, parser(), ["--data", "b/lr=1"]) == shown
 
 
-def test_an_existing_folder_is_status_2(tmp_path, capsys):
-    assert run("--out", tmp_path, "--no-tensorboard") == 2
-    assert "never overwrites" in capsys.readouterr().err
-
-
 def test_a_failed_run_is_one_line_and_status_1(tmp_path, capsys):
-    assert run("--out", tmp_path / "run", "--lr", "1e30", "--warmup-epochs", "0", "--no-tensorboard") == 1
+    assert status("--out", tmp_path / "run", "--lr", "1e30", "--warmup-epochs", "0", "--no-tensorboard") == 1
     error = capsys.readouterr().err
     assert "error: loss is nan" in error
     assert "Traceback" not in error
@@ -104,7 +92,7 @@ def test_a_failed_run_is_one_line_and_status_1(tmp_path, capsys):
 def test_readers_of_runs_refuse_several_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert run("table", ".") == 2
+    assert status("table", ".") == 2
     assert "error (process 1 of 2): table runs in one process, not in 2" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The weights that travel with the package."""
+"""The weights that are part of the package."""
 
 import pytest
 import timm

@@ -11,18 +11,12 @@ from torchvision.transforms import v2
 
 from rlrr_kernels import load_adapter
 from rlrr_kernels.checkpoint import adapter_metadata
-from rlrr_kernels.finetune import Settings, loop, prepare, run_folder, train
+from rlrr_kernels.finetune import Settings, loop, prepare, train
 from rlrr_kernels.finetune.trainer import Average, Trainer
 from tests.finetune.runs import prepared
 
 
-@pytest.fixture(autouse=True)
-def quick_drawing(request, monkeypatch):
-    """Only the first test looks at the curves."""
-    if request.function is not test_a_run_writes_its_three_files_and_says_everything:
-        monkeypatch.setattr(run_folder, "draw_curves", lambda metrics: b"a picture")
-
-
+@pytest.mark.usefixtures("curves")
 def test_a_run_writes_its_three_files_and_says_everything(tmp_path):
     ready = prepared(tmp_path)
     metrics = train(ready, quiet=True)
@@ -285,7 +279,7 @@ def test_a_run_on_the_gpu(tmp_path, gpu):
 
 @pytest.mark.parametrize(("resize", "expected"), [("squash", "bicubic"), ("crop", "bilinear")])
 def test_images_are_resized_as_published(resize, expected):
-    """VTAB by the model's own filter; FGVC by the default of the published code's image library."""
+    """VTAB uses the model's interpolation, FGVC the default of the published code's image library."""
     splits = loop.load_data(Settings(model="vit_tiny_patch16_224", resize=resize))
     for images in (splits.train, splits.test):
         (step,) = [each for each in images.transform.fixed.steps if isinstance(each, v2.Resize)]

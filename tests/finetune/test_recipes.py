@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 
-from rlrr_kernels.finetune.recipes import FGVC, PUBLISHED, TASKS, VTAB, VTAB_GROUPS, recipe, split_task
+from rlrr_kernels.finetune.recipes import FGVC, PUBLISHED, TASKS, VTAB, VTAB_GROUPS, recipe
 from rlrr_kernels.finetune.settings import Settings
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "ema": 0.0, "restart_factor": 1, "warmup_lr": 1e-7}
@@ -63,10 +63,6 @@ def test_a_recipe_may_be_changed_without_changing_the_next():
 def test_an_unknown_task_says_which_are_near(given, near):
     with pytest.raises(ValueError, match=re.escape(f"got {given!r}; {near}")):
         recipe(given)
-
-
-def test_a_task_is_a_suite_and_a_name():
-    assert split_task("fgvc-aug/cars") == ("fgvc-aug", "cars")
 
 
 def test_published_means_name_backbones_that_timm_has():

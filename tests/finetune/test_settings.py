@@ -1,4 +1,4 @@
-"""The record of a run: what it refuses, and that it survives JSON."""
+"""Settings refuse invalid values, and survive JSON."""
 
 import json
 import math

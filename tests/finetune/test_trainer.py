@@ -56,7 +56,7 @@ def test_restarts_that_grow_are_cut_off_at_the_end(tmp_path):
 
 
 def test_equal_cycles_are_cut_off_at_the_end_too(tmp_path):
-    """Of ``fgvc/cub`` with fewer epochs: cycles of 2 epochs of 3 steps, in 3 and in 1."""
+    """As ``fgvc/cub`` with fewer epochs: cycles of 2 epochs of 3 steps, in 3 epochs and in 1."""
     options = {"warmup_epochs": 0, "restart_epochs": 2, "lr": 1.0, "min_lr": 0.0}
     found = rates(trainer(tmp_path, epochs=3, **options), 9)
     cosine = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]

@@ -7,16 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from rlrr_kernels.io import reading
-from rlrr_kernels.io.reading import (
-    expect,
-    inside,
-    npz_arrays,
-    npz_headers,
-    read_json,
-    read_pickled,
-    read_state_dict,
-)
+from rlrr_kernels.io.checks import LARGEST_JSON, expect, inside, read_json
+from rlrr_kernels.io.reading import npz_arrays, npz_headers, read_pickled, read_state_dict
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -41,7 +33,7 @@ def test_json_is_read_in_any_of_its_encodings(tmp_path, encoding):
 def test_bad_json_is_named(tmp_path, data, words):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(ValueError, match=rf"a\.json:? {words}|a\.json.* {words}"):
-        read_json(tmp_path / "a.json", 100 if data[:2] == b"  " else reading.LARGEST_JSON)
+        read_json(tmp_path / "a.json", 100 if data[:2] == b"  " else LARGEST_JSON)
 
 
 def test_a_state_dict_is_found_where_timm_finds_it(tmp_path):

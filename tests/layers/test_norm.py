@@ -90,7 +90,8 @@ def test_layers_without_weight_or_bias_keep_none_and_train_the_affine(affine, bi
     expected = plain(x) * layer.ssf_scale + layer.ssf_shift
     torch.testing.assert_close(layer(x), expected)
     twin = layer.to_layer_norm()
-    assert twin.bias is not None
+    assert twin.bias.data_ptr() != layer.ssf_shift.data_ptr()
+    assert twin.weight.data_ptr() != layer.ssf_scale.data_ptr()
     torch.testing.assert_close(twin(x), expected)
     assert repr(layer).count("bias=False") == repr(plain).count("bias=False")
 
@@ -114,7 +115,7 @@ def test_meta_stays_meta():
         (nn.LayerNorm((4, 8)), ValueError, r"norm: expected a LayerNorm over one dimension, got \[4, 8\]"),
     ],
 )
-def test_what_is_no_plain_layer_norm_over_one_dimension_is_refused_and_left_alone(norm, error, words):
+def test_other_layers_are_refused_and_not_changed(norm, error, words):
     with pytest.raises(error, match=words):
         SSFLayerNorm.from_layer_norm(norm)
     assert all(
@@ -126,11 +127,7 @@ def test_what_is_no_plain_layer_norm_over_one_dimension_is_refused_and_left_alon
     ("call", "error", "words"),
     [
         (lambda: SSFLayerNorm((4, 8)), ValueError, r"normalized_shape: expected one dimension, got \[4, 8\]"),
-        (
-            lambda: SSFLayerNorm(8, init="papr"),
-            ValueError,
-            "init: expected 'paper', 'identity' or a callable, got 'papr'",
-        ),
+        (lambda: SSFLayerNorm(8, init="papr"), ValueError, "init: expected 'paper', 'identity' or a callable, got"),
         (lambda: SSFAffine(8, init="papr"), ValueError, "init: expected 'paper'"),
         (lambda: SSFLayerNorm(8)(torch.zeros(2, 7)), ValueError, r"x: expected shape \[..., 8\], got \[2, 7\]"),
         (lambda: SSFAffine(8)(torch.zeros(2, 1)), ValueError, r"x: expected shape \[..., 8\], got \[2, 1\]"),
@@ -138,7 +135,7 @@ def test_what_is_no_plain_layer_norm_over_one_dimension_is_refused_and_left_alon
         (
             lambda: SSFLayerNorm(8)(torch.zeros(2, 8).int()),
             TypeError,
-            "x: expected a floating-point tensor, got torch.int32",
+            "x: expected a floating-point tensor, got torch",
         ),
         (lambda: SSFLayerNorm(8)([1.0]), TypeError, "x: expected a floating-point tensor, got list"),
         (lambda: SSFLayerNorm(8)(torch.zeros(2, 8).double()), TypeError, "x: float64 goes with float64 only"),
@@ -164,13 +161,6 @@ def test_to_layer_norm_gives_the_original_class_and_computes_the_same(kind):
     torch.testing.assert_close(twin(x), layer(x))
     nn.init.zeros_(twin.weight)
     assert torch.equal(layer.weight, before)
-
-
-def test_a_merged_layer_shares_no_memory_even_where_nothing_is_composed():
-    layer = SSFLayerNorm(8, elementwise_affine=False)
-    twin = layer.to_layer_norm()
-    assert twin.weight.data_ptr() != layer.ssf_scale.data_ptr()
-    assert twin.bias.data_ptr() != layer.ssf_shift.data_ptr()
 
 
 def test_a_narrow_weight_is_merged_in_float32_and_rounded_once():
@@ -208,8 +198,7 @@ def test_disabled_it_is_the_frozen_layer_bit_for_bit(kind, dtype):
 
 
 def test_disabled_with_a_weight_stored_narrower_than_x():
-    plain = filled(nn.LayerNorm(48)).bfloat16()
-    layer = SSFLayerNorm.from_layer_norm(plain)
+    layer = SSFLayerNorm.from_layer_norm(plain := filled(nn.LayerNorm(48)).bfloat16())
     layer.enabled = False
     x = torch.randn(7, 48)
     assert torch.equal(layer(x), plain.float()(x))

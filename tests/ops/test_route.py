@@ -3,7 +3,6 @@
 Missing parts are replaced one at a time by what ``route.py`` has for a version of torch that lacks them.
 """
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,28 +84,12 @@ def test_tracers_see_the_ops_or_plain_pytorch():
     torch.testing.assert_close(traced(p.x), layer(p.x))
 
 
-def test_a_compiler_sees_the_ops_and_its_results_are_those_of_eager():
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append([str(node.target) for node in graph.graph.nodes if "rlrr" in str(node.target)])
-        return graph
-
-    p = make_problem(3, 4, 5)
-    compiled = torch.compile(rescaled_linear, fullgraph=True, backend=backend)
-    assert torch.equal(compiled(*p.forward_args), rescaled_linear(*p.forward_args))
-    assert graphs == [["rlrr.forward.default"]]
-
-
 @pytest.mark.usefixtures("any_torch")
 @pytest.mark.parametrize("function", [rescaled_linear, linear.forward])
 def test_transforms_are_right(function):
     a = arguments()
-    for name in ("grad", "vmap over x", "jvp", "dual numbers"):
+    for name in ("grad", "vmap over x", "jvp", "dual numbers", "hessian", "forward over reverse"):
         assert_same(TRANSFORMS[name](function, a), TRANSFORMS[name](written_out, a))
-    if function is rescaled_linear:
-        for name in ("forward over reverse", "batched gradients"):
-            assert_same(TRANSFORMS[name](function, a), TRANSFORMS[name](written_out, a))
 
 
 @pytest.mark.usefixtures("any_torch")
@@ -192,13 +175,6 @@ def test_the_op_differentiates_by_pytorchs_public_way_too():
     subprocess.run([sys.executable, "-W", "ignore", "-c", PUBLIC], check=True)
 
 
-def test_private_parts_of_torch_are_used_in_route_alone():
+def test_route_alone_asks_private_parts_of_torch():
     files = Path(rlrr_kernels.__file__).parent.rglob("*.py")
-    used = {(f.name, part) for f in files for part in re.findall(r"\btorch\._(?!_)[\w.]+", f.read_text())}
-    assert used == {
-        ("route.py", "torch._C"),
-        # none of these at a call: a type, assigning to a parameter, averaging weights
-        ("export.py", "torch._ops"),
-        ("linear.py", "torch._has_compatible_shallow_copy_type"),
-        ("ema.py", "torch._foreach_lerp_"),
-    }
+    assert {f.name for f in files if "torch._C" in f.read_text()} == {"route.py"}

@@ -1,9 +1,9 @@
-"""Pretend that a Hopper GPU is here, to rehearse on a CPU what is to run on a GPU: with this folder in PYTHONPATH.
+"""A pretended Hopper GPU, to rehearse on a CPU what will run on a GPU: Python finds this file by PYTHONPATH.
 
-"cuda" is the CPU, a CUDA graph replays nothing, and the GPU backends are the formula: plumbing only, no number means
-anything. ``PRETENDED_FAULT=BACKEND.PASS=KIND,...`` makes a pass of "gluon", "triton", "cuda" or "hopper" hang, die (a
-signal), lose the GPU (every later call fails) or compute something wrong, at ``PRETENDED_TOKENS`` tokens, by default
-37.
+"cuda" is the CPU, a CUDA graph replays nothing, and the GPU backends are the formula: this shows only that the programs
+work together, and no number means anything. ``PRETENDED_FAULT=BACKEND.PASS=KIND,...`` makes a pass of "gluon",
+"triton", "cuda" or "hopper" "hang", "die" (by a signal), lose the GPU ("lost": every later call fails) or compute
+something "wrong", at ``PRETENDED_TOKENS`` tokens, by default 37.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 NAME, CAPABILITY = "pretended GPU", (9, 0)
-#: Where a fault shows; the default is one of the small shapes that are checked first.
+#: The M at which a fault shows; the default is one of the small shapes that are checked first.
 TOKENS = int(os.environ.get("PRETENDED_TOKENS", "37"))
 
 
@@ -33,7 +33,7 @@ def _on_cpu(value: Any) -> Any:
 
 class _CudaIsCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.device:  # what is asked of it before a tensor is made is the GPU's
+        if func is torch.device:  # a device without a tensor stays "cuda"
             return func(*args, **(kwargs or {}))
         return func(*map(_on_cpu, args), **{name: _on_cpu(value) for name, value in (kwargs or {}).items()})
 
@@ -137,7 +137,7 @@ def _faulty(backend: str, which: str, module: types.ModuleType) -> Any:
 
 
 class _Backends:
-    """Finds ``rlrr_kernels.backends.choice``, and puts the formula behind the GPU backends of it."""
+    """An importer of ``rlrr_kernels.backends.choice`` that puts the formula behind its GPU backends."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "rlrr_kernels.backends.choice":
@@ -156,14 +156,16 @@ class _Backends:
                 pretended: Any = types.ModuleType(f"pretended_{backend}")
                 for which in ("forward", "grad_input", "grad_scales"):
                     setattr(pretended, which, _faulty(backend, which, pretended))
-                pretended.grad_shift = reference.grad_shift
+                for which in ("grad_shift", "layer_norm", "layer_norm_backward"):
+                    setattr(pretended, which, getattr(reference, which))
                 pretended.unsupported = lambda x, weight: None
+                pretended.unsupported_layer_norm = lambda x: None
                 pretended.HOPPER = False
                 pretended.build = lambda: "pretended"
                 module._loaded[backend] = pretended
-                if backend == "cuda":  # whose switch for Hopper's kernels is set from outside
+                if backend == "cuda":  # others set its switch for Hopper's kernels
                     sys.modules["rlrr_kernels.backends.cuda"] = pretended
-            # tensors of "cuda" are the CPU's: what `auto` tries for a GPU is tried for them
+            # tensors of "cuda" are on the CPU: `auto` must try for them what it tries for a GPU
             module.BACKENDS["cpu"] = ("rlrr_kernels.backends.cpu", ())
             module.BACKENDS["triton"] = ("rlrr_kernels.backends.triton", ("cuda", "cpu"))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from timm.models import load_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -32,9 +32,11 @@ from rlrr_kernels.finetune.saved_run import check_settings, check_state, open_ru
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.finetune.trainer import Trainer
 from tests.checkpoint.test_npz import google_arrays
+from tests.checkpoint.test_official import adapter_only, of_fixture, published_vit
 from tests.finetune.runs import prepared
 from tests.reliability.mutations import (
     Mutation,
+    header_and_body,
     json_values,
     lines,
     raw_bytes,
@@ -46,8 +48,6 @@ from tests.reliability.mutations import (
 from tests.small_models import stir
 from tests.tune.entries import PROBLEM, TILE, entry, file_of
 
-NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
-
 
 @dataclass
 class Target:
@@ -58,7 +58,7 @@ class Target:
         attempt: reads it, and asserts that what came of it is what the file says.
         mutations: that fit its format.
         errors: what reading may raise, all of them documented.
-        says: of which an error must say one; by default the folder, which is in every path of the file.
+        says: words of which an error must have one; by default the folder's path.
         victim: a model that is as before after an error.
         other: a second whole file, for splices.
     """
@@ -100,26 +100,9 @@ def tiny_vit(seed: int = 0) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **arch).eval()
 
 
-def tensors_of(data: bytes) -> dict[str, np.ndarray]:
-    """The values of a safetensors file, read without the library."""
-    (size,) = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
-    header.pop("__metadata__", None)
-    found = {}
-    for name, each in header.items():
-        start, end = each["data_offsets"]
-        if each["dtype"] == "BF16":
-            bits = np.frombuffer(body[start:end], "<u2").astype("<u4") << 16
-            found[name] = bits.view("<f4").reshape(each["shape"])
-        else:
-            found[name] = np.frombuffer(body[start:end], NUMPY[each["dtype"]]).reshape(each["shape"])
-    return found
-
-
-def same_bits(parameter: Tensor, expected: np.ndarray) -> bool:
+def same_bits(parameter: Tensor, expected: Tensor | np.ndarray) -> bool:
     """Whether a float32 parameter is ``expected``, NaN for NaN."""
-    with np.errstate(all="ignore"):
-        return np.array_equal(parameter.detach().numpy(), expected.astype("<f4"), equal_nan=True)
+    return torch.allclose(parameter, torch.as_tensor(expected).float(), rtol=0, atol=0, equal_nan=True)
 
 
 def adapter(folder: Path, name: str) -> Target:
@@ -133,7 +116,7 @@ def adapter(folder: Path, name: str) -> Target:
     def attempt() -> None:
         load_adapter(victim, folder)
         parameters = dict(victim.named_parameters())
-        said = tensors_of(weights.read_bytes())
+        said = load(weights.read_bytes())
         assert said
         assert all(same_bits(parameters[n], values) for n, values in said.items())
         assert all(isinstance(text, str) for text in adapter_metadata(folder).values())
@@ -145,46 +128,24 @@ def adapter(folder: Path, name: str) -> Target:
     return Target(folder / name, attempt, mutations, victim=victim, other=other)
 
 
-def published(model: nn.Module) -> dict[str, Tensor]:
-    """A prepared ViT's trained tensors, under the names and in the layout of the published code."""
-    names = {"scale_out": "scale_line", "scale_in": "scale_col", "shift": "shift_bias"}
-    layers = {"attn.proj": "attn.out", "mlp.fc1": "ffn.fc1", "mlp.fc2": "ffn.fc2"}
-    state = {f"head.{leaf}": p.detach() for leaf, p in model.head.named_parameters()}
-    for i, block in enumerate(model.blocks):
-        stem = f"transformer.encoder.layer.{i}"
-        for path, layer in (("attn.qkv", block.attn.qkv), *((n, block.get_submodule(n)) for n in layers)):
-            for ours, theirs in names.items():
-                value = getattr(layer, ours).detach()
-                if path == "attn.qkv":
-                    parts = value if ours == "scale_in" else value.chunk(3)
-                    for part, each in zip(("query", "key", "value"), parts, strict=True):
-                        state[f"{stem}.attn.{part}.{theirs}"] = each.reshape(1, -1) if ours == "shift" else each
-                else:
-                    value = value if ours == "scale_out" else value.reshape(1, -1)
-                    state[f"{stem}.{layers[path]}.{theirs}"] = value
-        for norm, theirs in ((block.norm1, "attn_norm"), (block.norm2, "ffn_norm")):
-            state |= {
-                f"{stem}.ssf_{kind}_{theirs}": getattr(norm, f"ssf_{kind}").detach() for kind in ("scale", "shift")
-            }
-    for kind in ("scale", "shift"):
-        state[f"transformer.encoder.ssf_{kind}_enc_norm"] = getattr(model.norm, f"ssf_{kind}").detach()
-        state[f"transformer.embeddings.ssf_{kind}_patch"] = getattr(model.patch_embed.norm, f"ssf_{kind}").detach()
-    return {name: tensor.clone() for name, tensor in state.items()}
+def published() -> dict[str, Tensor]:
+    """An adapter for :func:`tests.checkpoint.test_official.published_vit` as the published code saves it."""
+    return adapter_only(of_fixture("state/", torch.float32))
 
 
 def official(folder: Path, zipped: bool) -> Target:
     """A ``.pth`` of the published code, in torch's zip format or the one before."""
     folder.mkdir()
-    path, state = folder / "published.pth", published(stir(apply_rlrr(tiny_vit())))
-    torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    victim = apply_rlrr(tiny_vit())
+    path = folder / "published.pth"
+    torch.save(published(), path, _use_new_zipfile_serialization=zipped)
+    victim = apply_rlrr(published_vit().float())
 
     def attempt() -> None:
         load_official_adapter(victim, path)
         said = torch.load(path, map_location="cpu", weights_only=True)
         stem = "transformer.encoder.layer.0"
         got = {"head.weight": victim.head.weight, f"{stem}.attn.out.scale_line": victim.blocks[0].attn.proj.scale_out}
-        assert all(same_bits(parameter, said[name].float().numpy()) for name, parameter in got.items())
+        assert all(same_bits(parameter, said[name]) for name, parameter in got.items())
 
     buffer = io.BytesIO()
     torch.save({"head.weight": torch.zeros(3, 8)}, buffer, _use_new_zipfile_serialization=zipped)
@@ -206,24 +167,21 @@ def backbone(folder: Path, suffix: str) -> Target:
     def attempt() -> None:
         if suffix == ".npz":
             load_npz_backbone(victim, path)
-            with np.load(path) as said:
-                assert same_bits(victim.norm.weight, said["Transformer/encoder_norm/scale"])
-                assert same_bits(
-                    victim.blocks[0].mlp.fc1.weight.T, said["Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"]
-                )
-            return
-        load_backbone(victim, path)
-        if suffix == ".safetensors":
-            said = tensors_of(path.read_bytes())
-            assert all(same_bits(p, said[n]) for n, p in victim.named_parameters() if not n.startswith("head."))
+            with np.load(path) as arrays:
+                block = "Transformer/encoderblock_0/MlpBlock_3"
+                said = {"norm.weight": arrays["Transformer/encoder_norm/scale"]}
+                said |= {"blocks.0.mlp.fc1.weight": arrays[f"{block}/Dense_0/kernel"].T}
         else:
-            said = load_state_dict(str(path), device="cpu", weights_only=True)
-            assert all(
-                torch.equal(said[n].float(), victim.get_parameter(n)) for n in ("norm.bias", "blocks.0.mlp.fc1.bias")
-            )
+            load_backbone(victim, path)
+            if suffix == ".safetensors":
+                said = {n: t for n, t in load(path.read_bytes()).items() if not n.startswith("head.")}
+            else:
+                state = load_state_dict(str(path), device="cpu", weights_only=True)
+                said = {n: state[n] for n in ("norm.bias", "blocks.0.mlp.fc1.bias")}
+        assert all(same_bits(victim.get_parameter(n), values) for n, values in said.items())
 
-    mutations = {".npz": (zip_entries, raw_bytes), ".pth": (zip_entries, raw_bytes)}
-    return Target(path, attempt, mutations.get(suffix, (safetensors_header, raw_bytes)), victim=victim)
+    mutations = (safetensors_header if suffix == ".safetensors" else zip_entries, raw_bytes)
+    return Target(path, attempt, mutations, victim=victim)
 
 
 def unfinished(folder: Path) -> Target:
@@ -252,17 +210,15 @@ def unfinished(folder: Path) -> Target:
             left = trainer.state(None, {}).tensors
             assert {n: t.numpy().tobytes() for n, t in left.items()} == start
             raise
-        said = tensors_of(path.read_bytes())
+        said = load(path.read_bytes())
         assert same_bits(trainer.parameters["head.bias"], said["trained/head.bias"])
-        assert trainer.epoch == json.loads(json.loads(_header(path))["__metadata__"]["record"])["epoch"]
+        assert (
+            trainer.epoch
+            == json.loads(json.loads(header_and_body(path.read_bytes())[0])["__metadata__"]["record"])["epoch"]
+        )
 
     mutations = (safetensors_header, record_inside, record_inside, raw_bytes)
     return Target(path, attempt, mutations, says=(str(folder), "resume"), victim=trainer.model)
-
-
-def _header(path: Path) -> bytes:
-    data = path.read_bytes()
-    return data[8 : 8 + struct.unpack("<Q", data[:8])[0]]
 
 
 def metrics(folder: Path) -> Target:
@@ -362,7 +318,7 @@ def images(folder: Path, layout: str) -> Target:
                 assert parts.test.labels.tolist() == said["test_labels"].tolist()
                 assert parts.test.images.flatten().tolist() == said["test_images"].flatten().tolist()
                 assert len(parts.train) + len(parts.val) == len(said["train_labels"])
-                assert parts.classes == 1 + max(*said["train_labels"], *said["test_labels"])
+                assert len(parts.class_names) == 1 + max(*said["train_labels"], *said["test_labels"])
 
         return Target(path, attempt, (zip_entries, raw_bytes), (ValueError, FileNotFoundError))
     path = folder / "train-images-idx3-ubyte.gz"

@@ -6,10 +6,10 @@ import gzip
 import io
 import json
 import random
+import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 #: JSON as text, where a parsed value could not say it.
 HOSTILE_JSON = (
@@ -25,92 +25,60 @@ EXTREMES = (0, 1, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**
 Mutation = Callable[[random.Random, bytes, bytes], bytes]
 
 
-class _Raw:
-    """JSON text that stands in a tree of parsed values."""
+#: Names that keys are replaced by.
+HOSTILE_KEYS = (
+    '""',
+    '"../x"',
+    '"/etc/passwd"',
+    '"a\\u0000b"',
+    '"a\\nb"',
+    '"__class__"',
+    f'"{300 * "x"}"',
+    '"format"',
+    '"\\ud800"',
+)
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
-def _dump(value: Any) -> str:
-    if isinstance(value, _Raw):
-        return value.text
-    if isinstance(value, _Pairs):
-        return "{" + ", ".join(f"{json.dumps(key)}: {_dump(each)}" for key, each in value.items) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_dump, value)) + "]"
-    return json.dumps(value)
-
-
-class _Pairs:
-    """A JSON object that may have a key twice."""
-
-    def __init__(self, items: list[tuple[str, Any]]) -> None:
-        self.items = items
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}:,]|[^\s\[\]{}:,"]+')
 
 
-def _nodes(tree: Any) -> Iterator[tuple[Any, int]]:
-    """(container, index) of every value below."""
-    if isinstance(tree, (_Pairs, list)):
-        items = tree.items if isinstance(tree, _Pairs) else tree
-        for index in range(len(items)):
-            yield tree, index
-            yield from _nodes(items[index][1] if isinstance(tree, _Pairs) else items[index])
-
-
-def _set(container: Any, index: int, value: Any) -> None:
-    if isinstance(container, _Pairs):
-        container.items[index] = container.items[index][0], value
-    else:
-        container[index] = value
-
-
-def _get(container: Any, index: int) -> Any:
-    return container.items[index][1] if isinstance(container, _Pairs) else container[index]
+def _span(tokens: list[str], start: int) -> int:
+    """The end of the JSON value that starts at a token."""
+    depth = 0
+    for end in range(start, len(tokens)):
+        depth += (tokens[end] in ("[", "{")) - (tokens[end] in ("]", "}"))
+        if depth <= 0:
+            return end + 1
+    return len(tokens)
 
 
 def json_values(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """A value replaced, a key twice, renamed, added or gone, two values swapped; byte-order marks, other encodings."""
-    try:
-        tree = json.loads(data, object_pairs_hook=_Pairs)
-    except ValueError:
-        return raw_bytes(rng, data, other)
+    """A value or key replaced, gone, doubled, or put in another's place; byte-order marks, other encodings."""
+    tokens = _TOKEN.findall(data.decode("utf-8", "replace"))
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        places = list(_nodes(tree))
-        if not places:
-            return _Raw(rng.choice(HOSTILE_JSON)).text.encode()
-        container, index = rng.choice(places)
-        kind = rng.randrange(8)
+        starts = [i for i, token in enumerate(tokens) if token not in ("]", "}", ":", ",")]
+        if not starts:
+            break
+        start, kind = rng.choice(starts), rng.randrange(7)
+        end = _span(tokens, start)
+        key = tokens[end : end + 1] == [":"]
         if kind <= 2:
-            _set(container, index, _Raw(rng.choice(HOSTILE_JSON)))
+            tokens[start:end] = [rng.choice(HOSTILE_KEYS if key else HOSTILE_JSON)]
         elif kind == 3:
-            del (container.items if isinstance(container, _Pairs) else container)[index]
-        elif kind == 4 and isinstance(container, _Pairs):
-            container.items.append((container.items[index][0], _Raw(rng.choice(HOSTILE_JSON))))
-        elif kind == 5 and isinstance(container, _Pairs):
-            key = rng.choice(("", "../x", "/etc/passwd", "a\x00b", "a\nb", "__class__", "x" * 300, "format", "\ud800"))
-            container.items[index] = key, container.items[index][1]
-        elif kind == 6 and isinstance(container, _Pairs):
-            container.items.insert(index, (f"extra{rng.random()}", _Raw(rng.choice(HOSTILE_JSON))))
+            there = rng.choice(starts)
+            tokens[start:end] = tokens[there : _span(tokens, there)]
         else:
-            there, place = rng.choice(places)
-            one, two = _get(container, index), _get(there, place)
-            if not any(inner is there or inner is container for node in (one, two) for inner in _containers(node)):
-                _set(container, index, two)
-                _set(there, place, one)
-    text = _dump(tree)
+            end = _span(tokens, end + 1) if key else end
+            if kind == 4:
+                del tokens[start : end + (tokens[end : end + 1] == [","])]
+            else:
+                added = (
+                    [*tokens[start:end]] if kind == 5 else [f'"extra{rng.random()}": ' * key + rng.choice(HOSTILE_JSON)]
+                )
+                tokens[start:start] = [*added, ","]
     encoding = rng.choice(("utf-8",) * 12 + ("utf-8-sig", "utf-16", "latin-1", "crlf"))
     if encoding == "crlf":
-        return text.replace("\n", "\r\n").encode("utf-8", "surrogatepass") + b"\r\n"
-    return text.encode(encoding, "replace" if encoding == "latin-1" else "surrogatepass")
-
-
-def _containers(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, (_Pairs, list)):
-        yield tree
-        for container, index in list(_nodes(tree)):
-            yield container
-            yield _get(container, index)
+        return "\r\n".join(tokens).encode() + b"\r\n"
+    return " ".join(tokens).encode(encoding, "replace")
 
 
 def raw_bytes(rng: random.Random, data: bytes, other: bytes) -> bytes:
@@ -121,76 +89,67 @@ def raw_bytes(rng: random.Random, data: bytes, other: bytes) -> bytes:
         if not size:
             break
         at, length = rng.randrange(size), min(rng.choice((1, 2, 4, 8, 16, 64, 512)), size)
+        block, there, width = out[at : at + length], rng.randrange(size), rng.choice((1, 2, 4, 8))
         kind = rng.randrange(10)
         if kind <= 2:
             out[at] ^= 1 << rng.randrange(8)
         elif kind == 3:
-            out[at:at] = rng.randbytes(length)
+            out[at:at] = rng.choice((rng.randbytes(length), block))
         elif kind == 4:
             del out[at : at + length]
         elif kind == 5:
             del out[at:]
         elif kind == 6:
-            there = rng.randrange(size)
-            block = out[at : at + length]
-            del out[at : at + length]
             out[there:there] = block
         elif kind == 7:
-            width = rng.choice((1, 2, 4, 8))
             out[at : at + width] = (rng.choice(EXTREMES) % 256**width).to_bytes(width, "little")
         elif kind == 8:
-            start = rng.randrange(len(other)) if other else 0
-            out[at:] = other[start:]
+            out[at:] = other[rng.randrange(len(other)) if other else 0 :]
         else:
-            out += rng.randbytes(length) if rng.random() < 0.5 else out[at : at + length]
+            out += rng.choice((rng.randbytes(length), block))
     return bytes(out)
 
 
-def safetensors_header(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """The JSON header changed as such, its length right, too large, too small or absurd."""
+def header_and_body(data: bytes) -> tuple[bytes, bytes]:
+    """The JSON header of a safetensors file, and what follows it."""
     (size,) = struct.unpack("<Q", data[:8])
-    header, body = data[8 : 8 + size], data[8 + size :]
-    kind = rng.randrange(10)
-    if kind == 0:
-        length = rng.choice((*EXTREMES, size + 1, size - 1, len(data), len(data) - 8, 10**12))
-        return struct.pack("<Q", length) + header + body
-    if kind == 1:
-        return raw_bytes(rng, data, other)
-    tree = json.loads(header)
-    names = [name for name in tree if name != "__metadata__"]
-    name = rng.choice(names)
-    if kind == 2:
-        tree[name]["dtype"] = rng.choice(
-            ("F64", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "C64")
-        )
-    elif kind == 3:
-        shape = tree[name]["shape"]
-        tree[name]["shape"] = rng.choice(([*shape, 1], shape[::-1], shape[:-1], [0], [2**40, 2**40], [2**63], [-1]))
-    elif kind == 4:
-        start, end = tree[name]["data_offsets"]
-        tree[name]["data_offsets"] = rng.choice(
-            ([end, start], [start, end + 2**40], [start + 4, end + 4], [start, 2**64 - 1], [0, 0], [start, start])
-        )
-    elif kind == 5:
-        there = rng.choice(names)
-        tree[name], tree[there] = tree[there], tree[name]
-    elif kind == 6:
-        new = rng.choice(
-            ("../../evil", "/etc/passwd", "a\x00b", "a\nb\x1b[31m", "", "x" * 5000, name + ".", "__proto__")
-        )
-        tree[new] = tree.pop(name) if rng.random() < 0.5 else tree[name]
-    elif kind == 7:
-        text = json.dumps(tree)
-        entry = json.dumps({name: {**tree[name], "shape": tree[name]["shape"]}})[1:-1]
-        return _assembled(f"{{{entry}, {text[1:]}".encode(), body)
-    else:
-        return _assembled(json_values(rng, header, other), body)
-    return _assembled(json.dumps(tree).encode(), body)
+    return data[8 : 8 + size], data[8 + size :]
 
 
 def _assembled(header: bytes, body: bytes) -> bytes:
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + body
+
+
+def safetensors_header(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    """The JSON header changed as such, its length right, too large, too small or absurd."""
+    header, body = header_and_body(data)
+    kind = rng.randrange(8)
+    if kind == 0:
+        size = len(header)
+        length = rng.choice((*EXTREMES, size + 1, size - 1, len(data), len(data) - 8, 10**12))
+        return struct.pack("<Q", length) + header + body
+    if kind == 1:
+        return raw_bytes(rng, data, other)
+    if kind >= 6:
+        return _assembled(json_values(rng, header, other), body)
+    tree = json.loads(header)
+    name = rng.choice([name for name in tree if name != "__metadata__"])
+    tensor = tree[name]
+    if kind == 2:
+        types = ("F64", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "C64")
+        tensor["dtype"] = rng.choice(types)
+    elif kind == 3:
+        shape = tensor["shape"]
+        tensor["shape"] = rng.choice(([*shape, 1], shape[::-1], shape[:-1], [0], [2**40, 2**40], [2**63], [-1]))
+    elif kind == 4:
+        start, end = tensor["data_offsets"]
+        places = [end, start], [start, end + 2**40], [start + 4, end + 4], [start, 2**64 - 1], [0, 0], [start, start]
+        tensor["data_offsets"] = rng.choice(places)
+    else:
+        names = ("../../evil", "/etc/passwd", "a\x00b", "a\nb\x1b[31m", "", "x" * 5000, name + ".", "__proto__")
+        tree[rng.choice(names)] = tree.pop(name) if rng.random() < 0.5 else tensor
+    return _assembled(json.dumps(tree).encode(), body)
 
 
 def zip_entries(rng: random.Random, data: bytes, other: bytes) -> bytes:
@@ -234,13 +193,11 @@ def zip_entries(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 def record_inside(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """The JSON that a state keeps as a string inside of the header's JSON, changed as such."""
-    (size,) = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    text, body = header_and_body(data)
+    header = json.loads(text)
     record = json_values(rng, header["__metadata__"]["record"].encode(), other)
     header["__metadata__"]["record"] = record.decode("utf-8", "replace")
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + body
+    return _assembled(json.dumps(header).encode(), body)
 
 
 def lines(rng: random.Random, data: bytes, other: bytes) -> bytes:

@@ -24,7 +24,7 @@ from tests.finetune.commands.conftest import status
 from tests.finetune.runs import prepared, results
 from tests.reliability.hostile import tiny_vit
 from tests.small_models import stir
-from tests.tune.test_cli import SIZES, machine
+from tests.tune.test_main import SIZES, machine
 
 SMALL = {"sizes": (8, 8, 8), "batch_size": 8, "method": "linear"}
 QUICK = ["--device", "cpu", "--epochs", "1", "--warmup-epochs", "0", "--method", "linear", "--no-tensorboard"]

@@ -1,4 +1,4 @@
-"""Heads of timm's, torchvision's and transformers' models: found, trained, saved, and out of the reach of patterns."""
+"""Heads of timm's, torchvision's and transformers' models: found, trained, saved, and not matched by patterns."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from tests.small_models import X, small_vit, stir
 
 
 class Wrapped(nn.Module):
-    """As people wrap a model of transformers to get its logits."""
+    """A wrapper that returns the logits of a model of transformers."""
 
     def __init__(self, model):
         super().__init__()
@@ -75,7 +75,7 @@ def make(name):
 
 
 def plain_trained(model):
-    """Modules that train other parameters than adapters do."""
+    """Names of modules with trained parameters that are no adapters."""
     adapted = {name for name, _ in adapters(model)}
     owners = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     return owners - adapted
@@ -112,7 +112,7 @@ def test_backbones_have_no_head_to_train():
 
 
 class TaggerForTokenClassification(nn.Module):
-    """By its name and config a model of transformers, whose head is called as no other's."""
+    """Looks like a model of transformers by its name and config, but its head has an unknown name."""
 
     def __init__(self, labels):
         super().__init__()
@@ -134,7 +134,7 @@ def headless():
         (headless, "VisionTransformer has 3 classes"),
     ],
 )
-def test_classes_without_a_head_are_an_error_with_the_remedy(make, words):
+def test_a_model_with_classes_and_no_head_is_refused(make, words):
     model = make()
     with pytest.raises(ValueError, match=rf"train_head: .*{words}, but no head was found.*train_head=\[.*train_head=F"):
         apply_rlrr(model, target_modules=["*"])
@@ -142,8 +142,8 @@ def test_classes_without_a_head_are_an_error_with_the_remedy(make, words):
     assert plain_trained(apply_rlrr(model, target_modules=["*"], train_head=False)) == set()
 
 
-def test_a_head_is_named(tmp_path):
-    """Instead of the one that would be found: less of it, or another."""
+def test_the_head_can_be_named(tmp_path):
+    """The named head replaces the one that would be found: a part of it, or another module."""
     model = apply_rlrr(TaggerForTokenClassification(5), target_modules=["*"], train_head="last")
     assert (plain_trained(model), type(model.body)) == ({"last"}, FusedRLRRLinear)
     plain = tv_convnext().eval()
@@ -169,7 +169,7 @@ def test_full_names_reach_into_the_head():
     assert plain_trained(model) == {"classifier.0"}
     with disable_adapter(model):
         assert torch.equal(model(X), base)
-    apply_rlrr(small_vit(), target_modules=["*"], exclude_modules=["head"])  # nothing to leave out any more; no error
+    apply_rlrr(small_vit(), target_modules=["*"], exclude_modules=["head"])  # the head is left out anyway; no error
     resnet = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
     with pytest.raises(ValueError, match=r"leave no nn\.Linear of ResNet .*head are adapted only where .* in full"):
         apply_rlrr(resnet, target_modules=["*"])
@@ -187,7 +187,7 @@ def test_affines_do_not_reach_into_the_head():
 
 
 def test_adapters_from_when_patterns_reached_into_heads_load(tmp_path):
-    """Those with a rescaled head, and those whose head stayed frozen, with ``train_head`` true."""
+    """Adapters with a rescaled head, and with a head that stayed frozen although ``train_head`` is true."""
     for name, options in (
         ("timm", {"target_modules": ["*", "head"]}),
         ("torchvision ViT", {"target_modules": ["*"], "train_head": False}),

@@ -22,8 +22,9 @@ from rlrr_kernels.finetune.backbone import load_backbone
 from rlrr_kernels.finetune.data.arrays import read_npz
 from rlrr_kernels.finetune.data.tasks import read_json_list, read_text_list
 from rlrr_kernels.finetune.saved_run import open_run
-from rlrr_kernels.io import reading
+from rlrr_kernels.io import checks, reading
 from rlrr_kernels.io.reading import read_safetensors
+from tests.checkpoint.test_official import published_vit
 from tests.reliability import bombs, hostile
 from tests.reliability.memory import peak_growth
 from tests.reliability.mutations import mutated
@@ -67,29 +68,26 @@ def test_a_mutated_file_is_refused_with_nothing_changed_or_is_exactly_what_it_sa
     target = FORMATS[name][1](folder)
     target.attempt()  # the whole file is good
     target.restore()
-    beside, refused = sorted(folder.rglob("*")), 0
+    beside = sorted(folder.rglob("*"))
     with peak_growth() as memory, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy and torch warn of headers that they then read
         for number in numbers:
             target.path.write_bytes(mutated(number, target.whole, target.other, *target.mutations))
             start = time.process_time()
             fault = _fault(target)
-            refused += fault is None
-            if fault in (None, ""):
-                fault = "" if sorted(folder.rglob("*")) == beside else "files were left behind"
             if time.process_time() - start > SECONDS:
-                fault = f"took more than {SECONDS} s"
+                fault = fault or f"took more than {SECONDS} s"
+            if sorted(folder.rglob("*")) != beside:
+                fault = fault or "files were left behind"
             if fault:
                 kept = tmp_path / f"failing-{number}-{target.path.name}"
                 kept.write_bytes(target.path.read_bytes())
                 pytest.fail(f"mutated({number}, ...) of {name}, kept as {kept}: {fault}")
     assert memory.growth < BYTES
-    count = len(numbers)
-    assert count / 4 < refused < count, "the mutations are too mild, or too wild to be read at all"
 
 
 def _fault(target: hostile.Target) -> str | None:
-    """What reading did wrong; empty where it read, None where it refused as it should."""
+    """What reading did wrong; None if it read the file, or refused it as it should."""
     try:
         target.attempt()
     except target.errors as error:
@@ -101,7 +99,7 @@ def _fault(target: hostile.Target) -> str | None:
     except Exception as error:
         return f"expected {' or '.join(kind.__name__ for kind in target.errors)}, got {error!r:.300}"
     target.restore()
-    return ""
+    return None
 
 
 class Code:
@@ -140,9 +138,8 @@ def with_hook(tensor, code):
 @pytest.mark.parametrize("reader", PICKLES)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_code_in_a_checkpoint_is_never_run(tmp_path, reader, place, zipped):
-    canary, path, model = tmp_path / "canary", tmp_path / "a.pth", apply_rlrr(hostile.tiny_vit())
-    state = hostile.published(model)
-    torch.save(PLACES[place](Code(canary), state), path, _use_new_zipfile_serialization=zipped)
+    canary, path, model = tmp_path / "canary", tmp_path / "a.pth", apply_rlrr(published_vit())
+    torch.save(PLACES[place](Code(canary), hostile.published()), path, _use_new_zipfile_serialization=zipped)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"a\.pth.* is damaged or holds more than tensors; nothing in it was run"):
         PICKLES[reader](model, path)
@@ -194,7 +191,7 @@ def test_a_model_is_named_by_a_stranger_only_as_timm_knows_it(tmp_path, monkeypa
         (adapter / "adapter_config.json").write_text(json.dumps(config))
     else:
         (tmp_path / "run" / "metrics.json").write_text(
-            json.dumps({"settings": {"model": name, "seed": 0, "pretrained": False}, "classes": 3})
+            json.dumps({"settings": {"model": name, "seed": 0, "pretrained": False}, "protocol": "final", "classes": 3})
         )
     monkeypatch.setattr("timm.create_model", lambda *given, **more: pytest.fail("it was created"))
     with pytest.raises(ValueError, match="model: timm does not know"):
@@ -242,15 +239,19 @@ def test_a_key_that_is_there_twice_is_named_whatever_the_file(tmp_path):
         load_npz_backbone(hostile.tiny_vit(), tmp_path / "a.npz")
 
 
-@pytest.mark.parametrize("read", ["read_json", "read_safetensors", "read_pickled", "read_state_dict", "npz_headers"])
+@pytest.mark.parametrize(
+    "read",
+    [checks.read_json, read_safetensors, reading.read_pickled, reading.read_state_dict, reading.npz_headers],
+)
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, read):
     def refuse(*given):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     torch.save({}, tmp_path / "a.pth")
-    monkeypatch.setattr(reading, "open", refuse, raising=False)
+    for module in (reading, checks):
+        monkeypatch.setattr(module, "open", refuse, raising=False)
     with pytest.raises(ValueError, match=r"a\.pth cannot be read: .*Permission denied"):
-        getattr(reading, read)(tmp_path / "a.pth")
+        read(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Layers whose tensors are computed from others, and linears that are no plain ones: right, or one clear error."""
+"""Layers whose tensors are computed from others, and linears of other kinds: right results, or one clear error."""
 
 import copy
 from functools import partial
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 from rlrr_kernels import FusedRLRRLinear, apply_rlrr, disable_adapter, merge
 from rlrr_kernels import merge_and_unload as unload
@@ -121,23 +122,10 @@ def test_a_merged_weight_that_is_then_parametrised_is_refused_by_name():
     made.unmerge()
 
 
-def quantised():
+def linear_of(make_weight):
+    """A linear whose weight ``make_weight`` computes from a dense one ``[6, 8]``."""
     made = nn.Linear(8, 6)
-    made.weight = nn.Parameter(torch.zeros(6, 8, dtype=torch.int8), requires_grad=False)
-    return made
-
-
-def sparse():
-    made = nn.Linear(8, 6)
-    made.weight = nn.Parameter(made.weight.detach().to_sparse_csr())
-    return made
-
-
-def wrapped():
-    from torch.testing._internal.two_tensor import TwoTensor
-
-    made = nn.Linear(8, 6)
-    made.weight = nn.Parameter(TwoTensor(made.weight.detach(), made.weight.detach()))
+    made.weight = nn.Parameter(make_weight(made.weight.detach()), requires_grad=False)
     return made
 
 
@@ -147,19 +135,19 @@ def patched():
     return made
 
 
-def flattened():
-    made = nn.Linear(8, 6)
-    made.weight = nn.Parameter(torch.zeros(48))
-    return made
-
-
 REFUSED = {
     "its forward is another": (lambda: Halved(8, 6), "expected a plain nn.Linear, got .*Halved, whose forward is its"),
     "its forward is patched": (patched, "expected a plain nn.Linear, got .*Linear, whose forward is its own"),
-    "int8": (quantised, r"weight: expected float16, bfloat16, float32 or float64, got torch\.int8"),
-    "sparse": (sparse, "weight: expected a plain tensor, got Parameter of layout torch.sparse_csr"),
-    "wrapped": (wrapped, "weight: expected a plain tensor, got TwoTensor"),
-    "flattened": (flattened, r"weight: expected shape \[6, 8\] as its features say, got \[48\]"),
+    "int8": (
+        lambda: linear_of(torch.Tensor.char),
+        r"weight: expected float16, bfloat16, float32 or float64, got torch\.int8",
+    ),
+    "sparse": (
+        lambda: linear_of(torch.Tensor.to_sparse_csr),
+        "weight: expected a plain tensor, got Parameter of layout torch.sparse_csr",
+    ),
+    "wrapped": (lambda: linear_of(lambda w: TwoTensor(w, w)), "weight: expected a plain tensor, got TwoTensor"),
+    "flattened": (lambda: linear_of(torch.flatten), r"weight: expected shape \[6, 8\] as its features say, got \[48\]"),
     **{
         how: (lambda how=how: PARAMETRISED[how](nn.Linear(8, 6)), "its (weight|bias) is no parameter but computed from")
         for how in PARAMETRISED

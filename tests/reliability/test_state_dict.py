@@ -38,7 +38,7 @@ def test_a_strict_load_of_an_adapted_state_dict_gives_the_same_model(make, assig
     assert {name: p.requires_grad for name, p in target.named_parameters()} == flags
 
 
-def test_a_model_without_data_is_filled_by_assigning():
+def test_a_model_on_the_meta_device_is_filled_by_assigning():
     source = tuned()
     with torch.device("meta"):
         target = apply_rlrr(small_vit())

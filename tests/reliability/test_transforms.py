@@ -141,13 +141,6 @@ def test_a_compiled_layer_is_transformed():
         assert_same(TRANSFORMS[name](compiled, a), TRANSFORMS[name](written_out, a))
 
 
-@pytest.mark.parametrize("name", ["vmap over x", "hessian", "forward over reverse"])
-def test_the_op_itself_is_transformed(name):
-    """Exported programs call it without :func:`rescaled_linear`."""
-    a = arguments()
-    assert_same(TRANSFORMS[name](linear.forward, a), TRANSFORMS[name](written_out, a))
-
-
 def test_plain_pytorch_serves_transforms_alone():
     """If it served other calls too, their results would be right, but nothing would be fused."""
     assert not route.is_transformed()

@@ -1,4 +1,4 @@
-"""Models that are handed over compiled or wrapped: looked into, or refused before anything is changed."""
+"""Compiled and wrapped models: the inner model is adapted, or the wrapper is refused before anything changes."""
 
 import copy
 
@@ -55,7 +55,7 @@ def nothing_compiled_yet():
 @pytest.mark.parametrize("name", ["compiled", "blocks compiled", "DataParallel"])
 @torch.no_grad()
 def test_a_wrapped_model_is_adapted_merged_and_taken_apart_as_a_plain_one(name):
-    """What was compiled and run before its modules were replaced does not go on as it was compiled."""
+    """A model that was compiled and run before its modules were replaced does not keep using the compiled code."""
     base, model = small_vit(depth=1), WRAPPERS[name](small_vit(depth=1))
     options = {"target_modules": ["blocks.0.*"], "groups": {"blocks.0.attn.qkv": 3}, "norm_affine": True}
     assert torch.allclose(model(X), base(X), atol=1e-6)
@@ -81,7 +81,7 @@ def test_a_wrapped_model_is_adapted_merged_and_taken_apart_as_a_plain_one(name):
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_an_adapter_goes_from_and_into_wrapped_models(name, tmp_path):
+def test_an_adapter_is_saved_from_and_loaded_into_wrapped_models(name, tmp_path):
     save_adapter(WRAPPERS[name](tuned()), tmp_path / "adapter")
     fresh = WRAPPERS[name](small_vit())
     assert load_adapter(fresh, tmp_path / "adapter") is fresh
@@ -89,7 +89,7 @@ def test_an_adapter_goes_from_and_into_wrapped_models(name, tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_a_bare_layer_that_is_compiled_gives_its_plain_twin():
+def test_a_compiled_layer_is_unloaded_to_a_plain_linear():
     layer = small_layer()
     assert type(merge_and_unload(compiled(layer))) is nn.Linear
 
@@ -102,8 +102,8 @@ def alone():
 
 
 @pytest.mark.usefixtures("alone")
-def test_what_ddp_has_taken_over_is_refused_with_the_way_out(tmp_path):
-    """Its reducer would wait for parameters that do not train, and not know those that do."""
+def test_a_model_inside_ddp_is_refused(tmp_path):
+    """DDP's reducer would wait for parameters that do not train, and not know those that do."""
     save_adapter(tuned(), tmp_path / "adapter")
 
     class Around(nn.Module):
@@ -123,7 +123,7 @@ def test_what_ddp_has_taken_over_is_refused_with_the_way_out(tmp_path):
         assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(TypeError, match="model: DistributedDataParallel has taken over its parameters"):
         load_adapter(DistributedDataParallel(small_vit()), tmp_path / "adapter")
-    # prepared before, it is filled, used and merged through the wrapper
+    # a model that was adapted before is loaded, used and merged through the wrapper
     model = DistributedDataParallel(apply_rlrr(small_vit()))
     assert torch.equal(load_adapter(model, tmp_path / "adapter")(X), tuned()(X))
     with disable_adapter(model), torch.no_grad():

@@ -1,4 +1,4 @@
-"""Made-up entries, and the process that has them for the user's part."""
+"""Made-up entries, and files of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROBLEM = Problem("forward", 1000, 768, 3072, 1, torch.float32, torch.float32)
 
 
 def entry(first: int = 1000, last: float | None = None, backend: str = "reference", **changes: Any) -> Entry:
-    """Of :data:`PROBLEM` on any CPU; without ``last`` for ``first`` alone."""
+    """Return an entry for :data:`PROBLEM` on any CPU; without ``last`` it holds for ``first`` alone."""
     whole: dict[str, Any] = {"device": "cpu", "where": None, "kernel": "forward", "tf32": False, "backend": backend}
     whole |= {"dtype": torch.float32, "weight_dtype": torch.float32}
     whole |= {"layer": (768, 3072, 1), "tokens": (first, first if last is None else last)}
@@ -24,6 +24,6 @@ def entry(first: int = 1000, last: float | None = None, backend: str = "referenc
 
 
 def file_of(path: Any, *entries: Entry) -> Any:
-    """A file with these entries."""
+    """Write a file with these entries."""
     path.write_text(json.dumps({"format": FORMAT, "entries": [one.to_json() for one in entries]}))
     return path

@@ -1,4 +1,4 @@
-"""What competes, and with which tensors."""
+"""The candidates and their tensors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from rlrr_kernels.backends import choice
 from rlrr_kernels.tune.candidates import Candidate, candidates, copies_of, make_tensors, run, traffic
 from tests.oracle import require
+from tests.tune.conftest import TILES
 from tests.tune.entries import CPU, PROBLEM
-from tests.tune.tiled import TILES, tiled  # noqa: F401
 
 
 def names(found):
@@ -67,7 +67,7 @@ def test_sets_of_tensors_differ_and_hold_what_the_pass_reads():
 
 @pytest.mark.parametrize("kernel", ["forward", "grad_input", "grad_scales"])
 @pytest.mark.parametrize("tile", [None, TILES[1]])
-def test_a_launch_is_the_pass_with_the_choice(tiled, kernel, tile):  # noqa: F811
+def test_a_launch_is_the_pass_with_the_choice(tiled, kernel, tile):
     small = PROBLEM._replace(kernel=kernel, m=5, n=6, k=7, groups=3, dtype=torch.float64, weight_dtype=torch.float64)
     (tensors,) = make_tensors(small, 1, CPU)
     results = run(small, tensors, Candidate("tiled", tile))

@@ -60,6 +60,6 @@ def test_a_layer_of_both_models_comes_once():
         ("vit_tiny_patch16_224", 7, r"model: 'vit_tiny_patch16_224' does not run on images of \[3, 7, 7\]"),
     ],
 )
-def test_models_that_do_not_do_are_named(name, size, words):
+def test_models_that_are_refused_are_named(name, size, words):
     with pytest.raises((ValueError, TypeError), match=words):
         of_model(name, 1, size)

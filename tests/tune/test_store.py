@@ -1,4 +1,4 @@
-"""Writing: processes at the same time lose nothing, and a killed one leaves the file whole."""
+"""Writing entries: concurrent processes lose nothing, and a killed one leaves the file whole."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def write_many(path: Path, start, first: int, count: int) -> None:
 def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path):
     path = tmp_path / "new" / "tuned.json"
     start = FORK.Barrier(4)
-    writers = [FORK.Process(target=write_many, args=(path, start, 1 + 50 * i, 50)) for i in range(4)]
+    writers = [FORK.Process(target=write_many, args=(path, start, 1 + 20 * i, 20)) for i in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    assert sorted(entries(path)) == list(range(1, 201))
+    assert sorted(entries(path)) == list(range(1, 81))
     assert sorted(p.name for p in path.parent.iterdir()) == [".tuned.json.lock", "tuned.json"]
 
 
@@ -56,7 +56,7 @@ def test_a_killed_writer_leaves_the_file_whole_and_the_lock_free(tmp_path):
     path = tmp_path / "tuned.json"
     add(path, [entry(10**6)])
     written = FORK.RawValue("q", 0)  # without a lock, which the kill would leave taken
-    for delay in (0.0, 0.001, 0.003, 0.005, 0.01, 0.015, 0.02, 0.03):
+    for delay in (0.0, 0.003, 0.01, 0.03):
         written.value = 0
         writer = FORK.Process(target=write_and_tell, args=(path, written))
         writer.start()
@@ -99,48 +99,6 @@ def test_entries_of_another_version_stay(tmp_path):
     assert add(path, [entry(1)]) is None
     assert read(path)[:2] == [json.loads(json.dumps(strange)), 5]
     assert parse(read(path)[2]) == entry(1)
-
-
-def test_a_file_that_is_no_table_is_set_aside(tmp_path):
-    path = tmp_path / "tuned.json"
-    path.write_text("precious")
-    assert add(path, [entry(3)]) == tmp_path / "tuned.json.damaged-1"
-    assert (tmp_path / "tuned.json.damaged-1").read_text() == "precious"
-    assert entries(path) == {3: "reference"}
-
-
-def test_a_writer_waits_for_another(tmp_path):
-    path = tmp_path / "tuned.json"
-    with cache.alone(path):
-        start = FORK.Barrier(2)
-        writer = FORK.Process(target=write_many, args=(path, start, 1, 1))
-        writer.start()
-        start.wait()
-        writer.join(0.5)
-        assert writer.is_alive()
-        assert not path.exists()
-    writer.join()
-    assert writer.exitcode == 0
-    assert entries(path) == {1: "reference"}
-
-
-def test_clear(tmp_path):
-    path = tmp_path / "tuned.json"
-    assert not cache.clear(path)
-    add(path, [entry()])
-    assert cache.clear(path)
-    assert not path.exists()
-    assert read(path) == []
-
-
-def test_what_cannot_be_written_is_said_beforehand(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        cache.check_writable(tmp_path / "file" / "tuned.json", FORMAT)
-    with pytest.raises(IsADirectoryError, match="expected a file"):
-        cache.check_writable(tmp_path, FORMAT)
-    cache.check_writable(tmp_path / "tuned.json", FORMAT)
-    assert not (tmp_path / "tuned.json").exists()
 
 
 def test_damaged_files_are_set_aside_one_beside_the_other(tmp_path):

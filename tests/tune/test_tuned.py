@@ -112,11 +112,11 @@ def test_the_off_switch_leaves_the_shipped_part(file, monkeypatch):
 
 
 BROKEN = {
-    "cut off": (lambda text: text[:-20], "not JSON"),
-    "empty": (lambda text: "", "not JSON"),
-    "not text": (lambda text: "\udcff", "not JSON"),
-    "deep": (lambda text: "[" * 100000, "not JSON"),
-    "a list": (lambda text: "[]", "expected {"),
+    "cut off": (lambda text: text[:-20], "the content is not JSON"),
+    "empty": (lambda text: "", "the content is not JSON"),
+    "not text": (lambda text: "\udcff", "the content is not JSON"),
+    "deep": (lambda text: "[" * 100000, "the content is not JSON"),
+    "a list": (lambda text: "[]", "the content: expected a JSON object, got list"),
     "of an older version": (lambda text: text.replace('"format": 2', '"format": 1'), "format: expected 2, got 1"),
     "with a bad entry": (lambda text: text.replace('"pass": "forward"', '"pass": "both"'), "entry 0: pass: expected "),
 }
@@ -150,11 +150,12 @@ def test_a_bad_entry_leaves_the_good_ones(file):
         assert backend() == "reference"
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe", "missing"])
-def test_what_is_no_file_is_said_and_not_waited_for(file, kind):
-    make = {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "missing": lambda: None}[kind]
-    make()
-    words = "there is no such file, though RLRR_TUNED_FILE names it" if kind == "missing" else "expected a file"
+@pytest.mark.parametrize("kind", ["folder", "pipe", "missing", "link to itself"])
+def test_a_path_that_is_no_file_is_one_warning(file, kind):
+    make = {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "link to itself": lambda: file.symlink_to(file)}
+    make.get(kind, lambda: None)()
+    words = {"missing": "there is no such file, though RLRR_TUNED_FILE names it", "link to itself": "symbolic links"}
+    words = words.get(kind, "expected a file")
     with pytest.warns(UserWarning, match=words):
         assert backend() is None
 

@@ -8,7 +8,6 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from rlrr_kernels.checkpoint.trained import printable
 from rlrr_kernels.finetune.commands.common import (
     Command,
     Grid,
@@ -24,6 +23,7 @@ from rlrr_kernels.finetune.distributed import World, choose_device
 from rlrr_kernels.finetune.loop import load_data
 from rlrr_kernels.finetune.saved_run import SavedRun, check_data, open_run
 from rlrr_kernels.finetune.trainer import Evaluation, evaluate
+from rlrr_kernels.io.checks import sanitize
 
 SPLITS = ("test", "val", "train")
 #: Settings that may replace the run's: which images, where files are, and how to compute. Not the seed, which decides
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         names = saved.class_names or splits.class_names
         for number in labels.argsort().tolist():
             hits, count = int(result.hits[number]), int(result.images[number])
-            name = printable(names[int(labels[number])])
+            name = sanitize(names[int(labels[number])])
             grid.add(name, f"{100 * hits / count:.1f}" if count else "-", str(count))
         console().print(grid.rich())
     return 0
@@ -108,7 +108,7 @@ def labels_of(saved: SavedRun, splits: Splits) -> Tensor:
         return torch.arange(saved.classes)
     assert saved.class_names is not None
     known = {name: label for label, name in enumerate(saved.class_names)}
-    unknown = [printable(name) for name in splits.class_names if name not in known]
+    unknown = [sanitize(name) for name in splits.class_names if name not in known]
     if unknown:
         raise ValueError(
             f"data: {dataset} has {len(unknown)} of {splits.classes} classes that the run does not know "
@@ -124,7 +124,7 @@ def _by_name(saved: SavedRun, splits: Splits) -> bool:
 
 
 def _first(names: Sequence[str], count: int = 5) -> str:
-    return ", ".join(map(printable, names[:count])) + (", ..." if len(names) > count else "")
+    return ", ".join(map(sanitize, names[:count])) + (", ..." if len(names) > count else "")
 
 
 def class_remarks(saved: SavedRun, splits: Splits, other_data: bool) -> list[str]:

@@ -13,7 +13,7 @@ from rlrr_kernels.finetune.commands.sweep_folder import check_run_folder
 from rlrr_kernels.finetune.recipes import TASKS, VTAB_GROUPS, recipe
 from rlrr_kernels.finetune.saved_run import read_metrics
 from rlrr_kernels.finetune.settings import DEFAULTS, format_value
-from rlrr_kernels.io.reading import expect, read_json
+from rlrr_kernels.io.checks import expect, read_json
 
 #: Settings in which runs that are averaged may differ: the seed, and those that do not change results.
 MAY_DIFFER = frozenset({"seed", "out", "resume", "data_root", "device", "workers", "cache", "tensorboard", "parallel"})

@@ -14,8 +14,8 @@ from rlrr_kernels.finetune.commands.common import Grid, check_out
 from rlrr_kernels.finetune.recipes import TASKS, recipe
 from rlrr_kernels.finetune.saved_run import MAY_DIFFER, recorded_settings
 from rlrr_kernels.finetune.settings import Settings
+from rlrr_kernels.io.checks import expect, inside, read_json
 from rlrr_kernels.io.files import write_atomically
-from rlrr_kernels.io.reading import expect, inside, read_json
 
 FORMAT = "rlrr_kernels.sweep/1"
 #: Settings that differ between the runs of a sweep, or do not change results.

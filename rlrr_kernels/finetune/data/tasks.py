@@ -19,7 +19,7 @@ from rlrr_kernels.finetune.data.parts import (
     share_files,
 )
 from rlrr_kernels.finetune.recipes import FGVC, VTAB
-from rlrr_kernels.io.reading import LARGEST_LIST, inside, read_bytes, read_json
+from rlrr_kernels.io.checks import LARGEST_LIST, inside, read_bytes, read_json
 
 #: Folder of an FGVC task under the root, and folder of its images in it.
 FGVC_FOLDERS = {

@@ -1,13 +1,13 @@
-"""A model of one Hopper multiprocessor as Gluon shows it: shared memory, asynchronous operations, mbarriers, warps.
+"""A model of one Hopper multiprocessor, as seen from Gluon: shared memory, asynchronous operations, mbarriers, warps.
 
-Everything asynchronous happens as late as a wait allows. From its issue to its end an operation holds its shared
-memory: a copy has poisoned what it will write, a product or a store has yet to read. Who touches held memory in a
-way that could show on hardware is an error, and so is a barrier that is armed twice, an end with something still in
-flight, and a deadlock. Partitions are threads, of which one runs at a time; they change places at every
-synchronising call, in the order that a :class:`Schedule` says.
+Asynchronous operations complete as late as a wait allows. From its issue to its completion an operation holds its
+shared memory: a copy has poisoned what it will write, and a product or a store has yet to read. It is an error to
+access held memory in a way that could give other results on hardware, to arm a barrier twice, to end with an operation
+in flight, and to deadlock. Partitions are threads, of which one runs at a time; they take turns at every synchronising
+call, in the order of a :class:`Schedule`.
 
-It does not show: timing, registers, races of ordinary loads and stores of one partition, memory ordering other than
-the missing fence before the copy engine or ``wgmma`` reads.
+The model does not cover timing, registers, races of ordinary loads and stores within one partition, and memory
+ordering other than a missing fence before the copy engine or ``wgmma`` reads.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from torch import Tensor
 
 
 class MachineError(Exception):
-    """What hardware would hang on, or answer by wrong numbers."""
+    """Raised where hardware would hang or return wrong results."""
 
 
 class _Ended(BaseException):
-    """Unwinds the partitions of a program that has failed elsewhere."""
+    """Unwinds the partitions of a program after another one has failed."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Who goes on where several could.
+    """Which partition runs next if several could.
 
-    ``order``: "first" (partitions in their order, consumers before the producer), "last" (the producer first),
-    "turns", or "random" by ``seed``: copies then also land before anybody needs them. ``backwards``: programs run
-    from the last to the first.
+    Attributes:
+        order: "first" (partitions in their order, consumers before the producer), "last" (the producer first),
+            "turns", or "random" (copies then may also land before they are needed).
+        seed: Of the random order.
+        backwards: Whether programs run from the last to the first.
     """
 
     order: str = "first"
@@ -49,7 +51,7 @@ class Schedule:
 
 @dataclass(eq=False)
 class Operation:
-    """Something in flight over ``views``: a "copy", "product", "store", or ordinary "write" that no fence followed."""
+    """An operation in flight over ``views``: a "copy", "product", "store", or ordinary "write" before its fence."""
 
     kind: str
     what: str
@@ -68,7 +70,7 @@ class Operation:
 
 @dataclass(eq=False)
 class Barrier:
-    """An mbarrier: ``phase`` counts those completed; of the current one ``arrivals`` and ``bytes`` are awaited."""
+    """An mbarrier. ``phase`` counts completed phases; the current one awaits ``arrivals`` and ``bytes``."""
 
     name: str
     count: int
@@ -87,7 +89,7 @@ class Barrier:
         self._settle()
 
     def land(self, size: int) -> None:
-        """Bytes may come before they are expected, though not in a phase that expects no more."""
+        """Count bytes that have landed: before or after they are expected, but not in a phase that expects none."""
         self.bytes -= size
         if self.bytes < 0 and self.arrivals == 0:
             raise MachineError(f"{size} bytes too many at {self}")
@@ -104,7 +106,7 @@ def poison(data: Tensor) -> None:
 
 @dataclass(eq=False)
 class Memory:
-    """One allocation of shared memory; ``held``: the parts that operations in flight hold."""
+    """One allocation of shared memory; ``held`` lists the parts that operations in flight hold."""
 
     name: str
     dtype: Any
@@ -117,7 +119,7 @@ class Memory:
 class View:
     """A part of an allocation: its elements, and the box ``[first, end)`` of the allocation that they fill.
 
-    ``dims``: which dimension of the allocation each of the view's is.
+    ``dims`` maps the view's dimensions to the allocation's.
     """
 
     memory: Memory
@@ -159,19 +161,19 @@ class View:
         return View(self.memory, self.data.permute(order), self.box, tuple(self.dims[o] for o in order))
 
     def claim(self, doing: str, *kinds: str) -> None:
-        """Raises MachineError if an operation of these kinds holds a part of this."""
+        """Raise MachineError if an operation of these kinds holds a part of this view."""
         for view, operation in self.memory.held:
             overlap = all(a < d and c < b for (a, b), (c, d) in zip(self.box, view.box, strict=True))
             if overlap and operation.kind in kinds:
                 raise MachineError(f"{current().name}: {doing} {self} during {operation.what}")
 
     def read(self) -> Tensor:
-        """By ordinary loads."""
+        """Read by ordinary loads."""
         self.claim("a load of", "copy")
         return self.data.clone()
 
     def write(self, data: Tensor) -> None:
-        """By ordinary stores, which the copy engine and ``wgmma`` see after a fence only."""
+        """Write by ordinary stores, which the copy engine and ``wgmma`` see only after a fence."""
         if data.shape != self.data.shape or data.dtype != self.data.dtype:
             raise MachineError(f"a store of {list(data.shape)} {data.dtype} into {self.shape} {self.data.dtype} {self}")
         self.claim("a store into", "copy", "product", "store")
@@ -194,7 +196,7 @@ class View:
 
 
 def allocate(dtype: Any, torch_dtype: torch.dtype, shape: list[int], layout: Any, frame: FrameType) -> View:
-    """Poisoned shared memory, named after the variable that the kernel at ``frame`` puts it in."""
+    """Allocate poisoned shared memory, named after the variable to which the kernel at ``frame`` assigns it."""
     after = (i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti)
     name = next((i.argval for i in after if i.opname.startswith("STORE")), "shared memory")
     data = torch.empty(shape, dtype=torch_dtype)
@@ -203,14 +205,14 @@ def allocate(dtype: Any, torch_dtype: torch.dtype, shape: list[int], layout: Any
 
 
 def _baton() -> threading.Lock:
-    """What one thread acquires once another has released it."""
+    """Return a lock that one thread acquires once another has released it."""
     lock = threading.Lock()
     lock.acquire()
     return lock
 
 
 class Partition:
-    """Some warps that run one function, in a thread that stands still while another partition's goes on."""
+    """Some warps that run one function, in a thread that waits while another partition runs."""
 
     def __init__(self, program: Program, function: Callable[..., Any], args: Sequence[Any], name: str) -> None:
         self.program, self.function, self.args, self.name = program, function, args, name
@@ -237,7 +239,7 @@ class Partition:
         self.program.back.release()
 
     def step(self, ready: Callable[[], bool] = lambda: True, *waits_for: object) -> None:
-        """Let others go on; come back when ``ready`` holds. ``waits_for``: what to say of it, barriers as such."""
+        """Let other partitions run until ``ready`` returns True. Errors name ``waits_for``."""
         self.ready, self.waits_for = ready, waits_for
         self.program.back.release()
         self.go.acquire()

@@ -1,4 +1,4 @@
-"""The choice of tiles: a table and a rule of waves, tested with made-up devices."""
+"""The choice of tiles by table and cost model, for several GPUs."""
 
 import itertools
 from dataclasses import replace
@@ -36,7 +36,7 @@ def programs(asked, choice):
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda d: f"sm_{d.capability}")
-def test_the_choice_is_of_the_table_and_among_few_candidates(device):
+def test_the_choice_is_in_the_table_and_the_first_of_few_candidates(device):
     for kernel, m, (n, k, groups), tf32 in itertools.product(PASSES, (1, 197, 12_608), LAYERS, (None, False, True)):
         asked = problem(kernel, m, n, k, groups, BF16 if tf32 is None else SINGLE, bool(tf32))
         for aligned in (True, False):
@@ -58,15 +58,15 @@ def test_many_tokens_get_a_large_tile_and_whole_sums():
 
 
 @pytest.mark.parametrize("kernel", PASSES)
-def test_few_tokens_use_the_gpu(kernel):
-    """At one image 256 x 128 tiles of 768 x 768 would give work to 6 of 132 multiprocessors."""
+def test_few_tokens_occupy_the_gpu(kernel):
+    """With one image, tiles of 256 x 128 for a 768 x 768 layer would occupy 6 of 132 multiprocessors."""
     for device in DEVICES:
         asked = problem(kernel, 197)
         assert programs(asked, choose.choose(asked, device)) >= device.multiprocessors // 3
 
 
 def test_a_deep_sum_of_few_tiles_is_split():
-    """768 x 3072 at one image has 84 tiles of 32 x 64, and 48 steps of 64 behind each."""
+    """A 768 x 3072 layer with one image has 84 tiles of 32 x 64, with 48 steps of 64 each."""
     for kernel, n, k in (("forward", 768, 3072), ("grad_input", 3072, 768)):
         assert choose.choose(problem(kernel, 197, n, k), H100).splits > 1
     assert choose.choose(problem("grad_scales", 12_608), H100).splits > 1, "36 tiles of 128 x 128, of 197 steps"
@@ -89,7 +89,7 @@ def test_no_share_is_empty_and_all_fit_in_the_workspace(kernel):
 
 
 def test_partial_sums_take_the_bytes_that_are_counted(interpreted, monkeypatch):
-    """The workspace's bound rests on it."""
+    """The bound of the workspace depends on it."""
     sizes, real = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: (sizes.append((t := real(*a, **kw)).nbytes), t)[1])
     p = make_problem(70, 90, 72, 3)
@@ -141,14 +141,14 @@ def test_on_hopper_no_product_of_tf32s_grad_scales_is_a_wgmma():
         ({"splits": 1000}, "splits"),
     ],
 )
-def test_what_a_file_may_not_ask_for(changed, why):
+def test_choices_that_cannot_be_launched_are_refused(changed, why):
     asked = problem("forward", 6304)
     good = Choice(128, 128, 64, 8, 3)
     assert refusal(asked, good, H100) is None
     assert why in refusal(asked, replace(good, **changed), H100)
 
 
-def test_the_launcher_takes_what_was_measured_where_it_can_be_launched(monkeypatch):
+def test_the_launcher_uses_what_was_measured_if_it_can_be_launched(monkeypatch):
     asked, device = problem("forward", 64), SimpleNamespace(device=torch.device("cpu"))
     rule = choose.choose(asked, launch.INTERPRETED_DEVICE)
     measured = {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 3, "splits": 2}

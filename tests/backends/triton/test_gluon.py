@@ -1,4 +1,4 @@
-"""The Gluon kernels for Hopper on a model of the machine: the suite of all backends, tiles, schedules, every edge."""
+"""The Gluon kernels for Hopper on a model of the machine: results, tiles, schedules and edges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.backends.triton.gluon_package import Change, load, scheduled
 from tests.cuda_host.test_kernels import SPARED, assert_as_infinite, with_infinity
 from tests.oracle import Answer, Problem, check, make_problem, strided
 
-# the launcher adds partial sums by a plain kernel
+# the launcher adds partial sums with a plain kernel, which is interpreted
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -30,37 +30,37 @@ SCHEDULES = [
     Schedule("random", 2, backwards=True),
 ]
 
-#: Tokens of a tile in two parts, stages of its ring; programs; tokens that a program of grad_scales adds up.
+#: Tokens of a tile in two parts; stages; programs; tokens that a program of grad_scales sums over.
 Tile = tuple[int, int, int, int, int]
 NARROW, PAIRED, WIDE = (128, 0, 2, 2, 64), (128, 64, 3, 2, 384), (256, 0, 4, 1, 1024)
 
 
-class Handed(Exception):
-    """To the plain kernels."""
+class PlainKernels(Exception):
+    """The launcher called the plain kernels."""
 
 
-def _hand(*_: object) -> None:
-    raise Handed
+def _raise(*_: object) -> None:
+    raise PlainKernels
 
 
 class Gluon:
-    """The backend over the machine, with texts of the modules of ``changes`` changed."""
+    """The backend on the machine, with the ``changes`` made to its modules."""
 
     def __init__(self, changes: dict[str, Change] | None = None) -> None:
         self.module = load("rlrr_kernels.backends.triton.gluon", "launch", changes)
-        self.module.plain = SimpleNamespace(**{**vars(self.module.plain), **dict.fromkeys(PASSES, _hand)})
+        self.module.plain = SimpleNamespace(**{**vars(self.module.plain), **dict.fromkeys(PASSES, _raise)})
 
     def run(
         self, name: str, p: Problem, tile: Tile = PAIRED, schedule: Schedule = SCHEDULES[0], need_shift: bool = True
     ) -> tuple[Tensor, ...]:
-        """What one pass gives."""
+        """Return the results of one pass."""
         wide, extra, stages, programs, tokens = tile
         self.module.multiprocessors = lambda _: programs
         self.module.GRAM_STAGES = stages
         scales = p.weight, p.scale_out, p.scale_in
         chosen: dict[str, Any] = {"choice": self.module.Width(wide, extra, stages)}
         deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True)  # new tensors are NaN
+        torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
         try:
             with scheduled(schedule):
                 if name == "forward":
@@ -117,7 +117,7 @@ def test_no_schedule_changes_a_bit(gluon, tile):
 
 
 def test_no_width_of_tiles_changes_a_bit_of_the_products(gluon):
-    """Each element is one chain of the same products, whatever the tile and the number of programs."""
+    """Each element is the same chain of products, whatever the tile and the number of programs."""
     p = make_problem(400, 264, 200, dtype=BF16)
     for name in ("forward", "grad_input"):
         first, *others = (gluon.run(name, p, tile)[0] for tile in (NARROW, PAIRED, WIDE))
@@ -131,7 +131,7 @@ def test_bias_and_shift_each_absent(gluon, bias, shift):
     check(p, gluon.solve(p))
 
 
-def test_df_is_written_only_if_asked_for(gluon):
+def test_df_is_written_only_with_need_shift(gluon):
     p = make_problem(140, 136, 72, dtype=BF16)
     with_df, without = (gluon.run("grad_scales", p, need_shift=shift) for shift in (True, False))
     assert torch.equal(with_df[0], without[0])
@@ -139,8 +139,8 @@ def test_df_is_written_only_if_asked_for(gluon):
     assert without[2].shape == (0,)
 
 
-def test_slices_of_rows_take_turns(gluon, monkeypatch):
-    """Where there is room for the partial sums of one tile of 128 rows alone."""
+def test_slices_of_rows_are_processed_one_after_another(gluon, monkeypatch):
+    """If the partial sums of only one tile of 128 rows fit."""
     p = make_problem(140, 512, 72, 2, BF16)
     whole = gluon.run("grad_scales", p)
     monkeypatch.setattr(gluon.module, "WORKSPACE_BYTES", 1)
@@ -154,8 +154,8 @@ def test_slices_of_rows_take_turns(gluon, monkeypatch):
 
 
 @pytest.mark.parametrize(("passed", "name"), [("forward", "scale_in"), ("grad_input", "scale_out")])
-def test_vectors_that_no_box_can_begin_at(gluon, passed, name):
-    """As in a flat parameter."""
+def test_vectors_at_addresses_where_no_box_can_begin(gluon, passed, name):
+    """As views of a flat parameter are."""
     p = make_problem(140, 136, 72, dtype=BF16)
     expected = gluon.run(passed, p)[0]
     vector = getattr(p, name)
@@ -164,8 +164,8 @@ def test_vectors_that_no_box_can_begin_at(gluon, passed, name):
     assert torch.equal(gluon.run(passed, p)[0], expected)
 
 
-def test_rows_apart_come_in_boxes(gluon):
-    """What lies between them is NaN."""
+def test_matrices_with_gaps_between_rows_are_loaded_in_boxes(gluon):
+    """The gaps hold NaN."""
     p = make_problem(140, 136, 72, dtype=BF16)
     p.x, p.dy = strided(p.x, "rows apart"), strided(p.dy, "rows apart")
     check(p, gluon.solve(p))
@@ -180,11 +180,11 @@ def test_rows_apart_come_in_boxes(gluon):
         *((name, (140, 136, 72, 2), None) for name in PASSES),  # groups of a tile and a bit
     ],
 )
-def test_what_boxes_cannot_bring_is_handed_on(gluon, passed, shape, how):
+def test_the_plain_kernels_serve_what_boxes_cannot_load(gluon, passed, shape, how):
     p = make_problem(*shape, dtype=BF16)
     if how is not None:
         p.x, p.dy, p.weight = (strided(t, how) for t in (p.x, p.dy, p.weight))
-    with pytest.raises(Handed):
+    with pytest.raises(PlainKernels):
         gluon.run(passed, p)
 
 
@@ -203,8 +203,8 @@ def test_power_of_two_scales_equal_a_prescaled_weight_bit_for_bit(gluon, sign, d
 
 
 @pytest.mark.parametrize("name", ["x", "dy", "weight", "scale_out", "scale_in"])
-def test_beyond_every_edge_an_infinity_finds_no_zero(gluon, name):
-    """Tokens, depth, rows and columns all end inside a tile: padding must not make NaN of it."""
+def test_padding_makes_no_nan_of_an_infinity(gluon, name):
+    """Tokens, depth, rows and columns all end inside a tile, where 0 times infinity would be NaN."""
     for place in (0, -1):
         p = with_infinity(make_problem(70, 200, 72, 1, BF16), name, place)
         got = gluon.solve(p)

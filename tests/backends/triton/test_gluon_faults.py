@@ -1,4 +1,4 @@
-"""Faults planted in the Gluon kernels' text, one at a time: the model or the yardstick must notice each."""
+"""Faults planted in the Gluon kernels' source, one at a time: the model or the yardstick must notice each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 
 @dataclass(frozen=True)
 class Fault:
-    """``old``, which stands once in a module of the kernels, becomes ``new`` and shows in the results of one pass."""
+    """Replaces ``old``, which occurs once in a module of the kernels, by ``new``; one pass must show it."""
 
     name: str
     seen_in: str
@@ -34,26 +34,12 @@ FAULTS = [
         "mbarrier.wait(full.index(stage), phase)",
         "mbarrier.wait(full.index(stage), phase ^ 1)",
     ),
-    Fault(
-        "reads before boxes land",
-        "grad_input",
-        "product",
-        "    mbarrier.wait(full.index(stage), phase)\n",
-    ),
+    Fault("reads before boxes land", "grad_input", "product", "    mbarrier.wait(full.index(stage), phase)\n"),
     Fault("claims the wrong phase", "grad_input", "product", "stage, phase = 0, 1", "stage, phase = 0, 0"),
     Fault("a phase that never turns", "forward", "product", "phase ^ 1 if wraps else phase", "phase"),
+    Fault("fetches without a claim", "forward", "product", "            mbarrier.wait(empty.index(stage), phase)\n"),
     Fault(
-        "fetches without a claim",
-        "forward",
-        "product",
-        "            mbarrier.wait(empty.index(stage), phase)\n",
-    ),
-    Fault(
-        "one reader frees a stage",
-        "forward",
-        "product",
-        "empty.index(stage), count=2",
-        "empty.index(stage), count=1",
+        "one reader frees a stage", "forward", "product", "empty.index(stage), count=2", "empty.index(stage), count=1"
     ),
     Fault("too few bytes expected", "forward", "product", "+ 128) + 4)", "+ 128))"),
     Fault("too many bytes expected", "grad_input", "product", "+ 128) + 4)", "+ 128) + 8)"),
@@ -116,12 +102,12 @@ FAULTS = [
     Fault("tiles of all groups in each", "forward", "launch", "ceil_div(row_tiles, groups)", "row_tiles"),
 ]
 
-#: In the order of work, in the arithmetic.
+#: One fault in the order of operations and one in the arithmetic; the others are slow tests.
 QUICK = ("forward: a stage freed under a product", "grad_scales: dv of one half over the other's")
 
 
 def complaint(gluon: Gluon, seen_in: str) -> str | None:
-    """What the machine or the yardstick has against one pass; None if nothing."""
+    """Return what the machine or the yardstick finds wrong with one pass, or None."""
     p = make_problem(600, 384, 392, 3, torch.bfloat16)
     for schedule in (Schedule("first"), Schedule("last"), Schedule("random", 1)):
         reason = _complaint(gluon, seen_in, p, schedule)

@@ -1,4 +1,4 @@
-"""The three kernels against float64, over shapes that are multiples of nothing."""
+"""The three kernels with small tiles against float64, over shapes with every kind of edge."""
 
 import itertools
 from dataclasses import replace
@@ -14,12 +14,12 @@ HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 #: The suite of all backends runs 16-bit dtypes over such shapes too.
 DTYPES = [SINGLE, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (BF16, HALF))]
 
-# small tiles, so that small problems meet many tiles, several splits and every kind of edge
+# small tiles, so that small problems have many tiles, several splits and every kind of edge
 SMALL = Choice(block_m=32, block_n=16, block_k=32, num_warps=4, num_stages=2)
 
 
 def solve(p: Problem, choice: Choice | None) -> Answer:
-    """All passes with one choice, grad_scales with a share for each two steps of its sum; None: the launcher's own."""
+    """All passes with one choice (None: the launcher's), grad_scales with a split for each two steps of its sum."""
     y = launch.forward(*p.forward_args, choice=choice)
     dx = launch.grad_input(p.dy, p.weight, p.scale_out, p.scale_in, choice=choice)
     scales = choice and replace(choice, splits=-(-len(p.x) // (2 * choice.block_m)))
@@ -57,7 +57,7 @@ def test_weight_of_another_dtype(triton_device, dtype, weight_dtype):
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_an_infinity_stays_out_of_padding_and_of_the_next_group(triton_device):
-    """Tiles of 16 rows and 32 columns over groups of 40 rows and 72 columns: half of each last tile is not its own."""
+    """With tiles of 16 x 32 and groups of 40 x 72, half of each last tile lies outside its group."""
     p = make_problem(9, 80, 72, 2, device=triton_device)
     for name in ("x", "weight", "scale_out", "scale_in", "dy"):
         setattr(p, name, getattr(p, name).abs())
@@ -69,18 +69,9 @@ def test_an_infinity_stays_out_of_padding_and_of_the_next_group(triton_device):
     assert formula.dv.isfinite().sum() == 71, "the first group's columns but for the last"
 
 
-@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
-def test_strides(triton_device, how):
-    p = make_problem(45, 26, 35, device=triton_device)
-    p.x, p.dy, p.weight = strided(p.x, how), strided(p.dy, how), strided(p.weight, how)
-    if how == "expanded":
-        assert p.dy.stride() == (0, 0)
-    check(p, solve(p, SMALL))
-
-
 @pytest.mark.parametrize("how", ["transposed", "expanded", "shifted"])
-def test_activations_are_copied_where_that_alone_makes_them_load_by_vectors(triton_device, how, monkeypatch):
-    """What ``y.sum().backward()`` gives is one number, and every tile would load it by the element."""
+def test_activations_are_copied_if_their_layout_alone_prevents_vector_loads(triton_device, how, monkeypatch):
+    """The gradient of ``y.sum()`` is one expanded number, which every tile would load one element at a time."""
     loaded = []
     real = launch.start
     monkeypatch.setattr(launch, "start", lambda kernel, *a: (loaded.append((kernel, a[1][:2])), real(kernel, *a)))
@@ -97,11 +88,11 @@ def test_activations_are_copied_where_that_alone_makes_them_load_by_vectors(trit
 
 
 def _shifted(t):
-    """The same, one element into its storage."""
+    """A copy that begins one element after its storage does."""
     return torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape).copy_(t)
 
 
-def test_rows_are_taken_for_aligned_only_where_they_are(triton_device):
+def test_which_rows_count_as_aligned(triton_device):
     x = torch.zeros(8, 32, dtype=HALF, device=triton_device)
     cases = {
         "whole": (x, True),
@@ -116,25 +107,9 @@ def test_rows_are_taken_for_aligned_only_where_they_are(triton_device):
     assert {name: launch._aligned(t) for name, (t, _) in cases.items()} == {n: found for n, (_, found) in cases.items()}
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
-def test_negative_powers_of_two_equal_a_prescaled_weight_bit_for_bit(triton_device, dtype):
-    """1 + uv = -2 or -1/2 rounds nothing, so rescaling must change no bit of the product."""
-    p = make_problem(50, 32, 48, 2, dtype, bias=False, shift=False, device=triton_device)
-    p.scale_out = 1.0 - 0.5 * (torch.arange(32, device=triton_device)[:, None] % 2)
-    p.scale_in = torch.full_like(p.scale_in, -3.0)
-    scale = 1 + p.scale_out * p.scale_in[0, 0, 0]
-    assert set(scale.flatten().tolist()) == {-2.0, -0.5}
-    plain = make_problem(50, 32, 48, 2, dtype, bias=False, shift=False, device=triton_device)
-    plain.weight = (plain.weight.float() * scale).to(dtype)
-    plain.scale_out = torch.zeros_like(plain.scale_out)
-    a, b = solve(p, SMALL), solve(plain, SMALL)
-    assert torch.equal(a.y, b.y)
-    assert torch.equal(a.dx, b.dx)
-
-
 @pytest.mark.usefixtures("interpreted")
 def test_the_order_of_programs_does_not_matter(monkeypatch):
-    """Two programs that wrote one place differently would race on a GPU; run backwards, they would show here."""
+    """Two programs that write different values to one place would race on a GPU; the reverse order shows it here."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     p = make_problem(40, 30, 72, 3)  # tiles that are cut short by their group's end
@@ -181,7 +156,7 @@ def test_tf32_follows_pytorchs_flag(gpu):
 
 @pytest.mark.gpu
 def test_offsets_beyond_int32(gpu):
-    """M * N above 2**31 in y, in dy of both backward kernels, and M * K in x: rows need 64-bit offsets."""
+    """With M * N above 2**31 in y and dy, and M * K in x, rows need 64-bit offsets."""
     m, wide, narrow = 2**22 + 5, 520, 8
     small = make_problem(64, wide, narrow, dtype=BF16, device=gpu)
     x, dy = (torch.zeros(m, width, dtype=BF16, device=gpu) for width in (narrow, wide))
@@ -200,7 +175,7 @@ def test_offsets_beyond_int32(gpu):
     assert torch.equal(y[-64:], launch.forward(*flipped.forward_args))
 
 
-def test_a_numpy_that_the_interpreter_does_not_take_is_said_in_one_sentence(monkeypatch):
+def test_a_numpy_that_the_interpreter_cannot_use_is_reported(monkeypatch):
     x = torch.zeros(1, 1)
     monkeypatch.setattr(launch, "interpreting", lambda: True)
     found = {}

@@ -1,4 +1,4 @@
-"""Sums that are shared out: over the depth in forward and grad_input, over slices of rows in grad_scales."""
+"""Split sums: over the depth in forward and grad_input, and over slices of rows in grad_scales."""
 
 import dataclasses
 

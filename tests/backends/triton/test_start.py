@@ -1,11 +1,11 @@
-"""Handles of compiled kernels; ``driver/`` shows that a launch by one is the launch that Triton's binder makes."""
+"""Which calls start a kept compiled kernel. ``driver/`` shows that such a launch equals the binder's."""
 
 import torch
 
 from rlrr_kernels.backends.triton import start as start_module
 
 
-def test_handles_are_given_up_when_there_are_too_many(monkeypatch):
+def test_kept_kernels_are_dropped_if_there_are_too_many_and_not_used_where_the_code_differs(monkeypatch):
     class Handle:
         def __getitem__(self, grid):
             return lambda *args: calls.append(("handle", grid, args))
@@ -28,12 +28,12 @@ def test_handles_are_given_up_when_there_are_too_many(monkeypatch):
 
     for free, size in enumerate((1, 2, 1, 3, 1)):
         start(free, size)
-    # the third key finds two, and both are gone; the first is asked for anew
+    # the third key finds two kernels kept and drops both, so the first key goes through the binder again
     assert [c if c == "binder" else c[1] for c in calls] == ["binder", "binder", (4, 1, 1), "binder", "binder"]
     assert calls[2][2] == (x, 2, 1, 16)
     assert len(handles) == 2
     start(2**31, 1)
-    assert calls[-1] == "binder", "64 bits are other code"
+    assert calls[-1] == "binder", "the code for 64-bit integers is another"
     kernel.pre_run_hooks = [print]
     start(1, 1)
-    assert calls[-1] == "binder", "hooks want to be called"
+    assert calls[-1] == "binder", "hooks must be called"

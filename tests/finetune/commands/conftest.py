@@ -1,4 +1,4 @@
-"""A small file of real digits, and one run on it that all readers of runs share."""
+"""A small file of real digits, and one run on it that all tests of commands share."""
 
 import json
 
@@ -7,15 +7,14 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from rlrr_kernels.finetune import run_folder
 from rlrr_kernels.finetune.__main__ import main
 
-#: Of every run here: quick, on the CPU, without side files.
+#: Options of every run: quick, on the CPU, without TensorBoard.
 QUICK = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "16", "--device", "cpu", "--no-tensorboard"]
 
 
 def status(*words):
-    """Exit status of ``rlrr-finetune``, whichever way it ends."""
+    """Run ``rlrr-finetune`` and return its exit status."""
     try:
         return main([str(word) for word in words])
     except SystemExit as stop:
@@ -64,9 +63,3 @@ def vtab(tmp_path):
 
 def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    """Curves are drawn and looked at in tests/finetune/test_loop.py; here they would be most of the time."""
-    monkeypatch.setattr(run_folder, "draw_curves", lambda metrics: b"")

@@ -17,7 +17,7 @@ from tests.finetune.data.folders import write_classes
 
 
 def write_folder(root, test):
-    """Class folders: so many test images of each, and two to train on."""
+    """Write class folders with these numbers of test images, and two training images each."""
     write_classes(root / "train", dict.fromkeys(test, 2))
     write_classes(root / "test", test)
     return root
@@ -42,12 +42,12 @@ def always_horse(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def named(always_horse):
-    """Its labels are in no alphabetical order, as those of many datasets."""
+    """Its labels are not in alphabetical order, as in many datasets."""
     return always_horse("named", ["horse", "cat", "dog"])
 
 
 def evaluated(capsys, *words):
-    """(accuracy, loss, rows by class, all that was said)."""
+    """(accuracy, loss, rows by class, whole output)."""
     capsys.readouterr()
     assert status("eval", *words, "--per-class", "--device", "cpu") == 0
     out = capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_a_run_keeps_the_names_of_its_folders(tmp_path, capsys):
     assert accuracy == round(metrics_of(tmp_path / "run")["test_accuracy"], 4)
     assert [(row[0], row[2]) for row in rows] == [("a cat", "2"), ("dog", "3")]
     assert "by their number" not in out
-    # the same images in folders of other names, in reverse order: by label, each answer would be wrong
+    # the same images in renamed folders, in reverse order: matched by label, each answer would be wrong
     write_folder(tmp_path / "renamed", {"1 dog": 3, "2 cat": 2})
     assert status("eval", tmp_path / "run", "--data", tmp_path / "renamed") == 2
     error = capsys.readouterr().err
@@ -99,7 +99,7 @@ def test_a_class_that_the_run_does_not_know_is_refused(named, tmp_path, capsys):
 
 
 def test_where_one_has_no_names_labels_are_taken_as_they_are(named, always_horse, tmp_path, capsys):
-    """As before there were names: arrays with labels, and adapters of before."""
+    """Arrays with labels, and adapters without names."""
     labels = np.array([0, 0, 0, 1, 2])
     arrays = {
         f"{split}_{what}": values

@@ -1,4 +1,4 @@
-"""``rlrr-finetune eval``: the run's own figure again, and figures on other images."""
+"""``rlrr-finetune eval``: the run's own result, and results on other images."""
 
 import re
 import shutil
@@ -57,7 +57,7 @@ def test_the_validation_split_gives_the_chosen_epoch_s_figure(tuned, capsys):
 
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_another_seed_s_split_is_not_to_be_had(tuned, capsys, split):
-    """Most of its validation images would be ones that the run was trained on."""
+    """The run was trained on most of the validation images of another seed."""
     assert status("eval", tuned, "--split", split, "--seed", "3") == 2
     assert "--seed" in capsys.readouterr().err
 

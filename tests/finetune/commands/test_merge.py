@@ -1,4 +1,4 @@
-"""``rlrr-finetune merge``: what is written is timm's model, and computes what the tuned one does."""
+"""``rlrr-finetune merge``: the file is timm's model, and equivalent to the tuned one."""
 
 from unittest import mock
 
@@ -36,7 +36,7 @@ def test_the_file_loads_into_timm_and_gives_the_tuned_logits(tuned, tmp_path, ca
     with torch.no_grad():
         expected, got = tuned_model(tuned)(images), model(images)
     assert (got - expected).abs().max() <= bound * expected.abs().max()
-    # the base model with the new head is far from it
+    # the base weights differ clearly
     assert (state["blocks.0.attn.qkv.weight"].float() - tuned_model(tuned).blocks[0].attn.qkv.weight).abs().max() > 1e-3
     said = capsys.readouterr().out
     assert f"timm.create_model('{Settings.model}', num_classes=10), strict=True" in said

@@ -17,7 +17,7 @@ from rlrr_kernels.finetune.distributed import World
 from rlrr_kernels.finetune.settings import Settings, settings_from
 from tests.finetune.commands.conftest import QUICK, metrics_of, status
 
-#: Two learning rates far apart: the choice is no accident.
+#: Two learning rates far apart, so that the choice is clear.
 GRID = ["--lrs", "1e-6", "1e-2", "--weight-decays", "5e-5", "--method", "linear", "--warmup-lr", "1e-8", *QUICK]
 
 
@@ -56,7 +56,7 @@ def test_it_chooses_on_validation_and_tests_the_choice_once(data, tmp_path, caps
 
 
 def test_a_run_of_the_grid_that_reaches_for_test_images_fails(data, tmp_path, capsys):
-    """Even if the loop forgot that it was told not to test."""
+    """Even if the training loop ignored ``test=False``."""
     real = sweep.train
     with mock.patch.object(sweep, "train", lambda prepared, test: real(prepared, test=True, quiet=True)):
         assert start(data, tmp_path / "s") == 1
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused_by_name(data, tmp_path, capsys, words, mes
 
 
 def test_a_sweep_goes_on_from_another_folder_and_with_images_that_were_moved(data, tmp_path, capsys, monkeypatch):
-    """Not with other images in their place."""
+    """Other images in their place are refused."""
     few = ["--lrs", "1e-2", "--no-final"]
     monkeypatch.chdir(data.parent)
     assert start(data.name, tmp_path / "s", *few) == 0

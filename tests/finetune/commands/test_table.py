@@ -1,11 +1,10 @@
-"""``rlrr-finetune table``: which runs count, what is averaged, and what stands beside it."""
+"""``rlrr-finetune table``: which runs count, what is averaged, and what is printed beside it."""
 
 import json
 import re
 
 import pytest
 
-from rlrr_kernels.finetune.commands import results
 from rlrr_kernels.finetune.recipes import BACKBONE, VTAB_GROUPS, recipe
 from tests.finetune.commands.conftest import status
 
@@ -262,7 +261,7 @@ def test_lora_s_rank_makes_a_column_and_options_of_other_methods_none(tmp_path, 
 
 
 def test_a_setting_that_is_not_recorded_has_its_default(tmp_path, capsys):
-    """As in runs of before there was such a setting."""
+    """As in runs from before the setting was added."""
     write(tmp_path / "a", seed=0)
     write(tmp_path / "b", seed=1, init="paper", ema=0.0, epochs=20)
     (column,) = summary(capsys, tmp_path)["columns"]
@@ -281,7 +280,7 @@ def test_other_settings_in_which_tasks_of_a_mean_differ_are_named(tmp_path, caps
         assert status("table", tmp_path, "--format", form) == 0
         out = capsys.readouterr().out
         assert "Column 1 averages over tasks that differ in drop_path, flip (as in their recipes); epochs, lr." in out
-    # a benchmark of which there is one task mixes nothing
+    # one task has nothing to differ from
     assert summary(capsys, tmp_path / "a")["columns"][0]["benchmarks"]["vtab"]["differ"] == {}
 
 
@@ -295,10 +294,3 @@ def test_paths_without_runs_are_refused(tmp_path, capsys):
 def test_a_real_run_is_read(tuned, capsys):
     (column,) = summary(capsys, tuned)["columns"]
     assert (column["method"], column["protocol"]) == ("rlrr", "choose-epoch")
-
-
-def test_a_group_without_tasks_is_no_zero():
-    means = results.means("vtab", {"vtab/cifar": results.Cell((0.4,), (0,), {})})
-    assert means is not None
-    assert (means.over_tasks, means.of_groups, dict(means.groups)) == (0.4, 0.4, {"natural": 0.4})
-    assert results.means("vtab", {"fgvc/cub": results.Cell((0.4,), (0,), {})}) is None

@@ -1,4 +1,4 @@
-"""One run from the command line: recipes, what replaces them, and resuming."""
+"""``rlrr-finetune train``: recipes, options that replace them, and resuming."""
 
 import shutil
 from unittest import mock
@@ -24,7 +24,7 @@ def test_without_a_task_the_defaults_hold():
 
 
 def test_a_given_value_that_equals_the_default_still_beats_the_recipe(tmp_path):
-    """0 is the default drop path; a parser that compared with defaults would take the recipe's 0.3."""
+    """0 is the default drop path; a comparison with defaults would choose the recipe's 0.3."""
     given = {"task": "vtab/kitti", "data_root": tmp_path, "drop_path": Settings.drop_path}
     assert settings_from(given).drop_path == 0.0
 
@@ -108,7 +108,7 @@ def test_resume_alone_goes_on_with_the_run_s_own_settings(data, tmp_path, capsys
 
 
 def test_resume_into_an_empty_folder_takes_the_given_options(data, tmp_path):
-    """It has no settings of its own, so that they must be given."""
+    """The folder has no settings, so they must be given."""
     (tmp_path / "run").mkdir()
     assert status("--resume", tmp_path / "run", "--data", data, "--lr", "0.004", *QUICK) == 0
     assert metrics_of(tmp_path / "run")["settings"]["lr"] == 0.004
@@ -116,7 +116,7 @@ def test_resume_into_an_empty_folder_takes_the_given_options(data, tmp_path):
 
 @pytest.fixture
 def pets(tmp_path, monkeypatch):
-    """The working folder, in which lies a folder of images by a relative name; and a run on it that was stopped."""
+    """The working folder, with a folder of images and an interrupted run on them by a relative path."""
     home = tmp_path / "home"
     for split, grey in (("train", 10), ("test", 200)):
         write_classes(home / "some pets" / split, {"cat": 8, "hen": 8}, grey=grey)
@@ -152,7 +152,7 @@ def test_images_that_were_moved_are_given_by_their_new_place(pets, tmp_path, cap
     assert f"data: expected the images of the run, got others in {other}: other names" in capsys.readouterr().err
     assert status("--resume", "run", "--data", "../moved") == 0
     assert metrics_of(pets / "run")["settings"]["data"] == str(tmp_path / "moved")
-    # what validated the run must be what is called so now
+    # the validation images must be those of the run
     shutil.rmtree(tmp_path / "moved" / "train" / "hen")
     shutil.rmtree(tmp_path / "moved" / "test" / "hen")
     write_classes(tmp_path / "moved" / "train", {"hen": 9}, grey=10)

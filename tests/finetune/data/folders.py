@@ -21,19 +21,19 @@ def load(train=GREY, test=GREY, **settings) -> Splits:
 
 def write_image(path: Path, red: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # grey, of which a JPEG of this quality loses nothing
+    # a JPEG of this quality keeps grey exactly
     Image.new("RGB", (10, 6), (red % 256,) * 3).save(path, quality=100)
 
 
 def red(images, index: int) -> int:
-    """What :func:`write_image` was told."""
+    """The value that :func:`write_image` was given."""
     return images.items[index][0].getpixel((0, 0))[0]
 
 
 def write_vtab(
     root: Path, task: str = "cifar", train: int = 6, val: int = 3, test: int = 4, shared: bool = False
 ) -> Path:
-    """A VTAB-1k task; image i of all is of class i modulo the task's and as red. Returns its folder.
+    """Write a VTAB-1k task and return its folder. Image i has class i modulo the number of classes, and red value i.
 
     As in the public copies each list has a folder of images, and train800val200 copies of the others'.
     ``shared``: train800val200 names the others' files, which have blanks in their names.
@@ -57,7 +57,7 @@ def write_vtab(
 
 
 def write_fgvc(root: Path, task: str = "flowers", name: str = "OxfordFlowers", images: str = ".") -> Path:
-    """An FGVC task whose class ids are 3, 13, 23, ...: all of them in train, every second in val and test."""
+    """Write an FGVC task with class ids 3, 13, 23, ...: all of them in train, every second in val and test."""
     folder, lists, number = root / name, {}, 0
     ids = [3 + 10 * label for label in range(FGVC[task].classes)]
     for split, own in (("train", ids), ("val", ids[::2]), ("test", ids[1::2])):
@@ -74,7 +74,7 @@ def write_fgvc(root: Path, task: str = "flowers", name: str = "OxfordFlowers", i
 
 
 def write_classes(root: Path, counts: dict[str, int], grey: int = 100) -> None:
-    """Class folders with so many images each."""
+    """Write class folders with these numbers of images."""
     for label, (name, count) in enumerate(counts.items()):
         for i in range(count):
             write_image(root / name / f"image {i}.png", grey + label)

@@ -33,7 +33,7 @@ def test_digits_are_split_as_vtab_does_stratified_and_disjoint():
 
 
 def test_every_seed_has_the_same_test_digits():
-    """A sweep over seeds must not choose by images that another of its seeds is tested on."""
+    """Otherwise a sweep would validate one seed on test images of another."""
     first, other = (load(data="digits", seed=seed).test.items for seed in (0, 3))
     assert all(first[i][1] == other[i][1] and first[i][0].tobytes() == other[i][0].tobytes() for i in range(797))
 
@@ -116,7 +116,7 @@ def test_16_bit_arrays_are_scaled_to_their_full_range(tmp_path):
 
 
 def test_validation_images_of_an_npz_are_used_by_whatever_usual_name(tmp_path):
-    """As MedMNIST has them, whose labels are columns."""
+    """As in MedMNIST, whose labels are columns."""
     arrays = _slice()
     arrays |= {"valid_images": arrays["test_images"][:3] + 1, "valid_labels": np.arange(3)[:, None], "meta": np.ones(1)}
     np.savez(tmp_path / "a.npz", **arrays)
@@ -187,8 +187,3 @@ def test_a_file_that_is_no_npz_or_not_there_is_named(tmp_path):
     (tmp_path / "b.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"data: .*/b\.npz is damaged or no .npz archive: "):
         load(data=str(tmp_path / "b.npz"))
-
-
-def test_an_unknown_name_says_what_is_known():
-    with pytest.raises(ValueError, match=r"data: expected digits, fashion-mnist, .* got 'digitz'"):
-        load(data="digitz")

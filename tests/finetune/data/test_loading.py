@@ -1,4 +1,4 @@
-"""Batches of images that are kept, and of such that are decoded anew: the same bits, by the same draws."""
+"""Batches have the same bits whether images are kept or decoded in each epoch."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ class Counted(Listed):
 
 @pytest.fixture
 def entries(tmp_path, monkeypatch):
-    """Images of several sizes, every third of them grey; temporary files go into a folder of the test's own."""
+    """Images of several sizes, every third grey. Temporary files go into ``tmp_path / "kept"``."""
     (tmp_path / "kept").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "kept"))
     entries = [Entry(str(tmp_path / f"{i}.jpg"), i % 3, "") for i in range(COUNT)]
@@ -55,7 +55,7 @@ def image_set(entries, seed=5, items=Counted, **options):
 
 
 def epochs(images, count=3, workers=2):
-    """Every batch of so many epochs: (images, labels)."""
+    """All batches of several epochs: (images, labels)."""
     order, found = Batches(len(images), 3, World(), seed=1), []
     for order.epoch in range(count):
         found += loading.batches(images, order, CPU, workers)
@@ -70,7 +70,7 @@ def same(one, other):
 
 
 def whole_transform(train, resize, flip):
-    """As one chain of torchvision's transforms, on one image at a time."""
+    """The same as a chain of torchvision's transforms, for one image."""
     crop = [v2.RandomCrop([16, 24]) if train else v2.CenterCrop([16, 24])] if resize == "crop" else []
     return v2.Compose(
         [
@@ -118,7 +118,7 @@ def whole_of(whole, plain, epoch, index):
 def test_each_image_is_decoded_once_and_no_file_is_left(entries, tmp_path):
     images = image_set(entries)
     loading.keep(images, World(), 3, 2**30)
-    # the first also tells the shape
+    # the first image is read once more for its shape
     assert sorted(images.items.asked) == [0, *range(COUNT)]
     assert list((tmp_path / "kept").iterdir()) == []
 
@@ -137,7 +137,7 @@ def test_without_room_one_line_says_so_and_images_are_decoded_anew(
     expected = epochs(images)
     if fault:
         monkeypatch.setattr(os, "posix_fallocate", fault)
-    # what a disk lacks counts as taken: processes on other machines may have it, and must reckon alike
+    # counted as used though the disk is full: all machines must count alike
     assert loading.keep(images, World(), 1, room, quiet=False) == (COUNT * (16 * 24 * 3 + 8) if fault else 0)
     assert images.kept is None
     err = capsys.readouterr().err

@@ -40,18 +40,13 @@ def test_torchvision_names_go_to_timms_factory(tmp_path, monkeypatch):
     splits = load(data="torch/cifar10", data_root=tmp_path)
     assert calls == [("torch/cifar10", s, str(tmp_path), True) for s in ("train", "test")]
     assert [len(s) for s in (splits.train, splits.val, splits.test, splits.trainval)] == [8, 2, 4, 10]
-    # one of each class, by labels that are had with the images alone
+    # one image of each class; the labels come with the images
     assert {label for _, label in splits.val} == {0, 1}
     assert splits.classes == 2
 
 
-def test_a_torchvision_name_needs_a_root():
-    with pytest.raises(ValueError, match="data_root: expected a folder to keep torch/cifar10 in, got none"):
-        load(data="torch/cifar10")
-
-
 class Reader:
-    """As timm's readers: open files and labels. The last image is damaged."""
+    """Returns open files and labels as timm's readers do. The last image is damaged."""
 
     class_to_idx = {"cat": 0, "dog": 1}  # noqa: RUF012
 
@@ -77,7 +72,7 @@ def test_an_image_that_cannot_be_read_is_an_error_not_the_next_image(monkeypatch
     assert [splits.test[i][1] for i in range(4)] == [0, 1, 0, 1]
     with pytest.raises(OSError, match=r"image /hub/image 4\.png cannot be read"):
         splits.test[4]
-    # so it is where labels are known by reading images alone
+    # the same if labels are known only by reading the images
     reader = Reader()
     with pytest.raises(OSError, match=r"image /hub/image 4\.png cannot be read"):
         load(data="hfds/owner/pets")
@@ -90,7 +85,7 @@ def test_a_dataset_that_does_not_name_its_classes_is_refused(tmp_path, monkeypat
 
 
 def test_of_processes_that_share_a_root_one_downloads_at_a_time(tmp_path, monkeypatch):
-    """As under torchrun; threads here, which exclude each other as processes do."""
+    """Threads stand for the processes of torchrun: the lock treats them alike."""
     inside, most = [], []
 
     def create(name, split, **options):
@@ -113,7 +108,7 @@ def test_of_processes_that_share_a_root_one_downloads_at_a_time(tmp_path, monkey
 
 
 def test_a_root_that_cannot_be_written_is_read_without_a_lock(tmp_path, monkeypatch):
-    """A dataset that is there already may lie on a disk that others keep."""
+    """The dataset may be on a read-only disk."""
     monkeypatch.setattr(named, "create_dataset", lambda *args, **options: Tiny(10))
     monkeypatch.setattr(named.os, "access", lambda path, mode: False)
     assert load(data="torch/cifar10", data_root=tmp_path).classes == 2
@@ -130,7 +125,7 @@ def test_folders_of_torchvision_show_16_bits_in_full_range(tmp_path):
 
 
 class Targets(Tiny):
-    """As torchvision's datasets: labels at hand."""
+    """Has labels without images, as torchvision's datasets do."""
 
     def __init__(self, targets):
         super().__init__(len(targets))
@@ -138,7 +133,7 @@ class Targets(Tiny):
 
 
 class Columns(dict):
-    """As a dataset of the Hugging Face hub: a column by name."""
+    """Columns by name, as in a dataset of the Hugging Face hub."""
 
     column_names = property(list)
 
@@ -156,7 +151,7 @@ def create_from(train, test):
 
 @pytest.mark.parametrize("wrong", [[-1] * 4, torch.tensor([0, 1, -1, -1]), [0, 1, None, 1], [0, 2, 1, 0]])
 def test_a_label_out_of_range_is_found_before_training(tmp_path, monkeypatch, wrong):
-    """An unlabelled test split has -1 everywhere: without the check, found when all epochs are done."""
+    """An unlabelled test split has -1 everywhere, which would otherwise be found after all epochs."""
     first = next((i, x) for i, x in enumerate(list(map(int_or_none, wrong))) if x not in (0, 1))
     match = rf"data: 'torch/x', split test: image {first[0]} has label {first[1]}, expected 0 to 1"
     monkeypatch.setattr(named, "create_dataset", create_from(Targets([0, 1] * 5), Targets(wrong)))
@@ -166,7 +161,7 @@ def test_a_label_out_of_range_is_found_before_training(tmp_path, monkeypatch, wr
     monkeypatch.setattr(named, "create_dataset", create_from(train, test))
     with pytest.raises(ValueError, match=match.replace("torch", "hfds")):
         load(data="hfds/x")
-    # the training images are no better checked than the test's
+    # training labels are checked as well
     monkeypatch.setattr(named, "create_dataset", create_from(test, train))
     with pytest.raises(ValueError, match="split train: image"):
         load(data="hfds/x")

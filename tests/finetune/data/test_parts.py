@@ -52,7 +52,7 @@ def photographs(tmp_path):
 
 @pytest.fixture(params=[10, 1], ids=["short list", "long list"])
 def limit(request, monkeypatch):
-    """How long a list may be for its images to be decoded; the lists here have three."""
+    """The length up to which images are decoded; the lists of these tests have three images."""
     monkeypatch.setattr(parts, "DECODED_UP_TO", request.param)
 
 
@@ -66,7 +66,7 @@ def rewrite(entry, change):
 @pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize("kept", [0.5, 0.99])
 def test_a_jpeg_that_is_cut_off_is_found_beforehand(photographs, kept):
-    """Its header is whole, and Pillow's verify says nothing."""
+    """Its header is complete, and Pillow's verify does not notice."""
     check_images(photographs)
     rewrite(photographs[1], lambda content: content[: int(len(content) * kept)])
     with pytest.raises(OSError, match=r"^my list:2: image .*/1\.jpg cannot be read: .*truncated"):
@@ -103,7 +103,7 @@ def test_other_formats_that_are_cut_off_are_found_beforehand(tmp_path, name):
 
 
 def test_of_long_lists_a_file_with_header_and_end_is_not_decoded(photographs, monkeypatch):
-    """Else the check would take minutes for the 73,728 test images of a VTAB-1k task."""
+    """Otherwise the check would take minutes for the 73,728 test images of a VTAB-1k task."""
     monkeypatch.setattr(parts, "DECODED_UP_TO", 2)
     decoded = []
     monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", lambda self: decoded.append(self.format))
@@ -131,7 +131,7 @@ def test_a_fifth_is_set_aside_by_the_seed():
 
 @pytest.mark.parametrize("sizes", [(100, 100, 100), (5, 25, 10), (3, 7, 1, 1, 12, 2), (1,) * 90 + (2,) * 5])
 def test_classes_are_set_aside_in_proportion(sizes):
-    """A class of one image is no part of it: nothing would be left to train on."""
+    """Classes of one image are not drawn from, as no image would be left to train on."""
     labels = [label for label, size in enumerate(sizes) for _ in range(size)]
     aside = [labels[i] for i in set_aside(labels, 0)[1]]
     assert len(aside) == round(sum(size for size in sizes if size > 1) / 5)
@@ -142,7 +142,7 @@ def test_classes_are_set_aside_in_proportion(sizes):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_each_class_keeps_an_image_to_train_on(seed):
-    """Drawn without regard to classes, one or two of twenty lose both of theirs by three of these seeds."""
+    """A draw that ignores classes takes both images of one or two classes for three of these seeds."""
     labels = [label for label in range(20) for _ in range(2)] + [20]
     kept, aside = set_aside(labels, seed)
     assert {labels[i] for i in kept} == set(range(21))
@@ -196,7 +196,7 @@ def files(folder, **contents):
 
 
 def test_equal_contents_are_counted_and_a_pair_named(tmp_path):
-    """Not of equal size alone, nor of equal size and end."""
+    """Equal size, or equal size and end, are not enough."""
     end = bytes(parts.END)
     train = files(tmp_path, a=b"1234", b=b"one" + end, c=b"xy")
     test = files(tmp_path / "test", d=b"4321", e=b"two" + end, f=b"one" + end, g=b"1234", h=b"1")

@@ -30,7 +30,7 @@ def edit(file, line, text):
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own copies", "shared paths"])
 def test_the_four_lists_are_read(root, shared):
-    """The joint list names copies of the images, as the public bundle's does, or the images themselves."""
+    """The joint list names copies of the images, as in the public copies, or the images themselves."""
     folder = write_vtab(root, shared=shared)
     splits = vtab(root)
     assert splits.classes == 100
@@ -164,15 +164,6 @@ def test_an_unreadable_image_of_any_list_is_found_before_training(root, split):
         vtab(root)
 
 
-def test_a_task_needs_its_root_and_a_known_name(tmp_path):
-    with pytest.raises(
-        ValueError, match="data_root: expected the folder that holds the images of vtab/cifar, got none"
-    ):
-        load(task="vtab/cifar")
-    with pytest.raises(ValueError, match=r"task: .* got 'vtab/cifar10'; did you mean vtab/cifar\?"):
-        load(task="vtab/cifar10", data_root=tmp_path)
-
-
 def fgvc(root, task="flowers", suite="fgvc", **options):
     return load(task=f"{suite}/{task}", data_root=root, **options)
 
@@ -183,7 +174,7 @@ def edit_json(folder, split, change):
 
 
 def test_class_ids_are_counted_once_over_all_lists(root):
-    """Counted in each list, as the published code does, val's labels would be 0 to 50."""
+    """Numbered for each list, as in the published code, the labels of val would be 0 to 50."""
     write_fgvc(root)
     for splits in (fgvc(root), fgvc(root, suite="fgvc-aug")):
         assert splits.classes == 102

@@ -81,20 +81,8 @@ class Case:
         return repr({name: value for name, value in asdict(self).items() if value != getattr(Case, name)})
 
 
-@dataclass
-class Inputs:
-    """The tensors of a case as a user would pass them, and dy in the shape of y."""
-
-    x: Tensor
-    weight: Tensor
-    scale_out: Tensor
-    scale_in: Tensor
-    bias: Tensor | None
-    shift: Tensor | None
-    dy: Tensor
-
-    def args(self) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(self, name) for name in NAMES)
+class Inputs(Problem):
+    """The tensors of a case as a user passes them, and dy in the shape of y."""
 
     def given(self) -> dict[str, Tensor]:
         return {name: t for name, t in vars(self).items() if t is not None}

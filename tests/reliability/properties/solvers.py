@@ -39,7 +39,7 @@ def through_autograd(name: str) -> Callable[[Case, Inputs], Results]:
     """As users call it."""
 
     def solve(case: Case, inputs: Inputs) -> Results:
-        tensors = [None if t is None else t.detach() for t in inputs.args()]
+        tensors = [None if t is None else t.detach() for t in inputs.forward_args]
         needed = [n for n, t, need in zip(NAMES, tensors, case.needs, strict=True) if t is not None and need]
         for given_name, t in zip(NAMES, tensors, strict=True):
             if given_name in needed:

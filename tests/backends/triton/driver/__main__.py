@@ -1,7 +1,7 @@
-"""Launch cases on GPUs that are not there: ``python -m tests.backends.triton.driver [quick|variants|grid|wrong]...``
+"""Launches kernels without a GPU: ``python -m tests.backends.triton.driver [quick|variants|grid|capture]...``
 
-With whichever Triton the interpreter finds. Prints a line of JSON for each op of each case: the driver's log of its
-first and of its second call, and how often Triton's binder was asked in each. Ends in 1 if a call was refused.
+It uses the Triton that is installed. It prints a line of JSON for each op of each case, with the driver's log of the
+first and second call and how often Triton's binder was called in each. It exits with 1 if a call was refused.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from tests.backends.triton.driver import cases, wrong
+from tests.backends.triton.driver import cases
 from tests.backends.triton.driver.stand_in import Machine
 
 asked = [0]
 
 
 def logged(machine: Machine, call: Callable[[], Any]) -> dict[str, Any]:
-    """What the driver was asked, how often the binder was, and the error if there was one."""
+    """Return the driver's log of a call, how often the binder was called, and the error if there was one."""
     asked[0] = 0
     error = ""
     try:
@@ -41,7 +41,7 @@ def report(found: dict[str, Any]) -> None:
 
 
 def launched(machine: Machine, case: cases.Case) -> bool:
-    """Both calls of each op of a case; whether the driver accepted them all."""
+    """Call each op of a case twice; return whether the driver accepted all calls."""
     machine.device = case.device
     machine._exchange(case.current)
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
@@ -66,9 +66,9 @@ def main(groups: list[str]) -> int:
     refused = 0
     with mock.patch.object(JITFunction, "run", counting), Machine(cases.DEVICES) as machine:
         for group in groups:
-            if group == "wrong":
-                for name, reason, call in wrong.calls(machine):
-                    report({"wrong": name, "expected": reason, **logged(machine, call)})
+            if group == "capture":
+                for name, call in cases.while_capturing(machine):
+                    report({"capture": name, **logged(machine, call)})
             else:
                 refused += sum(not launched(machine, case) for case in getattr(cases, group.upper()))
     print(f"Triton {triton.__version__}: {refused} cases refused", file=sys.stderr)
@@ -76,4 +76,4 @@ def main(groups: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["quick", "variants", "grid", "wrong"]))
+    sys.exit(main(sys.argv[1:] or ["quick", "variants", "grid", "capture"]))

@@ -1,8 +1,8 @@
-"""What is launched at the stand-in, and what it must refuse."""
+"""Problems to launch on the stand-in for a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from rlrr_kernels.backends.triton import launch, norm
 from rlrr_kernels.backends.triton.choose import Choice, Device
+from tests.backends.triton.driver.stand_in import Machine
 
 #: The machine's GPUs: data sheets' multiprocessors and shared memory.
 DEVICES = (
@@ -128,7 +129,7 @@ def _rows(shape: tuple[int, int], dtype: torch.dtype, layout: str) -> torch.Tens
 
 
 def tensors(case: Case) -> dict[str, torch.Tensor]:
-    """x, dy, W, u, v, b and f of a case, by name."""
+    """Return x, dy, W, u, v, b and f of a case, by name."""
     m, n, k, groups = case.shape
     dtype, weight, scales = (getattr(torch, d) for d in (case.dtype, case.weight or case.dtype, case.scales))
     offsets = torch.float32 if case.offsets in ("no bias", "unaligned") else getattr(torch, case.offsets)
@@ -145,7 +146,7 @@ def tensors(case: Case) -> dict[str, torch.Tensor]:
 
 
 def calls(case: Case, t: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]]:
-    """The launcher's calls for a case, by op; ``layer_norm`` is forward and backward over x's rows."""
+    """Return the launcher's calls for a case, by op; ``layer_norm`` is forward and backward over x's rows."""
     x, dy, w, u, v, b, f = (t.get(name) for name in ("x", "dy", "w", "u", "v", "b", "f"))
     scales = case.choice and replace(case.choice, splits=2)
     args: Any = (w, u, v)
@@ -162,3 +163,22 @@ def calls(case: Case, t: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]
         "layer_norm": layer_norm_passes,
     }
     return {op: found[op] for op in case.ops}
+
+
+def while_capturing(machine: Machine) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield (name, call) of forward passes while a CUDA graph is captured and between captures, after ``QUICK``."""
+
+    def forward(**options: Any) -> Callable[[], Any]:
+        case = Case("", ops=("forward",), **options)
+        return calls(case, tensors(case))["forward"]
+
+    warm, larger, cold = forward(), forward(shape=(144, 256, 128, 2)), forward(dtype="float16")
+    machine.capture(True)
+    yield "a kernel that has run", warm
+    yield "another size, for the same kernel", larger
+    yield "first use", cold
+    machine.capture(False)
+    yield "first use after the capture", cold
+    machine.capture(True)
+    yield "after a first use", cold
+    machine.capture(False)

@@ -1,11 +1,11 @@
 // A libcuda.so.1 without a GPU: it launches nothing, and refuses what a driver refuses.
 //
-// Triton's own launcher runs on it. Limits are those of the driver API's manual (cuTensorMapEncodeTiled,
-// cuLaunchKernelEx, cuFuncSetAttribute); a call that meets none of them is accepted and does nothing. Every call that
-// loads, encodes or launches is logged, with what was wrong with it if it was refused, as a line of JSON.
-// What a launch is given is read as the GPU would: by the table of parameters in the kernel's own binary.
+// Triton's own launcher runs on it. Limits are those of the driver API's manual (cuLaunchKernelEx, cuFuncSetAttribute);
+// a call within them is accepted and does nothing. Every call that loads or launches is logged as a line of JSON, with
+// the reason if it was refused. The parameters of a launch are read as the GPU would read them: by the table of
+// parameters in the kernel's own binary.
 //
-// The stand_in_* functions are the test's side: they describe devices and memory, and hand out the log.
+// Tests call the stand_in_* functions, which describe devices and memory, and return the log.
 
 #include <cuda.h>
 #include <elf.h>
@@ -30,15 +30,6 @@ typedef struct {
   uint16_t size[PARAMETERS];
 } Function;
 
-// What is kept of a tensor map, in the place of the 128 bytes that the GPU would read. Triton clears a bit of the
-// second word for old drivers.
-typedef struct {
-  uint64_t magic, spare, address, dims[2], stride;
-  uint32_t box[2], swizzle, type;
-} Map;
-_Static_assert(sizeof(Map) <= sizeof(CUtensorMap), "a map must fit");
-
-static const uint64_t MAGIC = 0x6d61702d6f6b2121;
 static Device devices[DEVICES];
 static Function functions[FUNCTIONS];
 static int function_count, current = -1;
@@ -255,84 +246,12 @@ CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction function, const 
   return *clusters = 1, CUDA_SUCCESS;
 }
 
-// Tensor maps.
-
-static int element_bytes(CUtensorMapDataType type) {
-  switch (type) {
-    case CU_TENSOR_MAP_DATA_TYPE_UINT8:
-      return 1;
-    case CU_TENSOR_MAP_DATA_TYPE_UINT16:
-    case CU_TENSOR_MAP_DATA_TYPE_FLOAT16:
-    case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16:
-      return 2;
-    case CU_TENSOR_MAP_DATA_TYPE_INT64:
-    case CU_TENSOR_MAP_DATA_TYPE_UINT64:
-    case CU_TENSOR_MAP_DATA_TYPE_FLOAT64:
-      return 8;
-    default:
-      return 4;
-  }
-}
-
-CUresult cuTensorMapEncodeTiled(CUtensorMap* tensor_map, CUtensorMapDataType type, cuuint32_t rank, void* address,
-                                const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
-                                const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-  static const uint64_t spans[] = {UINT64_MAX, 32, 64, 128};  // bytes of a box's row, by the swizzle
-  begin("cuTensorMapEncodeTiled");
-  note(", \"device\": %d", current);
-  // more than this model of a map holds, and nothing of ours asks for it
-  if (rank != 2 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle > CU_TENSOR_MAP_SWIZZLE_128B) {
-    refuse("rank %u, interleave %d, swizzle %d: not modelled", rank, interleave, swizzle);
-    return answer(CUDA_ERROR_INVALID_VALUE);
-  }
-  uint64_t base = (uint64_t)address, bytes = element_bytes(type), row = box[0] * bytes;
-  note(", \"type\": %d, \"dims\": [%llu, %llu], \"stride\": %llu, \"box\": [%u, %u], \"swizzle\": %d", type,
-       (unsigned long long)dims[0], (unsigned long long)dims[1], (unsigned long long)strides[0], box[0], box[1],
-       swizzle);
-  if (devices[current].major < 9)
-    refuse("device %d.%d has no tensor maps", devices[current].major, devices[current].minor);
-  if ((uint64_t)tensor_map % 64) refuse("the map lies at no multiple of 64 bytes");
-  if (base % 16) refuse("address is no multiple of 16 bytes");
-  for (int i = 0; i < 2; i++) {
-    if (dims[i] < 1 || dims[i] > 1ull << 32) refuse("dimension %d is not 1 to 2^32", i);
-    if (box[i] < 1 || box[i] > 256) refuse("box dimension %d is not 1 to 256", i);
-    if (steps[i] < 1 || steps[i] > 8) refuse("element stride %d is not 1 to 8", i);
-  }
-  if (strides[0] % 16 || strides[0] >= 1ull << 40) refuse("stride is no multiple of 16 bytes below 2^40");
-  if (strides[0] < dims[0] * bytes) refuse("rows overlap");
-  if (row % 16) refuse("a row of the box is no multiple of 16 bytes");
-  if (row > spans[swizzle]) refuse("a row of the box is longer than the swizzle's span");
-  // not the driver's check: the copy engine would read beyond the allocation, or stop the process
-  if (!known(base, base + (dims[1] - 1) * strides[0] + dims[0] * bytes)) refuse("reaches beyond the device's memory");
-  Map map = {MAGIC, 0, base, {dims[0], dims[1]}, strides[0], {box[0], box[1]}, swizzle, type};
-  memset(tensor_map, 0, sizeof *tensor_map);
-  memcpy(tensor_map, &map, sizeof map);
-  return answer(CUDA_ERROR_INVALID_VALUE);
-}
-CUresult cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
-                                 const cuuint64_t* dims, const cuuint64_t* strides, const int* lower, const int* upper,
-                                 cuuint32_t channels, cuuint32_t pixels, const cuuint32_t* steps,
-                                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-  return CUDA_ERROR_NOT_SUPPORTED;
-}
-
 // Launches.
 
-static void note_parameter(const void* value, int size) {
-  Map map;
-  if (size != sizeof(CUtensorMap)) {
-    note("\"");
-    for (int i = size - 1; i >= 0; i--) note("%02x", ((const uint8_t*)value)[i]);
-    note("\"");
-    return;
-  }
-  memcpy(&map, value, sizeof map);
-  if (map.magic != MAGIC) refuse("a parameter is no tensor map that was encoded");
-  note("[\"%016llx\", [%llu, %llu], %llu, [%u, %u], %u, %u]", (unsigned long long)map.address,
-       (unsigned long long)map.dims[0], (unsigned long long)map.dims[1], (unsigned long long)map.stride, map.box[0],
-       map.box[1], map.swizzle, map.type);
+static void note_parameter(const uint8_t* value, int size) {
+  note("\"");
+  for (int i = size - 1; i >= 0; i--) note("%02x", value[i]);
+  note("\"");
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** parameters, void** extra) {

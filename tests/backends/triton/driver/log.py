@@ -1,4 +1,4 @@
-"""Reading the stand-in's log, as :meth:`stand_in.Machine.log` gives it."""
+"""Reads the log that :meth:`stand_in.Machine.log` returns."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""GPUs that are not there, for Triton's own launcher: ``libcuda.c`` below it, PyTorch's view of them above.
+"""Stand-ins for GPUs, for Triton's own launcher: ``libcuda.c`` replaces the driver, ``Machine`` PyTorch's view of it.
 
-CPU tensors say that they lie on a GPU while :class:`Machine` is entered, and their memory is all that the driver
-knows: a pointer to anything else is refused. Nothing is computed; what was asked of the driver is in its log.
+Inside a :class:`Machine` CPU tensors claim to be on a GPU. Their memory is all that the driver knows: it refuses
+pointers to anything else. Nothing is computed; the driver's log has all calls.
 """
 
 from __future__ import annotations
@@ -77,10 +77,8 @@ class Machine(TorchFunctionMode):
                 line["parameters"] = [self._readable(p, named) for p in line["parameters"]]
         return lines
 
-    def _readable(self, parameter: Any, named: dict[int, str]) -> Any:
-        """An address with its name, a number as an integer, a tensor map with the name of where it lies."""
-        if isinstance(parameter, list):
-            return [self._readable(parameter[0], named), *parameter[1:]]
+    def _readable(self, parameter: str, named: dict[int, str]) -> str | int:
+        """Return the name of the memory that an address is in, or a number as an integer."""
         value = int(parameter, 16)
         for first, size in self._known if len(parameter) == 16 and value >= 2**32 else ():
             if first <= value < first + size:

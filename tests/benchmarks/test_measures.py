@@ -1,4 +1,4 @@
-"""Wrong results are not timed: neither those off the formula's, nor those of a backend that failed its check."""
+"""Memory of a call; and wrong results are not timed, nor is a backend that failed its check."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import implementations, results, test_layer
-from benchmarks.agreement import Formula, relative_error
-from benchmarks.cases import Shape
+from benchmarks.chunks import Shape
+from benchmarks.measures import Formula, peak_extra_bytes, relative_error, saved_for_backward
 from benchmarks.suite import Rivals
 from benchmarks.timing import Rejected
 from rlrr_kernels.backends import verdicts
@@ -49,7 +49,7 @@ def test_the_formula_is_computed_once_and_sets_the_limit():
         Formula(compute, torch.float32).error((torch.full((4,), 1.02),))
 
 
-def test_where_the_formula_has_no_room_nothing_is_said():
+def test_without_memory_for_the_formula_there_is_no_error():
     calls = []
 
     def compute() -> tuple[torch.Tensor, ...]:
@@ -66,9 +66,7 @@ def test_where_the_formula_has_no_room_nothing_is_said():
 def test_a_layer_that_is_wrong_is_not_timed(direction, dtype, monkeypatch):
     """Planted: u is half as large again, which moves y, dx and dv."""
     planted = {
-        results.FACTORED: lambda i: implementations.baselines.Factored.apply(
-            i.x, i.weight, i.scale_out * 1.5, i.scale_in, i.bias, i.shift
-        )
+        results.FACTORED: lambda x, w, u, *others: implementations.baselines.Factored.apply(x, w, u * 1.5, *others)
     }
     monkeypatch.setattr(implementations, "_FUNCTIONS", implementations._FUNCTIONS | planted)
     names = [results.OURS, results.CPU, results.FORMULA, results.FACTORED, results.RECOMPUTE, results.PLAIN]
@@ -97,6 +95,33 @@ def test_a_backend_that_failed_its_check_is_not_run(monkeypatch):
     assert len(found[results.FORMULA].result.seconds) == 2
 
 
-def test_every_backend_that_is_timed_has_a_check():
-    assert implementations.CHECKED.keys() == implementations.BACKENDS.keys() - {results.PANELS}
-    assert set(implementations.CHECKED.values()) == set(verdicts.SUBJECTS)
+def test_saved_for_backward_counts_each_storage_once_without_x_and_parameters():
+    x, w = torch.randn(10, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        square = (w * 2).exp()  # exp keeps its own result, and so does the product of it
+        return x.view(10, 4) @ square.T
+
+    assert saved_for_backward(forward, x, (w,)) == (4 * 6 * 4, True)
+    assert saved_for_backward(lambda: x @ w.detach().T, x, ()) == (4 * 6 * 4, False)
+    assert saved_for_backward(lambda: x @ w.detach().T, x, (w,)) == (0, False)
+
+
+def test_peak_memory_leaves_out_results_and_what_came_before():
+    log = []
+
+    def call():
+        a = torch.empty(1000, dtype=torch.uint8)
+        b = torch.empty(3000, dtype=torch.uint8)
+        del a
+        log.append("call")
+        return (torch.empty(500, dtype=torch.uint8), b)
+
+    def before():
+        log.append("before")
+        torch.empty(1 << 20)
+
+    assert peak_extra_bytes(call) == 1000 - 500
+    log.clear()
+    assert peak_extra_bytes(call, before) == 1000 - 500
+    assert log == ["before", "call"] * 2

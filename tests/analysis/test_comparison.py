@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rlrr_kernels import apply_rlrr
-from rlrr_kernels.analysis import Tuned, analyze, layer_view, linear_weights, rlrr_of_model, scales_view
+from rlrr_kernels.analysis import Tuned, analyze, layer_view, rlrr_of_model, scales_view
+from rlrr_kernels.analysis.comparison import FORMAT, parts, summary
 from rlrr_kernels.analysis.figure import draw
-from rlrr_kernels.analysis.report import FORMAT, parts, summary
 from rlrr_kernels.analysis.updates import LowRank, OutputScaled, Replaced
 from tests.small_models import small_vit, stir
 
@@ -124,14 +124,3 @@ def test_the_figure_is_a_png_with_a_panel_for_u_and_v_where_there_are_any(rlrr, 
     assert png.startswith(b"\x89PNG")
     height = int.from_bytes(png[20:24])
     assert (height > 1500) == (kinds == "all")
-
-
-def test_linears_of_any_model_may_be_compared():
-    before = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
-    base = {name: weight.clone() for name, weight in linear_weights(before).items()}
-    with torch.no_grad():
-        before[2].weight.mul_(2)
-    tuned = Tuned("full", "", {name: Replaced(weight) for name, weight in linear_weights(before).items()})
-    layers = analyze(base, [tuned])["methods"][0]["layers"]
-    assert layers["0"]["relative_update"] == 0
-    assert layers["2"]["relative_update"] == pytest.approx(1)

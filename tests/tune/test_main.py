@@ -1,4 +1,4 @@
-"""``rlrr-tune`` as a user meets it; real passes, times made up."""
+"""``rlrr-tune`` as a user meets it: real passes, made-up times."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rlrr_kernels.backends.verdicts import Where
 from rlrr_kernels.check import yardstick
 from rlrr_kernels.tune import __main__ as cli
 from rlrr_kernels.tune.__main__ import main
-from rlrr_kernels.tune.timing import Machine
+from rlrr_kernels.tune.machine import Machine
 from tests.oracle import require
+from tests.tune.conftest import TILES
 from tests.tune.entries import CPU, entry
-from tests.tune.tiled import TILES, tiled  # noqa: F401
 
 SIZES = "80,48,64"
 PASSES = ["forward", "grad_input", "grad_scales"]
@@ -30,7 +30,7 @@ OURS = ["--backend", "cpu", "--backend", "reference", "--backend", "tiled"]
 
 
 def last_wins(runs, copies, rounds):
-    """Launches each once, and says that each is a tenth faster than the one before."""
+    """Launch each once, and return times of which each is a tenth less than the one before."""
     for run in runs:
         run(0)
     return [[10.0 - i] * rounds for i in range(len(runs))]
@@ -46,7 +46,7 @@ def machine(timer=last_wins, synchronize=lambda: None):
 
 @pytest.fixture(autouse=True)
 def checked(monkeypatch):
-    """The backends' check, which takes a minute, finds nothing; the devices that were checked."""
+    """Replaces the backends' check, which takes a minute: it finds nothing; returns the devices that were checked."""
     asked = []
     monkeypatch.setattr(cli, "failures", lambda device: asked.append(device) or ({}, {}))
     return asked
@@ -56,7 +56,7 @@ def entries(path):
     return [parse(raw) for raw in read(path)]
 
 
-def test_what_it_finds_is_what_serves(file, checked, capsys, tiled):  # noqa: F811
+def test_the_winner_serves(file, checked, capsys, tiled):
     require("cpu")
     assert main([*ARGUMENTS, *OURS], machine()) == 0
     assert checked == [CPU]
@@ -76,7 +76,7 @@ def test_what_it_finds_is_what_serves(file, checked, capsys, tiled):  # noqa: F8
     assert choice.backend_for(x, torch.zeros(49, 64)) == "cpu"
 
 
-def test_a_candidate_that_computes_wrong_cannot_win(file, monkeypatch, capsys, tiled):  # noqa: F811
+def test_a_candidate_that_computes_wrong_cannot_win(file, monkeypatch, capsys, tiled):
     real = tiled.grad_input
 
     def faulty(*tensors, choice):
@@ -93,7 +93,7 @@ def test_a_candidate_that_computes_wrong_cannot_win(file, monkeypatch, capsys, t
 
 
 @pytest.mark.usefixtures("tiled")
-def test_what_failed_its_check_is_said_and_out(file, monkeypatch, capsys):
+def test_a_backend_that_failed_its_check_is_reported_and_left_out(file, monkeypatch, capsys):
     require("cpu")
     monkeypatch.setattr(cli, "failures", lambda device: ({"cpu": "forward: y: not finite"}, {"triton": "no time"}))
     choice.failed.cache_clear()
@@ -132,18 +132,10 @@ def test_on_a_cpu_by_the_clock(file, capsys):
 
 
 def quick(monkeypatch, run=lambda problem, tensors, candidate: ()):
-    """Nothing is launched or checked."""
+    """Replace launches and checks by nothing."""
     monkeypatch.setattr(cli, "run", run)
     monkeypatch.setattr(yardstick, "expected", lambda *tensors: [])
     monkeypatch.setattr(yardstick, "judge", lambda got, wanted: yardstick.Judgement(0.0, None))
-
-
-def test_where_nothing_is_faster_the_default_stays(file, monkeypatch, capsys):
-    quick(monkeypatch)
-    assert main(ARGUMENTS, machine(no_gain)) == 0
-    own = choice.backend_for(torch.zeros(80, 64), torch.zeros(48, 64))
-    assert [(one.backend, one.tile) for one in entries(file)] == [(own, None)] * 3
-    assert "the default" in capsys.readouterr().out
 
 
 def test_ctrl_c_keeps_what_was_measured(file, monkeypatch, capsys):
@@ -179,7 +171,7 @@ def test_a_gpu_that_is_lost_ends_it_with_what_was_measured(file, monkeypatch, ca
     assert "the GPU stopped answering in grad_input M=80 N=48 K=64: RuntimeError: an ill" in capsys.readouterr().err
 
 
-def test_a_pass_that_cannot_be_timed_is_skipped_and_said(file, monkeypatch, capsys):
+def test_a_pass_that_cannot_be_timed_is_skipped_and_reported(file, monkeypatch, capsys):
     def timer(runs, copies, rounds):
         if timer.calls == 0:
             timer.calls += 1
@@ -218,16 +210,15 @@ def test_dry_run_checks_and_writes_nothing(file, checked, capsys):
 )
 def test_dtypes(file, monkeypatch, options, dtypes):
     planned = []
-    monkeypatch.setattr(cli.report, "show_plan", lambda plan, *_: planned.extend(plan))
+    monkeypatch.setattr(cli, "_show_plan", lambda plan, *_: planned.extend(plan))
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         assert main(["--shape", SIZES, "--dry-run", *options], machine()) == 0
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    problems = [problem for _, problem, _ in planned]
-    assert [problem.kernel for problem in problems] == PASSES
+    assert [problem.kernel for problem in planned] == PASSES
     # what a CPU computes is never TF32
-    assert {(problem.dtype, problem.weight_dtype, problem.tf32) for problem in problems} == {(*dtypes, False)}
+    assert {(problem.dtype, problem.weight_dtype, problem.tf32) for problem in planned} == {(*dtypes, False)}
 
 
 def test_show_says_what_is_used_and_what_is_not(file, capsys):
@@ -269,14 +260,7 @@ def test_show_without_a_file_and_clear(file, capsys):
     assert capsys.readouterr().out == f"deleted {file}\nthere is no {file}\n"
 
 
-def test_out_names_another_file(file, monkeypatch, tmp_path):
-    quick(monkeypatch)
-    assert main([*ARGUMENTS, "--out", str(tmp_path / "new" / "mine.json")], machine(no_gain)) == 0
-    assert len(entries(tmp_path / "new" / "mine.json")) == 3
-    assert not file.exists()
-
-
-def test_a_table_that_was_damaged_is_set_aside_and_said(file, monkeypatch, capsys):
+def test_a_damaged_table_is_set_aside_and_reported(file, monkeypatch, capsys):
     quick(monkeypatch)
     file.write_text("{")
     assert main(ARGUMENTS, machine(no_gain)) == 0
@@ -320,7 +304,7 @@ def test_ranks_of_a_distributed_run_do_not_tune(file, capsys, monkeypatch):
     assert "runs in one process" in capsys.readouterr().err
 
 
-def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, file, monkeypatch, capsys):
+def test_a_file_that_cannot_be_written_is_reported_before_the_work(tmp_path, file, monkeypatch, capsys):
     quick(monkeypatch, pytest.fail)
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:

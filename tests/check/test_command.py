@@ -1,4 +1,4 @@
-"""The command: its table, what it keeps, its exit status; and what benchmarks ask."""
+"""The command ``check``: its table, its file and its exit status; and the function for programs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from rlrr_kernels.backends import verdicts as record
 from rlrr_kernels.backends.verdicts import Where
 from rlrr_kernels.check import command as cli
 from rlrr_kernels.check.processes import Outcome, Task
-from tests.check.conftest import forget
-from tests.check.findings import CPU, findings
+from tests.check.conftest import CPU, findings, forget
 from tests.locks import holding, wait_until_free, wait_until_held
 from tests.oracle import require
 
 
 @pytest.fixture
 def made_up(file, monkeypatch):
-    """Outcomes by pass in place of processes; records the tasks, seconds and processes at once asked for."""
+    """Outcomes by pass, in place of processes, and a list of the tasks, seconds and processes that were asked for."""
     outcomes, asked = {}, []
 
     def run(tasks, seconds, at_once):
@@ -34,7 +33,7 @@ def made_up(file, monkeypatch):
                 raise found
             yield Outcome(task, where=Where.of(task.subject, torch.device(task.device)), **found)
 
-    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(cli, "run_tasks", run)
     monkeypatch.setattr(cli, "exit_on_signals", lambda: None)
     return outcomes, asked
 
@@ -65,7 +64,7 @@ def test_what_is_not_right_is_the_exit_status(made_up, capsys, found, status, st
     assert record.state("cpu", CPU) == state
 
 
-def test_where_nothing_is_there_to_check_it_says_so_once_and_fails(made_up, capsys):
+def test_with_nothing_to_check_it_fails_with_one_row(made_up, capsys):
     made_up[0].update({which: {"verdict": "not here", "reason": "not built"} for which in record.PRODUCTS})
     assert package.main(["check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
@@ -80,7 +79,7 @@ def test_an_interrupt_keeps_what_was_found(made_up, capsys, stop, status):
     assert set(record.found("cpu", CPU)) == {"forward", "grad_input"}
 
 
-def test_a_place_that_cannot_be_written_is_said_before_anything_is_checked(made_up, tmp_path, capsys, monkeypatch):
+def test_a_file_that_cannot_be_written_is_reported_before_the_work(made_up, tmp_path, capsys, monkeypatch):
     for place, words in (("folder", "is a folder; expected a file"), ("folder/file/checked.json", "File exists")):
         monkeypatch.setenv("RLRR_CHECKED_FILE", str(tmp_path / place))
         (tmp_path / "folder").mkdir(exist_ok=True)
@@ -156,7 +155,7 @@ def test_the_gpu_is_checked_where_there_is_one(made_up, monkeypatch):
     assert made_up[1][1][0] == [Task("cuda", which, "cuda:1") for which in record.PRODUCTS]
 
 
-def test_programs_check_only_what_was_not(made_up, file):
+def test_programs_check_only_what_was_not_yet_checked(made_up, file):
     record.add(file, findings(wrong="forward")[:2])
     forget()
     assert cli.failures(CPU) == ({"cpu": "forward: y: not finite"}, {})
@@ -165,11 +164,6 @@ def test_programs_check_only_what_was_not(made_up, file):
     file.unlink()
     forget()
     assert cli.failures(CPU) == ({}, {"cpu": "grad_input: no memory"})
-
-
-def test_info_is_a_subcommand(capsys):
-    assert package.main(["info"]) == 0
-    assert "Which backend serves what" in capsys.readouterr().out
 
 
 @pytest.mark.slow

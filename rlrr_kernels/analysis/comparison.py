@@ -1,4 +1,4 @@
-"""Every layer and every tuned model, as one record for JSON; and the medians of a method."""
+"""Compares all tuned models with their base, layer by layer, as one JSON-ready record with medians over layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlrr_kernels.analysis.sources import Tuned
 
 FORMAT = "rlrr_kernels.analysis/1"
 
-#: Figures of a layer whose medians over layers describe a method.
+#: Figures of a layer that are summarised by their medians over layers.
 SUMMARY = (
     "relative_update",
     "rotation_out",
@@ -31,7 +31,7 @@ SUMMARY = (
 
 
 def parts(name: str, weight: Tensor) -> Iterator[tuple[str, slice]]:
-    """The maps that one weight holds, by rows: q, k and v where they are fused (``qkv`` with 3 K rows), or itself."""
+    """Name and rows of the maps in one weight: q, k and v of a fused one (``qkv`` with 3 K rows), else the weight."""
     n, k = weight.shape
     if name.rpartition(".")[2] == "qkv" and n == 3 * k:
         stem = name.removesuffix("qkv")
@@ -49,27 +49,24 @@ def analyze(
     device: torch.device | str = "cpu",
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> dict[str, Any]:
-    """Compare tuned models, layer by layer, with the base they share.
-
-    A fused qkv is taken apart, for every method alike.
+    """Compare tuned models with their common base, layer by layer. A fused qkv is split into q, k and v.
 
     Args:
-        base: layer name -> W ``[N, K]``.
-        tuned: what was tuned from it.
-        layers: shell pattern over names of layers, before a qkv is taken apart.
-        top: leading singular vectors to compare.
-        device: where to compute; float64 on a CPU and float32 elsewhere.
-        progress: wraps the names of the layers that are gone through, as ``tqdm`` does.
+        base: Layer name -> W ``[N, K]``.
+        tuned: Models that were tuned from the base.
+        layers: Shell pattern for layer names (of a fused qkv, its own name).
+        top: Number of leading singular vectors to compare.
+        device: Where to compute: in float64 on a CPU, in float32 elsewhere.
+        progress: Wraps the list of layer names, as ``tqdm`` does.
 
     Returns:
         ``{"format", "top", "layers", "methods": [{"label", "method", "path", "skipped", "layers", "summary"}]}``, where
-        ``layers`` of a method maps a layer's name to the fields of
-        :class:`~rlrr_kernels.analysis.LayerView` and ``scales``: those of
-        :class:`~rlrr_kernels.analysis.ScalesView`, or None. JSON-ready.
+        ``layers`` of a method maps a layer's name to the fields of :class:`~rlrr_kernels.analysis.LayerView` and
+        ``scales``: the fields of :class:`~rlrr_kernels.analysis.ScalesView`, or None. JSON-ready.
 
     Raises:
-        ValueError: no layer matches, a tuned model does not fit the base, or a weight that has no
-            decomposition. The layer is named.
+        ValueError: If no layer matches, a tuned model does not fit the base, or a weight has no decomposition; names
+            the layer.
     """
     names = [name for name in base if fnmatchcase(name, layers) and any(name in each.updates for each in tuned)]
     if not names:
@@ -110,7 +107,7 @@ def analyze(
 
 
 def summary(views: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Median over layers of each figure in :data:`SUMMARY`; None where no layer has one."""
+    """Median over layers of each figure in :data:`SUMMARY`; None if no layer has it."""
     values = {key: [view[key] for view in views.values() if view[key] is not None] for key in SUMMARY}
     return {key: float(median(found)) if found else None for key, found in values.items()}
 

@@ -1,7 +1,7 @@
-"""A pytest plugin (``-p benchmarks.first_day.reports --reports FILE``): a line of JSON for each test as it ends.
+"""A pytest plugin that writes a line of JSON for each test as it ends, so that a killed session leaves what it had.
 
-A session that is killed leaves what it had: ``{"test", "outcome", "seconds", "why"}``, the outcome "passed", "failed",
-"skipped" or "error" (outside of the test itself).
+``-p benchmarks.first_day.pytest_outcomes --outcomes FILE`` writes ``{"test", "outcome", "seconds", "why"}``; the
+outcome is "passed", "failed", "skipped", or "error" for what failed outside of the test itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--reports", type=Path, help="a line of JSON for each test, as it ends")
+    """Add ``--outcomes``."""
+    parser.addoption("--outcomes", type=Path, help="a line of JSON for each test, as it ends")
 
 
 class _Writer:
@@ -24,7 +25,7 @@ class _Writer:
         self.path = path
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Of a process of its own or of pytest-xdist's controller, which hears of all tests."""
+        """Write one test; under pytest-xdist the controller gets the reports of all workers."""
         if report.when != "call" and report.outcome == "passed":
             return
         outcome = "error" if report.when != "call" and report.outcome == "failed" else report.outcome
@@ -36,25 +37,23 @@ class _Writer:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--reports")
+    """Start to write, but not in a worker of pytest-xdist."""
+    path = config.getoption("--outcomes")
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Writer(path))
 
 
 def summary(lines: Iterable[str], most: int = 12) -> list[str]:
-    """Of the lines of such a file: counts in all, then by file where something failed, then the first failures."""
-    tests: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        test = json.loads(line)
-        tests[test["test"]] = test
+    """Return the counts of all tests, those of each file in which one failed, then the first failures."""
+    tests: dict[str, dict[str, Any]] = {(test := json.loads(line))["test"]: test for line in lines}
     by_file: dict[str, Counter[str]] = {}
     for name, test in tests.items():
         by_file.setdefault(name.partition("::")[0], Counter())[test["outcome"]] += 1
     failed = [test for test in tests.values() if test["outcome"] in ("failed", "error")]
-    said = [_counts(sum(by_file.values(), Counter()))]
-    said += [f"{name}: {_counts(c)}" for name, c in sorted(by_file.items()) if c["failed"] + c["error"]]
-    said += [f"{test['test']}: {(test['why'].splitlines() or [''])[0]}" for test in failed[:most]]
-    return said + ([f"and {len(failed) - most} more"] if len(failed) > most else [])
+    found = [_counts(sum(by_file.values(), Counter()))]
+    found += [f"{name}: {_counts(c)}" for name, c in sorted(by_file.items()) if c["failed"] + c["error"]]
+    found += [f"{test['test']}: {(test['why'].splitlines() or [''])[0]}" for test in failed[:most]]
+    return found + ([f"and {len(failed) - most} more"] if len(failed) > most else [])
 
 
 def _counts(counter: Counter[str]) -> str:

@@ -1,4 +1,4 @@
-"""A free choice never takes what failed here; a backend that is named serves all the same."""
+"""``auto`` never takes a backend that failed its check here; a backend that is named serves all the same."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ from rlrr_kernels import backend_for, rescaled_linear, use_backend
 from rlrr_kernels.__main__ import info
 from rlrr_kernels.backends import choice, reference, triton, verdicts
 from rlrr_kernels.backends.triton import launch
-from tests.check.conftest import forget
-from tests.check.findings import findings
+from tests.check.conftest import findings, keep
 from tests.oracle import make_problem, require
 from tests.tune.entries import entry
 
 X = torch.zeros(2, 4)
-
-
-def keep(file, found):
-    verdicts.add(file, found)
-    forget()
 
 
 @pytest.mark.parametrize("wrong", verdicts.PRODUCTS)
@@ -38,8 +32,8 @@ def test_auto_leaves_out_what_failed_and_says_so(file, wrong):
     assert (chosen, why) == ("panels", f"cpu failed its check on this device: {wrong}: y: not finite")
 
 
-def test_what_failed_is_not_even_loaded(file, monkeypatch):
-    """Its library may be what ends the process."""
+def test_a_failed_backend_is_not_loaded(file, monkeypatch):
+    """Loading its library may end the process."""
     keep(file, findings(wrong="forward"))
     monkeypatch.setattr(choice, "_loaded", {"panels": choice.load("panels"), "cpu": "loaded"})
     monkeypatch.setattr(
@@ -50,7 +44,7 @@ def test_what_failed_is_not_even_loaded(file, monkeypatch):
     assert choice._loaded["cpu"] == "loaded"
 
 
-def test_nor_is_it_loaded_to_tell_what_is_here(file, monkeypatch):
+def test_info_does_not_load_a_failed_backend(file, monkeypatch):
     keep(file, findings(wrong="forward"))
     loaded, load = [], choice.load
     monkeypatch.setattr(choice, "load", lambda name: loaded.append(name) or load(name))
@@ -70,7 +64,7 @@ def test_what_is_proven_or_unchecked_serves(file):
         assert choice.explain(X, X) == ("cpu", "default for cpu")
 
 
-def test_a_named_backend_is_used_whatever_it_did(file):
+def test_a_named_backend_is_used_even_if_it_failed(file):
     require("cpu")
     keep(file, findings(wrong="forward"))
     with use_backend("cpu"), warnings.catch_warnings():
@@ -78,7 +72,7 @@ def test_a_named_backend_is_used_whatever_it_did(file):
         assert choice.explain(X, X) == ("cpu", "asked for")
 
 
-def test_what_was_measured_does_not_bring_it_back(file, monkeypatch):
+def test_a_failed_backend_is_not_used_even_if_it_was_measured_fastest(file, monkeypatch):
     require("cpu")
     monkeypatch.setattr(choice.tuned, "entries", lambda device: (entry(1, 10, "cpu", layer=None),))
     keep(file, findings(wrong="grad_scales"))

@@ -1,4 +1,4 @@
-"""Timing by graphs and by turns, on made-up devices whose clocks stand still but for what they run."""
+"""Timing by graphs and by turns, on made-up devices with clocks of their own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from rlrr_kernels.tune import timing
-from rlrr_kernels.tune.timing import _LAUNCHES, _TURN, time_graphs, time_turns
+from rlrr_kernels.tune import machine
+from rlrr_kernels.tune.machine import _LAUNCHES, _TURN, time_graphs, time_turns
 
 
 class MadeUpGPU:
@@ -104,7 +104,7 @@ def test_runs_take_turns_and_another_begins_each_round(gpu):
 
 def test_on_a_cpu_each_run_fills_its_turn_and_another_begins_each_round(monkeypatch):
     now, log = [0.0], []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
 
     def run(which, seconds, copy):
         log.append((which, copy))

@@ -1,4 +1,4 @@
-"""The device, and how launches are timed on it: by CUDA graphs on a GPU, by the clock on a CPU, in turns on both."""
+"""The device, and how launches are timed on it, in turns: by CUDA graphs on a GPU, by the clock on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from rlrr_kernels.backends.verdicts import device_name
 from rlrr_kernels.tune.contest import Timer
 
-#: Launches in one timed graph: what the CPU needs to start the next graph is then hidden behind them.
+#: Launches in one timed graph: they hide the time that the CPU takes to start the next graph.
 _LAUNCHES = 16
 
 #: Seconds of work on a GPU before the first round, for the clocks to rise; seconds of one timed turn on a CPU.
@@ -22,7 +22,7 @@ _TURN = 0.01
 
 @dataclass(frozen=True)
 class Machine:
-    """Where candidates are measured. ``cache_bytes``: size of a GPU's second cache."""
+    """Where candidates are measured. ``cache_bytes`` is the size of a GPU's L2 cache."""
 
     name: str
     device: torch.device
@@ -32,7 +32,7 @@ class Machine:
 
 
 def machine_of(device: torch.device) -> Machine:
-    """A CPU, or a CUDA device, which becomes the current one."""
+    """Return the machine of a CPU, or of a CUDA device, which becomes the current one."""
     if device.type == "cpu":
         return Machine(device_name(device), device, 0, time_turns, lambda: None)
     torch.cuda.set_device(device)
@@ -41,7 +41,7 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def time_turns(runs: Sequence[Callable[[int], object]], copies: int, rounds: int) -> list[list[float]]:
-    """A :data:`~rlrr_kernels.tune.contest.Timer` by the clock: each run as often as fills a turn."""
+    """Time runs by the clock (a :data:`~rlrr_kernels.tune.contest.Timer`): each repeats until its turn is full."""
 
     def spent(run: Callable[[int], object], count: int) -> float:
         began = time.perf_counter()
@@ -59,10 +59,10 @@ def time_turns(runs: Sequence[Callable[[int], object]], copies: int, rounds: int
 
 
 def time_graphs(runs: Sequence[Callable[[int], object]], copies: int, rounds: int) -> list[list[float]]:
-    """A :data:`~rlrr_kernels.tune.contest.Timer` on the current GPU.
+    """Time runs on the current GPU (a :data:`~rlrr_kernels.tune.contest.Timer`).
 
-    Each run is one CUDA graph of launches that go round the sets of tensors; the graphs take turns, and another
-    begins in each round. Every run must have been launched before, so that nothing is compiled in a capture.
+    Each run is one CUDA graph of launches that use the sets of tensors in turn. The graphs take turns, and each round
+    begins with another. Every run must have been launched before, so that nothing is compiled during a capture.
     """
     launches = -(-_LAUNCHES // copies) * copies
     pool = torch.cuda.graph_pool_handle()
@@ -84,7 +84,7 @@ def time_graphs(runs: Sequence[Callable[[int], object]], copies: int, rounds: in
     seconds: list[list[float]] = [[] for _ in graphs]
     for turn in range(rounds):
         spans = []
-        # untimed: the CPU is then ahead of the GPU from the first timed one on
+        # one untimed replay puts the CPU ahead of the GPU before the first timed one
         graphs[(turn - 1) % len(graphs)].replay()
         for i in range(len(graphs)):
             which = (turn + i) % len(graphs)
