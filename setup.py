@@ -107,7 +107,8 @@ class Build:
 
     def __init__(self, name: str, temp: Path, torch: Path, cxx: list[str]) -> None:
         self.name, self.temp, self.torch, self.cxx = name, temp / name, torch, cxx
-        self.newest_header = max(p.stat().st_mtime for p in (CSRC / name).rglob("*.*h"))
+        headers = (*CSRC.glob("*.h"), *(CSRC / name).rglob("*.*h"))
+        self.newest_header = max(p.stat().st_mtime for p in headers)
         version = torch_version(torch)
         if version < TORCH:
             raise Unavailable(f"it needs torch {TORCH[0]}.{TORCH[1]} or later, {torch} holds {version[0]}.{version[1]}")

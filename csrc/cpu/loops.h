@@ -1,11 +1,11 @@
-// The loops over W, each compiled for several instruction sets; the one for this CPU is picked once.
+// Loops over rows for the passes through BLAS and for df, each compiled for several instruction sets.
 #pragma once
 
 #include "types.h"
 
 namespace rlrr {
 
-// out[k] = w[k] * (1 + u v[k]), in wide arithmetic, rounded once
+// out[k] = w[k] * (1 + u v[k]), computed in Wide<T> and rounded once
 template <class T, class W>
 using RescaleRow = void(const W* w, Wide<T> u, const Wide<T>* v, int64_t count, T* out);
 
@@ -18,7 +18,6 @@ template <class T>
 using AddRow = void(const T* row, int64_t count, Wide<T>* total);
 
 struct Loops {
-  const char* name;
   RescaleRow<float, float>* rescale_f32_f32;
   RescaleRow<float, bfloat16>* rescale_f32_bf16;
   RescaleRow<bfloat16, bfloat16>* rescale_bf16_bf16;
@@ -32,16 +31,18 @@ struct Loops {
   AddRow<double>* add_f64;
 };
 
-// For the CPU at hand, or no more than RLRR_CPU_CAPABILITY (baseline, avx2, avx512, avx512_bf16, amx) allows.
+namespace baseline {
+extern const Loops table;
+}
+namespace avx2 {
+extern const Loops table;
+}
+namespace avx512 {
+extern const Loops table;
+}
+
+// The loops for this CPU.
 const Loops& loops();
-
-const char* capability();
-
-// What the CPU has, within that limit.
-bool has_avx2();
-bool has_avx512();
-bool has_avx512_bf16();
-bool has_amx();
 
 inline auto rescale_row(float, float) { return loops().rescale_f32_f32; }
 inline auto rescale_row(float, bfloat16) { return loops().rescale_f32_bf16; }

@@ -1,18 +1,19 @@
-// The loops themselves, written once. A file that includes this sets RLRR_ISA, the namespace and the name
-// of the table, after it has told the compiler which instructions it may use; every standard header must
-// be included before that, or their inline functions would be compiled for that set and shared with the rest.
+// The loops, for the instruction set of RLRR_TARGET; the table of them is in the namespace RLRR_ISA. loops.cpp defines
+// both macros and includes this file once for each instruction set.
 
 namespace rlrr::RLRR_ISA {
 namespace {
 
 template <class T, class W>
-void rescale(const W* __restrict w, Wide<T> u, const Wide<T>* __restrict v, int64_t count, T* __restrict out) {
+RLRR_TARGET void rescale(const W* __restrict w, Wide<T> u, const Wide<T>* __restrict v, int64_t count,
+                         T* __restrict out) {
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) out[k] = narrow<T>(widen(w[k]) * (1 + u * v[k]));
 }
 
 template <class A, class W>
-A reduce(const A* __restrict g, const W* __restrict w, A u, const A* __restrict v, int64_t count, A* __restrict dv) {
+RLRR_TARGET A reduce(const A* __restrict g, const W* __restrict w, A u, const A* __restrict v, int64_t count,
+                     A* __restrict dv) {
   A du = 0;
 #pragma omp simd reduction(+ : du)
   for (int64_t k = 0; k < count; ++k) {
@@ -24,16 +25,14 @@ A reduce(const A* __restrict g, const W* __restrict w, A u, const A* __restrict 
 }
 
 template <class T>
-void add(const T* __restrict row, int64_t count, Wide<T>* __restrict total) {
+RLRR_TARGET void add(const T* __restrict row, int64_t count, Wide<T>* __restrict total) {
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) total[k] += widen(row[k]);
 }
 
 }  // namespace
 
-extern const Loops table;
 const Loops table = {
-    RLRR_ISA_NAME,
     rescale<float, float>,
     rescale<float, bfloat16>,
     rescale<bfloat16, bfloat16>,
@@ -48,3 +47,6 @@ const Loops table = {
 };
 
 }  // namespace rlrr::RLRR_ISA
+
+#undef RLRR_ISA
+#undef RLRR_TARGET

@@ -1,7 +1,7 @@
-// The three passes on the CPU, none of which ever holds W' whole.
+// The passes on the CPU. None of them holds the whole of W'.
 //
-// x and dy [M, K] and [M, N] of one dtype T, any strides; W of T or, for 32- and 16-bit T, float32 or
-// bfloat16; u, v, du, dv and df in Wide<T>. Outputs are contiguous in their last dimension.
+// x [M, K] and dy [M, N] have one dtype T and any strides. W has the same dtype or, unless that is float64, float32 or
+// bfloat16. u, v, the offset, du, dv and df are in Wide<T>. The columns of results are contiguous.
 #pragma once
 
 #include "types.h"
@@ -10,25 +10,42 @@ namespace rlrr {
 
 enum class Pass { forward, grad_input, grad_scales };
 
-// Memory for a call, and how many threads it was measured for: their number may change meanwhile.
+// The memory for a call, and the number of threads that its size is for: torch's number can change meanwhile.
 struct Scratch {
   void* data;
   int64_t bytes, threads;
 };
 
-// Bytes of scratch that a pass wants for this many threads; `rows` is x or dy.
-int64_t scratch_bytes(Pass pass, const Matrix& rows, const Layer& layer, int64_t threads);
+struct Passes {
+  // The scratch that a pass needs for this many threads; `rows` is x or dy.
+  int64_t (*scratch_bytes)(Pass pass, const Matrix& rows, const Layer& layer, int64_t threads);
+  // y = x W'^T + offset; offset [N], or null
+  void (*forward)(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, const Scratch& scratch);
+  // dx = dy W'
+  void (*grad_input)(const Matrix& dy, const Layer& layer, const Matrix& dx, const Scratch& scratch);
+  // du [N], dv [groups, K]
+  void (*grad_scales)(const Matrix& dy, const Matrix& x, const Layer& layer, void* du, void* dv,
+                      const Scratch& scratch);
+};
 
-// y = x W'^T + offset; offset [N] in Wide<T>, or null
-void forward(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, const Scratch& scratch);
+// Through BLAS, on any CPU.
+extern const Passes blas_passes;
 
-// dx = dy W'
-void grad_input(const Matrix& dy, const Layer& layer, const Matrix& dx, const Scratch& scratch);
+// By own kernels, for an instruction set and a dtype of x and dy.
+namespace packed {
+extern const Passes avx2_float32, avx2_bfloat16;      // need avx2, fma
+extern const Passes avx512_float32, avx512_bfloat16;  // need avx512f, bw, vl, dq
+extern const Passes avx512_bfloat16_pairs;            // needs avx512_bf16 as well
+extern const Passes amx_bfloat16;                     // needs amx_tile, amx_bf16 as well
+}  // namespace packed
 
-// du [N], dv [groups, K]
-void grad_scales(const Matrix& dy, const Matrix& x, const Layer& layer, void* du, void* dv, const Scratch& scratch);
+// Those for x or dy of this dtype on this CPU.
+const Passes& passes_for(Dtype dtype);
 
 // df [N] = dy summed over the tokens
 void sum_tokens(const Matrix& dy, void* df);
+
+// The highest instruction set in use: what the CPU has, or what RLRR_CPU_CAPABILITY limits it to.
+const char* capability();
 
 }  // namespace rlrr

@@ -1,25 +1,12 @@
-// The CPU ops as torch sees them: rlrr_cpu::{forward, grad_input, grad_scales}, by the stable ABI alone.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
+// The CPU ops as torch sees them: rlrr_cpu::{forward, grad_input, grad_scales, grad_shift}.
 #include <array>
-#include <optional>
-#include <string>
-#include <tuple>
 
-#include "loops.h"
+#include "../tensors.h"
 #include "passes.h"
 #include "runtime.h"
 
 namespace rlrr {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
 
@@ -29,26 +16,21 @@ ScalarType scalar_type(Dtype dtype) {
                                    : ScalarType::BFloat16;
 }
 
-Dtype dtype_from(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float64");
-      return {};
-  }
+// The dtype of the sums of x or dy
+ScalarType wide_type(const Tensor& rows) {
+  return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Matrix matrix(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2, name, ": expected 2 dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.numel() > 0, name, ": expected sizes of at least 1, got [", tensor.size(0), ", ",
-                  tensor.size(1), "]");
-  return {tensor.data_ptr(), tensor.size(0),   tensor.size(1),
-          tensor.stride(0),  tensor.stride(1), dtype_from(tensor, name)};
+Dtype dtype_from(const Tensor& tensor) {
+  for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float64}) {
+    if (scalar_type(dtype) == tensor.scalar_type()) return dtype;
+  }
+  STD_TORCH_CHECK(false, "rlrr_cpu: expected float32, bfloat16 or float64");
+  return {};
+}
+
+Matrix matrix(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1), dtype_from(tensor)};
 }
 
 Tensor view(const Matrix& a) {
@@ -56,98 +38,73 @@ Tensor view(const Matrix& a) {
   return torch::stable::from_blob(a.data, sizes, strides, cpu, scalar_type(a.dtype));
 }
 
-Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, cpu);
-}
-
-// A vector in `dtype`, contiguous: the tensor itself wherever it is that already
-Tensor as(const Tensor& tensor, ScalarType dtype) {
-  // asked here: the two calls that would find it out take as long as a small product
-  if (tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
-  return torch::stable::contiguous(torch::stable::to(tensor, dtype));
-}
-
-// An operand with its owners: views of u and v in the type of the sums
+// A layer, and the owners of its u and v
 struct LayerOwner {
   Tensor u, v;
   Layer layer;
 
-  LayerOwner(const Matrix& x, const char* x_name, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in)
-      : u(as(scale_out, wide(x.dtype))), v(as(scale_in, wide(x.dtype))) {
-    layer = {matrix(weight, "weight"), u.data_ptr(), v.data_ptr(), scale_in.dim() == 3 ? scale_in.size(0) : 0};
-    const int64_t n = layer.n(), k = layer.k();
-    STD_TORCH_CHECK((x.dtype == Dtype::float64) == (layer.weight.dtype == Dtype::float64), x_name,
-                    ": float64 goes with a float64 weight only");
-    STD_TORCH_CHECK(u.dim() == 2 && u.size(0) == n && u.size(1) == 1, "scale_out: expected shape [", n, ", 1]");
-    STD_TORCH_CHECK(v.dim() == 3 && v.size(0) > 0 && n % v.size(0) == 0 && v.size(1) == 1 && v.size(2) == k,
-                    "scale_in: expected shape [groups, 1, ", k, "] with groups that divide ", n);
-  }
-
-  static ScalarType wide(Dtype dtype) { return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float; }
+  LayerOwner(const Tensor& rows, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in)
+      : u(contiguous_as(scale_out, wide_type(rows))),
+        v(contiguous_as(scale_in, wide_type(rows))),
+        layer{matrix(weight), u.data_ptr(), v.data_ptr(), scale_in.size(0)} {}
 };
 
 struct ScratchOwner {
   Tensor tensor;
   Scratch scratch;
 
-  ScratchOwner(Pass pass, const Matrix& rows, const Layer& layer) {
-    const int64_t threads = thread_count(), bytes = scratch_bytes(pass, rows, layer, threads);
-    tensor = empty({bytes}, ScalarType::Byte);
+  ScratchOwner(const Passes& passes, Pass pass, const Matrix& rows, const Layer& layer) {
+    const int64_t threads = thread_count(), bytes = passes.scratch_bytes(pass, rows, layer, threads);
+    tensor = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, cpu);
     scratch = {tensor.data_ptr(), bytes, threads};
   }
 };
 
 Tensor forward_op(const Tensor& x, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& shift) {
-  const Matrix input = matrix(x, "x");
-  const LayerOwner owner(input, "x", weight, scale_out, scale_in);
+  const Matrix input = matrix(x);
+  const LayerOwner owner(x, weight, scale_out, scale_in);
   const Layer& layer = owner.layer;
-  STD_TORCH_CHECK(input.cols == layer.k(), "x: expected ", layer.k(), " columns, got ", input.cols);
-  Tensor y = empty({input.rows, layer.n()}, x.scalar_type());
-  const auto wide = LayerOwner::wide(input.dtype);
+  const Passes& passes = passes_for(input.dtype);
+  Tensor y = empty({input.rows, layer.n()}, x.scalar_type(), x);
+  const ScalarType wide = wide_type(x);
   std::optional<Tensor> offset = bias ? bias : shift;
-  if (offset) {
-    offset = bias && shift ? torch::stable::subtract(as(*bias, wide), as(*shift, wide), -1.0) : as(*offset, wide);
-    STD_TORCH_CHECK(offset->dim() == 1 && offset->size(0) == layer.n(), "bias, shift: expected shape [", layer.n(),
-                    "]");
-  }
-  const ScratchOwner owned(Pass::forward, input, layer);
-  forward(input, layer, offset ? offset->data_ptr() : nullptr, matrix(y, "y"), owned.scratch);
+  if (offset) offset = contiguous_as(*offset, wide);
+  if (bias && shift) offset = torch::stable::subtract(*offset, contiguous_as(*shift, wide), -1.0);
+  const ScratchOwner owned(passes, Pass::forward, input, layer);
+  passes.forward(input, layer, offset ? offset->data_ptr() : nullptr, matrix(y), owned.scratch);
   return y;
 }
 
 Tensor grad_input_op(const Tensor& dy, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in) {
-  const Matrix grad = matrix(dy, "dy");
-  const LayerOwner owner(grad, "dy", weight, scale_out, scale_in);
+  const Matrix grad = matrix(dy);
+  const LayerOwner owner(dy, weight, scale_out, scale_in);
   const Layer& layer = owner.layer;
-  STD_TORCH_CHECK(grad.cols == layer.n(), "dy: expected ", layer.n(), " columns, got ", grad.cols);
-  Tensor dx = empty({grad.rows, layer.k()}, dy.scalar_type());
-  const ScratchOwner owned(Pass::grad_input, grad, layer);
-  grad_input(grad, layer, matrix(dx, "dx"), owned.scratch);
+  const Passes& passes = passes_for(grad.dtype);
+  Tensor dx = empty({grad.rows, layer.k()}, dy.scalar_type(), dy);
+  const ScratchOwner owned(passes, Pass::grad_input, grad, layer);
+  passes.grad_input(grad, layer, matrix(dx), owned.scratch);
   return dx;
 }
 
 std::tuple<Tensor, Tensor, Tensor> grad_scales_op(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                   const Tensor& scale_out, const Tensor& scale_in, bool need_shift) {
-  const Matrix grad = matrix(dy, "dy"), input = matrix(x, "x");
-  STD_TORCH_CHECK(grad.dtype == input.dtype, "dy: expected x's dtype");
-  const LayerOwner owner(input, "x", weight, scale_out, scale_in);
+  const Matrix grad = matrix(dy), input = matrix(x);
+  const LayerOwner owner(x, weight, scale_out, scale_in);
   const Layer& layer = owner.layer;
-  STD_TORCH_CHECK(input.cols == layer.k(), "x: expected ", layer.k(), " columns, got ", input.cols);
-  STD_TORCH_CHECK(grad.rows == input.rows && grad.cols == layer.n(), "dy: expected shape [", input.rows, ", ",
-                  layer.n(), "], got [", grad.rows, ", ", grad.cols, "]");
-  const auto wide = LayerOwner::wide(input.dtype);
-  Tensor du = empty({layer.n(), 1}, wide), dv = empty({layer.groups, 1, layer.k()}, wide);
-  Tensor df = empty({need_shift ? layer.n() : 0}, wide);
-  const ScratchOwner owned(Pass::grad_scales, input, layer);
-  grad_scales(grad, input, layer, du.data_ptr(), dv.data_ptr(), owned.scratch);
+  const Passes& passes = passes_for(input.dtype);
+  const ScalarType wide = wide_type(x);
+  Tensor du = empty({layer.n(), 1}, wide, x), dv = empty({layer.groups, 1, layer.k()}, wide, x);
+  Tensor df = empty({need_shift ? layer.n() : 0}, wide, x);
+  const ScratchOwner owned(passes, Pass::grad_scales, input, layer);
+  passes.grad_scales(grad, input, layer, du.data_ptr(), dv.data_ptr(), owned.scratch);
   if (need_shift) sum_tokens(grad, df.data_ptr());
   return {du, dv, df};
 }
 
 Tensor grad_shift_op(const Tensor& dy) {
-  const Matrix grad = matrix(dy, "dy");
-  Tensor df = empty({grad.cols}, LayerOwner::wide(grad.dtype));
+  const Matrix grad = matrix(dy);
+  Tensor df = empty({grad.cols}, wide_type(dy), dy);
   sum_tokens(grad, df.data_ptr());
   return df;
 }

@@ -1,4 +1,4 @@
-// What the CPU kernels ask of PyTorch: its threads and its matrix product.
+// What the CPU kernels use of PyTorch: its threads and its matrix product. register.cpp implements it.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace rlrr {
 
-// Run body(begin, end) over parts of [begin, end) on torch's threads. The body must not throw.
+// Runs body(begin, end) for parts of [begin, end) on the threads of torch. The body must not throw.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
 template <class F>
@@ -19,14 +19,14 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& body) {
 
 int64_t thread_count();
 
-// Of `threads`, as many as this many multiply-adds repay: waking one and waiting for it takes as long as thousands of
-// them, and where other processes are busy, as long as millions.
+// The number of threads, at most `threads`, that this many multiply-adds are worth: to wake a thread and wait for it
+// takes as long as thousands of them and, on a busy machine, as long as millions.
 inline int64_t useful_threads(int64_t multiply_adds, int64_t threads) {
   return std::clamp<int64_t>(multiply_adds >> 21, 1, threads);
 }
 
-// Run body(task, worker) for each task, in one parallel region of at most `workers` threads. They take tasks one by
-// one: a thread that other processes hold up takes fewer.
+// Runs body(task, worker) for each task, in one parallel region of at most `workers` threads. They take tasks one by
+// one, so that a thread that other processes delay takes fewer.
 template <class F>
 void share(int64_t tasks, int64_t workers, const F& body) {
   std::atomic<int64_t> next{0};
@@ -37,10 +37,10 @@ void share(int64_t tasks, int64_t workers, const F& body) {
   });
 }
 
-// out = a b, by the BLAS that torch uses.
+// out = a b, by the BLAS of torch.
 void matmul(const Matrix& a, const Matrix& b, const Matrix& out);
 
-// out = x w^T + offset; offset [cols of out], in out's type, or null.
+// out = x w^T + offset; offset [columns of out] in the dtype of out, or null.
 void linear(const Matrix& x, const Matrix& w, const void* offset, const Matrix& out);
 
 }  // namespace rlrr

@@ -1,8 +1,9 @@
-// Element types of the CPU kernels, and how tensors reach them without a torch type.
+// Element types, matrices and the frozen layer as the CPU kernels know them, with no torch type.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace rlrr {
 
@@ -28,7 +29,7 @@ template <>
 inline bfloat16 narrow<bfloat16>(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  // to nearest, ties to even; a NaN keeps its quiet bit instead of rounding up to infinity
+  // to nearest, ties to even; a NaN gets its quiet bit set, as rounding could make it an infinity
   const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   return {static_cast<uint16_t>(value == value ? rounded : (bits >> 16) | 0x40)};
 }
@@ -47,7 +48,7 @@ constexpr Dtype dtype_of = sizeof(T) == 8   ? Dtype::float64
                            : sizeof(T) == 4 ? Dtype::float32
                                             : Dtype::bfloat16;
 
-// Strides in elements; they may be anything, 0 included.
+// Strides are in elements and can have any value, 0 included.
 struct Matrix {
   void* data;
   int64_t rows, cols;
@@ -65,7 +66,7 @@ struct Matrix {
   }
 };
 
-// W with its scales: u [N] and v [groups, K], contiguous, in the type of the sums.
+// W with its scales u [N] and v [groups, K], contiguous, in the type of the sums.
 struct Layer {
   Matrix weight;
   const void* u;
@@ -76,5 +77,37 @@ struct Layer {
   int64_t k() const { return weight.cols; }
   int64_t group_of(int64_t row) const { return row / (weight.rows / groups); }
 };
+
+// Returns parts of rows as contiguous memory: the memory of the matrix, or a copy if its columns are not adjacent.
+template <class T>
+class ContiguousRow {
+ public:
+  explicit ContiguousRow(const Matrix& matrix) : matrix_(matrix) {
+    if (matrix.col_stride != 1) copy_.resize(matrix.cols);
+  }
+
+  const T* operator()(int64_t row, int64_t col, int64_t count) {
+    const T* start = matrix_.at<T>(row, col);
+    if (matrix_.col_stride == 1) return start;
+    for (int64_t i = 0; i < count; ++i) copy_[i] = start[i * matrix_.col_stride];
+    return copy_.data();
+  }
+
+ private:
+  const Matrix& matrix_;
+  std::vector<T> copy_;
+};
+
+// Calls body(T{}, W{}) with the types for the dtypes of x and W, which must be a supported pair.
+template <class F>
+void dispatch(Dtype x, Dtype weight, const F& body) {
+  if (x == Dtype::float64) {
+    body(double{}, double{});
+  } else if (x == Dtype::float32) {
+    weight == Dtype::float32 ? body(float{}, float{}) : body(float{}, bfloat16{});
+  } else {
+    weight == Dtype::float32 ? body(bfloat16{}, float{}) : body(bfloat16{}, bfloat16{});
+  }
+}
 
 }  // namespace rlrr

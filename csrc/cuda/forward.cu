@@ -1,9 +1,7 @@
-// y = x W'^T + bias + shift with W' = W * (1 + u v) formed between shared memory and tensor cores.
+// y = x W'^T + bias + shift, where W' = W * (1 + u v) exists in registers only.
 #include "epilogue.cuh"
-#include "launch.h"
 #include "plan.cuh"
 #include "product.cuh"
-#include "split.cuh"
 
 namespace rlrr {
 namespace {
@@ -14,19 +12,19 @@ struct Parameters {
   Vector bias, shift;
   void* y;
   int64_t y_stride;
-  float* partials;  // null where the depth is not split
+  float* partials;  // null if the depth is not split
   int m, n, k, group_rows, group_tiles, groups, m_tiles, steps, split_steps;
 };
 
 template <class Math, class Staged, class Tile>
 RLRR_KERNEL(kBlocks<Math, Tile>)
 forward_kernel(RLRR_PARAMETER Parameters p) {
-  // n runs fastest: the blocks in flight share a few row bands of x and all of W, which fits in L2
+  // n runs fastest: the blocks that run at a time share a few rows of tiles of x, and all of W, which fits in L2
   const int n_tiles = p.groups * p.group_tiles;
   const int m_start = ptx::block() / n_tiles % p.m_tiles * Tile::kRows;
   const int n_tile = ptx::block() % n_tiles;
   const int split = ptx::block() / n_tiles / p.m_tiles;
-  // tiles are laid out group by group, so that a tile meets one v
+  // no tile crosses the end of a group, so that it needs a single v
   const int group = n_tile / p.group_tiles;
   const int in_group = n_tile % p.group_tiles * Tile::kCols;
   const int n_start = group * p.group_rows + in_group;

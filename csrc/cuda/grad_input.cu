@@ -1,9 +1,7 @@
-// dx = dy W' with W' = W * (1 + u v) formed between shared memory and tensor cores.
+// dx = dy W', where W' = W * (1 + u v) exists in registers only.
 #include "epilogue.cuh"
-#include "launch.h"
 #include "plan.cuh"
 #include "product.cuh"
-#include "split.cuh"
 
 namespace rlrr {
 namespace {
@@ -13,7 +11,7 @@ struct Parameters {
   const float *u, *v;
   void* dx;
   int64_t dx_stride;
-  float* partials;  // null where the depth is not split
+  float* partials;  // null if the depth is not split
   int m, k, k_tiles, group_rows, groups, m_tiles, steps, split_steps;
 };
 
@@ -24,7 +22,7 @@ grad_input_kernel(RLRR_PARAMETER Parameters p) {
   const int k_start = ptx::block() % p.k_tiles * Tile::kCols;
   const int split = ptx::block() / p.k_tiles / p.m_tiles;
 
-  // the sum over n walks the groups one after another, each with its v
+  // the sum over n goes through one group after another, each with a v of its own
   Product product;
   product.left = p.dy;
   product.weight = p.weight;

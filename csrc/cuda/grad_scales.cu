@@ -1,12 +1,10 @@
-// du, dv and df in one pass over dy and x: G = dy^T x is reduced against W as soon as a tile of it is
-// complete, and never stored.
+// du, dv and df in one pass over dy and x: each tile of G = dy^T x is reduced against W as soon as it is complete, and
+// never stored.
 //
-// All three are linear in G, so a block may hold any share of the tokens: blocks of one tile and
-// different splits leave partial sums, which a second kernel adds in a fixed order. No atomics.
-#include "fragments.cuh"
-#include "launch.h"
+// All three are linear in G, so that blocks can share the tokens of a tile: each leaves partial sums, which a second
+// kernel adds in a fixed order, without atomics.
+#include "math.cuh"
 #include "partials.cuh"
-#include "pipeline.cuh"
 #include "plan.cuh"
 #include "reduce.cuh"
 
@@ -17,8 +15,8 @@ struct Parameters {
   Source dy, x, weight;
   const float *u, *v;
   float *du, *dv, *df;                               // partial sums of the slice
-  int first_group, groups, first_tile, group_tiles;  // the slice's
-  int first_col, cols, col_tiles, columns, rows;     // the slice's; columns of blocks, with those for df
+  int first_group, groups, first_tile, group_tiles;  // of the slice
+  int first_col, cols, col_tiles, columns, rows;     // of the slice; `columns` of blocks include those for df
   int m, k, group_rows, splits, split_tokens;
 };
 
@@ -29,7 +27,7 @@ struct Stage {
   using Left = SharedTile<Element, Tile::kDepth, Tile::kRows, kPadding>;
   using Right = SharedTile<Element, Tile::kDepth, Tile::kCols, kPadding>;
   static constexpr int kBytes = Left::kBytes + Right::kBytes;
-  static constexpr int kPatchBytes = PatchShared<float, Tile>::kBytes;  // after the loop, in the same place
+  static constexpr int kPatchBytes = PatchShared<float, Tile>::kBytes;  // after the loop, in the same memory
   static constexpr int kTotalBytes = kBytes * Tile::kStages > kPatchBytes ? kBytes * Tile::kStages : kPatchBytes;
 
   Left left;
@@ -60,11 +58,11 @@ RLRR_DEVICE void multiply_stage(typename Tile::Accumulator& acc, const Stage<Mat
   }
 }
 
-// Blocks among which the tokens of a split fall for df. Adding is all latency: one block would take
-// longer than those that multiply.
+// Blocks that share the tokens of a split for df. These additions wait for memory: a single block would take longer
+// than the blocks that multiply.
 constexpr int kTokenShares = 4;
 
-// Adds dy's columns up, `kRun` tokens at a time: the sum of short sums rounds less than one long one.
+// Sums the columns of dy, `kRun` tokens at a time: a sum of short sums rounds less than one long sum.
 template <class Element, int kCols>
 RLRR_DEVICE void sum_tokens(const Source& dy, int first, int last, int64_t col, int cols, float* to) {
   constexpr int kLanes = kThreads / kCols, kRun = 16;
@@ -94,9 +92,9 @@ RLRR_DEVICE void sum_tokens(const Source& dy, int first, int last, int64_t col, 
 template <class Math, class Tile>
 RLRR_KERNEL(kBlocks<Math, Tile>)
 grad_scales_kernel(RLRR_PARAMETER Parameters p) {
-  // The blocks of one split run together: they share its rows of dy and x in L2. Where f trains, each
-  // row of tiles has a few blocks more, which only add up dy: doing that inside the product's loop
-  // would pull dy through registers that the product does not need.
+  // The blocks of one split run together, since they share its rows of dy and x in L2. If df is wanted, each row of
+  // tiles has a few more blocks, which only sum dy: in the loop of the product this would load dy into registers that
+  // the product does not need.
   const int column = ptx::block() % p.columns;
   const int n_tiles = p.groups * p.group_tiles;
   const int n_tile = ptx::block() / p.columns % n_tiles;
@@ -169,7 +167,7 @@ struct Plan {
   int64_t splits, split_tokens;
 };
 
-// What reducing a finished tile costs, in tokens of the loop.
+// The estimated time to reduce a tile, in tokens of the loop.
 constexpr int64_t kEpilogueTokens = 256;
 
 template <class Tile>

@@ -1,17 +1,19 @@
-// Everything a kernel asks of the machine goes through `rlrr::ptx`, one function an instruction.
+// The machine as the kernels see it: `rlrr::ptx` has one function for each instruction that they use.
 //
-// The kernels are then plain C++: built without nvcc, they run on a CPU against a model of these
-// instructions that is stricter than a GPU (tests/cuda_host), from the very same source.
+// nvcc gets these functions from ptx.cuh, any other compiler from a model of a GPU in tests/cuda_host, which is
+// stricter than a GPU. The same source of the kernels thus runs on a CPU.
 #pragma once
 
 #include <cstdint>
 
+#include "passes.h"
+
 namespace rlrr {
 
-constexpr int kThreads = 128;  // of every block
+constexpr int kThreads = 128;  // of each block
 constexpr int kWarps = kThreads / 32;
 
-// Raw bits, not CUDA's classes: those have no meaning to a host compiler.
+// Raw bits, since a host compiler does not know CUDA's classes.
 struct fp16 {
   uint16_t bits;
 };
@@ -26,3 +28,39 @@ struct bf16 {
 #else
 #include <machine_model.h>
 #endif
+
+namespace rlrr {
+
+template <class T>
+constexpr Dtype kDtype = Dtype::float32;
+template <>
+inline constexpr Dtype kDtype<fp16> = Dtype::float16;
+template <>
+inline constexpr Dtype kDtype<bf16> = Dtype::bfloat16;
+
+template <class T>
+RLRR_DEVICE float widen(T value) {
+  if constexpr (sizeof(T) == 4) {
+    return value;
+  } else {
+    return ptx::widen2<T>(value.bits).x;
+  }
+}
+
+template <class T>
+RLRR_DEVICE T narrow(float value) {
+  if constexpr (sizeof(T) == 4) {
+    return value;
+  } else {
+    return T{static_cast<uint16_t>(ptx::narrow2<T>(value, 0.0f))};
+  }
+}
+
+// Loads an element of a tensor whose dtype is only known at run time.
+RLRR_DEVICE float load_float(const void* data, int64_t index, Dtype dtype) {
+  if (dtype == Dtype::float32) return ptx::load(static_cast<const float*>(data) + index);
+  if (dtype == Dtype::float16) return widen(ptx::load(static_cast<const fp16*>(data) + index));
+  return widen(ptx::load(static_cast<const bf16*>(data) + index));
+}
+
+}  // namespace rlrr

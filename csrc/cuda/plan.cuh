@@ -1,22 +1,19 @@
-// What the host decides before a launch: how a matrix may be read, which tile, which arithmetic.
+// What the host decides before a launch: how matrices can be read, the tile, the splits and the arithmetic.
 #pragma once
-
-#include "copy.cuh"
-#include <cuda_runtime_api.h>
 
 #include "math.cuh"
 
 namespace rlrr {
 
-// A block's share on the smallest of these GPUs (sm_86, sm_89, sm_120): no tile needs a fallback.
+// Available to a block on every GPU from sm_80 on; sm_86, sm_89 and sm_120 have no more.
 constexpr int kMostSharedBytes = 99 * 1024;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-// `first_col`: tiles start at multiples of it, besides those of their own width. `staged`: the dtype
-// in shared memory; copies cannot convert.
+// `first_col`: tiles start at columns that are multiples of it, besides multiples of their width. `staged`: the dtype
+// in shared memory; asynchronous copies cannot convert.
 inline Source source(const Matrix& matrix, int64_t first_col, Dtype staged) {
   const int bytes = size_of(matrix.dtype);
   const bool vectors = matrix.dtype == staged && matrix.col_stride == 1 && matrix.row_stride * bytes % 16 == 0 &&
@@ -24,7 +21,7 @@ inline Source source(const Matrix& matrix, int64_t first_col, Dtype staged) {
   return {static_cast<const char*>(matrix.data), matrix.row_stride, matrix.col_stride, matrix.dtype, vectors};
 }
 
-// Positions inside a matrix are 32-bit in the kernels, and so are grids; offsets into it are not.
+// Indices of rows, columns and blocks are 32-bit in the kernels; offsets into matrices are 64-bit.
 inline bool fits(const Layer& layer) {
   constexpr int64_t kMost = (int64_t{1} << 31) - 1024;
   return layer.m > 0 && layer.n > 0 && layer.k > 0 && layer.groups > 0 && layer.n % layer.groups == 0 &&
@@ -39,7 +36,7 @@ cudaError_t with_math(Dtype dtype, bool tf32, const Run& run) {
   return tf32 ? run(Tf32Math{}) : run(PlainMath{});
 }
 
-// W is staged in x's dtype where that copies its bits, else in float32.
+// W is staged in shared memory as it is if it has the dtype of x, else in float32.
 template <class Math, class Run>
 cudaError_t with_staged(Math math, Dtype weight, const Run& run) {
   using Element = typename Math::Element;
@@ -49,48 +46,48 @@ cudaError_t with_staged(Math math, Dtype weight, const Run& run) {
   return run(math, float{});
 }
 
-// Rows of a tile take 64 bytes of depth.
+// 64 bytes of depth a row.
 template <class Math>
 constexpr int kProductDepth = 64 / sizeof(typename Math::Element);
 
-// Plain float32 holds four depths of its right operand at once, which leaves room for half the columns.
+// Plain float32 holds four depths of its right operand at once, which leaves registers for half the columns.
 template <class Math>
 using LargeProductTile = Tile<128, Math::kTensorCores ? 128 : 64, kProductDepth<Math>, 1, 4, 3>;
 template <class Math>
 using SmallProductTile = Tile<64, 64, kProductDepth<Math>, 1, 4, 3>;
 
-// What a product covers: a rows x (col_groups * cols) result, whose tiles cross no group, and a depth of
-// `segments` segments, whose steps cross none.
+// The size of a product: a result of rows x (col_groups * cols), whose tiles cross no group, and a depth of `segments`
+// segments, whose steps cross no segment.
 struct Extent {
   int64_t rows, col_groups, cols, segments, segment;
 };
 
-// How it is cut up: which tile, and how many blocks share the steps of one.
+// The tile, and the number of blocks that share the steps of a tile.
 struct ProductPlan {
   bool large;
   int64_t splits, split_steps;
 };
 
-// Of partial sums, beyond which the depth is split no further.
+// The most bytes of partial sums; it limits the number of splits.
 constexpr int64_t kSplitBytes = 1'900'000;
 
-// Estimates in cycles, good enough to choose by; nothing here has been measured. A block's start, the way
-// of its first copies and its epilogue; a second kernel behind the first; what L2 moves a cycle.
+// Estimates, none of them measured: the cycles that a block takes besides its steps, the cycles that a second kernel
+// adds, and the bytes that L2 moves in a cycle.
 constexpr double kBlockCycles = 1000, kSecondKernelCycles = 2500, kL2BytesPerCycle = 2048;
 
-// Products a cycle of a multiprocessor of sm_80 or so.
+// Multiply-adds of a multiprocessor in a cycle, as on sm_80.
 template <class Math>
 constexpr double kRate = Math::kTensorCores ? 2048 / sizeof(typename Math::Element) : 128;
 
-// A small tile works at an estimated 0.6 of the large one's rate: it loads more a product, and rescales
-// each value of W for half as many tokens.
+// A small tile reaches an estimated 0.6 of the rate of the large one: it loads more for each product, and rescales each
+// value of W for half as many tokens.
 template <class Math, class Tile>
 void consider(const Extent& e, const Device& device, bool large, double& least, ProductPlan& best) {
   const double step_cycles = Tile::kRows * Tile::kCols * Tile::kDepth / kRate<Math> / (large ? 1.0 : 0.6);
   const int64_t tiles = ceil_div(e.rows, Tile::kRows) * e.col_groups * ceil_div(e.cols, Tile::kCols);
   const int64_t steps = ceil_div(e.segment, Tile::kDepth) * e.segments;
   const int64_t bytes = 4 * e.rows * e.col_groups * e.cols;
-  // blocks beyond one for each multiprocessor would only wait
+  // more blocks than multiprocessors would only wait
   int64_t most = device.multiprocessors / tiles;
   if (most > kSplitBytes / bytes) most = kSplitBytes / bytes;
   if (most > steps) most = steps;
@@ -113,7 +110,7 @@ ProductPlan product_plan(const Extent& extent, const Device& device) {
   return best;
 }
 
-// Calls run(math, staged, tile, plan) with what suits a product of x's dtype.
+// Calls run(math, staged, tile, plan) for a product in x's dtype.
 template <class Run>
 cudaError_t with_product_plan(const Layer& layer, Dtype dtype, const Extent& extent, const Run& run) {
   if (!fits(layer)) return cudaErrorInvalidValue;
@@ -127,7 +124,7 @@ cudaError_t with_product_plan(const Layer& layer, Dtype dtype, const Extent& ext
   });
 }
 
-// Floats of partial sums that the plan for a product asks for: none where its depth is not split.
+// The number of partial sums of a product; 0 if its depth is not split.
 inline int64_t split_floats(const Layer& layer, Dtype dtype, const Extent& extent) {
   if (!fits(layer)) return 0;
   int64_t splits = 1;

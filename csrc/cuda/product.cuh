@@ -1,17 +1,14 @@
 // The loop that forward and grad_input share: a tile of `left` times a tile of W * S, S = 1 + u v.
 //
-// To forward the depth is K, to grad_input it is N; features are the other one. S at a depth d and a
-// feature f is 1 + depth_scale[d] * feature_scale[f] either way. Where groups of W's rows have a v
-// each, the depth of grad_input falls into segments with feature scales of their own, and no step
-// crosses from one into the next.
+// The depth is K in forward and N in grad_input; features are the other dimension of W. In both, S at a depth d and a
+// feature f is 1 + depth_scale[d] * feature_scale[f]. If W has groups of rows, each with a v of its own, the depth of
+// grad_input consists of segments with different feature scales; no step crosses the end of a segment.
 //
-// All warps stand side by side along the features, so none rescales what another does too, and each
-// rescaled value meets all the tokens of the block in registers.
+// The warps of a block lie side by side along the features: each value of W is rescaled by one warp only, and
+// multiplied by all tokens of the block.
 #pragma once
 
-#include "copy.cuh"
-#include "fragments.cuh"
-#include "pipeline.cuh"
+#include "math.cuh"
 
 namespace rlrr {
 
@@ -20,10 +17,10 @@ struct Product {
   Source weight;  // [features, depth] where depth is inner, else [depth, features]
   const float* depth_scale;
   const float* feature_scale;
-  int feature_scale_stride;  // from a segment to the next
-  int segment, segments;     // depth of one, and how many
-  int first_step, steps;     // of the walk over all segments, this block's
-  int token, tokens;         // first of the tile, and how many there are from it on
+  int feature_scale_stride;  // from one segment to the next
+  int segment, segments;     // depth of a segment, and their number
+  int first_step, steps;     // of this block, among the steps of all segments
+  int token, tokens;         // first of the tile, and how many are left from there on
   int feature, features;
 };
 
@@ -74,17 +71,17 @@ RLRR_DEVICE void load_feature_scales(float (&to)[Tile::kColTiles][Math::kColumns
     }
 }
 
-// Where a block's walk over the depth begins: steps of kDepth, segment after segment.
+// Where the steps of a block begin. Steps have a depth of kDepth and go through one segment after another.
 template <int kDepth>
 struct Start {
-  int of_segment, segment, step;  // steps in a segment; the first one's segment, and place in it
+  int of_segment, segment, step;  // number of steps in a segment; segment of the first step, and its index there
   RLRR_DEVICE explicit Start(const Product& p)
       : of_segment((p.segment + kDepth - 1) / kDepth),
         segment(p.first_step / of_segment),
         step(p.first_step % of_segment) {}
 };
 
-// Copies for step after step, whatever the strides and wherever the edges.
+// Copies the operands of one step after another, for any strides and at any edge.
 template <Inner kInner, class Stage, class Tile>
 class EdgeCopies {
  public:
@@ -111,7 +108,7 @@ class EdgeCopies {
   int segment_, offset_;
 };
 
-// The same where no tile of the block meets an edge: nearly all blocks of a large layer.
+// The same for blocks whose tiles are all whole: nearly all blocks of a large layer.
 template <Inner kInner, class Stage, class Tile>
 class WholeCopies {
  public:
@@ -132,7 +129,7 @@ class WholeCopies {
   }
 
  private:
-  // segments are whole steps, and follow one another
+  // segments consist of whole steps
   RLRR_DEVICE static int64_t first(const Product& p) { return static_cast<int64_t>(p.first_step) * Tile::kDepth; }
 
   Stream<typename Stage::Left> left_;
@@ -177,7 +174,7 @@ RLRR_DEVICE void accumulate_steps(typename Tile::Accumulator& acc, const Product
       p.steps, [&](int stage) { copies.copy_next(Stage(stage)); },
       [&](int stage) {
         multiply_stage<Math, kInner, Tile>(acc, Stage(stage), feature_scale, l);
-        // forward has one segment
+        // forward has a single segment
         if (kInner == Inner::depth || --left_in_segment > 0) return;
         if (++segment == p.segments) return;
         left_in_segment = start.of_segment;

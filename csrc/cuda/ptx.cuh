@@ -1,4 +1,4 @@
-// PTX instructions for sm_80 and later, under the names that machine.cuh promises.
+// The functions of `rlrr::ptx` as PTX instructions, for sm_80 and later. Included by machine.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #define RLRR_DEVICE __device__ __forceinline__
-// In as few registers as let that many blocks share a multiprocessor.
+// The arguments: as __launch_bounds__ has them after the threads of a block.
 #define RLRR_KERNEL(...) __global__ void __launch_bounds__(::rlrr::kThreads, __VA_ARGS__)
 #define RLRR_PARAMETER const __grid_constant__
 
@@ -42,7 +42,7 @@ RLRR_DEVICE uint32_t shared_address(const char* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// 16 bytes go past L1, which tiles that a block reads once would only pollute.
+// Bypasses L1, since a block reads each tile once.
 template <int kBytes>
 RLRR_DEVICE void copy_async(char* shared, const void* global) {
   static_assert(kBytes == 16);
@@ -61,7 +61,7 @@ RLRR_DEVICE void copy_async(char* shared, const void* global, int bytes) {
   }
 }
 RLRR_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most kPending of this thread's groups are under way.
+// Waits until at most kPending groups of this thread are in flight.
 template <int kPending>
 RLRR_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -95,7 +95,7 @@ RLRR_DEVICE void mma<fp16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// The same, 8 deep, of float32 bits whose last 13 the tensor cores ignore.
+// The same, 8 deep, of float32; the tensor cores ignore its last 13 bits.
 RLRR_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -108,14 +108,14 @@ RLRR_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 RLRR_DEVICE uint32_t bits(float value) { return __float_as_uint(value); }
 RLRR_DEVICE float from_bits(uint32_t value) { return __uint_as_float(value); }
 
-// Without it the tensor cores would cut where they should round.
+// Rounds to nearest; the tensor cores alone truncate.
 RLRR_DEVICE uint32_t round_tf32(float value) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
   return rounded;
 }
 
-// Two narrow values in a register, the first in the low half.
+// Packs two 16-bit values, the first in the low half.
 template <class T>
 RLRR_DEVICE uint32_t narrow2(float low, float high);
 template <>
@@ -145,8 +145,8 @@ RLRR_DEVICE float2 widen2<fp16>(uint32_t packed) {
   return wide;
 }
 
-// Asked for at each launch: the permission belongs to a device's context, and keeping a table of
-// devices would cost as much as the call.
+// The limit of shared memory is set at each launch: it belongs to the context of a device, and a lookup in a table of
+// devices would take as long as the call.
 template <auto kKernel, class Parameters>
 cudaError_t launch(int64_t blocks, int shared_bytes, cudaStream_t stream, const Parameters& parameters) {
   if (shared_bytes > 48 * 1024) {

@@ -1,16 +1,15 @@
-// From a tile of G = dy^T x to its shares of du and dv: with P = G * W,  du = P v  and  dv = P^T u.
+// From a tile of G = dy^T x to its part of du and dv: with P = G * W,  du = P v  and  dv = P^T u.
 //
-// G never leaves the registers: W comes to it through the shared memory that the pipeline has done
-// with, where W's dtype, strides and edges are settled. A lane reduces what it holds, the lanes of a
-// row or a column exchange, and warps meet in shared memory, each sum in an order that the tile's
-// shape alone decides.
+// G stays in registers. W is copied into the shared memory that the loop no longer needs, which handles its dtype,
+// strides and edges. Each lane reduces the values that it holds, the lanes of a row or a column exchange their sums,
+// and those of the warps are added through shared memory. The order of each sum depends on the shape of the tile alone.
 #pragma once
 
-#include "copy.cuh"
+#include "tile.cuh"
 
 namespace rlrr {
 
-// What a tile of G covers: W from (n, k) on, of which rows x cols are inside; u and v start there.
+// The part of the layer under a tile of G: W from (n, k) on, rows x cols of which exist; u and v start there as well.
 struct Patch {
   Source weight;
   const float *u, *v;
@@ -20,7 +19,7 @@ struct Patch {
 
 template <class Staged, class Tile>
 struct PatchShared {
-  // lanes read pairs, rows apart: 8 banks a row for float2, 4 for 16-bit pairs
+  // neighbouring lanes read pairs in different rows: 8 banks a row separate float2, 4 separate 16-bit pairs
   using Weight = SharedTile<Staged, Tile::kRows, Tile::kCols, sizeof(Staged) == 4 ? 32 : 16>;
   static constexpr int kShares = 4 * (Tile::kWarpCols * Tile::kRows + Tile::kWarpRows * Tile::kCols);
   static constexpr int kBytes = Weight::kBytes + 4 * (Tile::kRows + Tile::kCols) + kShares;

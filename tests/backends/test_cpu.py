@@ -163,22 +163,3 @@ def test_rows_that_begin_between_pairs(dtype):
         setattr(p, name, wide[:, 1:-1].copy_(t))
     assert p.x.data_ptr() % 4 == dtype.itemsize % 4
     check(p, solve(p, "cpu"))
-
-
-def test_bad_tensors_are_refused_by_the_ops_themselves():
-    """They can be called without the package's own checks, from C++ for one."""
-    forward = torch.ops.rlrr_cpu.forward
-    p = make_problem(3, 4, 5)
-    u, v = p.scale_out, p.scale_in
-    with pytest.raises(RuntimeError, match=r"x: expected 5 columns, got 4"):
-        forward(p.x[:, :4], p.weight, u, v, None, None)
-    with pytest.raises(RuntimeError, match=r"scale_in: expected shape \[groups, 1, 5\] with groups that divide 4"):
-        forward(p.x, p.weight, u, v.expand(3, 1, 5), None, None)
-    with pytest.raises(RuntimeError, match="weight: expected float32, bfloat16 or float64"):
-        forward(p.x, p.weight.half(), u, v, None, None)
-    with pytest.raises(RuntimeError, match="float64 goes with a float64 weight only"):
-        forward(p.x.double(), p.weight, u, v, None, None)
-    with pytest.raises(RuntimeError, match=r"x: expected sizes of at least 1, got \[0, 5\]"):
-        forward(p.x[:0], p.weight, u, v, None, None)
-    with pytest.raises(RuntimeError, match=r"bias, shift: expected shape \[4\]"):
-        forward(p.x, p.weight, u, v, p.x[0], None)

@@ -1,15 +1,13 @@
-"""The machines that the kernels run on here: models of a GPU and of a Hopper GPU, on the CPU."""
+"""The CUDA kernels and the Hopper kernels, built once for all tests."""
 
 import pytest
 
-from tests.cuda_host.hopper import machine as hopper_machine
-from tests.cuda_host.hopper.machine import HopperMachine
-from tests.cuda_host.machine import Machine, build, compiler
+from tests.cuda_host.machine import HopperMachine, Machine, build, build_hopper, compiler
 
 
 @pytest.fixture(scope="session")
 def machine() -> Machine:
-    """The CUDA kernels, built by the host's compiler; skips where there is none."""
+    """The CUDA kernels, built by a C++ compiler; skips if there is none."""
     if compiler() is None:
         pytest.skip("needs a C++ compiler (c++ or g++, or the one that CXX names)")
     return Machine(build())
@@ -18,4 +16,4 @@ def machine() -> Machine:
 @pytest.fixture(scope="session")
 def hopper(machine) -> HopperMachine:
     """The Hopper kernels in the same way."""
-    return HopperMachine(hopper_machine.build())
+    return HopperMachine(build_hopper())

@@ -1,5 +1,5 @@
-// Stacks to switch between. swapcontext() saves the signal mask by a system call each time, which is
-// most of its cost; on x86-64 a dozen instructions do instead.
+// Stacks to switch between. On x86-64 a dozen instructions do this; swapcontext() takes far longer, since it saves the
+// signal mask by a system call.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels with the host's C++ compiler and runs them on the model of a GPU in this folder."""
+"""Build the CUDA kernels with a C++ compiler and run them on the model of a GPU in this folder."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
 PASSES = ("forward", "grad_input", "grad_scales")
 FLAGS = ("-std=c++17", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas")
+#: The units of the model, each with the root of its headers.
+MODEL = [(HERE / f"{name}.cpp", SOURCES) for name in ("model", "copies", "products", "entry")]
 
 FORWARDS, BACKWARDS, SHUFFLED = range(3)
 
-#: One multiprocessor makes large tiles worth their while, very many make small ones.
+#: Numbers of multiprocessors: with one the plans choose large tiles, with very many small ones.
 LARGE, SMALL = 1, 4096
 
 
 def compiler() -> str | None:
-    """The C++ compiler, if there is one."""
+    """Return the C++ compiler, or None if there is none."""
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 
 
@@ -40,7 +42,7 @@ def _cache() -> Path:
 
 
 def _produce(command: list[str], target: Path) -> Path:
-    """Run ``command -o target`` unless the file is there; workers that want it at once wait for the first of them."""
+    """Run ``command -o target`` unless the file exists; other processes that need it wait."""
     with FileLock(f"{target}.lock"):
         if not target.exists():
             subprocess.run([*command, "-o", f"{target}.part"], check=True)
@@ -48,15 +50,15 @@ def _produce(command: list[str], target: Path) -> Path:
     return target
 
 
-def link(prefix: str, flags: tuple[str, ...], units: list[tuple[Path, tuple[Path, ...]]]) -> Path:
-    """A shared library of units, each with its folders of headers. What has not changed is not compiled again."""
+def _link(prefix: str, flags: tuple[str, ...], units: list[tuple[Path, Path]]) -> Path:
+    """Make a shared library of units, each with the root of its headers, and compile only what has changed."""
     cxx = compiler()
     assert cxx is not None
     version = subprocess.run([cxx, "--version"], check=True, capture_output=True).stdout
 
-    def compiled(unit: Path, includes: tuple[Path, ...]) -> Path:
-        command = [cxx, *flags, *(f"-I{folder}" for folder in includes)]
-        # the preprocessed text is all that an object depends on
+    def compiled(unit: Path, root: Path) -> Path:
+        command = [cxx, *flags, f"-I{HERE / 'include'}", f"-I{root}"]
+        # an object depends on the preprocessed text alone
         text = subprocess.run([*command, "-E", "-P", "-xc++", str(unit)], check=True, capture_output=True).stdout
         key = hashlib.sha256(version + " ".join(flags).encode() + text).hexdigest()[:20]
         return _produce([*command, "-c", "-xc++", str(unit)], _cache() / f"{prefix}_{unit.stem}_{key}.o")
@@ -68,9 +70,15 @@ def link(prefix: str, flags: tuple[str, ...], units: list[tuple[Path, tuple[Path
 
 
 def build(sources: Path = SOURCES, passes: tuple[str, ...] = PASSES, optimise: str = "-O2") -> Path:
-    """Passes of the kernels in ``sources`` as a shared library."""
-    units = [*(sources / f"{name}.cu" for name in passes), HERE / "model.cpp", HERE / "entry.cpp"]
-    return link("kernels", (*FLAGS, optimise), [(unit, (HERE / "include", sources)) for unit in units])
+    """Make a shared library of some passes of the kernels in ``sources``."""
+    units = [(sources / f"{name}.cu", sources) for name in passes] + MODEL
+    return _link("kernels", (*FLAGS, optimise), units)
+
+
+def build_hopper(sources: Path = SOURCES, passes: tuple[str, ...] = PASSES) -> Path:
+    """Make a shared library of some passes of the Hopper kernels in ``sources``."""
+    units = [(sources / "hopper" / f"{name}.cu", sources) for name in (*passes, "tensor_map")] + MODEL
+    return _link("hopper", (*FLAGS, "-O3", "-Wno-psabi", "-DRLRR_HOPPER"), units)
 
 
 class _Matrix(ctypes.Structure):
@@ -141,36 +149,34 @@ def _vector(t: Tensor | None) -> _Vector:
 
 
 def rows_apart(rows: int, cols: int, stride: int, dtype: torch.dtype) -> Tensor:
-    """NaN, in rows ``stride`` elements apart; memory between them is not touched."""
+    """Return a matrix of NaN whose rows are ``stride`` elements apart; memory between them is not touched."""
     storage = torch.empty((rows - 1) * stride + cols, dtype=dtype)
     return storage.as_strided((rows, cols), (stride, 1)).fill_(float("nan"))
 
 
 class MachineError(RuntimeError):
-    """The machine stopped a launch: an access, a barrier or an instruction that it does not allow."""
+    """The model ended a launch because of an access, a barrier or an instruction that it does not allow."""
 
 
 class Machine:
-    """The kernels of one build, on a GPU with ``multiprocessors``, its blocks and warps in some order."""
+    """The kernels of one build on the model of a GPU."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         for name in (*(f"{name}_workspace_floats" for name in PASSES), "blocks_launched", "bank_conflicts"):
-            if hasattr(self.library, f"model_{name}"):
-                getattr(self.library, f"model_{name}").restype = ctypes.c_int64
+            getattr(self.library, f"model_{name}").restype = ctypes.c_int64
         self.library.model_message.restype = ctypes.c_char_p
 
     def blocks_launched(self) -> int:
-        """Of the last pass."""
+        """Return the number of blocks of the last pass."""
         return int(self.library.model_blocks_launched())
 
     def bank_conflicts(self) -> int:
-        """Rows that ldmatrix had to wait for in the last pass."""
+        """Return the number of rows that ldmatrix had to wait for in the last pass."""
         return int(self.library.model_bank_conflicts())
 
     def _workspace_floats(self, name: str, problem: ctypes.Structure) -> int:
-        function = getattr(self.library, f"model_{name}_workspace_floats", None)
-        return int(function(ctypes.byref(problem))) if function else 0
+        return int(getattr(self.library, f"model_{name}_workspace_floats")(ctypes.byref(problem)))
 
     def workspace_floats(
         self,
@@ -182,7 +188,7 @@ class Machine:
         dtype: torch.dtype = torch.bfloat16,
         multiprocessors: int = 132,
     ) -> int:
-        """What a pass asks for at these sizes, x and W of one dtype. Nothing is computed, and sizes may be any."""
+        """Return the workspace of a pass for these sizes, with x and W of one dtype. Nothing is computed."""
         matrix = _Matrix(None, k, 1, _DTYPES[dtype])
         layer = _Layer(m, n, k, groups, matrix, None, None, False, _Device(80, multiprocessors, 99 * 1024))
         problems = {
@@ -193,7 +199,7 @@ class Machine:
         return self._workspace_floats(name, problems[name]())
 
     def _call(self, name: str, problem: ctypes.Structure, options: _Options) -> None:
-        # one element more than asked for, so that a workspace of none has an address too
+        # one element more than needed, so that an empty workspace has an address too
         workspace = torch.full((self._workspace_floats(name, problem) + 1,), float("nan"))
         problem.workspace = workspace.data_ptr()
         code = getattr(self.library, f"model_{name}")(ctypes.byref(problem), ctypes.byref(options))
@@ -213,9 +219,13 @@ class Machine:
         passes: tuple[str, ...] = PASSES,
         row_stride: int | None = None,
     ) -> Answer:
-        """All results of a problem; NaN where a pass is left out or a kernel writes nothing.
+        """Return all results of a problem, with NaN where a pass is left out or a kernel writes nothing.
 
-        ``row_stride``: of y and dx, where not their width.
+        Args:
+            multiprocessors: The number of multiprocessors of the GPU.
+            blocks: The order in which blocks run.
+            warps: The order in which the warps of a block run.
+            row_stride: The row stride of y and dx; by default their width.
         """
         (m, k), n, groups = p.x.shape, p.weight.shape[0], p.scale_in.shape[0]
         u, v = p.scale_out.float().contiguous(), p.scale_in.float().contiguous()
@@ -236,3 +246,63 @@ class Machine:
             scales = _GradScales(layer, _matrix(p.dy), _matrix(p.x), du.data_ptr(), dv.data_ptr(), df_pointer, None)
             self._call("grad_scales", scales, options)
         return Answer(y, dx, du, dv, df)
+
+
+class Unsupported(RuntimeError):
+    """The Hopper kernels do not support a problem."""
+
+
+class TensorMap(ctypes.Structure):
+    """The description of a matrix for the copy engine, in the layout of the model."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "row_bytes")),
+        *((name, ctypes.c_int) for name in ("box_rows", "box_cols", "element_bytes", "type")),
+        ("swizzled", ctypes.c_bool),
+        ("_", ctypes.c_char * 79),
+    )
+
+
+class HopperMachine(Machine):
+    """The Hopper kernels of one build on the model of a Hopper GPU."""
+
+    capability = 90
+
+    def maps_encoded(self) -> int:
+        """Return the number of tensor maps that the driver has encoded since the start."""
+        function = self.library.model_maps_encoded
+        function.restype = ctypes.c_int64
+        return int(function())
+
+    def describe(self, data: int, dtype: int, rows: int, cols: int, row_stride: int, box_rows: int) -> TensorMap:
+        """Return the tensor map of a matrix, new or from the cache; ``dtype`` as in ``csrc/cuda/passes.h``."""
+        made = TensorMap()
+        matrix = _Matrix(data, row_stride, 1, dtype)
+        sizes = ctypes.c_int64(rows), ctypes.c_int64(cols)
+        assert self.library.model_describe(ctypes.byref(matrix), *sizes, box_rows, ctypes.byref(made)) == 0
+        return made
+
+    def matrix_descriptor(self, address: int, next_box: int) -> int:
+        """Return wgmma's descriptor of a matrix at any address of the shared window."""
+        function = self.library.model_matrix_descriptor
+        function.restype = ctypes.c_uint64
+        return int(function(ctypes.c_uint32(address), next_box))
+
+    def hang(self) -> str:
+        """Return the message for a kernel whose second block never ends."""
+        assert self.library.model_hang() != 0
+        return str(self.library.model_message().decode())
+
+    def tile_tokens(self, tokens: int, row_tiles: int, steps: int, multiprocessors: int = 132) -> int:
+        """Return the number of tokens of the tile that forward and grad_input choose."""
+        sizes = map(ctypes.c_int64, (tokens, row_tiles, steps))
+        return int(self.library.model_tile_tokens(*sizes, multiprocessors))
+
+    def _call(self, name: str, problem: ctypes.Structure, options: ctypes.Structure) -> None:
+        problem.layer.device.capability = self.capability
+        supported = getattr(self.library, f"model_{name}_supported")
+        supported.restype = ctypes.c_bool
+        if not supported(ctypes.byref(problem)):
+            raise Unsupported(name)
+        super()._call(name, problem, options)

@@ -1,73 +1,24 @@
-// Threads, barriers, memory and copies of the machine that model.h describes.
-#include "machine.cuh"
-
+// How the model runs threads, and what it checks: see include/model.h.
 #include <algorithm>
 #include <numeric>
-#include <random>
-#include <vector>
 
 #include "fibre.h"
+#include "state.h"
 
 namespace rlrr::model {
+
+Machine machine;
+
 namespace {
 
-constexpr int kMostThreads = 1024;
-constexpr int kMostShared = 99 * 1024;  // what every GPU from sm_80 on grants a block
-constexpr int kPoison = 0xff;           // a NaN in float32, float16 and bfloat16
-
-enum class State { runnable, at_instruction, at_barrier, done };
-
-struct Copy {
-  char* to;
-  const void* from;
-  int bytes, size;
-  int64_t group;
-};
-
-struct Thread {
-  Fibre fibre;
-  State state;
-  std::vector<Copy> copies;
-  int64_t groups;
-  void* operands;
-};
-
-struct Warp {
-  int arrived;
-  void (*run)(void* const*);
-};
-
-struct Range {
-  uintptr_t first, last;
-  bool writable;
-};
-
-// One launch at a time; a test process has one CPU thread in here.
-Thread threads[kMostThreads];
-Warp warps[kMostThreads / 32];
+std::vector<Fibre> fibres;
 Fibre scheduler;
-int thread_count, current;
-int64_t current_block;
-void (*current_kernel)(const void*);
-const void* current_parameters;
-std::vector<char> memory;
-char* shared_base;
-int64_t shared_size;
-std::vector<Range> ranges;
-Options options;
-std::string failure;
-std::mt19937_64 shuffler;
 
-void leave() { Fibre::swap(threads[current].fibre, scheduler); }
-
-[[noreturn]] void fail(const std::string& what) {
-  failure = "block " + std::to_string(current_block) + ", thread " + std::to_string(current) + ": " + what;
-  for (;;) leave();  // the scheduler abandons the launch
-}
+void leave() { Fibre::swap(fibres[machine.current], scheduler); }
 
 void body() {
-  current_kernel(current_parameters);
-  threads[current].state = State::done;
+  machine.kernel(machine.parameters);
+  machine.threads[machine.current].state = State::done;
   for (;;) leave();
 }
 
@@ -75,107 +26,165 @@ std::vector<int> permutation(int count, Order order) {
   std::vector<int> indices(count);
   std::iota(indices.begin(), indices.end(), 0);
   if (order == Order::backwards) std::reverse(indices.begin(), indices.end());
-  if (order == Order::shuffled) std::shuffle(indices.begin(), indices.end(), shuffler);
+  if (order == Order::shuffled) std::shuffle(indices.begin(), indices.end(), machine.shuffler);
   return indices;
 }
 
-// Until each lane waits at a barrier or is done; false on failure.
+bool can_go_on(Thread& thread) {
+  if (thread.state == State::at_phase && is_complete(thread.barrier, thread.parity)) thread.state = State::runnable;
+  return thread.state == State::runnable;
+}
+
+// Runs a warp until no lane can continue. Returns whether any could.
 bool run_warp(int warp) {
-  const std::vector<int> lanes = permutation(32, options.warps);
+  bool any = false;
+  const std::vector<int> lanes = permutation(32, machine.options.warps);
   for (bool ran = true; ran;) {
     ran = false;
     for (int lane : lanes) {
-      current = 32 * warp + lane;
-      if (threads[current].state != State::runnable) continue;
-      ran = true;
-      Fibre::swap(scheduler, threads[current].fibre);
-      if (!failure.empty()) return false;
+      Thread& thread = machine.threads[32 * warp + lane];
+      if (!can_go_on(thread)) continue;
+      machine.current = 32 * warp + lane;
+      ran = any = true;
+      Fibre::swap(scheduler, fibres[machine.current]);
+      if (!machine.failure.empty()) return false;
     }
   }
-  if (warps[warp].arrived) {
-    failure = "a warp-wide instruction that only " + std::to_string(warps[warp].arrived) + " lanes reach";
-    return false;
-  }
-  return true;
+  return any;
 }
 
-bool run_block() {
-  std::fill(shared_base, shared_base + shared_size, static_cast<char>(kPoison));
-  for (int i = 0; i < thread_count; ++i) {
-    threads[i].fibre.start(body);
-    threads[i].state = State::runnable;
-    threads[i].copies.clear();
-    threads[i].groups = 0;
+// The mbarriers for which warps wait. The first lane of each warp waits whenever any lane does.
+std::string waits() {
+  std::string all;
+  for (size_t i = 0; i < machine.threads.size(); i += 32) {
+    const Thread& thread = machine.threads[i];
+    if (thread.state != State::at_phase) continue;
+    all += "; warp " + std::to_string(i / 32) + " waits for phase " + std::to_string(thread.parity) + " of " +
+           thread.name + "[" + std::to_string(thread.index) + "]";
   }
-  for (int i = 0; i < thread_count / 32; ++i) warps[i].arrived = 0;
+  return all;
+}
+
+bool run_block(int threads) {
+  machine.begin_block();
+  machine.threads.resize(threads);
+  machine.warps.assign(threads / 32, {});
+  machine.warpgroups.assign((threads + 127) / 128, {});
+  fibres.resize(threads);
+  for (int i = 0; i < threads; ++i) {
+    fibres[i].start(body);
+    machine.threads[i].state = State::runnable;
+    machine.threads[i].copies.clear();
+    machine.threads[i].groups = 0;
+  }
+  const auto done = [](const Thread& thread) { return thread.state == State::done; };
   for (;;) {
-    for (int warp : permutation(thread_count / 32, options.warps))
-      if (!run_warp(warp)) return false;
-    const int done = std::count_if(threads, threads + thread_count, [](auto& t) { return t.state == State::done; });
-    if (done == thread_count) return true;
-    if (done) {
-      failure = "a barrier that " + std::to_string(done) + " threads do not reach";
+    bool any = false;
+    for (Thread& thread : machine.threads)
+      if (thread.state == State::paused) thread.state = State::runnable;
+    for (int warp : permutation(threads / 32, machine.options.warps)) {
+      any |= run_warp(warp);
+      if (!machine.failure.empty()) return false;
+    }
+    if (any) continue;  // a thread that paused ran before it did
+    if (std::all_of(machine.threads.begin(), machine.threads.end(), done)) break;
+    if (!machine.land_a_box()) {
+      machine.failure =
+          "block " + std::to_string(machine.block) + ": nobody can go on, and no box is under way" + waits();
       return false;
     }
-    for (int i = 0; i < thread_count; ++i) threads[i].state = State::runnable;
   }
-}
-
-void land(const Copy& copy) {
-  std::memset(copy.to, 0, copy.size);
-  std::memcpy(copy.to, copy.from, copy.bytes);
+  if (!machine.boxes.empty()) machine.failure = "the block ends with boxes under way";
+  for (const Warp& warp : machine.warps)
+    if (!warp.products.empty()) machine.failure = "the block ends with products under way";
+  return machine.failure.empty();
 }
 
 }  // namespace
 
-void set_options(const Options& chosen) {
-  options = chosen;
-  shuffler.seed(chosen.seed);
+void fail(const std::string& what) {
+  machine.failure =
+      "block " + std::to_string(machine.block) + ", thread " + std::to_string(machine.current) + ": " + what;
+  for (;;) leave();  // the scheduler abandons the launch
 }
-void clear_ranges() { ranges.clear(); }
+
+void set_options(const Options& chosen) {
+  machine.options = chosen;
+  machine.shuffler.seed(chosen.seed);
+}
+void clear_ranges() { machine.ranges.clear(); }
 void allow(const void* from, int64_t bytes, bool writable) {
   const auto first = reinterpret_cast<uintptr_t>(from);
-  ranges.push_back({first, first + static_cast<uintptr_t>(bytes), writable});
+  machine.ranges.push_back({first, first + static_cast<uintptr_t>(bytes), writable});
 }
-const std::string& message() { return failure; }
+const std::string& message() { return machine.failure; }
 
-cudaError_t run_grid(int64_t blocks, int count, int shared_bytes, void (*kernel)(const void*), const void* parameters) {
-  failure.clear();
-  if (blocks < 1 || blocks > 0x7fffffff || shared_bytes > kMostShared) {
-    failure = "a grid of " + std::to_string(blocks) + " blocks, " + std::to_string(shared_bytes) + " bytes shared";
+cudaError_t run_grid(int64_t blocks, int threads, int shared_bytes, int most_shared_bytes, void (*kernel)(const void*),
+                     const void* parameters) {
+  machine.failure.clear();
+  if (blocks < 1 || blocks > 0x7fffffff || shared_bytes > most_shared_bytes) {
+    machine.failure = "a grid of " + std::to_string(blocks) + ", " + std::to_string(shared_bytes) + " bytes shared";
     return cudaErrorInvalidValue;
   }
-  thread_count = count;
-  current_kernel = kernel;
-  current_parameters = parameters;
-  memory.resize(kMostShared + 128);
-  shared_base = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128);
-  // the static shared memory that a kernel could have is not modelled: the kernels have none
-  shared_size = shared_bytes;
+  machine.kernel = kernel;
+  machine.parameters = parameters;
+  machine.blocks = static_cast<int>(blocks);
+  machine.shared_bytes = shared_bytes;
   for (int64_t i = 0; i < blocks; ++i) {
-    current_block = options.blocks == Order::forwards ? i : blocks - 1 - i;
-    if (!run_block()) return cudaErrorLaunchFailure;
+    machine.block = static_cast<int>(machine.options.blocks == Order::forwards ? i : blocks - 1 - i);
+    if (!run_block(threads)) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
 }
 
-int thread() { return current; }
-int block() { return static_cast<int>(current_block); }
-char* shared_memory() { return shared_base; }
+int thread() { return machine.current; }
+int block() { return machine.block; }
+int blocks() { return machine.blocks; }
+char* shared_memory() { return machine.shared; }
 
-void barrier() {
-  threads[current].state = State::at_barrier;
+void barrier() { named_barrier(0, static_cast<int>(machine.threads.size())); }
+
+void named_barrier(int id, int threads) {
+  NamedBarrier& named = machine.named[id];
+  if (named.waiting.empty()) named.threads = threads;
+  if (named.threads != threads) fail("threads disagree on how many a barrier is of");
+  Thread& thread = machine.threads[machine.current];
+  named.waiting.push_back(&thread);
+  thread.state = State::at_barrier;
+  if (static_cast<int>(named.waiting.size()) == threads) {
+    for (Thread* each : named.waiting) each->state = State::runnable;
+    named.waiting.clear();
+  }
+  if (thread.state != State::runnable) leave();
+}
+
+void pause() {
+  const Order order = machine.options.warps;
+  if (order == Order::forwards || (order == Order::shuffled && machine.shuffler() % 2)) return;
+  machine.threads[machine.current].state = State::paused;
+  leave();
+}
+
+void wait(hopper::Barrier* barrier, uint32_t parity, const char* name, int index) {
+  Thread& thread = machine.threads[machine.current];
+  phase_of(barrier);  // must exist
+  if (is_complete(barrier, parity)) return;
+  thread.barrier = barrier;
+  thread.parity = parity;
+  thread.name = name;
+  thread.index = index;
+  thread.state = State::at_phase;
   leave();
 }
 
 void meet(void (*run)(void* const*), void* operands) {
-  Warp& warp = warps[current / 32];
-  Thread* const lanes = threads + current / 32 * 32;
+  Warp& warp = machine.warps[machine.current / 32];
+  Thread* const lanes = machine.threads.data() + machine.current / 32 * 32;
   if (warp.arrived && warp.run != run) fail("lanes of a warp meet at different instructions");
-  threads[current].operands = operands;
+  machine.threads[machine.current].operands = operands;
   warp.run = run;
   if (++warp.arrived < 32) {
-    threads[current].state = State::at_instruction;
+    machine.threads[machine.current].state = State::at_instruction;
     return leave();
   }
   void* all[32];
@@ -188,35 +197,15 @@ void meet(void (*run)(void* const*), void* operands) {
 void check_global(const void* address, int64_t bytes, int64_t alignment, bool write) {
   const auto first = reinterpret_cast<uintptr_t>(address);
   if (first % alignment) fail("misaligned global address");
-  for (const Range& range : ranges)
+  for (const Range& range : machine.ranges)
     if (first >= range.first && first + bytes <= range.last && (range.writable || !write)) return;
   fail(write ? "a write outside the results" : "a read outside the tensors");
 }
 
 void check_shared(const char* address, int64_t bytes, int64_t alignment) {
-  const int64_t offset = address - shared_base;
-  if (offset < 0 || offset + bytes > shared_size) fail("shared memory offset " + std::to_string(offset));
+  const int64_t offset = address - machine.shared;
+  if (offset < 0 || offset + bytes > machine.shared_bytes) fail("shared memory offset " + std::to_string(offset));
   if (offset % alignment) fail("misaligned shared address " + std::to_string(offset));
-}
-
-void copy_async(char* shared, const void* global, int bytes, int size) {
-  if (reinterpret_cast<uintptr_t>(global) % size) fail("misaligned global address of a copy");
-  if (bytes < 0 || bytes > size) fail("a copy of " + std::to_string(bytes) + " bytes");
-  check_shared(shared, size, size);
-  if (bytes) check_global(global, bytes, 1, false);
-  std::memset(shared, kPoison, size);
-  threads[current].copies.push_back({shared, global, bytes, size, threads[current].groups});
-}
-
-void commit_copies() { ++threads[current].groups; }
-
-void wait_copies(int pending) {
-  Thread& thread = threads[current];
-  const int64_t landed = thread.groups - pending;  // groups before this one
-  const auto later =
-      std::find_if(thread.copies.begin(), thread.copies.end(), [&](const Copy& copy) { return copy.group >= landed; });
-  std::for_each(thread.copies.begin(), later, land);
-  thread.copies.erase(thread.copies.begin(), later);
 }
 
 }  // namespace rlrr::model

@@ -1,10 +1,10 @@
-// The runtime as a thread meets it that asks about devices: which one is current, and what fails. Built with
-// csrc/cuda/unusable.cpp alone.
+// A stand-in for the runtime with two devices: it records the current one, and fails as it is told. For the tests of
+// csrc/cuda/device.cu.
 #include <cuda_runtime_api.h>
 
 #include <string>
 
-#include "launch.h"
+#include "passes.h"
 
 namespace {
 
@@ -23,7 +23,7 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= kDevices) return record(cudaErrorInvalidDevice);
   current = device;
-  // as CUDA 12 and later do: the device is current, and its context could not be made
+  // as in CUDA 12 and later, the device is current even if its context cannot be created
   return record(device == 1 ? on_set : cudaSuccess);
 }
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -40,12 +40,10 @@ const char* cudaGetErrorString(cudaError_t error) {
   return (text = "error " + std::to_string(error)).c_str();
 }
 
-namespace rlrr {
-cudaError_t probe() {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) {
   probed = current;
   return record(on_probe);
 }
-}  // namespace rlrr
 
 extern "C" {
 
@@ -56,7 +54,7 @@ void runtime_begin(int device, int get, int set, int probe) {
 }
 const char* runtime_unusable(int device) {
   static std::string reason;
-  return (reason = rlrr::unusable(device)).c_str();
+  return (reason = rlrr::unusable(device, "80 90a")).c_str();
 }
 int runtime_current() { return current; }
 int runtime_probed() { return probed; }

@@ -10,21 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda_host import machine as general
 from tests.cuda_host.faults import Fault
-from tests.cuda_host.hopper import machine as hopper_machine
-from tests.cuda_host.hopper.machine import HopperMachine
-from tests.cuda_host.machine import BACKWARDS, FORWARDS, LARGE, SHUFFLED, SMALL, Machine, MachineError
+from tests.cuda_host.machine import (
+    BACKWARDS,
+    FORWARDS,
+    LARGE,
+    SHUFFLED,
+    SMALL,
+    HopperMachine,
+    Machine,
+    MachineError,
+    build,
+    build_hopper,
+)
 from tests.oracle import Answer, Problem, assert_close, differentiate, make_problem
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 LIMIT = 6 * 2**10
 #: What is planted here is no fault.
-LOWERED = Fault("a small workspace", "grad_scales", "slices.h", "1'900'000", "6 << 10")
+LOWERED = Fault("a small workspace", "grad_scales", "partials.cuh", "1'900'000", "6 << 10")
 
 BUILDS: dict[str, Callable[[Path], Machine]] = {
-    "general": lambda sources: Machine(general.build(sources, ("grad_scales",), "-O1")),
-    "hopper": lambda sources: HopperMachine(hopper_machine.build(sources, ("grad_scales",))),
+    "general": lambda sources: Machine(build(sources, ("grad_scales",), "-O1")),
+    "hopper": lambda sources: HopperMachine(build_hopper(sources, ("grad_scales",))),
 }
 
 
@@ -120,11 +128,11 @@ FAULTS = [
     ("general", "grad_scales.cu", "k_start = p.first_col + column", "k_start = column"),
     ("general", "grad_scales.cu", "- p.first_tile * Tile::kRows;", ";"),
     ("general", "grad_scales.cu", "* kTokenShares + share) * p.rows + in_slice", "* kTokenShares + share) * p.rows"),
-    ("general", "slices.h", "s.tiles = Slice::least(step_.tiles, all_.tiles - s.tile)", "s.tiles = step_.tiles"),
-    ("hopper", "hopper/gram.cuh", "(p.first_tile + item.row_tile", "(item.row_tile"),
-    ("hopper", "hopper/gram.cuh", "item.group = p.first_group + item", "item.group = item"),
-    ("hopper", "hopper/gram.cuh", "item.col = p.first_col + item", "item.col = item"),
-    ("hopper", "hopper/gram_multiply.cuh", "row * p.cols + item.col_in_slice", "row * p.cols + item.col"),
+    ("general", "partials.cuh", "s.tiles = Slice::least(step_.tiles, all_.tiles - s.tile)", "s.tiles = step_.tiles"),
+    ("hopper", "hopper/persistent_gram.cuh", "(p.first_tile + item.row_tile", "(item.row_tile"),
+    ("hopper", "hopper/persistent_gram.cuh", "item.group = p.first_group + item", "item.group = item"),
+    ("hopper", "hopper/persistent_gram.cuh", "item.col = p.first_col + item", "item.col = item"),
+    ("hopper", "hopper/persistent_gram.cuh", "row * p.cols + item.col_in_slice", "row * p.cols + item.col"),
     *itertools.chain.from_iterable(
         [("general", *fault), ("hopper", *fault)]
         for fault in (
@@ -132,8 +140,12 @@ FAULTS = [
             ("partials.cuh", "s.tile > 0;", "false;"),
             ("partials.cuh", "s.tile > 0;", "true;"),
             ("partials.cuh", "g.dv + s.group * g.layer.k +", "g.dv +"),
-            ("slices.h", "group * group_rows + tile * tile_rows;", "group * group_rows;"),
-            ("slices.h", "s.tile < all_.tiles; s.tile += step_.tiles", "s.tile < step_.tiles; s.tile += step_.tiles"),
+            ("partials.cuh", "group * group_rows + tile * tile_rows;", "group * group_rows;"),
+            (
+                "partials.cuh",
+                "s.tile < all_.tiles; s.tile += step_.tiles",
+                "s.tile < step_.tiles; s.tile += step_.tiles",
+            ),
         )
     ),
 ]

@@ -16,8 +16,10 @@ def runtime(tmp_path_factory) -> ctypes.CDLL:
     if (cxx := compiler()) is None:
         pytest.skip("needs a C++ compiler (c++ or g++, or the one that CXX names)")
     library = tmp_path_factory.mktemp("runtime") / "unusable.so"
-    command = [cxx, *FLAGS, '-DRLRR_ARCHITECTURES="80 90a"', f"-I{HERE / 'include'}", f"-I{SOURCES}", "-shared"]
-    subprocess.run([*command, str(SOURCES / "unusable.cpp"), str(HERE / "runtime.cpp"), "-o", str(library)], check=True)
+    command = [cxx, *FLAGS, f"-I{HERE / 'include'}", f"-I{SOURCES}", "-shared"]
+    subprocess.run(
+        [*command, "-xc++", str(SOURCES / "device.cu"), str(HERE / "runtime.cpp"), "-o", str(library)], check=True
+    )
     loaded = ctypes.CDLL(str(library))
     loaded.runtime_unusable.restype = ctypes.c_char_p
     return loaded

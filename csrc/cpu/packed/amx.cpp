@@ -1,29 +1,24 @@
+// The passes for AMX's tiles of bfloat16.
 #if defined(__x86_64__)
-// standard headers first: what follows is compiled for other instructions, and they are shared with files that are not
-#include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <type_traits>
-
 #include <immintrin.h>
 
+#include "../passes.h"
 #include "../runtime.h"
-#include "passes.h"
 
+// The headers above are compiled for any x86-64, since other files share their inline functions.
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
 #endif
+#define RLRR_AVX512
 #define RLRR_BFLOAT16_PAIRS
-#include "vectors_avx512.h"
+#define RLRR_AMX
+#include "kernels.h"
 
-#include "multiply_amx.h"
+const rlrr::Passes rlrr::packed::amx_bfloat16 = rlrr::passes_of<rlrr::BFloat16Pair>;
 
-#include "passes_body.h"
-
-const rlrr::packed::Passes rlrr::packed::amx_bfloat16 = rlrr::passes_of<rlrr::BFloat16Pair>;
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

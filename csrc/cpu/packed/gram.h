@@ -1,10 +1,10 @@
-// du and dv: G = dy^T x a tile at a time in registers, reduced against W at once.
+// du and dv: G = dy^T x is computed a tile at a time in registers, and reduced against W at once.
 //
-// G is cut into cells of rows of one group by columns, whose sizes depend on the layer alone. A thread packs a cell's
-// part of x in a scratch of its own and forms a few cells one below the other for a block of tokens; those beside them
-// follow, while their part of dy is in the second cache. Each cell has a place of its own for what it gives to du and
-// to dv; these are added up at the end, in an order that no thread changes.
-// Sums over tokens are in float32 for bfloat16 too, where a BLAS would round G or take float32 copies.
+// G is divided into cells of rows of one group by columns, whose sizes depend on the layer alone. A thread packs the
+// part of x of a cell in a scratch of its own, and computes a few cells one below the other for a block of tokens; then
+// those beside them, while their part of dy is in the L2 cache. Each cell has its own partial sums of du and dv, which
+// are added at the end in an order that does not depend on the threads. Sums over tokens are in float32 for bfloat16
+// too; a BLAS would round G, or need float32 copies.
 #pragma once
 
 #include "../runtime.h"
@@ -13,20 +13,20 @@
 namespace rlrr {
 namespace {
 
-// Rows of G that share a packed dy, which fits in the first cache for a block of tokens
+// Rows of G that share a packed dy, which fits in the L1 cache for a block of tokens
 constexpr int64_t strip_rows = strip_tiles * tile_rows;
-// Rows and columns of a cell, both whole strips and tiles
+// Rows and columns of a cell: whole strips, and whole tiles
 constexpr int64_t cell_rows = 192, cell_cols = 160 / tile_cols * tile_cols;
-// Cells one below the other: their part of dy stays in the second cache
+// Cells one below the other whose part of dy stays in the L2 cache
 constexpr int64_t max_height = 4;
-// Cells side by side: their part of x stays there too
+// Cells side by side whose part of x stays there too
 constexpr int64_t max_panel = 3;
-// Units of a block of tokens: with those of a cell, two threads' scratch is under a twentieth of what the formula
-// holds for a layer of 768 x 768
+// Units of a block of tokens. For a layer of 768 x 768 the scratch of two threads is then less than a twentieth of what
+// the formula holds.
 constexpr int64_t max_block = 200 / unit_multiple * unit_multiple;
 static_assert(cell_rows % strip_rows == 0 && cell_cols % tile_cols == 0 && strip_rows % lanes == 0);
 
-// The cells of a layer, and what is kept meanwhile
+// The cells of a layer, and the sizes of the scratch
 struct Cells {
   int64_t group_rows, rows_of_group, rows, cols;
   int64_t workers, block, panel;  // threads, units of a block of tokens, cells side by side whose x is packed at once
@@ -38,7 +38,7 @@ struct Cells {
     cols = up(layer.k(), cell_cols);
     workers = useful_threads(tokens * layer.n() * layer.k(), threads);
     block = up(token_units, up(token_units, max_block) * unit_multiple) * unit_multiple;
-    // a twenty-fifth of the formula's three float32 copies of W, and what fits in a cache
+    // 1/25 of the three float32 copies of W that the formula holds, within what fits in a cache
     const int64_t budget = std::clamp<int64_t>(12 * layer.n() * layer.k() / 25, 64 << 10, 2 << 20) - sums_bytes(layer);
     panel = std::clamp<int64_t>(budget / workers / int64_t{sizeof(Word)} / (block * cell_cols), 1,
                                 std::min(cols, max_panel));
@@ -46,11 +46,11 @@ struct Cells {
   int64_t sums_bytes(const Layer& layer) const {
     return (cols * layer.n() + rows * layer.k()) * int64_t{sizeof(double)};
   }
-  // a block of x under a panel, and a strip of dy
+  // a block of x for a panel, and a strip of dy
   int64_t worker_words() const { return block * (panel * cell_cols + strip_rows); }
 };
 
-// `cols` columns of x from `col` on as [tile][unit][tile_cols], so that a tile of G reads them in one stream
+// Packs `cols` columns of x from `col` on as [tile][unit][tile_cols], so that a tile of G reads them in order
 template <class Unit>
 void pack_x(const Matrix& x, int64_t col, int64_t cols, int64_t units, Word* packed) {
   for (int64_t unit = 0; unit < units; ++unit) {
@@ -61,7 +61,7 @@ void pack_x(const Matrix& x, int64_t col, int64_t cols, int64_t units, Word* pac
   }
 }
 
-// A strip of dy as multiply_strip reads it
+// Packs a strip of dy as multiply_strip reads it
 template <class Unit>
 void pack_dy(const Matrix& dy, int64_t first, int64_t end, int64_t units, Word* packed) {
   if constexpr (unit_multiple == lanes) {
@@ -80,8 +80,8 @@ void pack_dy(const Matrix& dy, int64_t first, int64_t end, int64_t units, Word* 
   }
 }
 
-// du += G W v over the tile's columns, lane by lane, dv += u G W over its rows. `whole`: the tile lies inside W, whose
-// rows have no gaps.
+// du += G W v over the columns of the tile, lane by lane, and dv += u G W over its rows. `whole`: the tile lies inside
+// W, whose columns are adjacent.
 template <class W, bool whole>
 inline void reduce(const Tile& g, const Layer& layer, int64_t first, int64_t rows, int64_t col, const float* v,
                    Vector* du, float* dv) {
@@ -106,7 +106,7 @@ inline void reduce(const Tile& g, const Layer& layer, int64_t first, int64_t row
       if constexpr (whole) {
         p = g.sum[i][j] * load(w + j * lanes);
       } else {
-        // an infinite dy makes NaN of the zeros that pad x
+        // an infinite dy times the zeros that pad x is NaN
         const int64_t count = std::clamp<int64_t>(layer.k() - col - j * lanes, 0, lanes);
         p = keep(g.sum[i][j] * load_row(w + j * lanes * step, step, count), count);
       }
@@ -119,7 +119,7 @@ inline void reduce(const Tile& g, const Layer& layer, int64_t first, int64_t row
   for (int64_t j = 0; j < tile_vectors; ++j) store(dv + j * lanes, dv_sum[j]);
 }
 
-// W's part under a tile of G: asked for before the product, it has arrived when the sums are done
+// Prefetches the part of W under a tile of G before the product, so that it has arrived afterwards
 template <class W>
 inline void prefetch_weight(const Matrix& weight, int64_t first, int64_t col) {
   const W* w = weight.at<W>(first, col);
@@ -130,8 +130,8 @@ inline void prefetch_weight(const Matrix& weight, int64_t first, int64_t col) {
   }
 }
 
-// Rows first...end of G, at most a strip, under a cell's columns col...col + cols, for a packed block of tokens; adds
-// to du [end - first] and dv [cols]. Sums of this many terms are in float32, longer ones in float64.
+// Computes rows [first, end) of G, at most a strip, in columns [col, col + cols) of a cell for a packed block of
+// tokens, and adds to du [end - first] and dv [cols]. Within a block sums are in float32, across blocks in float64.
 template <class Unit, class W>
 void run_strip(const Layer& layer, int64_t first, int64_t end, int64_t col, int64_t cols, int64_t units,
                const Word* packed_x, const Word* packed_dy, double* du, double* dv) {
@@ -170,7 +170,7 @@ void reduce_gram(const Matrix& dy, const Matrix& x, const Layer& layer, float* d
   Word* workers_scratch = reinterpret_cast<Word*>(dv_cells + cells.rows * k);
   std::memset(scratch.data, 0, static_cast<size_t>(cells.sums_bytes(layer)));
 
-  // rows of cells share a packed x; enough tasks for all threads
+  // cells in one column share a packed x; enough tasks for all threads
   const int64_t height = std::clamp<int64_t>(cells.rows / (2 * cells.workers), 1, max_height);
   const int64_t tasks_down = up(cells.rows, height), panels = up(cells.cols, cells.panel);
   const int64_t tasks_across = std::clamp<int64_t>(up(2 * cells.workers, tasks_down), 1, panels);

@@ -1,10 +1,8 @@
 // y = x W'^T + offset and dx = dy W': the same product, with W' packed by rows or by columns.
 //
-// A thread forms the columns of W' that it multiplies by, a panel at a time, in a scratch of its own that stays in
-// its cache; the left operand is read where it lies. One parallel region, nothing is shared.
+// Each thread forms the columns of W' that it multiplies by, a panel at a time, in a scratch of its own that stays in
+// its cache. The left operand is read in place if possible. There is one parallel region, and threads share nothing.
 #pragma once
-
-#include <type_traits>
 
 #include "../runtime.h"
 #include "pack.h"
@@ -12,13 +10,13 @@
 namespace rlrr {
 namespace {
 
-// Rows that stay in the last cache while W' passes by
+// Rows of the left operand that stay in the last cache while all of W' is used
 constexpr int64_t part_rows = 768;
-// Units of a panel: at 4 x panel_cols bytes each they stay in the second cache
+// Units of a panel: at 4 x panel_cols bytes each they stay in the L2 cache
 constexpr int64_t max_chunk = 768;
 
-// What a thread keeps: a panel of W', rows of the left operand where they cannot be read in place, and sums of a
-// panel's columns where they are made in several chunks and the result is too narrow to hold them. In words.
+// The scratch of a thread, in words: a panel of W'; rows of the left operand that cannot be read in place; and, if the
+// sums of a panel are computed in several chunks and the result is not float32, these sums.
 template <class Unit>
 struct LinearScratch {
   int64_t units, chunk, panel, rows, sums;
@@ -28,7 +26,7 @@ struct LinearScratch {
     chunk = std::min(units, max_chunk);
     panel = chunk * panel_cols;
     rows = chunk * tile_rows;
-    sums = units == chunk || std::is_same_v<typename Unit::Element, float>
+    sums = units == chunk || dtype_of<typename Unit::Element> == Dtype::float32
                ? 0
                : up(std::min(left.rows, part_rows), tile_rows) * tile_rows * panel_cols;
   }
@@ -41,7 +39,7 @@ struct Rows {
   int64_t step;
 };
 
-// A tile's rows from `first` on, `units` of them from unit `from` on: in place, or copied where they lie otherwise
+// The rows of a tile from `first` on, `units` of them from unit `from` on: in place, or copied if their layout differs
 template <class Unit>
 Rows left_rows(const Matrix& a, int64_t first, int64_t from, int64_t units, Word* copy) {
   using T = typename Unit::Element;
@@ -68,7 +66,7 @@ Rows left_rows(const Matrix& a, int64_t first, int64_t from, int64_t units, Word
   return {copy, units};
 }
 
-// A tile's columns of a row at `to`, as many as there are left
+// Stores the columns of a tile to a row; `cols` of them are left
 template <class T>
 void store_row(T* to, const Vector (&values)[tile_vectors], int64_t cols) {
   for (int64_t j = 0; j < tile_vectors && cols > j * lanes; ++j) {
@@ -77,8 +75,8 @@ void store_row(T* to, const Vector (&values)[tile_vectors], int64_t cols) {
   }
 }
 
-// Lines that will be touched next: the start of the next rows, from where the hardware goes on by itself,
-// and the place of this tile's results
+// Prefetches `count` columns of the rows of a tile: of the next operands, from where the hardware continues, and of the
+// results of this tile
 template <class T>
 void prefetch_rows(const Matrix& a, int64_t first, int64_t col, int64_t count) {
   for (int64_t row = first; row < std::min(first + tile_rows, a.rows); ++row) {
@@ -86,8 +84,8 @@ void prefetch_rows(const Matrix& a, int64_t first, int64_t col, int64_t count) {
   }
 }
 
-// out = left [W' as `pack` packs it] + offset, for some rows and a panel of columns of out.
-// pack(first unit, units, to).
+// out = left W' + offset for some rows and a panel of columns of out. pack(first unit, units, to) packs the panel of
+// W'.
 template <class Unit, class Pack>
 void multiply_panel(const Matrix& left, const float* offset, const Matrix& out, const Pack& pack, Word* scratch) {
   using T = typename Unit::Element;
@@ -106,7 +104,7 @@ void multiply_panel(const Matrix& left, const float* offset, const Matrix& out, 
         const int64_t cols = out.cols - col;
         float* sums = reinterpret_cast<float*>(copy + sizes.rows) + row * panel_cols + col;
         int64_t sums_step = panel_cols;
-        if constexpr (std::is_same_v<T, float>) sums = out.at<T>(row, col), sums_step = out.row_stride;
+        if constexpr (dtype_of<T> == Dtype::float32) sums = out.at<T>(row, col), sums_step = out.row_stride;
         Tile tile;
         for (int64_t i = 0; from > 0 && i < row_count; ++i) {
           for (int64_t j = 0; j < tile_vectors; ++j) {
@@ -135,14 +133,14 @@ int64_t linear_scratch_bytes(const Matrix& left, const Layer& layer, int64_t thr
   return workers * LinearScratch<Unit>(left).words() * int64_t{sizeof(Word)};
 }
 
-// out = left W'' + offset, where W'' is W' as `pack` packs it: pack(layer, first column, first unit, units, to)
+// out = left W' + offset. pack(layer, first column, first unit, units, to) packs W'^T (forward) or W' (grad_input).
 template <class Unit>
 void multiply_by_rescaled(const Matrix& left, const float* offset, const Matrix& out,
                           void (*pack)(const Layer&, int64_t, int64_t, int64_t, Word*), const Layer& layer,
                           const Scratch& scratch) {
   const int64_t words = LinearScratch<Unit>(left).words(), workers = scratch.bytes / (words * int64_t{sizeof(Word)});
   const int64_t panels = up(out.cols, panel_cols), row_tiles = up(out.rows, tile_rows);
-  // enough parts for all threads; W' is formed anew for each
+  // enough parts for all threads; each part forms W' again
   const int64_t row_parts =
       std::max(up(row_tiles, part_rows / tile_rows), std::clamp<int64_t>(up(2 * workers, panels), 1, up(row_tiles, 8)));
   const int64_t rows_of_part = up(row_tiles, row_parts) * tile_rows;

@@ -1,22 +1,22 @@
-// Operands in the order in which the product reads them; W is rescaled on the way.
+// Operands in the order in which the product reads them. W is rescaled as it is packed.
 #pragma once
 
-#include "units.h"
+#include "multiply.h"
 
 namespace rlrr {
 namespace {
 
-// What a thread forms of W' at a time: tiles side by side, each [units][tile_cols]
+// The columns of W' that a thread forms at a time: tiles side by side, each [units][tile_cols]
 constexpr int64_t panel_cols = panel_tiles * tile_cols, panel_vectors = panel_cols / lanes;
 
-// w (1 + u v) in float32, rounded step by step as the formula is: no fused multiply-add
+// w (1 + u v) in float32. Each step is rounded as in the formula, without fused multiply-adds.
 inline Vector rescale(Vector w, Vector u, Vector v) { return w * (broadcast(1.0f) + u * v); }
 
-// Rows lie pages apart, and more of them are read at once than the hardware follows
+// Rows are pages apart, and more of them are read at once than the hardware prefetches
 inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
-// `lanes` rows of W' from `row` on, `lanes` units from `col` on, a vector a row. `whole`: all of it lies inside W,
-// in one group and in rows without gaps, so that nothing needs to be asked of an element.
+// `lanes` rows of W' from `row` on and `lanes` units from `col` on, a vector for each row. `whole`: the block lies
+// inside W and one group, and its columns are adjacent, so that no element has to be checked.
 template <class Unit, class W, bool whole>
 void rescale_block(const Layer& layer, int64_t row, int64_t col, Vector (&block)[lanes]) {
   const int64_t n = layer.n(), k = layer.k();
@@ -47,7 +47,7 @@ void rescale_block(const Layer& layer, int64_t row, int64_t col, Vector (&block)
   }
 }
 
-// Rows first... of W' as columns of a sum over K, `units` of it from unit `from` on. Rows past N are 0.
+// Packs rows of W' from `first` on as columns of a sum over K, `units` of it from unit `from` on. Rows past N are 0.
 template <class Unit, class W>
 void pack_rescaled_rows(const Layer& layer, int64_t first, int64_t from, int64_t units, Word* packed) {
   const int64_t n = layer.n(), k = layer.k();
@@ -70,7 +70,7 @@ void pack_rescaled_rows(const Layer& layer, int64_t first, int64_t from, int64_t
   }
 }
 
-// As pack_rescaled_cols; `whole`: all columns of the panel lie inside W, whose rows have no gaps.
+// As pack_rescaled_cols. `whole`: all columns of the panel lie inside W and are adjacent.
 template <class Unit, class W, bool whole>
 void pack_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, Word* packed) {
   const int64_t n = layer.n(), k = layer.k(), group_rows = n / layer.groups, step = whole ? 1 : layer.weight.col_stride;
@@ -80,7 +80,7 @@ void pack_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, W
     return whole ? load(row + j * lanes) : load_row(row + j * lanes * row_step, row_step, k - first - j * lanes);
   };
   Vector scale_in[panel_vectors];
-  int64_t group_end = 0;  // of the rows that scale_in serves: a division for each row would cost as much as its W'
+  int64_t group_end = 0;  // of the group of scale_in: a division for each row would take as long as its W'
   for (int64_t unit = 0; unit < units; ++unit, packed += tile_cols) {
     Vector rows[panel_vectors][Unit::elements];
     for (int64_t e = 0; e < Unit::elements; ++e) {
@@ -107,7 +107,8 @@ void pack_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, W
   }
 }
 
-// Columns first... of W' as columns of a sum over N, `units` of it from unit `from` on. Columns past K are 0.
+// Packs columns of W' from `first` on as columns of a sum over N, `units` of it from unit `from` on. Columns past K are
+// 0.
 template <class Unit, class W>
 void pack_rescaled_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, Word* packed) {
   const bool whole = first + panel_cols <= layer.k() && layer.weight.col_stride == 1;

@@ -1,7 +1,5 @@
-// y = x W'^T + bias + shift: rows are N, the depth is K.
-#include "launch.h"
-
-#include "product_kernel.cuh"
+// y = x W'^T + bias + shift: the rows of the product are N, its depth is K.
+#include "persistent_product.cuh"
 
 namespace rlrr::hopper {
 

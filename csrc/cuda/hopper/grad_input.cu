@@ -1,13 +1,11 @@
-// dx = dy W': rows are K, the depth is N.
-#include "launch.h"
-
-#include "product_kernel.cuh"
+// dx = dy W': the rows of the product are K, its depth is N.
+#include "persistent_product.cuh"
 
 namespace rlrr::hopper {
 
 bool supports(const GradInput& g) {
   const Layer& layer = g.layer;
-  // a box that ran on into the next group would bring its rows into the sum
+  // a box that crossed into the next group would add its rows to the sum
   const bool whole_segments = layer.groups == 1 || layer.n / layer.groups % kBox == 0;
   return fits_layer(layer, g.dy.dtype) && fits_boxes(g.dy, layer.m, layer.n) && fits_boxes(g.dx, layer.m, layer.k) &&
          g.dx.dtype == g.dy.dtype && whole_segments;

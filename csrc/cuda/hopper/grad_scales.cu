@@ -1,25 +1,22 @@
-// du, dv and df: how the tokens are split, and the two launches.
-#include "launch.h"
-
+// du, dv and df: how the tokens are split, and the launches of both kernels.
 #include <limits>
 
 #include "../partials.cuh"
-#include "gram_kernel.cuh"
-#include "tensor_map.h"
+#include "persistent_gram.cuh"
 
 namespace rlrr::hopper {
 namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What reducing a finished tile costs, in steps of 64 tokens.
+// The estimated time to reduce a tile, in steps of 64 tokens.
 constexpr int64_t kEpilogueSteps = 4;
 
 struct Plan {
   int64_t steps, split_steps, splits;
 };
 
-// df's partial sums: a row a split.
+// df has one row of partial sums for each split.
 Slices slices_of(const Layer& layer) { return Slices(layer, kTileRows, kTileCols, 1); }
 
 // More splits fill idle multiprocessors; each costs an epilogue and partial sums.

@@ -6,7 +6,7 @@
 namespace rlrr::hopper {
 namespace {
 
-// Asked of the runtime, so that the library links without the driver's.
+// The function of the driver, found through the runtime, so that the library links without the driver.
 decltype(&cuTensorMapEncodeTiled) encoder() {
   static const auto encode = [] {
     void* function = nullptr;
@@ -24,7 +24,7 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return encode;
 }
 
-// All that a description is made from, besides what follows from the type.
+// What a tensor map is made from, besides what the type determines.
 struct Key {
   CUtensorMapDataType type;
   void* data;
@@ -42,10 +42,10 @@ struct Key {
   }
 };
 
-// Descriptions that a thread made. Training meets the same weights, and through torch's allocator mostly the
-// same addresses, at each step: some 140 keys on the forward's thread and 200 on autograd's for the 48 linear
-// layers of a ViT-B, twice that for a ViT-L. As a description is a function of its key alone, one of memory
-// that has since been freed and handed out again is no less right.
+// A cache of tensor maps for one thread. Each step of a training meets the same weights and, through the allocator of
+// torch, mostly the same addresses: for the 48 linear layers of a ViT-B some 140 keys on the thread of forward and 200
+// on that of autograd, for a ViT-L twice as many. A map depends on its key alone, so that it stays valid for an address
+// that has been freed and allocated again.
 class Recent {
  public:
   struct Entry {
@@ -66,7 +66,7 @@ class Recent {
  private:
   static constexpr int kSets = 256, kWays = 4;
   struct Set {
-    std::array<Entry, kWays> ways;  // no data: none yet
+    std::array<Entry, kWays> ways;  // empty if data is null
     unsigned oldest;
   };
   std::array<Set, kSets> sets_ = {};
@@ -98,7 +98,7 @@ bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 =
 }  // namespace
 
 bool fits_boxes(const Matrix& matrix, int64_t rows, int64_t cols) {
-  // coordinates are 32 bits, and boxes may begin up to a tile beyond the edge
+  // coordinates are 32-bit, and boxes can begin up to a tile beyond the edge
   constexpr int64_t kLargest = std::numeric_limits<int32_t>::max() - 1024;
   return matrix.dtype != Dtype::float32 && matrix.col_stride == 1 && matrix.row_stride >= cols &&
          matrix.row_stride % 8 == 0 && matrix.row_stride * 2 < int64_t{1} << 40 && aligned(matrix.data) && rows > 0 &&

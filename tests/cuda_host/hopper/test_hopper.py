@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.cuda_host.hopper.machine import Unsupported
-from tests.cuda_host.machine import BACKWARDS, FORWARDS, SHUFFLED
+from tests.cuda_host.machine import BACKWARDS, FORWARDS, SHUFFLED, Unsupported
 from tests.cuda_host.test_kernels import SPARED, assert_as_infinite, with_infinity
 from tests.oracle import Answer, check, make_problem
 

@@ -6,79 +6,110 @@ import pytest
 import torch
 
 from tests.cuda_host.faults import RESULTS, Fault, parameters
-from tests.cuda_host.hopper.machine import HopperMachine, build
-from tests.cuda_host.machine import BACKWARDS, FORWARDS, SHUFFLED, MachineError, compiler
+from tests.cuda_host.machine import BACKWARDS, FORWARDS, SHUFFLED, HopperMachine, MachineError, build_hopper, compiler
 from tests.oracle import Problem, assert_close, differentiate, make_problem
 
 FAULTS = [
     Fault(
         "readers wait for the wrong phase",
         "forward",
-        "hopper/pipeline.cuh",
+        "hopper/warpgroups.cuh",
         "full[stage], phase,",
         "full[stage], phase ^ 1,",
     ),
     Fault(
         "fetches without a claim",
         "forward",
-        "hopper/pipeline.cuh",
+        "hopper/warpgroups.cuh",
         '    ptx::wait(&ring.empty[stage], phase ^ 1, "empty", stage);\n',
     ),
     Fault(
         "reads before boxes land",
         "grad_scales",
-        "hopper/gram_multiply.cuh",
+        "hopper/persistent_gram.cuh",
         "      place.await(s.ring);\n      auto& boxes",
         "      auto& boxes",
     ),
     Fault(
-        "a stage released under a product", "grad_input", "hopper/multiply.cuh", "part == kInFlight - 1", "part == 0"
+        "a stage released under a product",
+        "grad_input",
+        "hopper/persistent_product.cuh",
+        "part == kInFlight - 1",
+        "part == 0",
     ),
     Fault(
         "registers reused under a product",
         "forward",
-        "hopper/multiply.cuh",
+        "hopper/persistent_product.cuh",
         "constexpr int kInFlight = kParts - 1",
         "constexpr int kInFlight = kParts",
     ),
-    Fault("sums read too early", "forward", "hopper/multiply.cuh", "    ptx::finish(sums);\n"),
+    Fault("sums read too early", "forward", "hopper/persistent_product.cuh", "    ptx::finish(sums);\n"),
     Fault(
         "staging read too early",
         "grad_input",
-        "hopper/store.cuh",
+        "hopper/persistent_product.cuh",
         "    ptx::named_barrier(1 + l.consumer, kWarpgroup);\n    const int chunk",
         "    const int chunk",
     ),
     Fault(
         "warps' dv added too early",
         "grad_scales",
-        "hopper/gram_multiply.cuh",
+        "hopper/persistent_gram.cuh",
         "    ptx::named_barrier(1, kConsumers * kWarpgroup);\n    const int col",
         "    const int col",
     ),
-    Fault("stride between boxes", "grad_scales", "hopper/tile.cuh", "(next_box >> 4) << 16", "(next_box >> 5) << 16"),
-    Fault("depth's step in a row", "forward", "hopper/tile.cuh", "kAlongRow = 16 * 2 >> 4", "kAlongRow = 16 * 4 >> 4"),
-    Fault("no swizzle in loads", "grad_input", "hopper/tile.cuh", "((chunk ^ (row % 8)) << 4)", "(chunk << 4)"),
-    Fault("W's chunks in order", "forward", "hopper/weight.cuh", "offset ^ 16 * 2 * part", "offset + 16 * 2 * part"),
-    Fault("the first rows over and over", "grad_input", "hopper/weight.cuh", "+ 16 * kRowBytes * part", ""),
     Fault(
-        "tokens of wide tiles", "forward", "hopper/product.cuh", "index / of_rows * kTokens", "index / of_rows * 256"
+        "stride between boxes", "grad_scales", "hopper/warpgroups.cuh", "(next_box >> 4) << 16", "(next_box >> 5) << 16"
+    ),
+    Fault(
+        "depth's step in a row",
+        "forward",
+        "hopper/warpgroups.cuh",
+        "kAlongRow = 16 * 2 >> 4",
+        "kAlongRow = 16 * 4 >> 4",
+    ),
+    Fault("no swizzle in loads", "grad_input", "hopper/warpgroups.cuh", "((chunk ^ (row % 8)) << 4)", "(chunk << 4)"),
+    Fault(
+        "W's chunks in order",
+        "forward",
+        "hopper/persistent_product.cuh",
+        "offset ^ 16 * 2 * part",
+        "offset + 16 * 2 * part",
+    ),
+    Fault("the first rows over and over", "grad_input", "hopper/persistent_product.cuh", "+ 16 * kRowBytes * part", ""),
+    Fault(
+        "tokens of wide tiles",
+        "forward",
+        "hopper/persistent_product.cuh",
+        "index / of_rows * kTokens",
+        "index / of_rows * 256",
     ),
     Fault(
         "boxes of wide tiles",
         "grad_input",
-        "hopper/product_kernel.cuh",
+        "hopper/persistent_product.cuh",
         "p.token_count, depth, width)",
         "p.token_count, depth, kWideTile)",
     ),
-    Fault("u and v of the wrong rows", "forward", "hopper/weight.cuh", "row_scales[i % 2]", "row_scales[i / 2]"),
     Fault(
-        "the first group's v throughout", "grad_input", "hopper/multiply.cuh", "segment++, row", "0 * segment++, row"
+        "u and v of the wrong rows",
+        "forward",
+        "hopper/persistent_product.cuh",
+        "row_scales[i % 2]",
+        "row_scales[i / 2]",
+    ),
+    Fault(
+        "the first group's v throughout",
+        "grad_input",
+        "hopper/persistent_product.cuh",
+        "segment++, row",
+        "0 * segment++, row",
     ),
     Fault(
         "one split's tokens in another's",
         "grad_scales",
-        "hopper/gram.cuh",
+        "hopper/persistent_gram.cuh",
         "item.first_step = item.split * p.split_steps",
         "item.first_step = 0",
     ),
@@ -93,7 +124,7 @@ QUICK = ("forward: sums read too early", "grad_input: no swizzle in loads", "for
 def test_fault_is_noticed(tmp_path: Path, fault: Fault):
     if compiler() is None:
         pytest.skip("needs a C++ compiler")
-    machine = HopperMachine(build(fault.plant(tmp_path / "cuda"), (fault.seen_in,)))
+    machine = HopperMachine(build_hopper(fault.plant(tmp_path / "cuda"), (fault.seen_in,)))
     assert any(_differs(machine, fault.seen_in, warps) for warps in (FORWARDS, BACKWARDS, SHUFFLED))
 
 

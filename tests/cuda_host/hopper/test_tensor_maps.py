@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.cuda_host.faults import Fault, parameters
-from tests.cuda_host.hopper.machine import Description, HopperMachine, build
-from tests.cuda_host.machine import compiler
+from tests.cuda_host.machine import HopperMachine, TensorMap, build_hopper, compiler
 
 SINGLE, HALF, BF16 = range(3)
-#: dtype of problem.h -> the driver's name for it, and bytes.
+#: dtype of passes.h -> the driver's name for it, and bytes.
 TYPES = {SINGLE: (7, 4), HALF: (6, 2), BF16: (9, 2)}
 #: An address; nothing is read.
 BASE = 2**40
@@ -25,8 +24,8 @@ def _expected(data: int, dtype: int, rows: int, cols: int, row_stride: int, box_
     return data, rows, cols, row_stride * size, box_rows, 64, size, kind, dtype != SINGLE
 
 
-def _got(made: Description) -> tuple[object, ...]:
-    return tuple(getattr(made, name) for name, _ in Description._fields_[:-1])
+def _got(made: TensorMap) -> tuple[object, ...]:
+    return tuple(getattr(made, name) for name, _ in TensorMap._fields_[:-1])
 
 
 def _alike() -> Iterator[tuple[int, int, int, int, int, int]]:
@@ -91,4 +90,4 @@ FAULTS = [
 def test_fault_is_noticed(tmp_path: Path, fault: Fault):
     if compiler() is None:
         pytest.skip("needs a C++ compiler")
-    assert _wrong(HopperMachine(build(fault.plant(tmp_path / "cuda"), ("tensor_map",)))) > 0
+    assert _wrong(HopperMachine(build_hopper(fault.plant(tmp_path / "cuda"), ()))) > 0

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header where the kernels are built by a host compiler: the few names they use.
+// A stand-in for CUDA's header where a host compiler builds the kernels: the names that they use.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,9 @@ enum cudaError_t {
 
 using cudaStream_t = void*;
 
-// of runtime.cpp, for what asks about devices
+// defined in runtime.cpp
+struct cudaFuncAttributes {};
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)());
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDriverGetVersion(int* version);

@@ -1,19 +1,17 @@
-// The warp-wide instructions, computed from all 32 lanes' operands. The layouts are transcribed from the
-// PTX manual (ldmatrix; matrix fragments for mma.m16n8k16 and mma.m16n8k8), on purpose without a look at
-// how the kernels address theirs.
+// The warp-wide instructions of sm_80, computed from the operands of all 32 lanes. The layouts are those of the PTX
+// manual (ldmatrix; matrix fragments for mma.m16n8k16 and mma.m16n8k8), written independently of the kernels.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "machine.cuh"
 #include "model.h"
 
 namespace rlrr::model {
 
-// Rows of ldmatrix that had to wait for another row of their matrix: shared memory has 32 banks of 4
-// bytes, so that two of 16 bytes collide where their addresses agree modulo 128.
+// The number of rows that ldmatrix could not load together with another row of their matrix. Shared memory has 32 banks
+// of 4 bytes: two rows of 16 bytes collide if their addresses are equal modulo 128.
 inline int64_t bank_conflicts = 0;
 
 inline uint32_t bits(float value) {
@@ -53,11 +51,11 @@ inline uint16_t narrow(float value, fp16) {
   // steps of 2^-24 among the subnormals, of 11 significant bits above
   const int step = exponent < -13 ? -24 : exponent - 11;
   const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, -step)));
-  // counting on from a binade's first value runs over into the next one by itself
+  // counting on from the first value of a binade continues with the next one
   return sign | static_cast<uint16_t>(step == -24 ? steps : ((step + 25) << 10) + steps - 1024);
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane 8 i + r brings the address of row r of matrix i.
+// Four 8 x 8 matrices of 16-bit elements; lane 8 i + r has the address of row r of matrix i.
 template <bool kTrans>
 struct Ldmatrix {
   uint32_t* r;
@@ -81,7 +79,7 @@ struct Ldmatrix {
   }
 };
 
-// c += a b; products exact, their sum rounded to float32 once.
+// c += a b, with exact products, whose sum is rounded to float32 once.
 template <int kDepth>
 void multiply_add(const float (&a)[16][kDepth], const float (&b)[kDepth][8], float* const (&c)[32]) {
   for (int lane = 0; lane < 32; ++lane)
@@ -122,7 +120,7 @@ struct MmaTf32 {
   float* c;
   const uint32_t *a, *b;
 
-  // the tensor cores do not see the last 13 bits
+  // the tensor cores ignore the last 13 bits
   static float element(uint32_t raw) { return from_bits(raw & ~0x1fffu); }
   static void run(MmaTf32* const* lanes) {
     float a[16][8], b[8][8];

@@ -1,6 +1,4 @@
-// csrc/cuda/ptx.cuh's counterpart on a CPU: the same functions, against a model of the machine that is
-// stricter than a GPU. How threads run and what is checked: model.h and model.cpp. What the warp-wide
-// instructions compute, from the layouts in the PTX manual: instructions.h.
+// The functions of csrc/cuda/ptx.cuh on the model of a GPU. Included by csrc/cuda/machine.cuh.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +7,6 @@
 #include <cstring>
 
 #include "instructions.h"
-#include "machine.cuh"
 #include "model.h"
 
 #define RLRR_DEVICE inline
@@ -103,7 +100,8 @@ template <auto kKernel, class Parameters>
 cudaError_t launch(int64_t blocks, int shared_bytes, cudaStream_t, const Parameters& parameters) {
   model::blocks_launched += blocks;
   return model::run_grid(
-      blocks, kThreads, shared_bytes, [](const void* p) { kKernel(*static_cast<const Parameters*>(p)); }, &parameters);
+      blocks, kThreads, shared_bytes, 99 * 1024, [](const void* p) { kKernel(*static_cast<const Parameters*>(p)); },
+      &parameters);
 }
 
 }  // namespace rlrr::ptx

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from rlrr_kernels import rescaled_linear, use_backend
 from rlrr_kernels.backends import choice
-from tests.cuda_host.hopper import machine as hopper
-from tests.cuda_host.machine import LARGE, PASSES, SMALL, Machine, build
+from tests.cuda_host.machine import LARGE, PASSES, SMALL, HopperMachine, Machine, Unsupported, build, build_hopper
 from tests.oracle import Problem, device_of
 from tests.reliability.properties.cases import NAMES, Case, Domain, Inputs
 
@@ -85,8 +84,8 @@ def base_machine() -> Machine:
 
 
 @functools.cache
-def hopper_machine() -> hopper.HopperMachine:
-    return hopper.HopperMachine(hopper.build())
+def hopper_machine() -> HopperMachine:
+    return HopperMachine(build_hopper())
 
 
 def _hopper_passes(p: Problem) -> dict[str, Tensor]:
@@ -95,7 +94,7 @@ def _hopper_passes(p: Problem) -> dict[str, Tensor]:
     for name, keys in zip(PASSES, (("y",), ("dx",), ("du", "dv", "df")), strict=True):
         try:
             answer = hopper_machine().solve(p, 3, passes=(name,))
-        except hopper.Unsupported:
+        except Unsupported:
             answer = base_machine().solve(p, SMALL, passes=(name,))
         results |= {key: getattr(answer, key) for key in keys}
     return results

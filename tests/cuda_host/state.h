@@ -1,7 +1,7 @@
-// What the model of a block consists of.
+// The state of the model.
 #pragma once
 
-#include <hopper_model.h>
+#include "hopper/warpgroups.cuh"
 
 #include <cstring>
 #include <deque>
@@ -13,18 +13,28 @@
 
 namespace rlrr::model {
 
-constexpr int kMostShared = 227 * 1024;
-constexpr int kPoison = 0xff;  // a NaN in float32, float16 and bfloat16
+constexpr int kMostShared = 227 * 1024;  // of any GPU that is modelled
+constexpr int kPoison = 0xff;            // a NaN in float32, float16 and bfloat16
 constexpr int kSwizzlePeriod = 1024;
 
 enum class State { runnable, paused, at_instruction, at_barrier, at_phase, done };
 
+// A copy by a thread, of `bytes` out of `size`.
+struct Copy {
+  char* to;
+  const void* from;
+  int bytes, size;
+  int64_t group;
+};
+
 struct Thread {
   State state;
   void* operands;
+  std::vector<Copy> copies;
+  int64_t groups;  // of copies, committed
   hopper::Barrier* barrier;
   uint32_t parity;
-  const char* name;  // the barrier's
+  const char* name;  // of the barrier
   int index;
 };
 
@@ -37,7 +47,7 @@ struct Warp {
   std::deque<IssuedProduct> products;
   size_t issued = 0;
 };
-// What its four warps must agree on.
+// The matrices of its products, on which its four warps must agree.
 struct Warpgroup {
   std::vector<std::pair<uint64_t, uint64_t>> matrices;
 };
@@ -83,7 +93,7 @@ struct Machine {
   std::mt19937_64 shuffler;
 
   void begin_block() {
-    std::memset(shared, kPoison, sizeof shared);
+    std::memset(shared, kPoison, shared_bytes);
     phases.clear(), named.clear(), boxes.clear();
   }
   bool land_a_box();

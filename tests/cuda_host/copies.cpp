@@ -1,8 +1,8 @@
-// Barriers that count bytes, and the copy engine that feeds them (PTX manual: mbarrier,
-// cp.async.bulk.tensor, tensor swizzling modes).
+// Asynchronous copies: by threads (PTX manual: cp.async), and by the copy engine, with the barriers that count its
+// bytes (mbarrier, cp.async.bulk.tensor, tensor swizzling modes).
 #include <algorithm>
 
-#include "machine_state.h"
+#include "state.h"
 
 namespace rlrr::model {
 int64_t maps_encoded = 0;
@@ -15,7 +15,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   const int element = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
   const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   const auto in_range = [](cuuint64_t size) { return size >= 1 && size <= cuuint64_t{1} << 32; };
-  // the limits of the driver API's manual
+  // the limits in the manual of the driver API
   const bool valid = rank == 2 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[0] % 16 == 0 &&
                      strides[0] < cuuint64_t{1} << 40 && strides[0] >= sizes[0] * element && in_range(sizes[0]) &&
                      in_range(sizes[1]) && box[0] >= 1 && box[0] <= 256 && box[1] >= 1 && box[1] <= 256 &&
@@ -44,10 +44,36 @@ void complete_if_due(Phase& phase) {
   ++phase.index;
 }
 
-// Where a byte of a box goes: bits 4 to 6 of its address are turned over by bits 7 to 9.
+// The offset of a byte of a box: bits 4 to 6 are xored with bits 7 to 9.
 int64_t swizzle(int64_t offset) { return offset ^ ((offset >> 7 & 7) << 4); }
 
+void land(const Copy& copy) {
+  std::memset(copy.to, 0, copy.size);
+  std::memcpy(copy.to, copy.from, copy.bytes);
+}
+
 }  // namespace
+
+void copy_async(char* shared, const void* global, int bytes, int size) {
+  if (reinterpret_cast<uintptr_t>(global) % size) fail("misaligned global address of a copy");
+  if (bytes < 0 || bytes > size) fail("a copy of " + std::to_string(bytes) + " bytes");
+  check_shared(shared, size, size);
+  if (bytes) check_global(global, bytes, 1, false);
+  std::memset(shared, kPoison, size);
+  Thread& thread = machine.threads[machine.current];
+  thread.copies.push_back({shared, global, bytes, size, thread.groups});
+}
+
+void commit_copies() { ++machine.threads[machine.current].groups; }
+
+void wait_copies(int pending) {
+  Thread& thread = machine.threads[machine.current];
+  const int64_t landed = thread.groups - pending;  // groups before this one
+  const auto later =
+      std::find_if(thread.copies.begin(), thread.copies.end(), [&](const Copy& copy) { return copy.group >= landed; });
+  std::for_each(thread.copies.begin(), later, land);
+  thread.copies.erase(thread.copies.begin(), later);
+}
 
 uint32_t shared_address(const char* shared) { return static_cast<uint32_t>(shared - machine.shared); }
 

@@ -1,5 +1,4 @@
-// Stands in for the driver's header: tensor maps as a host compiler meets them, and what CUDA's own
-// stand-in (../../include/cuda_runtime_api.h) leaves out.
+// A stand-in for the header of the driver where a host compiler builds the Hopper kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,13 +1,12 @@
-// What wgmma and stmatrix compute, from the layouts in the PTX manual, on purpose without a look at how
-// the kernels address theirs.
+// What wgmma and stmatrix compute. The layouts are those of the PTX manual, written independently of the kernels.
 #include <algorithm>
 
-#include "machine_state.h"
+#include "state.h"
 
 namespace rlrr::model {
 namespace {
 
-// The manual's "matrix descriptor".
+// The "matrix descriptor" of the manual.
 struct Matrix {
   uint32_t start, leading, stride;
 
@@ -17,8 +16,8 @@ struct Matrix {
     if (bits >> 49 & 7) machine.failure = "a base offset";
   }
 
-  // Eight elements that stand side by side, from outer index `i` and depth `k` on. The strides say where
-  // the next 8 rows of 128 bytes are and, where the outer index runs along a row, its next 64 elements.
+  // Eight neighbouring elements from outer index `i` and depth `k` on. The strides lead to the next 8 rows of 128 bytes
+  // and, if the outer index runs along a row, to its next 64 elements.
   const char* at(int i, int k, bool transposed) const {
     const uint32_t offset = transposed ? i % 64 * 2 + i / 64 * leading + k % 8 * 128 + k / 8 * stride
                                        : i % 8 * 128 + i / 8 * stride + k * 2;
@@ -29,7 +28,7 @@ struct Matrix {
     return machine.shared;
   }
 
-  // `count` of the outer index, 16 deep.
+  // Reads `count` of the outer index, 16 deep.
   template <int kMost>
   void read(float (&to)[16][kMost], int first, int count, bool transposed, bool is_bf16) const {
     for (int i = 0; i < count; i += transposed ? 8 : 1)
@@ -51,7 +50,7 @@ struct Matrix {
   }
 };
 
-// A warp's 16 of the 64 rows, by up to 256 columns, 16 deep.
+// Computes the 16 of 64 rows that belong to a warp, by up to 256 columns, 16 deep.
 void compute(const IssuedProduct& product, int warp) {
   static float a[16][16], b[16][256], d[16][256];  // a and b by depth, then row or column
   const Product& first = product.lanes[0];

@@ -1,21 +1,21 @@
-// The table of one unit type. A file that includes this has included the vectors of its instructions.
+// The passes for a unit type. The macros of vectors.h select the instruction set.
 #pragma once
 
+#include "../passes.h"
 #include "gram.h"
 #include "linear.h"
-#include "passes.h"
 
 namespace rlrr {
 namespace {
 
-// body(W{}) for W's dtype
+// Calls body(W{}) with the type of W.
 template <class F>
 void with_weight(const Layer& layer, const F& body) {
   layer.weight.dtype == Dtype::float32 ? body(float{}) : body(bfloat16{});
 }
 
 template <class Unit>
-constexpr packed::Passes passes_of = {
+constexpr Passes passes_of = {
     [](Pass pass, const Matrix& rows, const Layer& layer, int64_t threads) {
       return pass == Pass::grad_scales ? gram_scratch_bytes<Unit>(rows, layer, threads)
                                        : linear_scratch_bytes<Unit>(rows, layer, threads);

@@ -1,12 +1,9 @@
-// csrc/cuda/hopper/{ptx,wgmma}.cuh's counterpart on a CPU. How the machine behaves is in ../model.cpp.
+// The functions of csrc/cuda/hopper/sm90.cuh on the model of a GPU. Included by csrc/cuda/hopper/warpgroups.cuh.
 #pragma once
 
 #include <cuda.h>
-#include <machine_model.h>
 
 #include <type_traits>
-
-#include "hopper/machine.cuh"
 
 #define RLRR_HOPPER_KERNEL inline void
 
@@ -21,7 +18,7 @@ void wait(hopper::Barrier* barrier, uint32_t parity, const char* name, int index
 void named_barrier(int id, int threads);
 void copy_box(char* shared, const CUtensorMap& map, int row, int col, hopper::Barrier* full);
 
-// A product that a lane takes part in; done when it is waited for, and not a moment before.
+// A product that a lane takes part in. It is computed when it is waited for.
 struct Product {
   float* sums;
   const uint32_t* a;  // registers, or null
@@ -108,8 +105,8 @@ void finish(float (&)[kSums]) {
 template <auto kKernel, class Parameters>
 cudaError_t launch_warpgroups(int blocks, int shared_bytes, cudaStream_t, const Parameters& parameters) {
   return model::run_grid(
-      blocks, hopper::kBlockThreads, shared_bytes, [](const void* p) { kKernel(*static_cast<const Parameters*>(p)); },
-      &parameters);
+      blocks, hopper::kBlockThreads, shared_bytes, 227 * 1024,
+      [](const void* p) { kKernel(*static_cast<const Parameters*>(p)); }, &parameters);
 }
 
 }  // namespace rlrr::ptx
