@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlrr_kernels import __main__ as package
-from rlrr_kernels.backends import verdicts as record
+from rlrr_kernels.backends import verdicts
 from rlrr_kernels.backends.verdicts import Where
 from rlrr_kernels.check import command as cli
 from rlrr_kernels.check.processes import Outcome, Task
@@ -43,8 +43,8 @@ def test_what_is_right_is_shown_and_kept(made_up, file, capsys):
     out = capsys.readouterr().out
     assert "cpu          grad_scales    0.50  right      at float32, M 1\n" in out
     assert out.endswith(f"kept in {file}\n")
-    assert made_up[1] == [([Task("cpu", which, "cpu") for which in record.PRODUCTS], 7.0, 1)]
-    assert record.state("cpu", CPU).startswith("proven, 20")
+    assert made_up[1] == [([Task("cpu", which, "cpu") for which in verdicts.PRODUCTS], 7.0, 1)]
+    assert verdicts.state("cpu", CPU).startswith("proven, 20")
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def test_what_is_not_right_is_the_exit_status(made_up, capsys, found, status, st
     assert package.main(["check", "--device", "cpu"]) == status
     row = next(line for line in capsys.readouterr().out.splitlines() if found["reason"] in line)
     assert found["verdict"] in row
-    assert record.state("cpu", CPU) == state
+    assert verdicts.state("cpu", CPU) == state
 
 
 def test_with_nothing_to_check_it_fails_with_one_row(made_up, capsys):
-    made_up[0].update({which: {"verdict": "not here", "reason": "not built"} for which in record.PRODUCTS})
+    made_up[0].update({which: {"verdict": "not here", "reason": "not built"} for which in verdicts.PRODUCTS})
     assert package.main(["check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert (out.count("not built"), "kept in" in out) == (1, False)
@@ -76,7 +76,7 @@ def test_an_interrupt_keeps_what_was_found(made_up, capsys, stop, status):
     made_up[0]["grad_scales"] = stop
     assert package.main(["check", "--device", "cpu"]) == status
     assert "interrupted" in capsys.readouterr().err
-    assert set(record.found("cpu", CPU)) == {"forward", "grad_input"}
+    assert set(verdicts.found("cpu", CPU)) == {"forward", "grad_input"}
 
 
 def test_a_file_that_cannot_be_written_is_reported_before_the_work(made_up, tmp_path, capsys, monkeypatch):
@@ -152,11 +152,11 @@ def test_the_gpu_is_checked_where_there_is_one(made_up, monkeypatch):
     assert ("triton", "layer_norm") in {(task.subject, task.which) for task in tasks}
     assert 1 <= at_once <= 4
     assert package.main(["check", "--device", "cuda:1", "--backend", "cuda"]) == 0
-    assert made_up[1][1][0] == [Task("cuda", which, "cuda:1") for which in record.PRODUCTS]
+    assert made_up[1][1][0] == [Task("cuda", which, "cuda:1") for which in verdicts.PRODUCTS]
 
 
 def test_programs_check_only_what_was_not_yet_checked(made_up, file):
-    record.add(file, findings(wrong="forward")[:2])
+    verdicts.add(file, findings(wrong="forward")[:2])
     forget()
     assert cli.failures(CPU) == ({"cpu": "forward: y: not finite"}, {})
     assert [task.which for task in made_up[1][0][0]] == ["grad_scales"]

@@ -14,8 +14,7 @@ import triton
 from rlrr_kernels.__main__ import info
 from rlrr_kernels.backends import library, verdicts
 from rlrr_kernels.backends.verdicts import Finding, Where, parse
-from tests.check.conftest import forget
-from tests.check.findings import CPU, findings
+from tests.check.conftest import CPU, findings, forget
 from tests.oracle import require
 
 

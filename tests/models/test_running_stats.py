@@ -143,7 +143,7 @@ def test_an_adapter_without_statistics_loads_with_a_warning(tmp_path, monkeypatc
     with monkeypatch.context() as before:
         before.setattr("rlrr_kernels.checkpoint.adapter.trained_statistics", lambda model: {})
         save_adapter(model, tmp_path / "old")
-    with pytest.warns(UserWarning, match=r"running statistics: head.0.num_batches_tracked, one of 3, stays"):
+    with pytest.warns(UserWarning, match=r"running statistics: head.0.num_batches_tracked, one of 3, keeps its value"):
         loaded = load_adapter(probe(), tmp_path / "old")
     assert torch.equal(loaded.head[1].weight, model.head[1].weight)
     assert loaded.head[0].num_batches_tracked == 0
