@@ -211,19 +211,24 @@ def _backend(kernel: Pass, tokens: Tensor, weight: Tensor, scale_in: Tensor) -> 
 def _check_op(
     tokens: Tensor, columns: int, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *vectors: Tensor | None
 ) -> None:
-    """Check shapes for a caller of a registered op, who has not passed :func:`check`: kernels trust them.
+    """Check shapes and devices for a caller of a registered op, who has not passed :func:`check`: kernels trust them.
 
     Raises:
         ValueError: If they do not fit.
     """
     n, k = weight.shape
+    device = tokens.device
+    if weight.device != device or scale_out.device != device or scale_in.device != device:
+        raise ValueError(
+            f"rlrr op: expected one device, got {device}, {weight.device}, {scale_out.device}, {scale_in.device}"
+        )
     if (
         tokens.shape[1:] != (columns,)
         or scale_out.shape != (n, 1)
         or scale_in.shape[1:] != (1, k)
         or scale_in.shape[0] < 1
         or n % scale_in.shape[0]
-        or any(t is not None and t.shape != (n,) for t in vectors)
+        or any(t is not None and (t.shape != (n,) or t.device != device) for t in vectors)
     ):
         given = [None if t is None else list(t.shape) for t in (tokens, weight, scale_out, scale_in, *vectors)]
         raise ValueError(
@@ -269,8 +274,11 @@ def _grad_scales(
     dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_op(x, weight.shape[1], weight, scale_out, scale_in)
-    if dy.shape != (x.shape[0], weight.shape[0]):
-        raise ValueError(f"rlrr op: expected dy [{x.shape[0]}, {weight.shape[0]}], got {list(dy.shape)}")
+    if (dy.shape, dy.dtype, dy.device) != ((x.shape[0], weight.shape[0]), x.dtype, x.device):
+        raise ValueError(
+            f"rlrr op: expected dy [{x.shape[0]}, {weight.shape[0]}] of {x.dtype} on {x.device}, got "
+            f"{list(dy.shape)} of {dy.dtype} on {dy.device}"
+        )
     return _backend("grad_scales", x, weight, scale_in).grad_scales(dy, x, weight, scale_out, scale_in, need_shift)
 
 

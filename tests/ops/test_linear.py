@@ -213,6 +213,48 @@ def test_bad_input_is_one_clear_error(changes, kind, words):
         rescaled_linear(**_inputs(**changes))
 
 
+M, N, K = 5, 6, 4
+GIVEN = {"x": (M, K), "weight": (N, K), "scale_out": (N, 1), "scale_in": (2, 1, K), "shift": (N,), "dy": (M, N)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": (M, K + 1)},
+        {"x": (1, M, K)},
+        {"weight": (N + 2, K)},
+        {"scale_out": (N,)},
+        {"scale_in": (1, K)},
+        {"scale_in": (4, 1, K)},
+        {"scale_in": (2, 1, K - 1)},
+        {"shift": (1,)},
+        {"dy": (M - 1, N)},
+    ],
+    ids=str,
+)
+def test_an_op_that_is_called_directly_refuses_what_its_kernels_could_not_take(backend, change):
+    """Compiled and exported programs call them; the kernels themselves check nothing."""
+    device = require(backend, torch.float32)
+    x, w, u, v, f, dy = (torch.ones(shape, device=device) for shape in (GIVEN | change).values())
+    calls = {
+        "forward": lambda: linear.forward(x, w, u, v, None, f),
+        "grad_input": lambda: linear.grad_input(dy, w, u, v),
+        "grad_scales": lambda: linear.grad_scales(dy, x, w, u, v, True),
+    }
+    takes = {"x": ("forward", "grad_scales"), "shift": ("forward",), "dy": ("grad_scales",)}
+    with use_backend(backend):
+        for name in takes.get(next(iter(change)), calls):
+            with pytest.raises(ValueError, match=r"^rlrr op: expected"):
+                calls[name]()
+
+
+def test_an_op_that_is_called_directly_refuses_dy_of_another_dtype():
+    x, w, u, v, _, dy = (torch.ones(shape) for shape in GIVEN.values())
+    with pytest.raises(ValueError, match=r"^rlrr op: expected dy .* of torch.float32 .* of torch.bfloat16"):
+        linear.grad_scales(dy.bfloat16(), x, w, u, v, True)
+
+
 @pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 3, 8)])
 def test_the_result_may_be_changed_in_place_as_nn_linears_may(shape):
     """BEiT's and EVA's attention add their bias to it so."""
