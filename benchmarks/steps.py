@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import results
 from benchmarks.baselines import weight_by_autograd
@@ -108,6 +109,20 @@ def build(implementation: str, name: str, device: str, **options: Any) -> nn.Mod
     return model if implementation == method else compiled
 
 
+class _Operations(TorchDispatchMode):
+    """Counts operations that are not views and do not only allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        only_allocates = func.namespace == "aten" and ("empty" in func._opname or func._opname == "_unsafe_view")
+        self.number += not is_view and not only_allocates and func.namespace != "profiler"
+        return func(*args, **(kwargs or {}))
+
+
 class Step:
     """Forward, cross-entropy, backward and AdamW on one batch of random images.
 
@@ -142,6 +157,14 @@ class Step:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.optimizer.zero_grad()
         return loss, torch.stack([g.norm() for g in gradients]).norm()
+
+    def operations(self) -> int:
+        """Count the operations of forward and backward that compute something: each is a launch or more on a GPU."""
+        self.optimizer.zero_grad()
+        with _Operations() as counted:
+            self._backward()
+        self.optimizer.zero_grad()
+        return counted.number
 
     def resident_bytes(self) -> int:
         """Return the bytes of parameters, buffers and the optimizer's state."""
