@@ -23,7 +23,7 @@ TRITON ?= 3.6.0 3.7.1 3.8.0 newest
 STAGE ?= env build correct ratios tests
 
 # What reaches the CPU library, its AVX2 loops and PyTorch's BLAS: run as on a CPU that has no more
-LIMITED_TESTS := tests/backends tests/reliability tests/ops/test_linear.py tests/layers/test_linear.py tests/ops/test_ops.py
+LIMITED_TESTS := tests/backends tests/reliability tests/ops tests/layers/test_linear.py
 LIMITED_TESTS += -k "not triton and not cuda and not host" -m "not slow"
 AVX2 := RLRR_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 # compiled for other instructions than the rest of the suite's

@@ -155,6 +155,6 @@ def test_the_cpu_library_builds_once_and_then_only_what_changed(tree):
         pytest.skip("no C++ compiler")
     first = _build(tree, RLRR_BUILD_CPU="1", RLRR_BUILD_CUDA="0")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.count(" -c ") > 8
+    assert first.stdout.count(" -c ") >= 8
     (tree / "csrc" / "cpu" / "passes.cpp").touch()
     assert _build(tree, RLRR_BUILD_CPU="1", RLRR_BUILD_CUDA="0").stdout.count(" -c ") == 1

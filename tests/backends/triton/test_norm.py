@@ -238,4 +238,4 @@ def test_no_width_spills_and_backward_is_resident_as_often_as_the_grid_counts_on
     for r in reports:
         warps = norm._tile(r["case"]["k"]).warps
         resident = 65_536 // (32 * warps * r["registers"])
-        assert resident >= max(1, layer_norm.WARPS_PER_MULTIPROCESSOR // warps), r
+        assert resident >= max(1, norm.WARPS_PER_MULTIPROCESSOR // warps), r
