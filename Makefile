@@ -34,7 +34,7 @@ AVX2 += TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-avx2
 demo: $(READY)  ## fine-tune the embedded ViT by RLRR and by a linear probe, and compare
 	$(PY) examples/demo.py
 
-test: $(READY)  ## the test suite without its campaigns, in about 5 minutes on two cores
+test: $(READY)  ## the test suite without its campaigns, in about 4 minutes on two cores
 	$(PY) -m pytest $(PARALLEL) -m "not slow"
 
 test-all: $(READY)  ## the whole suite, and what reaches the CPU library once more with AVX2 alone
