@@ -74,14 +74,18 @@ def test_a_saved_adapter_reproduces_the_model_and_disabling_gives_the_base(make,
     assert {n for n, p in model.named_parameters() if "norm.weight" in n and p.requires_grad} == (
         {n for n, _ in base.named_parameters() if n == "norm.weight" and make is probe} if train_batch_norm else set()
     )
+    # close, not equal: with AVX2, libraries' sums depend on how memory is aligned
     with disable_adapter(model):
-        assert torch.equal(model(X), base(X))
-    assert torch.equal(model(X), logits)
+        torch.testing.assert_close(model(X), base(X), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model(X), logits, rtol=1e-4, atol=1e-6)
+    assert (base(X) - logits).abs().max() > 1e-3
     save_adapter(model, tmp_path / "a")
     for fresh in (make(), trained(make, train_batch_norm=train_batch_norm)):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert torch.equal(load_adapter(fresh, tmp_path / "a").eval()(X), logits)
+            loaded = load_adapter(fresh, tmp_path / "a").eval()
+        torch.testing.assert_close(loaded(X), logits, rtol=1e-4, atol=1e-6)
+        assert all(torch.equal(b, dict(model.named_buffers())[name]) for name, b in loaded.named_buffers())
 
 
 def test_frozen_norms_stay_in_evaluation_in_copies_wrappers_and_parents():
