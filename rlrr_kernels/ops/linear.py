@@ -283,6 +283,9 @@ def _grad_scales(
 
 
 def _grad_shift(dy: Tensor) -> Tensor:
+    if dy.dim() != 2:
+        raise ValueError(f"rlrr op: expected dy [M, N], got {list(dy.shape)}")
+    # W is only asked for its device and dtype
     return _backend("grad_scales", dy, dy, dy).grad_shift(dy)
 
 
@@ -294,6 +297,7 @@ def _forward_above_autograd(
     if route.is_transformed():
         return reference.forward(*given)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        _check_op(x, weight.shape[1], weight, scale_out, scale_in, bias, shift)
         return _RescaledLinear.apply(*given)  # type: ignore[no-any-return]
     if route.can_skip_dispatcher(*given):  # what the dispatcher would end at, one Python call earlier
         return _forward(*given)

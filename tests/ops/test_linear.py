@@ -247,12 +247,18 @@ def test_an_op_that_is_called_directly_refuses_what_its_kernels_could_not_take(b
         for name in takes.get(next(iter(change)), calls):
             with pytest.raises(ValueError, match=r"^rlrr op: expected"):
                 calls[name]()
+        u.requires_grad_()  # as in exported programs that train
+        if "dy" not in change:
+            with pytest.raises(ValueError, match=r"^rlrr op: expected"):
+                linear.forward(x, w, u, v, None, f)
 
 
 def test_an_op_that_is_called_directly_refuses_dy_of_another_dtype():
     x, w, u, v, _, dy = (torch.ones(shape) for shape in GIVEN.values())
     with pytest.raises(ValueError, match=r"^rlrr op: expected dy .* of torch.float32 .* of torch.bfloat16"):
         linear.grad_scales(dy.bfloat16(), x, w, u, v, True)
+    with pytest.raises(ValueError, match=r"^rlrr op: expected dy \[M, N\], got \[1, 5, 6\]"):
+        linear.grad_shift(dy[None])
 
 
 @pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 3, 8)])
