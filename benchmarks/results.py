@@ -178,12 +178,6 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return q1, median, q3
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error as ``Type: first line of the message``."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:300]
-
-
 def device_name() -> str:
     """Return ``cpu``, or the name of the first GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.results import EVENTS, GRAPH, WALL, one_line
+from benchmarks.results import EVENTS, GRAPH, WALL
+from rlrr_kernels.io.checks import error_line
 
 #: Seconds that the rounds of one group of rivals may take, and between which numbers of rounds that decides.
 BUDGET = {"cuda": 2.0, "cpu": 1.5}
@@ -141,7 +142,7 @@ def interleaved(
         try:
             return action()
         except Exception as error:  # whatever a rival raises is its result
-            found[name].error = str(error) if isinstance(error, Rejected) else one_line(error)
+            found[name].error = str(error) if isinstance(error, Rejected) else error_line(error)
             found[name].unavailable = isinstance(error, Unavailable)
             found[name].seconds.clear()
             turns.pop(name, None)
@@ -209,7 +210,7 @@ def gpu_fault() -> str | None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     except RuntimeError as error:
-        return one_line(error)
+        return error_line(error)
     return None
 
 
@@ -338,7 +339,7 @@ class GraphClock:
         except RuntimeError as error:
             torch.cuda.synchronize()  # raises if the GPU is broken: that is this rival's error
             self.captures = False
-            warnings.warn(f"not captured, so its whole group is timed by events: {one_line(error)}", stacklevel=2)
+            warnings.warn(f"not captured, so its whole group is timed by events: {error_line(error)}", stacklevel=2)
             return None
 
     def _capture(self, actions: Sequence[Callable[[], Any]], variant: Variant) -> Callable[[], None]:

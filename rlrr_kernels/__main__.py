@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from rlrr_kernels._version import __version__
-from rlrr_kernels.backends import choice, tuned, verdicts
+from rlrr_kernels.backends import BACKENDS, choice, tuned, verdicts
 from rlrr_kernels.check import cases
 from rlrr_kernels.check import command as check
 
@@ -68,7 +68,7 @@ def info() -> Iterator[str]:
     yield f"Triton {_installed('triton')}, timm {_installed('timm')}, {system}"
     yield ""
     yield "Backends"
-    for name in choice.BACKENDS:
+    for name in BACKENDS:
         yield f"  {name:<10} {_backend(name)}"
     yield ""
     yield "Which backend serves what (W of x's dtype), and where another was measured fastest"

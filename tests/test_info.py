@@ -5,7 +5,7 @@ import torch
 
 from rlrr_kernels import use_backend
 from rlrr_kernels.__main__ import info, main
-from rlrr_kernels.backends import choice
+from rlrr_kernels.backends import BACKENDS, choice
 from tests.oracle import require
 
 
@@ -16,7 +16,7 @@ def test_it_names_versions_backends_and_choices(capsys):
     words = [line.split() for line in printed.splitlines()]
     assert ["rlrr_kernels", "0.1.0"] in words
     assert torch.__version__ in printed
-    for backend in choice.BACKENDS:
+    for backend in BACKENDS:
         assert any(w[:1] == [backend] and w[1].rstrip(":") in ("available", "not") for w in words), backend
     assert "    measured   reference  forward, float64, any N and K, 1024 and more tokens" in printed
     served = {w[0]: w[1] for w in words if w and w[0] in ("float32", "bfloat16", "float16", "float64")}

@@ -23,9 +23,9 @@ from benchmarks import groups, results, tables
 from benchmarks.first_day import probes, pytest_outcomes
 from benchmarks.first_day.day import ROOT, Day, Done, Piece
 from benchmarks.implementations import LAYERS, TOKENS
-from benchmarks.results import one_line
 from rlrr_kernels.check.cases import TOKENS as CHECKED
 from rlrr_kernels.check.processes import exit_on_signals
+from rlrr_kernels.io.checks import error_line
 
 PROBES = "benchmarks.first_day.probes"
 #: Batch sizes that a pass is timed at, besides those of the suites.
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 STAGES[stage](day)
             except Exception as error:  # one stage may fail, the day goes on
                 day.failed = True
-                day.row(stage, one_line(error))
+                day.row(stage, error_line(error))
             day.row(f"--- {stage}", f"{time.monotonic() - at:.0f} s")
     finally:
         print(

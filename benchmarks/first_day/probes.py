@@ -41,11 +41,11 @@ from benchmarks import implementations, results, timing
 from benchmarks.disassemble import launch_without_data, without_gpu
 from benchmarks.implementations import LAYERS, TOKENS, make_inputs
 from benchmarks.measures import relative_error
-from benchmarks.results import one_line
 from benchmarks.timing import Call, Unavailable, Variant
 from rlrr_kernels.backends import choice, reference
 from rlrr_kernels.backends.problem import Pass, Problem
 from rlrr_kernels.backends.triton import choose
+from rlrr_kernels.io.checks import error_line
 from rlrr_kernels.ops import linear
 from rlrr_kernels.tune.candidates import Candidate, describe, tiles
 
@@ -165,7 +165,7 @@ def compile_one(device: choose.Device, job: Job) -> str | None:
                 launch_without_data(job.problem, Candidate(job.backend, found[job.choice]))
     except Exception as error:  # one launch that does not compile must not stop the others
         what = f"{job.backend} {describe(job.problem)} {job.problem.dtype}, choice {job.choice}"
-        return f"{what}: {one_line(error)}"
+        return f"{what}: {error_line(error)}"
     return None
 
 

@@ -20,9 +20,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rlrr_kernels.backends import BACKENDS as BACKENDS
-from rlrr_kernels.backends import LAYER_NORM_BACKENDS, tuned, verdicts
-from rlrr_kernels.backends.problem import Pass, Problem
+from rlrr_kernels.backends import BACKENDS, LAYER_NORM_BACKENDS, tuned, verdicts
+from rlrr_kernels.backends.problem import Pass, Problem, uses_tf32
 
 _forced: str | None = None
 _loaded: dict[str, ModuleType | str] = {}
@@ -197,7 +196,7 @@ def _chosen(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int) -
         plan = _plans[key] = _plan(asked, x, weight)
     measured = plan.measured.get(kernel)
     if measured:
-        tf32 = x.dtype is torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        tf32 = x.is_cuda and uses_tf32(x.dtype)
         n, k = weight.shape
         entry = tuned.find(Problem(kernel, tokens, n, k, groups, x.dtype, weight.dtype, tf32), x.device)
         if entry is not None and entry.backend in measured:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels.backends import library
+from rlrr_kernels.backends.problem import uses_tf32
 from rlrr_kernels.backends.reference import grad_shift as grad_shift
 
 if torch.version.cuda is None:
@@ -25,7 +26,6 @@ HOPPER = os.environ.get("RLRR_CUDA_HOPPER") == "1"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ops = torch.ops.rlrr_cuda
 _forward, _grad_input, _grad_scales = (getattr(_ops, name).default for name in ("forward", "grad_input", "grad_scales"))
-_matmul = torch.backends.cuda.matmul
 
 
 @functools.cache
@@ -52,26 +52,20 @@ def build() -> str:
     return _ops.build()
 
 
-def _tf32(x: Tensor) -> bool:
-    """Return whether products of x may use TF32. Only for float32 is the setting read, which takes microseconds."""
-    # not allow_tf32: reading it raises once the user has set fp32_precision
-    return x.dtype is torch.float32 and _matmul.fp32_precision == "tf32"
-
-
 def forward(
     x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """Return y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
-    return _forward(x, weight, scale_out, scale_in, bias, shift, _tf32(x), HOPPER)
+    return _forward(x, weight, scale_out, scale_in, bias, shift, uses_tf32(x.dtype), HOPPER)
 
 
 def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
     """Return dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
-    return _grad_input(dy, weight, scale_out, scale_in, _tf32(dy), HOPPER)
+    return _grad_input(dy, weight, scale_out, scale_in, uses_tf32(dy.dtype), HOPPER)
 
 
 def grad_scales(
     dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` without ``need_shift``), in float32."""
-    return _grad_scales(dy, x, weight, scale_out, scale_in, need_shift, _tf32(x), HOPPER)
+    return _grad_scales(dy, x, weight, scale_out, scale_in, need_shift, uses_tf32(x.dtype), HOPPER)

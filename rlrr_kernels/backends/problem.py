@@ -10,6 +10,12 @@ import torch
 Pass = Literal["forward", "grad_input", "grad_scales"]
 
 
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Return whether PyTorch's settings let products of this dtype round their operands to TF32 on a GPU."""
+    # not allow_tf32: reading it raises once the user has set fp32_precision; read for float32 only, because it is slow
+    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 class Problem(NamedTuple):
     """A pass with x ``[m, k]``, W ``[n, k]`` and dy ``[m, n]``.
 

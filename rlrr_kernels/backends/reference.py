@@ -165,16 +165,16 @@ def layer_norm_sums(
     rstd: Tensor,
     weight: Tensor | None,
     scale: Tensor,
-    mask: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx ``[M, D]``, the sum of dy xhat ``[D]`` and the sum of dy ``[D]``, those that ``mask`` asks for."""
+    need_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx ``[M, D]`` (None unless asked for), the sum of dy xhat ``[D]`` and the sum of dy ``[D]``."""
     wide = mean.dtype
     composed, _ = compose_affine(weight, None, scale, scale, wide)
     # the values of the last vector do not matter, only that there is one
     dx, dy_xhat, dy_sum = torch.ops.aten.native_layer_norm_backward(
-        dy.to(wide), x.to(wide), x.shape[-1:], mean, rstd, composed, composed, mask
+        dy.to(wide), x.to(wide), x.shape[-1:], mean, rstd, composed, composed, (need_x, True, True)
     )
-    return dx.to(x.dtype) if mask[0] else None, dy_xhat if mask[1] else None, dy_sum if mask[2] else None
+    return dx.to(x.dtype) if need_x else None, dy_xhat, dy_sum
 
 
 def affine_gradients(
@@ -196,7 +196,5 @@ def layer_norm_backward(
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx ``[M, D]`` in x's dtype (``[0, D]`` unless asked for), ds and dt ``[D]`` in float32 or float64."""
-    dx, dy_xhat, dy_sum = layer_norm_sums(dy, x, mean, rstd, weight, scale, (need_x, True, True))
-    assert dy_xhat is not None
-    assert dy_sum is not None
+    dx, dy_xhat, dy_sum = layer_norm_sums(dy, x, mean, rstd, weight, scale, need_x)
     return x.new_empty((0, x.shape[1])) if dx is None else dx, *affine_gradients(dy_xhat, dy_sum, weight, bias)

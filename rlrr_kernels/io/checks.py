@@ -167,6 +167,12 @@ def sanitize(name: str) -> str:
     return (name if name.isprintable() else repr(name))[:200]
 
 
+def error_line(error: BaseException) -> str:
+    """Return an error as ``Type: first line of its message``, at most 300 characters: compilers write pages."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300]
+
+
 def summarize(problems: Sequence[str], most: int = 8) -> str:
     """Join the first ``most`` problems in one line, and say how many more there are."""
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""

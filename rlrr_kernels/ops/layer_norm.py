@@ -98,10 +98,7 @@ class _AffineLayerNorm(torch.autograd.Function):
         # plain PyTorch also where w or b trains after all: the kernels have no gradients of these
         if route.needs_plain_backward(grad) or weight_needs or bias_needs:
             wide = mean.dtype
-            needs = (x_needs, True, True)
-            dx, dy_xhat, dy_sum = reference.layer_norm_sums(dy, rows, mean, rstd, weight, scale, needs)
-            assert dy_xhat is not None
-            assert dy_sum is not None
+            dx, dy_xhat, dy_sum = reference.layer_norm_sums(dy, rows, mean, rstd, weight, scale, x_needs)
             if weight_needs:
                 dw = (dy_xhat * scale.to(wide)).to(weight.dtype)
             if bias_needs:

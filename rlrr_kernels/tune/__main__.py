@@ -15,15 +15,16 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from rlrr_kernels.backends import choice, tuned
+from rlrr_kernels.backends import BACKENDS, choice, tuned
 from rlrr_kernels.backends.problem import Problem
 from rlrr_kernels.backends.tuned import FORMAT, Entry
 from rlrr_kernels.check import yardstick
 from rlrr_kernels.check.command import device_of, failures
 from rlrr_kernels.io import cache
+from rlrr_kernels.io.checks import error_line
 from rlrr_kernels.tune import shapes
 from rlrr_kernels.tune.candidates import Candidate, candidates, copies_of, describe, make_tensors, run
-from rlrr_kernels.tune.contest import DeviceLostError, Result, contest, first_line, require, rules
+from rlrr_kernels.tune.contest import DeviceLostError, Result, contest, require, rules
 from rlrr_kernels.tune.machine import Machine, machine_of
 
 DESCRIPTION = """\
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="bfloat16", help="of x (default: %(default)s)")
     add("--weight-dtype", choices=DTYPES, help="of the frozen weight (default: as x)")
     add("--tf32", action="store_true", help="float32 products in TF32, as where training allows it")
-    add("--backend", action="append", default=[], choices=choice.BACKENDS, help="may be repeated (default: all)")
+    add("--backend", action="append", default=[], choices=BACKENDS, help="may be repeated (default: all)")
     add("--rules", action="store_true", help="keep instead what measured.json has: backends alone, for any N and K")
     add("--rounds", type=int, default=30, help="timed rounds of a contest (default: %(default)s)")
     add("--limit", type=int, default=24, help="tiles of a backend beside its own choice (default: %(default)s)")
@@ -185,7 +186,7 @@ def _tune(
                 raise
             except RuntimeError as error:  # no memory for the tensors, or a launch that cannot be timed
                 unmeasured += 1
-                tqdm.write(f"rlrr-tune: {describe(problem)}: {first_line(error)}", file=sys.stderr)
+                tqdm.write(f"rlrr-tune: {describe(problem)}: {error_line(error)}", file=sys.stderr)
                 require(machine.synchronize, error)
                 continue
             results.append(result)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlrr_kernels.backends import choice
+from rlrr_kernels.backends import BACKENDS, choice
 from rlrr_kernels.backends.problem import Problem
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def candidates(problem: Problem, device: torch.device, limit: int, names: Sequen
     x = torch.empty(1, 1, dtype=problem.dtype, device=device)
     weight = torch.empty(1, 1, dtype=problem.weight_dtype, device=device)
     found: list[Candidate] = []
-    for name, (_, kinds) in sorted(choice.BACKENDS.items(), key=lambda item: device.type not in item[1][1]):
+    for name, (_, kinds) in sorted(BACKENDS.items(), key=lambda item: device.type not in item[1][1]):
         wanted = name in names if names else kinds or name != "reference" or device.type == "cpu"
         if not wanted or choice.unavailable(name, device) is not None or choice.refusal(name, x, weight) is not None:
             continue

@@ -19,6 +19,7 @@ from torch import Tensor
 from rlrr_kernels.backends.problem import Problem
 from rlrr_kernels.backends.tuned import Entry
 from rlrr_kernels.backends.verdicts import Where
+from rlrr_kernels.io.checks import error_line
 from rlrr_kernels.tune.candidates import Candidate, describe
 
 #: To win, a median must be this many times as fast as the default's, and the quartiles must not overlap.
@@ -194,11 +195,6 @@ def contest(
     return result
 
 
-def first_line(error: Exception) -> str:
-    """Return the error in one line: compilers write pages."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
-
-
 def require(synchronize: Callable[[], object], after: Exception) -> None:
     """Check that the device still answers after an error.
 
@@ -208,7 +204,7 @@ def require(synchronize: Callable[[], object], after: Exception) -> None:
     try:
         synchronize()
     except Exception as lost:
-        raise DeviceLostError(first_line(after)) from lost
+        raise DeviceLostError(error_line(after)) from lost
 
 
 def _trial(
@@ -223,7 +219,7 @@ def _trial(
         synchronize()
     except Exception as error:  # compiler, launcher and driver raise errors of different types
         require(synchronize, error)
-        return first_line(error)
+        return error_line(error)
     if not all(map(torch.equal, first, second)):
         return "two launches differ"
     return misfit(first)

@@ -83,9 +83,6 @@ class _Graph:
     def replay(self) -> None: ...
 
 
-def _nothing(*_: Any, **__: Any) -> None: ...
-
-
 def _pretend() -> None:
     _CudaIsCpu().__enter__()
     torch.Generator = _Generator  # type: ignore

@@ -49,10 +49,6 @@ def hold(got, model, x):
         assert_close("y", got.detach(), model(x), model.double()(x.double()))
 
 
-def op_names(program):
-    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-
-
 def ours(program):
     """The package's ops in a program, those in graphs inside of it too."""
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlrr_kernels.backends import choice, reference
+from rlrr_kernels.backends import BACKENDS, choice, reference
 
 
 @pytest.fixture
@@ -49,6 +49,6 @@ def tiled(monkeypatch: Any) -> SimpleNamespace:
 
     for name in ("forward", "grad_input", "grad_scales"):
         setattr(module, name, launching(name))
-    monkeypatch.setitem(choice.BACKENDS, "tiled", ("tests.tune.conftest", ()))
+    monkeypatch.setitem(BACKENDS, "tiled", ("tests.tune.conftest", ()))
     monkeypatch.setitem(choice._loaded, "tiled", module)
     return module

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from rlrr_kernels.backends import tuned
-from rlrr_kernels.backends.problem import Problem
+from rlrr_kernels.backends.problem import Problem, uses_tf32
 from rlrr_kernels.backends.triton import choose
 from rlrr_kernels.backends.triton.choose import Choice, Device, Slice, ceil_div, row_slices
 from rlrr_kernels.backends.triton.forward import forward_kernel
@@ -72,11 +72,6 @@ def guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if x.device.type == "cpu" or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
-
-
-def _tf32(dtype: torch.dtype) -> bool:
-    # not allow_tf32: reading it raises once the user has set fp32_precision; read for float32 only, because it is slow
-    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _chosen(problem: Problem, x: Tensor, aligned: bool) -> Choice:
@@ -174,7 +169,7 @@ def forward(
     (m, k), n, groups = x.shape, weight.shape[0], scale_in.shape[0]
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     u, v = vectors(scale_out, scale_in)
-    tf32 = _tf32(x.dtype)
+    tf32 = uses_tf32(x.dtype)
     aligned, (x,) = _loadable(weight, x)
     problem = Problem("forward", m, n, k, groups, x.dtype, weight.dtype, tf32)
     choice = choice or _chosen(problem, x, aligned)
@@ -211,7 +206,7 @@ def grad_input(
     (m, n), k, groups = dy.shape, weight.shape[1], scale_in.shape[0]
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
     u, v = vectors(scale_out, scale_in)
-    tf32 = _tf32(dy.dtype)
+    tf32 = uses_tf32(dy.dtype)
     aligned, (dy,) = _loadable(weight, dy)
     problem = Problem("grad_input", m, n, k, groups, dy.dtype, weight.dtype, tf32)
     choice = choice or _chosen(problem, dy, aligned)
@@ -257,7 +252,7 @@ def grad_scales(
     """
     (m, n), k, groups = dy.shape, x.shape[1], scale_in.shape[0]
     u, v = vectors(scale_out, scale_in)
-    tf32 = _tf32(x.dtype)
+    tf32 = uses_tf32(x.dtype)
     aligned, (dy, x) = _loadable(weight, dy, x)
     problem = Problem("grad_scales", m, n, k, groups, x.dtype, weight.dtype, tf32)
     choice = choice or _chosen(problem, x, aligned)

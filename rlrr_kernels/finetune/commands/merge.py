@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from rlrr_kernels import merge_and_unload
 from rlrr_kernels.finetune.backbone import DTYPES
 from rlrr_kernels.finetune.commands.common import (
     Command,
@@ -29,6 +28,7 @@ from rlrr_kernels.finetune.commands.common import (
 from rlrr_kernels.finetune.saved_run import PEERS, SavedRun, open_run
 from rlrr_kernels.io.files import write_atomically
 from rlrr_kernels.layers.linear import FusedRLRRLinear
+from rlrr_kernels.models.merge import merge_and_unload
 from rlrr_kernels.models.modules import adapters
 
 DESCRIPTION = """\
