@@ -15,7 +15,11 @@ and, if it serves LayerNorm too::
     layer_norm_backward(dy, x, mean, rstd, weight, bias, scale, need_x) -> (dx, ds, dt)
     unsupported_layer_norm(x) -> why it cannot serve x, or None
 
-To add one, write the module and add its line to :data:`BACKENDS` (and its name to :data:`LAYER_NORM_BACKENDS`).
+It may also have ``build()``, which says what it was built with, and ``candidates(problem, device)``, the tiles that
+``rlrr-tune`` measures and passes to the three passes as ``choice=``.
+
+To add one, write the module and add its line to :data:`BACKENDS` (and its name to :data:`LAYER_NORM_BACKENDS`), and
+what ``check`` is to run of it to :data:`rlrr_kernels.backends.verdicts.SUBJECTS`.
 """
 
 #: name -> (module, device types it is tried for without being asked), best first.
@@ -26,7 +30,7 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     # not yet measured on a GPU: by name, or where it was measured fastest
     "cuda": ("rlrr_kernels.backends.cuda", ()),
     "panels": ("rlrr_kernels.backends.panels", ("cuda", "cpu", "mps", "xpu")),
-    # W' whole in each pass: by name alone
+    # W' whole in each pass: by name, or where it was measured fastest (measured.json: float64 on CPUs)
     "reference": ("rlrr_kernels.backends.reference", ()),
 }
 

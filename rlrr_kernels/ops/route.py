@@ -5,7 +5,7 @@ cost as much as a small product. Compilers, tracers, modes, profilers and tensor
 registered op. Transforms of ``torch.func``, forward-mode AD and second derivatives take plain PyTorch,
 which can be differentiated and mapped over.
 
-Every question to a private part of torch stands here.
+Every question to a private part of torch's dispatcher, autograd and transforms stands here.
 """
 
 from __future__ import annotations

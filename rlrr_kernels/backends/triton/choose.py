@@ -22,7 +22,7 @@ from rlrr_kernels.backends.problem import Pass, Problem
 Arithmetic = Literal["half", "tf32", "ieee"]
 
 #: Most bytes of partial sums. Sums are split no further than this allows. If a single split of grad_scales takes more
-#: (it takes about N * K / 32 bytes), grad_scales processes slices of W's rows one after another.
+#: (it takes N * K / 21 bytes in the largest tiles), grad_scales processes slices of W's rows one after another.
 WORKSPACE_BYTES = 1_900_000
 
 #: (group, first row, end) of some rows of W.
