@@ -223,7 +223,7 @@ def main() -> None:
                 backend = case.get("backend", "triton")
                 tile = (Width if backend == "gluon" else choose.Choice)(**case["choice"]) if "choice" in case else None
                 sizes = case["m"], case["n"], case["k"], case["groups"]
-                problem = Problem(case["kernel"], *sizes, dtype, weight_dtype)
+                problem = Problem(case["kernel"], *sizes, dtype, weight_dtype, rank=case.get("rank", 1))
                 launch_without_data(problem, Candidate(backend, tile))
             for result in compiled:
                 report = inspect(result, case.get("disassemble", False), case.get("sass", False))

@@ -133,6 +133,34 @@ def arithmetic(problem: Problem) -> Arithmetic:
     return "tf32" if problem.tf32 else "ieee"
 
 
+def parts(problem: Problem) -> int:
+    """Return how forward and grad_input form U V.
+
+    Returns:
+        0: by multiply-adds in registers; 1: as a product of float32 tiles, padded to a power of two; 3: as one on the
+        matrix unit, of three bfloat16 parts of each number.
+    """
+    ieee = arithmetic(problem) == "ieee"
+    if problem.rank <= (8 if ieee else 4):
+        return 0
+    return 1 if ieee else 3
+
+
+def du_rows(rank: int) -> int:
+    """Return the number of rows of partial dU that a tile of grad_scales writes: a larger rank writes half a tile's."""
+    return 1 if rank == 1 else 2
+
+
+def workspace_bytes(rank: int) -> int:
+    """Return the most bytes of grad_scales' partial sums: those of a wave of tiles grow with the rank."""
+    return WORKSPACE_BYTES * ceil_div(rank, 8)
+
+
+def padded(rank: int) -> int:
+    """Return the depth of the product of U and V: a power of two that ``tl.dot`` takes."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
 def tiles(problem: Problem, device: Device, aligned: bool) -> tuple[Choice, ...]:
     """Return the tiles for a problem on a device. ``aligned``: whether all tensors can be loaded 16 bytes at a time."""
     if problem.kernel == "grad_scales" and arithmetic(problem) == "tf32" and device.capability[0] == 9:
@@ -203,7 +231,8 @@ def partial_bytes(problem: Problem, tile: Choice) -> int:
     if problem.kernel != "grad_scales":
         return 4 * m * (n if problem.kernel == "forward" else k)
     row_tiles = groups * ceil_div(n // groups, tile.block_n)
-    return 4 * (n * (ceil_div(k, tile.block_k) + 1) + row_tiles * k)
+    rank = problem.rank
+    return 4 * (n * (ceil_div(k, tile.block_k) * du_rows(rank) * rank + 1) + row_tiles * k * rank)
 
 
 def _costs(problem: Problem, tile: Choice, device: Device) -> Iterator[tuple[float, Choice, int]]:
@@ -213,7 +242,7 @@ def _costs(problem: Problem, tile: Choice, device: Device) -> Iterator[tuple[flo
     """
     scales = problem.kernel == "grad_scales"
     count, tiles, partial = steps(problem, tile), programs(problem, tile), partial_bytes(problem, tile)
-    room = WORKSPACE_BYTES // partial if scales or tiles < device.multiprocessors else 1
+    room = (workspace_bytes(problem.rank) if scales else WORKSPACE_BYTES) // partial if scales or tiles < device.multiprocessors else 1
     depth = _sum_block(problem.kernel, tile)
     sides = tile.block_m + tile.block_n + tile.block_k - depth
     step = tile.block_m * tile.block_n * tile.block_k + _EDGE * sides * depth
@@ -262,7 +291,9 @@ def refusal(problem: Problem, choice: Choice, device: Device) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def row_slices(n: int, k: int, groups: int, block_n: int, block_k: int, splits: int, limit: int) -> tuple[Slice, ...]:
+def row_slices(
+    n: int, k: int, groups: int, block_n: int, block_k: int, splits: int, limit: int, rank: int = 1
+) -> tuple[Slice, ...]:
     """Cut W ``[n, k]`` into as few slices of rows as ``limit`` bytes of grad_scales' partial sums allow.
 
     A slice holds whole tiles, at least one, and never crosses a group.
@@ -271,8 +302,8 @@ def row_slices(n: int, k: int, groups: int, block_n: int, block_k: int, splits: 
         (group, first row, end) of each slice, in order; ``((0, 0, n),)`` if all rows fit.
     """
     group_rows = n // groups
-    # partial sums of one row of tiles: du and df for each of its rows, dv for each column
-    tile_bytes = 4 * splits * (block_n * (ceil_div(k, block_k) + 1) + k)
+    # partial sums of one row of tiles: dU and df for each of its rows, dV for each column
+    tile_bytes = 4 * splits * (block_n * (ceil_div(k, block_k) * du_rows(rank) * rank + 1) + k * rank)
     if groups * ceil_div(group_rows, block_n) * tile_bytes <= limit:
         return ((0, 0, n),)
     rows = max(1, limit // tile_bytes) * block_n

@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-from rlrr_kernels.backends.triton.tiles import int64, narrow, operand, rescale
+from rlrr_kernels.backends.triton.tiles import int64, load_u, load_v, narrow, operand, rescale
 
 
 @triton.jit(do_not_specialize=["M", "split_steps"])
 def grad_input_kernel(
     dy,  # [M, N]
     w,  # [N, K]
-    u,  # [N]
-    v,  # [groups, K]
+    u,  # [N, RANK]
+    v,  # [groups, RANK, K]
     dx,  # [M, K]; if SPLIT float32 [splits, M, K], to be added up
     M,
     split_steps,  # steps of BLOCK_N that one split sums over; read if SPLIT
@@ -24,6 +24,8 @@ def grad_input_kernel(
     stride_wk,
     stride_vg,
     stride_dxm,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
     ONE_GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -43,7 +45,7 @@ def grad_input_kernel(
     offs_k = k_start + tl.arange(0, BLOCK_K)
     offs_n = tl.arange(0, BLOCK_N)
     in_k = offs_k < K
-    v_k = tl.load(v + offs_k, mask=in_k, other=0.0).to(tl.float32)
+    v_k = load_v(v, offs_k, in_k, K, RANK, PARTS)
     rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
     dy_ptrs = dy + rows_m[:, None] * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
     w_ptrs = w + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
@@ -67,18 +69,17 @@ def grad_input_kernel(
             group = step // steps
             n = group * group_rows + (step % steps) * BLOCK_N
             n_end = (group + 1) * group_rows
-            v_k = tl.load(v + group * stride_vg + offs_k, mask=in_k, other=0.0).to(tl.float32)
+            v_k = load_v(v + group * stride_vg, offs_k, in_k, K, RANK, PARTS)
         if EVEN_N:
-            u_n = tl.load(u + n + offs_n)
+            u_n = load_u(u, n + offs_n, None, RANK, PARTS)
             w_tile = tl.load(w_ptrs + int64(n) * stride_wn, mask=in_k[None, :], other=0.0)
             dy_tile = tl.load(dy_ptrs + int64(n) * stride_dyn)
         else:
             in_n = n + offs_n < n_end
-            u_n = tl.load(u + n + offs_n, mask=in_n, other=0.0)
+            u_n = load_u(u, n + offs_n, in_n, RANK, PARTS)
             w_tile = tl.load(w_ptrs + int64(n) * stride_wn, mask=in_n[:, None] & in_k[None, :], other=0.0)
             dy_tile = tl.load(dy_ptrs + int64(n) * stride_dyn, mask=in_n[None, :], other=0.0)
-        u_n = u_n.to(tl.float32)
-        rescaled = rescale(w_tile, u_n[:, None], v_k[None, :], dy_tile.dtype, PAIRED_BF16, ROUND_TF32, EMULATE_BF16)
+        rescaled = rescale(w_tile, u_n, v_k, dy_tile.dtype, RANK, PARTS, PAIRED_BF16, ROUND_TF32, EMULATE_BF16)
         acc = tl.dot(operand(dy_tile, EMULATE_BF16), rescaled, acc, input_precision=PRECISION)
 
     if not SPLIT:

@@ -1,6 +1,6 @@
-"""du, dv and df in one launch over dy and x; G = dy^T x never leaves the registers.
+"""dU, dV and df in one launch over dy and x; G = dy^T x never leaves the registers.
 
-With P = G * W:  du = P v,  dv = P^T u,  df = sum of dy over the tokens. Both are
+With P = G * W:  dU = P V^T,  dV = U^T P,  df = sum of dy over the tokens. Both are
 linear in G, so a program may hold any share of the tokens: it reduces its tile
 of G against its tile of W into partial sums, and :func:`sum_partials_kernel`
 adds the partials in a fixed order. No atomics: two runs agree bit for bit.
@@ -21,13 +21,18 @@ def halves(tile):
 
 
 @triton.jit
-def reduce_against_weight(g, w, u_col, v, dv_row, offs_n, in_n, offs_k, K, stride_wn, stride_wk):
-    """Store the partial dv of one tile of G and return its partial du ``[rows]``."""
-    in_k = offs_k < K
-    inside = in_n[:, None] & in_k[None, :]
+def against_weight(g, w, offs_n, in_n, offs_k, K, stride_wn, stride_wk):
+    """P = G * W of one tile of G."""
+    inside = in_n[:, None] & (offs_k < K)[None, :]
     w_ptrs = w + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
     # outside the group and the matrix G is infinite or NaN where dy or x is: times a 0 of W it would be NaN
-    p = tl.where(inside, g, 0.0) * tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside, g, 0.0) * tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def reduce(p, u_col, v, dv_row, offs_k, K):
+    """Store the partial dv of one tile of P and return its partial du ``[rows]``."""
+    in_k = offs_k < K
     v_row = tl.load(v + offs_k, mask=in_k, other=0.0).to(tl.float32)
     tl.store(dv_row + offs_k, tl.sum(p * u_col[:, None], axis=0), mask=in_k)
     return tl.sum(p * v_row[None, :], axis=1)
@@ -38,10 +43,10 @@ def grad_scales_kernel(
     dy,  # [M, N]
     x,  # [M, K]
     w,  # [N, K]
-    u,  # [N]
-    v,  # [groups, K]
-    du_partial,  # [splits * k_tiles, N] float32
-    dv_partial,  # [groups, splits * tiles of a group, K] float32
+    u,  # [N, RANK]
+    v,  # [groups, RANK, K] float32
+    du_partial,  # [splits * k_tiles, N] float32; if RANK > 1 [splits * k_tiles * 2, N, RANK], from half a tile each
+    dv_partial,  # [groups, splits * tiles of a group, RANK, K] float32
     df_partial,  # [splits, N] float32, written if HAS_SHIFT
     M,
     split_rows,  # tokens of one split, a multiple of BLOCK_M
@@ -56,6 +61,7 @@ def grad_scales_kernel(
     stride_wn,
     stride_wk,
     stride_vg,
+    RANK: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND_TF32: tl.constexpr,
@@ -109,17 +115,29 @@ def grad_scales_kernel(
             )
 
         # half a tile at a time: reducing all of it at once does not fit in the registers
-        u_col = tl.load(u + offs_n, mask=in_n, other=0.0).to(tl.float32)
-        dv_row = dv_partial + int64((group * splits + split) * group_tiles + pid_n % group_tiles) * K
-        left, right = halves(acc)
-        offs_half = k_start + tl.arange(0, BLOCK_K // 2)
+        dv_row = dv_partial + int64((group * splits + split) * group_tiles + pid_n % group_tiles) * (RANK * K)
         v_group = v + group * stride_vg
-        du = reduce_against_weight(left, w, u_col, v_group, dv_row, offs_n, in_n, offs_half, K, stride_wn, stride_wk)
-        du += reduce_against_weight(
-            right, w, u_col, v_group, dv_row, offs_n, in_n, offs_half + BLOCK_K // 2, K, stride_wn, stride_wk
-        )
-        du_row = du_partial + int64(split * k_tiles + k_tile) * N
-        tl.store(du_row + offs_n, du, mask=in_n)
+        offs_half = k_start + tl.arange(0, BLOCK_K // 2)
+        if RANK == 1:
+            u_col = tl.load(u + offs_n, mask=in_n, other=0.0).to(tl.float32)
+            left, right = halves(acc)
+            p = against_weight(left, w, offs_n, in_n, offs_half, K, stride_wn, stride_wk)
+            du = reduce(p, u_col, v_group, dv_row, offs_half, K)
+            offs_half += BLOCK_K // 2
+            p = against_weight(right, w, offs_n, in_n, offs_half, K, stride_wn, stride_wk)
+            du += reduce(p, u_col, v_group, dv_row, offs_half, K)
+            tl.store(du_partial + int64(split * k_tiles + k_tile) * N + offs_n, du, mask=in_n)
+        else:
+            left, right = halves(acc)
+            for half in tl.static_range(2):
+                g = left if half == 0 else right
+                p = against_weight(g, w, offs_n, in_n, offs_half, K, stride_wn, stride_wk)
+                du_rows = du_partial + (int64(2 * (split * k_tiles + k_tile) + half) * N + offs_n) * RANK
+                for j in tl.range(RANK):
+                    u_col = tl.load(u + offs_n * RANK + j, mask=in_n, other=0.0).to(tl.float32)
+                    du = reduce(p, u_col, v_group + j * K, dv_row + j * K, offs_half, K)
+                    tl.store(du_rows + j, du, mask=in_n)
+                offs_half += BLOCK_K // 2
 
 
 @triton.jit
@@ -139,8 +157,8 @@ def sum_partials_kernel(
     du_partial,
     dv_partial,
     df_partial,
-    du,  # [N]
-    dv,  # [groups, K]
+    du,  # [N, RANK]
+    dv,  # [groups, RANK, K]
     df,  # [N], written if HAS_SHIFT
     du_rows,  # rows of partials behind each output, as laid out by grad_scales_kernel
     dv_rows,
@@ -148,20 +166,21 @@ def sum_partials_kernel(
     N,
     K,
     groups,
+    RANK: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Add the partial sums; the order depends on the shapes alone. One launch for all three."""
     pid = tl.program_id(0)
-    n_blocks = tl.cdiv(N, COLS)
-    k_blocks = tl.cdiv(K, COLS)
+    n_blocks = tl.cdiv(N * RANK, COLS)
+    k_blocks = tl.cdiv(K * RANK, COLS)
     if pid < n_blocks:
-        sum_rows(du_partial, du, du_rows, N, pid * COLS, ROWS, COLS)
+        sum_rows(du_partial, du, du_rows, N * RANK, pid * COLS, ROWS, COLS)
     elif pid < n_blocks + groups * k_blocks:
         group = (pid - n_blocks) // k_blocks
         start = ((pid - n_blocks) % k_blocks) * COLS
-        part = dv_partial + int64(group * dv_rows) * K
-        sum_rows(part, dv + group * K, dv_rows, K, start, ROWS, COLS)
+        part = dv_partial + int64(group * dv_rows) * (K * RANK)
+        sum_rows(part, dv + group * (K * RANK), dv_rows, K * RANK, start, ROWS, COLS)
     elif HAS_SHIFT:
         sum_rows(df_partial, df, df_rows, N, (pid - n_blocks - groups * k_blocks) * COLS, ROWS, COLS)

@@ -20,6 +20,7 @@ from rlrr_kernels.backends import tuned
 from rlrr_kernels.backends.problem import Problem, uses_tf32
 from rlrr_kernels.backends.triton import choose
 from rlrr_kernels.backends.triton.choose import Choice, Device, Slice, ceil_div, row_slices
+from rlrr_kernels.backends.triton.factors import cut_kernel
 from rlrr_kernels.backends.triton.forward import forward_kernel
 from rlrr_kernels.backends.triton.grad_input import grad_input_kernel
 from rlrr_kernels.backends.triton.grad_scales import grad_scales_kernel, sum_partials_kernel
@@ -52,8 +53,6 @@ def interpreter_misfit() -> str | None:
 
 def unsupported(x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
     """Return why this backend cannot serve these tensors at this rank, or None if it can."""
-    if rank != 1:
-        return f"rank {rank}: it computes rank 1"
     if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
         return f"x {x.dtype} with weight {weight.dtype}: it computes in float32, float16 and bfloat16"
     if interpreting():
@@ -128,11 +127,34 @@ def _loadable(weight: Tensor, *activations: Tensor) -> tuple[bool, tuple[Tensor,
 
 
 def vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
-    """Return u as contiguous ``[N]``, of at most 32 bits, and v as contiguous ``[groups, K]`` in float32."""
-    u, v = scale_out.squeeze(1), scale_in.squeeze(1).float()
+    """Return U as contiguous ``[N, r]``, of at most 32 bits, and V as contiguous ``[groups * r, K]`` in float32."""
+    u, v = scale_out, scale_in.reshape(-1, scale_in.shape[2]).float()
     if u.dtype is torch.float64:
         u = u.float()
     return u.contiguous(), v.contiguous()
+
+
+def _factors(scale_out: Tensor, scale_in: Tensor, parts: int) -> tuple[Tensor, Tensor, int]:
+    """Return U and V as the kernels read them with ``parts`` (:func:`choose.parts`), and the stride of V's groups."""
+    u, v = vectors(scale_out, scale_in)
+    groups, rank, k = scale_in.shape
+    if parts <= 1:
+        return u, v, rank * k
+    n, depth, block = len(u), choose.padded(rank), 1024
+    dtype = torch.float32 if interpreting() else torch.bfloat16
+    u_parts = torch.empty((n, parts, depth), dtype=dtype, device=u.device)
+    v_parts = torch.empty((groups, parts, depth, k), dtype=dtype, device=v.device)
+    start(
+        cut_kernel,
+        (ceil_div(n * depth, block) + ceil_div(v_parts.numel() // parts, block),),
+        (u, v, u_parts, v_parts),
+        (n, k, groups),
+        (),
+        {"RANK": rank, "PARTS": parts, "EMULATE_BF16": interpreting(), "BLOCK": block},
+        _options(num_warps=4, num_stages=2),
+        u.device.index,
+    )
+    return u_parts, v_parts, parts * depth * k
 
 
 def _sum_splits(partial: Tensor, bias: Tensor | None, shift: Tensor | None, out: Tensor) -> None:
@@ -168,24 +190,27 @@ def forward(
     choice: Choice | None = None,
 ) -> Tensor:
     """Return y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
-    (m, k), n, groups = x.shape, weight.shape[0], scale_in.shape[0]
+    (m, k), n, (groups, rank, _) = x.shape, weight.shape[0], scale_in.shape
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    u, v = vectors(scale_out, scale_in)
     tf32 = uses_tf32(x.dtype)
     aligned, (x,) = _loadable(weight, x)
-    problem = Problem("forward", m, n, k, groups, x.dtype, weight.dtype, tf32)
+    problem = Problem("forward", m, n, k, groups, x.dtype, weight.dtype, tf32, rank)
     choice = choice or _chosen(problem, x, aligned)
     splits, split_steps = choose.shares(ceil_div(k, choice.block_k), choice.splits)
+    parts = choose.parts(problem)
     out = y if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
     bias, shift = (None if t is None else t.contiguous() for t in (bias, shift))
     with guard(x):
+        u, v, stride_vg = _factors(scale_out, scale_in, parts)
         start(
             forward_kernel,
             (ceil_div(m, choice.block_m) * groups * ceil_div(n // groups, choice.block_n), splits),
             (x, weight, v, u, u if bias is None else bias, u if shift is None else shift, out),
             (m, split_steps),
-            (n, k, n // groups, *x.stride(), *weight.stride(), v.stride(0), n),
+            (n, k, n // groups, *x.stride(), *weight.stride(), stride_vg, n),
             {
+                "RANK": rank,
+                "PARTS": parts,
                 "HAS_BIAS": bias is not None and splits == 1,
                 "HAS_SHIFT": shift is not None and splits == 1,
                 "SPLIT": splits > 1,
@@ -205,24 +230,27 @@ def grad_input(
     dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, choice: Choice | None = None
 ) -> Tensor:
     """Return dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
-    (m, n), k, groups = dy.shape, weight.shape[1], scale_in.shape[0]
+    (m, n), k, (groups, rank, _) = dy.shape, weight.shape[1], scale_in.shape
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
-    u, v = vectors(scale_out, scale_in)
     tf32 = uses_tf32(dy.dtype)
     aligned, (dy,) = _loadable(weight, dy)
-    problem = Problem("grad_input", m, n, k, groups, dy.dtype, weight.dtype, tf32)
+    problem = Problem("grad_input", m, n, k, groups, dy.dtype, weight.dtype, tf32, rank)
     choice = choice or _chosen(problem, dy, aligned)
     bn = choice.block_n
     splits, split_steps = choose.shares(groups * ceil_div(n // groups, bn), choice.splits)
+    parts = choose.parts(problem)
     out = dx if splits == 1 else torch.empty((splits, m, k), dtype=torch.float32, device=dy.device)
     with guard(dy):
+        u, v, stride_vg = _factors(scale_out, scale_in, parts)
         start(
             grad_input_kernel,
             (ceil_div(m, choice.block_m) * ceil_div(k, choice.block_k), splits),
             (dy, weight, u, v, out),
             (m, split_steps),
-            (n, k, n // groups, *dy.stride(), *weight.stride(), v.stride(0), k),
+            (n, k, n // groups, *dy.stride(), *weight.stride(), stride_vg, k),
             {
+                "RANK": rank,
+                "PARTS": parts,
                 "ONE_GROUP": groups == 1,
                 "SPLIT": splits > 1,
                 "EVEN_N": (n // groups) % bn == 0,
@@ -247,39 +275,39 @@ def grad_scales(
     *,
     choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` without ``need_shift``), in float32.
+    """Return dU ``[N, r]``, dV ``[groups, r, K]`` and df ``[N]`` (``[0]`` without ``need_shift``), in float32.
 
-    If the partial sums of all rows of W do not fit in ``choose.WORKSPACE_BYTES``, slices of rows are processed one
+    If the partial sums of all rows of W do not fit in ``choose.workspace_bytes``, slices of rows are processed one
     after another.
     """
-    (m, n), k, groups = dy.shape, x.shape[1], scale_in.shape[0]
+    (m, n), k, (groups, rank, _) = dy.shape, x.shape[1], scale_in.shape
     u, v = vectors(scale_out, scale_in)
     tf32 = uses_tf32(x.dtype)
     aligned, (dy, x) = _loadable(weight, dy, x)
-    problem = Problem("grad_scales", m, n, k, groups, x.dtype, weight.dtype, tf32)
+    problem = Problem("grad_scales", m, n, k, groups, x.dtype, weight.dtype, tf32, rank)
     choice = choice or _chosen(problem, x, aligned)
     bm, bn, bk = choice.block_m, choice.block_n, choice.block_k
     splits, split_steps = choose.shares(ceil_div(m, bm), choice.splits)
     k_tiles = ceil_div(k, bk)
-    slices = row_slices(n, k, groups, bn, bk, splits, choose.WORKSPACE_BYTES)
+    slices = row_slices(n, k, groups, bn, bk, splits, choose.workspace_bytes(rank), rank)
     if len(slices) > 1:
         run = functools.partial(grad_scales, need_shift=need_shift, choice=choice)
         return in_slices(run, slices, dy, x, weight, scale_out, scale_in)
     group_tiles = ceil_div(n // groups, bn)
-    rows = (splits * k_tiles, splits * group_tiles, splits)
-    partials = partial_sums(n, k, groups, rows, need_shift, x.device)
+    rows = (splits * k_tiles * choose.du_rows(rank), splits * group_tiles, splits)
+    partials = partial_sums(n, k, groups, rows, need_shift, x.device, rank)
     with guard(x):
         start(
             grad_scales_kernel,
             (splits * groups * group_tiles * (k_tiles + need_shift),),
             (dy, x, weight, u, v, *partials),
             (m, split_steps * bm, splits),
-            (n, k, n // groups, *dy.stride(), *x.stride(), *weight.stride(), v.stride(0)),
-            {"HAS_SHIFT": need_shift, **_constants(choice, x, tf32)},
+            (n, k, n // groups, *dy.stride(), *x.stride(), *weight.stride(), rank * k),
+            {"RANK": rank, "HAS_SHIFT": need_shift, **_constants(choice, x, tf32)},
             _options(choice.num_warps, choice.num_stages),
             x.device.index,
         )
-        return add_up(partials, n, k, groups, rows, need_shift)
+        return add_up(partials, n, k, groups, rows, need_shift, rank)
 
 
 def in_slices(
@@ -307,28 +335,34 @@ def in_slices(
 
 
 def partial_sums(
-    n: int, k: int, groups: int, rows: tuple[int, int, int], need_shift: bool, device: torch.device
+    n: int, k: int, groups: int, rows: tuple[int, int, int], need_shift: bool, device: torch.device, rank: int = 1
 ) -> tuple[Tensor, ...]:
-    """Allocate partial sums of du ``[rows[0], N]``, dv ``[groups, rows[1], K]`` and df ``[rows[2], N]``."""
-    sizes = (rows[0] * n, groups * rows[1] * k, rows[2] * n if need_shift else 0)
+    """Allocate partial sums of dU ``[rows[0], N, r]``, dV ``[groups, rows[1], r, K]`` and df ``[rows[2], N]``."""
+    sizes = (rows[0] * n * rank, groups * rows[1] * rank * k, rows[2] * n if need_shift else 0)
     return tuple(torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
 
 
 def add_up(
-    partials: tuple[Tensor, ...], n: int, k: int, groups: int, rows: tuple[int, int, int], need_shift: bool
+    partials: tuple[Tensor, ...],
+    n: int,
+    k: int,
+    groups: int,
+    rows: tuple[int, int, int],
+    need_shift: bool,
+    rank: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add up :func:`partial_sums` to du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` or ``[0]``."""
+    """Add up :func:`partial_sums` to dU ``[N, r]``, dV ``[groups, r, K]`` and df ``[N]`` or ``[0]``."""
     new: dict[str, Any] = {"dtype": torch.float32, "device": partials[0].device}
-    du, dv = torch.empty((n, 1), **new), torch.empty((groups, 1, k), **new)
+    du, dv = torch.empty((n, rank), **new), torch.empty((groups, rank, k), **new)
     df = torch.empty(n if need_shift else 0, **new)
     block = 128
     start(
         sum_partials_kernel,
-        (ceil_div(n, block) * (1 + need_shift) + groups * ceil_div(k, block),),
+        (ceil_div(n * rank, block) + groups * ceil_div(k * rank, block) + need_shift * ceil_div(n, block),),
         (*partials, du, dv, df),
         rows,
         (n, k, groups),
-        {"HAS_SHIFT": need_shift, "ROWS": 16, "COLS": block},
+        {"RANK": rank, "HAS_SHIFT": need_shift, "ROWS": 16, "COLS": block},
         _options(num_warps=4, num_stages=2),
         du.device.index,
     )

@@ -58,12 +58,104 @@ def widen(tile, PAIRED_BF16: tl.constexpr):
     return tile.to(tl.float32)
 
 
+@triton.constexpr_function
+def padded(rank):
+    """The depth of the product of U and V: a power of two that ``tl.dot`` takes."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+@triton.jit
+def load(ptrs, mask):
+    """Load, with zeros outside of ``mask``; None: all is inside."""
+    if mask is None:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_float(ptrs, mask):
+    """Load as float32, with zeros outside of ``mask``; None: all is inside."""
+    return load(ptrs, mask).to(tl.float32)
+
+
+@triton.jit
+def load_u(u, offs_n, mask, RANK: tl.constexpr, PARTS: tl.constexpr):
+    """Rows of U as :func:`scale` takes them. ``mask``: rows that exist, or None for all."""
+    found = ()
+    if PARTS == 0:
+        for j in tl.static_range(RANK):
+            found += (load_float(u + offs_n * RANK + j, mask),)
+    else:
+        offs_j = tl.arange(0, padded(RANK))[None, :]
+        in_n = None if mask is None else mask[:, None]
+        if PARTS == 1:
+            inside = offs_j < RANK if mask is None else in_n & (offs_j < RANK)
+            found += (load_float(u + offs_n[:, None] * RANK + offs_j, inside),)
+        else:
+            for part in tl.static_range(PARTS):
+                found += (load(u + (offs_n[:, None] * PARTS + part) * padded(RANK) + offs_j, in_n),)
+    return found
+
+
+@triton.jit
+def load_v(v, offs_k, mask, K, RANK: tl.constexpr, PARTS: tl.constexpr):
+    """Columns of a group's V as :func:`scale` takes them. ``mask``: columns that exist, or None for all."""
+    found = ()
+    if PARTS == 0:
+        for j in tl.static_range(RANK):
+            found += (load_float(v + j * K + offs_k, mask),)
+    else:
+        offs_j = tl.arange(0, padded(RANK))[:, None]
+        in_k = None if mask is None else mask[None, :]
+        if PARTS == 1:
+            inside = offs_j < RANK if mask is None else in_k & (offs_j < RANK)
+            found += (load_float(v + offs_j * K + offs_k[None, :], inside),)
+        else:
+            for part in tl.static_range(PARTS):
+                found += (load(v + (part * padded(RANK) + offs_j) * K + offs_k[None, :], in_k),)
+    return found
+
+
+@triton.jit
+def scale(u, v, RANK: tl.constexpr, PARTS: tl.constexpr):
+    """1 + U V in float32.
+
+    Args:
+        u, v: If ``PARTS`` is 0, the columns of U and the rows of V. Else tiles of U and V, padded with zeros: one of
+            float32, or three of bfloat16 that add up to float32.
+    """
+    if PARTS == 0:
+        total = 1.0 + u[0][:, None] * v[0][None, :]
+        for j in tl.static_range(1, RANK):
+            total += u[j][:, None] * v[j][None, :]
+        return total
+    elif PARTS == 1:
+        return 1.0 + tl.dot(u[0], v[0], input_precision="ieee")
+    else:
+        # the smallest first; what is left out is below float32's rounding
+        total = tl.dot(u[2], v[0])
+        total = tl.dot(u[0], v[2], total)
+        total = tl.dot(u[1], v[1], total)
+        total = tl.dot(u[1], v[0], total)
+        total = tl.dot(u[0], v[1], total)
+        return 1.0 + tl.dot(u[0], v[0], total)
+
+
 @triton.jit
 def rescale(
-    w, u, v, DTYPE: tl.constexpr, PAIRED_BF16: tl.constexpr, ROUND_TF32: tl.constexpr, EMULATE_BF16: tl.constexpr
+    w,
+    u,
+    v,
+    DTYPE: tl.constexpr,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PAIRED_BF16: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
 ):
-    """W * (1 + u v) in float32, rounded once to the compute dtype (numerics contract)."""
-    rescaled = narrow(widen(w, PAIRED_BF16) * (1.0 + u * v), DTYPE, EMULATE_BF16)
+    """W * (1 + U V) in float32, rounded once to the compute dtype (numerics contract)."""
+    rescaled = narrow(widen(w, PAIRED_BF16) * scale(u, v, RANK, PARTS), DTYPE, EMULATE_BF16)
     if ROUND_TF32:
         rescaled = round_to_tf32(rescaled)
     return operand(rescaled, EMULATE_BF16)
