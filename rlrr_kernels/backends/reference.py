@@ -138,7 +138,7 @@ def compose_affine(
     scale, shift = scale.to(dtype), shift.to(dtype)
     return (
         scale if weight is None else weight.to(dtype) * scale,
-        shift if bias is None else bias.to(dtype) * scale + shift,
+        shift if bias is None else torch.addcmul(shift, bias.to(dtype), scale),
     )
 
 
