@@ -88,7 +88,8 @@ class FusedRLRRLinear(nn.Linear):
         self.groups = groups
         self.init = init
         self.rank = rank
-        self.scaling = scaling
+        # not 1.0: under dynamic=True TorchDynamo compares a float in a guard, and compiles once more
+        self.scaling = 1 if scaling == 1 else scaling
         self.enabled = True
         self.merged = False
         #: whether the frozen layer has a bias; the merged one always has
