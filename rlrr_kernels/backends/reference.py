@@ -138,7 +138,7 @@ def compose_affine(
     scale, shift = scale.to(dtype), shift.to(dtype)
     return (
         scale if weight is None else weight.to(dtype) * scale,
-        shift if bias is None else bias.to(dtype) * scale + shift,
+        shift if bias is None else torch.addcmul(shift, bias.to(dtype), scale),
     )
 
 
@@ -169,7 +169,7 @@ def layer_norm_sums(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx ``[M, D]`` (None unless asked for), the sum of dy xhat ``[D]`` and the sum of dy ``[D]``."""
     wide = mean.dtype
-    composed, _ = compose_affine(weight, None, scale, scale, wide)
+    composed = scale.to(wide) if weight is None else weight.to(wide) * scale
     # the values of the last vector do not matter, only that there is one
     dx, dy_xhat, dy_sum = torch.ops.aten.native_layer_norm_backward(
         dy.to(wide), x.to(wide), x.shape[-1:], mean, rstd, composed, composed, (need_x, True, True)
@@ -182,7 +182,7 @@ def affine_gradients(
 ) -> tuple[Tensor, Tensor]:
     """ds = w sum(dy xhat) + b sum(dy) and dt = sum(dy), ``[D]`` each, of the two sums."""
     ds = dy_xhat if weight is None else dy_xhat * weight.to(dy_xhat.dtype)
-    return ds if bias is None else ds + dy_sum * bias.to(ds.dtype), dy_sum
+    return ds if bias is None else torch.addcmul(ds, dy_sum, bias.to(ds.dtype)), dy_sum
 
 
 def layer_norm_backward(

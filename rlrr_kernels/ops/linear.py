@@ -16,7 +16,7 @@ from torch import Tensor
 from rlrr_kernels.backends import choice, reference
 from rlrr_kernels.backends.problem import MAX_RANK, Pass
 from rlrr_kernels.backends.reference import accumulation_dtype
-from rlrr_kernels.ops import route
+from rlrr_kernels.ops import recompute, route
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -63,12 +63,13 @@ def rescaled_linear(
     sharding = route.sharding_of(weight)
     if sharding is not None:
         return sharding.linear(rescaled_linear, x, weight, scale_out, scale_in, bias, shift)  # type: ignore[no-any-return]
+    origin = recompute.origin(x)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     if route.needs_plain_forward():
         return reference.forward(x, weight, *_as_matrices(scale_out, scale_in), bias, shift)
-    return _RescaledLinear.apply(x, weight, scale_out, scale_in, bias, shift)  # type: ignore[no-any-return]
+    return _RescaledLinear.apply(x, weight, scale_out, scale_in, bias, shift, origin)  # type: ignore[no-any-return]
 
 
 def check(
@@ -130,8 +131,9 @@ class _RescaledLinear(torch.autograd.Function):
         scale_in: Tensor,
         bias: Tensor | None,
         shift: Tensor | None,
+        origin: recompute.Origin | None = None,
     ) -> Tensor:
-        _save(ctx, (x, weight, scale_out, scale_in, bias, shift))
+        _save(ctx, (x, weight, scale_out, scale_in, bias, shift), origin=origin)
         u, v = _as_matrices(scale_out, scale_in)
         tokens = route.flatten_tokens(x)
         if route.can_skip_dispatcher(x, weight, scale_out, scale_in, bias, shift):
@@ -143,8 +145,10 @@ class _RescaledLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale_out, scale_in = ctx.saved_tensors
-        x_needs, weight_needs, u_needs, v_needs, bias_needs, shift_needs = ctx.needs_input_grad
+        x, weight, scale_out, scale_in, *origin = ctx.saved_tensors
+        x_needs, weight_needs, u_needs, v_needs, bias_needs, shift_needs, *_ = ctx.needs_input_grad
+        if origin:
+            x = recompute.again(*ctx.origin, origin)
         u, v = _as_matrices(scale_out, scale_in)
         dy = route.flatten_tokens(grad)
         # None: the backend that is chosen for each pass
@@ -174,14 +178,21 @@ class _RescaledLinear(torch.autograd.Function):
             _like(dv, scale_in.shape, scale_in.dtype) if v_needs else None,
             _like(df, None, ctx.bias_dtype) if bias_needs else None,
             _like(df, None, ctx.shift_dtype) if shift_needs else None,
+            None,
         )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any = None, origin: recompute.Origin | None = None) -> None:
     x, weight, scale_out, scale_in, bias, shift = inputs
     _, weight_needs, u_needs, v_needs, *_ = ctx.needs_input_grad
     # only the gradients of W, u and v need x
-    ctx.save_for_backward(x if weight_needs or u_needs or v_needs else None, weight, scale_out, scale_in)
+    if not (weight_needs or u_needs or v_needs):
+        ctx.save_for_backward(None, weight, scale_out, scale_in)
+    elif origin is None:
+        ctx.save_for_backward(x, weight, scale_out, scale_in)
+    else:
+        ctx.save_for_backward(None, weight, scale_out, scale_in, *origin.tensors)
+        ctx.origin = origin.operation, origin.result, x.dtype
     ctx.x_shape = x.shape
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.shift_dtype = None if shift is None else shift.dtype
@@ -319,7 +330,12 @@ route.LIBRARY.impl("grad_shift", _grad_shift, "CompositeExplicitAutograd")
 if route.BelowAutograd is not None:
     route.LIBRARY.impl("forward", _forward_above_autograd, "Autograd")
 else:  # the public way, tens of microseconds slower
-    torch.library.register_autograd("rlrr::forward", _RescaledLinear.backward, setup_context=_save, lib=route.LIBRARY)
+    torch.library.register_autograd(
+        "rlrr::forward",
+        lambda ctx, grad: _RescaledLinear.backward(ctx, grad)[:-1],  # the op has no ``origin``
+        setup_context=_save,
+        lib=route.LIBRARY,
+    )
 
 
 @torch.library.register_fake("rlrr::forward", lib=route.LIBRARY)
