@@ -131,7 +131,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def inspect(compiled: Any, disassemble: bool, sass: bool = False) -> dict[str, Any]:
-    """Return registers, stack and shared memory of a compiled kernel.
+    """Return registers, stack, shared and tensor memory of a compiled kernel.
 
     Args:
         compiled: The kernel.
@@ -147,6 +147,8 @@ def inspect(compiled: Any, disassemble: bool, sass: bool = False) -> dict[str, A
             "registers": int(usage[1]),
             "stack": int(usage[2]),
             "shared": compiled.metadata.shared,
+            # of Blackwell; a kernel that asks for more than the 512 columns there are is compiled to an endless loop
+            "tensor_memory": compiled.metadata.tmem_size,
         }
         if disassemble or sass:
             text = _tool("nvdisasm", "-c", file.name)

@@ -151,28 +151,48 @@ def du_rows(rank: int) -> int:
     return 1 if rank == 1 else 2
 
 
-def workspace_bytes(rank: int) -> int:
-    """Return the most bytes of grad_scales' partial sums: those of a wave of tiles grow with the rank."""
-    return WORKSPACE_BYTES * ceil_div(rank, 8)
+def most_partial_bytes(problem: Problem) -> int:
+    """Return the most bytes of partial sums. Those of a wave of grad_scales' tiles grow with the rank."""
+    return WORKSPACE_BYTES * (ceil_div(problem.rank, 8) if problem.kernel == "grad_scales" else 1)
 
 
-def padded(rank: int) -> int:
-    """Return the depth of the product of U and V: a power of two that ``tl.dot`` takes."""
-    return max(16, 1 << (rank - 1).bit_length())
+def forming(problem: Problem) -> int:
+    """Return what forming an element of U V costs, in products: a matrix unit does 16 while others do one."""
+    cut = parts(problem)
+    if cut:
+        return 6 * padded(problem.rank, cut) if cut == 3 else padded(problem.rank, cut)
+    return problem.rank * (1 if arithmetic(problem) == "ieee" else 16)
+
+
+def chunk(rank: int, parts: int) -> int:
+    """Return the depth of one product of U and V. More than one, for a larger rank, need fewer registers at a time."""
+    return 16 if parts == 1 or rank <= 16 else 32
+
+
+def padded(rank: int, parts: int) -> int:
+    """Return the depth of all products of U and V: a multiple of :func:`chunk`."""
+    size = 16 if parts == 1 or rank <= 16 else 32
+    return (rank + size - 1) // size * size
 
 
 def tiles(problem: Problem, device: Device, aligned: bool) -> tuple[Choice, ...]:
     """Return the tiles for a problem on a device. ``aligned``: whether all tensors can be loaded 16 bytes at a time."""
     if problem.kernel == "grad_scales" and arithmetic(problem) == "tf32" and device.capability[0] == 9:
         return HOPPER_TF32_SCALES[0 if aligned else 1 :]
+    masked = MASKED[problem.kernel]
+    if problem.rank > 1:
+        masked = tuple(tile for tile in masked if _fit(problem, tile, device).num_stages >= 2)
     if not aligned:
-        return MASKED[problem.kernel]
+        return masked
     kind = next((name for name, least in _SHARED.items() if device.shared_memory >= least), "small")
     found = ALIGNED[kind][problem.kernel, arithmetic(problem)]
     if problem.weight_dtype.itemsize > problem.dtype.itemsize:
         found = tuple(dict.fromkeys(OF_A_WIDER_W.get(tile, tile) for tile in found))
+    if parts(problem) == 3 and (problem.kernel, device.capability[0]) != ("forward", 9):
+        # with the product of U and V they spill, or take more tensor memory than there is
+        found = tuple(tile for tile in found if tile.block_m < 256)
     fitted = (_fit(problem, tile, device) for tile in found)
-    return tuple(tile for tile in fitted if tile.num_stages >= 2) or MASKED[problem.kernel]
+    return tuple(tile for tile in fitted if tile.num_stages >= 2) or masked
 
 
 #: Kind of GPU to the least shared memory of a block, in bytes.
@@ -183,19 +203,33 @@ def _sum_block(kernel: Pass, tile: Choice) -> int:
     return {"forward": tile.block_k, "grad_input": tile.block_n, "grad_scales": tile.block_m}[kernel]
 
 
+def factor_bytes(problem: Problem, tile: Choice) -> tuple[int, int]:
+    """Return the shared memory of U and V in bytes: (for the whole sum, for one step), if a product forms U V."""
+    cut = parts(problem)
+    if problem.kernel == "grad_scales" or not cut:
+        return 0, 0
+    each = (4 if cut == 1 else 2 * cut) * padded(problem.rank, cut)
+    if problem.kernel == "forward":
+        return each * tile.block_n, each * tile.block_k
+    if problem.groups == 1:
+        return each * tile.block_k, each * tile.block_n
+    return 0, each * (tile.block_n + tile.block_k)  # a step of the next group has another V
+
+
 def stage_bytes(problem: Problem, tile: Choice) -> int:
     """Return the shared memory of one step's operands, in bytes."""
     x_size, weight_size = problem.dtype.itemsize, problem.weight_dtype.itemsize
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     if problem.kernel == "grad_scales":
         return x_size * m * (n + k)
-    return x_size * m * _sum_block(problem.kernel, tile) + weight_size * n * k
+    return x_size * m * _sum_block(problem.kernel, tile) + weight_size * n * k + factor_bytes(problem, tile)[1]
 
 
 def _fit(problem: Problem, tile: Choice, device: Device) -> Choice:
     """Return the tile with as many stages as fit. A product that reads W' from shared memory needs another buffer."""
-    rescaled = 0 if problem.kernel == "grad_scales" else problem.dtype.itemsize * tile.block_n * tile.block_k
-    room = (device.shared_memory - rescaled) // stage_bytes(problem, tile)
+    held = 0 if problem.kernel == "grad_scales" else problem.dtype.itemsize * tile.block_n * tile.block_k
+    held += factor_bytes(problem, tile)[0]
+    room = (device.shared_memory - held) // stage_bytes(problem, tile)
     return tile if room >= tile.num_stages else replace(tile, num_stages=room)
 
 
@@ -242,10 +276,12 @@ def _costs(problem: Problem, tile: Choice, device: Device) -> Iterator[tuple[flo
     """
     scales = problem.kernel == "grad_scales"
     count, tiles, partial = steps(problem, tile), programs(problem, tile), partial_bytes(problem, tile)
-    room = (workspace_bytes(problem.rank) if scales else WORKSPACE_BYTES) // partial if scales or tiles < device.multiprocessors else 1
+    room = most_partial_bytes(problem) // partial if scales or tiles < device.multiprocessors else 1
     depth = _sum_block(problem.kernel, tile)
     sides = tile.block_m + tile.block_n + tile.block_k - depth
     step = tile.block_m * tile.block_n * tile.block_k + _EDGE * sides * depth
+    if problem.rank > 1 and not scales:
+        step += forming(problem) * tile.block_n * tile.block_k
     filling = (waves * device.multiprocessors // tiles for waves in (1, 2, 3))
     for splits in dict.fromkeys(shares(count, max(1, min(most, room, count)))[0] for most in (1, 2, *filling)):
         share = ceil_div(count, splits)
@@ -280,9 +316,10 @@ def refusal(problem: Problem, choice: Choice, device: Device) -> str | None:
     *blocks, warps, stages, splits = astuple(choice)
     if not all(block in (16, 32, 64, 128, 256) for block in blocks) or warps not in (1, 2, 4, 8):
         return "no kernel is compiled for such blocks or warps"
-    if not 1 <= stages <= 10 or (stages - 1) * stage_bytes(problem, choice) > device.shared_memory:
+    taken = (stages - 1) * stage_bytes(problem, choice) + factor_bytes(problem, choice)[0]
+    if not 1 <= stages <= 10 or taken > device.shared_memory:
         return f"its {stages} stages do not fit in {device.shared_memory} bytes"
-    if splits < 1 or (splits > 1 and splits * partial_bytes(problem, choice) > 2 * WORKSPACE_BYTES):
+    if splits < 1 or (splits > 1 and splits * partial_bytes(problem, choice) > 2 * most_partial_bytes(problem)):
         return f"{splits} splits take more than the workspace"
     tf32_scales = problem.kernel == "grad_scales" and arithmetic(problem) == "tf32"
     if tf32_scales and device.capability[0] == 9 and choice.block_n >= 64:

@@ -13,38 +13,39 @@ from rlrr_kernels.backends.triton.tiles import int64, load_float, narrow, padded
 
 
 @triton.jit
-def cut(source, out, index, rows, cols, RANK: tl.constexpr, PARTS: tl.constexpr, EMULATE_BF16: tl.constexpr):
-    """Write elements ``index`` of out ``[rows, PARTS, padded rank, cols]``, from source ``[rows, RANK, cols]``."""
-    depth: tl.constexpr = padded(RANK)
-    row, j, col = index // (depth * cols), index // cols % depth, index % cols
-    inside = row < rows
-    rest = load_float(source + (row * RANK + j) * cols + col, inside & (j < RANK))
+def cut(source, out, index, rows, cols, width, RANK: tl.constexpr, PARTS: tl.constexpr, EMULATE_BF16: tl.constexpr):
+    """Cut source ``[rows, RANK, cols]`` into out ``[rows, PARTS, padded rank, width]``, elements ``index`` of each."""
+    depth: tl.constexpr = padded(RANK, PARTS)
+    row, j, col = index // (depth * width), index // width % depth, index % width
+    rest = load_float(source + (row * RANK + j) * cols + col, (row < rows) & (j < RANK) & (col < cols))
     for part in tl.static_range(PARTS):
         value = narrow(rest, tl.bfloat16, EMULATE_BF16)
-        tl.store(out + ((row * PARTS + part) * depth + j) * cols + col, value.to(out.dtype.element_ty), mask=inside)
+        at = ((row * PARTS + part) * depth + j) * width + col
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=row < rows)
         # an infinity leaves nothing: infinity less infinity is NaN
         rest = tl.where(tl.abs(rest) < float("inf"), rest - value.to(tl.float32), 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "K", "groups"])
+@triton.jit(do_not_specialize=["N", "K", "groups", "width"])
 def cut_kernel(
     u,  # [N, RANK]
     v,  # [groups, RANK, K]
     u_parts,  # [N, PARTS, padded rank]
-    v_parts,  # [groups, PARTS, padded rank, K]
+    v_parts,  # [groups, PARTS, padded rank, width]: K and zeros
     N,
     K,
     groups,
+    width,
     RANK: tl.constexpr,
     PARTS: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Cut U and V in one launch."""
-    u_programs = tl.cdiv(N * padded(RANK), BLOCK)
+    u_programs = tl.cdiv(N * padded(RANK, PARTS), BLOCK)
     if tl.program_id(0) < u_programs:
         index = int64(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
-        cut(u, u_parts, index, N, 1, RANK, PARTS, EMULATE_BF16)
+        cut(u, u_parts, index, N, 1, 1, RANK, PARTS, EMULATE_BF16)
     else:
         index = int64(tl.program_id(0) - u_programs) * BLOCK + tl.arange(0, BLOCK)
-        cut(v, v_parts, index, groups, K, RANK, PARTS, EMULATE_BF16)
+        cut(v, v_parts, index, groups, K, width, RANK, PARTS, EMULATE_BF16)

@@ -115,20 +115,21 @@ def grad_scales_kernel(
             )
 
         # half a tile at a time: reducing all of it at once does not fit in the registers
-        dv_row = dv_partial + int64((group * splits + split) * group_tiles + pid_n % group_tiles) * (RANK * K)
-        v_group = v + group * stride_vg
-        offs_half = k_start + tl.arange(0, BLOCK_K // 2)
         if RANK == 1:
             u_col = tl.load(u + offs_n, mask=in_n, other=0.0).to(tl.float32)
-            left, right = halves(acc)
+        dv_row = dv_partial + int64((group * splits + split) * group_tiles + pid_n % group_tiles) * (RANK * K)
+        left, right = halves(acc)
+        offs_half = k_start + tl.arange(0, BLOCK_K // 2)
+        v_group = v + group * stride_vg
+        if RANK == 1:
             p = against_weight(left, w, offs_n, in_n, offs_half, K, stride_wn, stride_wk)
             du = reduce(p, u_col, v_group, dv_row, offs_half, K)
             offs_half += BLOCK_K // 2
             p = against_weight(right, w, offs_n, in_n, offs_half, K, stride_wn, stride_wk)
             du += reduce(p, u_col, v_group, dv_row, offs_half, K)
-            tl.store(du_partial + int64(split * k_tiles + k_tile) * N + offs_n, du, mask=in_n)
+            du_row = du_partial + int64(split * k_tiles + k_tile) * N
+            tl.store(du_row + offs_n, du, mask=in_n)
         else:
-            left, right = halves(acc)
             for half in tl.static_range(2):
                 g = left if half == 0 else right
                 p = against_weight(g, w, offs_n, in_n, offs_half, K, stride_wn, stride_wk)

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from rlrr_kernels.backends import tuned
+from rlrr_kernels.backends import panels, tuned
 from rlrr_kernels.backends.problem import Problem, uses_tf32
 from rlrr_kernels.backends.triton import choose
 from rlrr_kernels.backends.triton.choose import Choice, Device, Slice, ceil_div, row_slices
@@ -127,8 +127,8 @@ def _loadable(weight: Tensor, *activations: Tensor) -> tuple[bool, tuple[Tensor,
 
 
 def vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U as contiguous ``[N, r]``, of at most 32 bits, and V as contiguous ``[groups * r, K]`` in float32."""
-    u, v = scale_out, scale_in.reshape(-1, scale_in.shape[2]).float()
+    """Return U as contiguous ``[N * r]``, of at most 32 bits, and V as contiguous ``[groups * r, K]`` in float32."""
+    u, v = scale_out.reshape(-1), scale_in.reshape(-1, scale_in.shape[2]).float()
     if u.dtype is torch.float64:
         u = u.float()
     return u.contiguous(), v.contiguous()
@@ -140,21 +140,22 @@ def _factors(scale_out: Tensor, scale_in: Tensor, parts: int) -> tuple[Tensor, T
     groups, rank, k = scale_in.shape
     if parts <= 1:
         return u, v, rank * k
-    n, depth, block = len(u), choose.padded(rank), 1024
+    n, depth, block = len(scale_out), choose.padded(rank, parts), 1024
     dtype = torch.float32 if interpreting() else torch.bfloat16
     u_parts = torch.empty((n, parts, depth), dtype=dtype, device=u.device)
-    v_parts = torch.empty((groups, parts, depth, k), dtype=dtype, device=v.device)
+    width = 16 * ceil_div(k, 16)  # for loads of whole vectors
+    v_parts = torch.empty((groups, parts, depth, width), dtype=dtype, device=v.device)
     start(
         cut_kernel,
         (ceil_div(n * depth, block) + ceil_div(v_parts.numel() // parts, block),),
         (u, v, u_parts, v_parts),
-        (n, k, groups),
+        (n, k, groups, width),
         (),
         {"RANK": rank, "PARTS": parts, "EMULATE_BF16": interpreting(), "BLOCK": block},
         _options(num_warps=4, num_stages=2),
         u.device.index,
     )
-    return u_parts, v_parts, parts * depth * k
+    return u_parts, v_parts, parts * depth * width
 
 
 def _sum_splits(partial: Tensor, bias: Tensor | None, shift: Tensor | None, out: Tensor) -> None:
@@ -235,6 +236,8 @@ def grad_input(
     tf32 = uses_tf32(dy.dtype)
     aligned, (dy,) = _loadable(weight, dy)
     problem = Problem("grad_input", m, n, k, groups, dy.dtype, weight.dtype, tf32, rank)
+    if not aligned and rank > 64 and choose.parts(problem) == 3:  # every tile spills on compute capability 8.x
+        return panels.grad_input(dy, weight, scale_out, scale_in)
     choice = choice or _chosen(problem, dy, aligned)
     bn = choice.block_n
     splits, split_steps = choose.shares(groups * ceil_div(n // groups, bn), choice.splits)
@@ -277,7 +280,7 @@ def grad_scales(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dU ``[N, r]``, dV ``[groups, r, K]`` and df ``[N]`` (``[0]`` without ``need_shift``), in float32.
 
-    If the partial sums of all rows of W do not fit in ``choose.workspace_bytes``, slices of rows are processed one
+    If the partial sums of all rows of W do not fit in ``choose.most_partial_bytes``, slices of rows are processed one
     after another.
     """
     (m, n), k, (groups, rank, _) = dy.shape, x.shape[1], scale_in.shape
@@ -289,7 +292,7 @@ def grad_scales(
     bm, bn, bk = choice.block_m, choice.block_n, choice.block_k
     splits, split_steps = choose.shares(ceil_div(m, bm), choice.splits)
     k_tiles = ceil_div(k, bk)
-    slices = row_slices(n, k, groups, bn, bk, splits, choose.workspace_bytes(rank), rank)
+    slices = row_slices(n, k, groups, bn, bk, splits, choose.most_partial_bytes(problem), rank)
     if len(slices) > 1:
         run = functools.partial(grad_scales, need_shift=need_shift, choice=choice)
         return in_slices(run, slices, dy, x, weight, scale_out, scale_in)

@@ -9,6 +9,8 @@ crosses a block, so a tile always meets one ``v``.
 import triton
 import triton.language as tl
 
+from rlrr_kernels.backends.triton import choose
+
 
 @triton.jit
 def narrow(value, DTYPE: tl.constexpr, EMULATE_BF16: tl.constexpr):
@@ -58,10 +60,8 @@ def widen(tile, PAIRED_BF16: tl.constexpr):
     return tile.to(tl.float32)
 
 
-@triton.constexpr_function
-def padded(rank):
-    """The depth of the product of U and V: a power of two that ``tl.dot`` takes."""
-    return max(16, triton.next_power_of_2(rank))
+#: See :func:`choose.chunk` and :func:`choose.padded`.
+chunk, padded = (triton.constexpr_function(each) for each in (choose.chunk, choose.padded))
 
 
 @triton.jit
@@ -80,6 +80,21 @@ def load_float(ptrs, mask):
 
 
 @triton.jit
+def as_row(values):
+    """``[C]`` or ``[1, C]`` -> ``[1, C]``."""
+    if len(values.shape) == 1:
+        return values[None, :]
+    else:
+        return values
+
+
+@triton.constexpr_function
+def u_stride(rank, parts):
+    """Elements from one row of U to the next."""
+    return rank if parts < 2 else parts * padded(rank, parts)
+
+
+@triton.jit
 def load_u(u, offs_n, mask, RANK: tl.constexpr, PARTS: tl.constexpr):
     """Rows of U as :func:`scale` takes them. ``mask``: rows that exist, or None for all."""
     found = ()
@@ -87,33 +102,51 @@ def load_u(u, offs_n, mask, RANK: tl.constexpr, PARTS: tl.constexpr):
         for j in tl.static_range(RANK):
             found += (load_float(u + offs_n * RANK + j, mask),)
     else:
-        offs_j = tl.arange(0, padded(RANK))[None, :]
         in_n = None if mask is None else mask[:, None]
-        if PARTS == 1:
-            inside = offs_j < RANK if mask is None else in_n & (offs_j < RANK)
-            found += (load_float(u + offs_n[:, None] * RANK + offs_j, inside),)
-        else:
-            for part in tl.static_range(PARTS):
-                found += (load(u + (offs_n[:, None] * PARTS + part) * padded(RANK) + offs_j, in_n),)
+        rows = u + offs_n[:, None] * u_stride(RANK, PARTS)
+        for first in tl.static_range(0, padded(RANK, PARTS), chunk(RANK, PARTS)):
+            offs_j = first + tl.arange(0, chunk(RANK, PARTS))[None, :]
+            if PARTS == 1:
+                found += (load_float(rows + offs_j, offs_j < RANK if mask is None else in_n & (offs_j < RANK)),)
+            else:
+                for part in tl.static_range(PARTS):
+                    found += (load(rows + part * padded(RANK, PARTS) + offs_j, in_n),)
     return found
 
 
 @triton.jit
-def load_v(v, offs_k, mask, K, RANK: tl.constexpr, PARTS: tl.constexpr):
-    """Columns of a group's V as :func:`scale` takes them. ``mask``: columns that exist, or None for all."""
+def row_stride(K, stride_vg, RANK: tl.constexpr, PARTS: tl.constexpr):
+    """Elements from one row of V to the next. Rows of bfloat16 parts are padded, so that vectors can be loaded."""
+    if PARTS > 1:
+        return tl.multiple_of(stride_vg // (PARTS * padded(RANK, PARTS)), 16)
+    else:
+        return K
+
+
+@triton.jit
+def load_v(ptrs, mask, stride, RANK: tl.constexpr, PARTS: tl.constexpr):
+    """Columns of a group's V as :func:`scale` takes them.
+
+    Args:
+        ptrs: To the columns of the first row, ``[C]`` or ``[1, C]``.
+        mask: Columns that exist, of the same shape, or None for all. If ``PARTS`` > 1, those up to ``stride``.
+        stride: :func:`row_stride`.
+    """
     found = ()
     if PARTS == 0:
         for j in tl.static_range(RANK):
-            found += (load_float(v + j * K + offs_k, mask),)
+            found += (load_float(ptrs + j * stride, mask),)
     else:
-        offs_j = tl.arange(0, padded(RANK))[:, None]
-        in_k = None if mask is None else mask[None, :]
-        if PARTS == 1:
-            inside = offs_j < RANK if mask is None else in_k & (offs_j < RANK)
-            found += (load_float(v + offs_j * K + offs_k[None, :], inside),)
-        else:
-            for part in tl.static_range(PARTS):
-                found += (load(v + (part * padded(RANK) + offs_j) * K + offs_k[None, :], in_k),)
+        for first in tl.static_range(0, padded(RANK, PARTS), chunk(RANK, PARTS)):
+            offs_j = first + tl.arange(0, chunk(RANK, PARTS))[:, None]
+            if PARTS == 1:
+                inside = offs_j < RANK if mask is None else as_row(mask) & (offs_j < RANK)
+                found += (load_float(as_row(ptrs) + offs_j * stride, inside),)
+            else:
+                inside = None if mask is None else as_row(mask)
+                for part in tl.static_range(PARTS):
+                    rows = part * padded(RANK, PARTS) + offs_j
+                    found += (load(as_row(ptrs) + rows * stride, inside),)
     return found
 
 
@@ -122,24 +155,29 @@ def scale(u, v, RANK: tl.constexpr, PARTS: tl.constexpr):
     """1 + U V in float32.
 
     Args:
-        u, v: If ``PARTS`` is 0, the columns of U and the rows of V. Else tiles of U and V, padded with zeros: one of
-            float32, or three of bfloat16 that add up to float32.
+        u, v: If ``PARTS`` is 0, the columns ``[BLOCK_N, 1]`` of U and the rows ``[1, BLOCK_K]`` of V. Else tiles of U
+            and V for one chunk of the rank after another, padded with zeros: of float32 each, or three of bfloat16 that
+            add up to float32.
     """
     if PARTS == 0:
-        total = 1.0 + u[0][:, None] * v[0][None, :]
+        total = 1.0 + u[0] * v[0]
         for j in tl.static_range(1, RANK):
-            total += u[j][:, None] * v[j][None, :]
+            total += u[j] * v[j]
         return total
-    elif PARTS == 1:
-        return 1.0 + tl.dot(u[0], v[0], input_precision="ieee")
     else:
-        # the smallest first; what is left out is below float32's rounding
-        total = tl.dot(u[2], v[0])
-        total = tl.dot(u[0], v[2], total)
-        total = tl.dot(u[1], v[1], total)
-        total = tl.dot(u[1], v[0], total)
-        total = tl.dot(u[0], v[1], total)
-        return 1.0 + tl.dot(u[0], v[0], total)
+        total = tl.zeros((u[0].shape[0], v[0].shape[1]), tl.float32)
+        for i in tl.static_range(0, padded(RANK, PARTS) // chunk(RANK, PARTS) * PARTS, PARTS):
+            if PARTS == 1:
+                total = tl.dot(u[i], v[i], total, input_precision="ieee")
+            else:
+                # the smallest products first; those left out are below float32's rounding
+                total = tl.dot(u[i + 2], v[i], total)
+                total = tl.dot(u[i], v[i + 2], total)
+                total = tl.dot(u[i + 1], v[i + 1], total)
+                total = tl.dot(u[i + 1], v[i], total)
+                total = tl.dot(u[i], v[i + 1], total)
+                total = tl.dot(u[i], v[i], total)
+        return 1.0 + total
 
 
 @triton.jit
@@ -155,6 +193,12 @@ def rescale(
     EMULATE_BF16: tl.constexpr,
 ):
     """W * (1 + U V) in float32, rounded once to the compute dtype (numerics contract)."""
+    if PARTS == 0:
+        columns, rows = (), ()
+        for j in tl.static_range(RANK):
+            columns += (u[j][:, None],)
+            rows += (as_row(v[j]),)
+        u, v = columns, rows
     rescaled = narrow(widen(w, PAIRED_BF16) * scale(u, v, RANK, PARTS), DTYPE, EMULATE_BF16)
     if ROUND_TF32:
         rescaled = round_to_tf32(rescaled)

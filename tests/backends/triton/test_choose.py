@@ -27,8 +27,8 @@ PASSES = ("forward", "grad_input", "grad_scales")
 BF16, SINGLE = torch.bfloat16, torch.float32
 
 
-def problem(kernel, m, n=768, k=768, groups=1, dtype=BF16, tf32=False):
-    return Problem(kernel, m, n, k, groups, dtype, dtype, tf32)
+def problem(kernel, m, n=768, k=768, groups=1, dtype=BF16, tf32=False, rank=1):
+    return Problem(kernel, m, n, k, groups, dtype, dtype, tf32, rank)
 
 
 def programs(asked, choice):
@@ -88,24 +88,71 @@ def test_no_share_is_empty_and_all_fit_in_the_workspace(kernel):
     assert max(seen) > 4
 
 
-def test_partial_sums_take_the_bytes_that_are_counted(interpreted, monkeypatch):
+@pytest.mark.parametrize(("rank", "most"), [(1, WORKSPACE_BYTES), (8, WORKSPACE_BYTES), (32, 4 * WORKSPACE_BYTES)])
+def test_the_workspace_of_a_rank(rank, most):
+    """All shares of a slice fit, in as many slices as that takes; a slice of one row of tiles may take more."""
+    for m, (n, k, groups), device in itertools.product((197, 12_608), [*LAYERS, (8192, 8192, 1)], DEVICES):
+        asked = problem("grad_scales", m, n, k, groups, rank=rank)
+        assert choose.most_partial_bytes(asked) == most
+        for choice in candidates(asked, device):
+            sizes = n, k, groups, choice.block_n, choice.block_k, choice.splits
+            slices = choose.row_slices(*sizes, choose.most_partial_bytes(asked), rank)
+            rows = max(end - first for _, first, end in slices)
+            part = replace_sizes(asked, rows, 1 if len(slices) > 1 else groups)
+            assert choice.splits * choose.partial_bytes(part, choice) <= most
+            assert choice.splits == 1 or len(slices) == 1
+
+
+def replace_sizes(asked, n, groups):
+    return asked._replace(n=n, groups=groups)
+
+
+@pytest.mark.parametrize("rank", [2, 8, 16, 32, 64, 100, 128])
+def test_the_tiles_of_a_rank_fit_in_shared_memory_with_their_u_and_v(rank):
+    kinds = ((BF16, False), (SINGLE, True), (SINGLE, False))
+    for kernel, (dtype, tf32), groups, device in itertools.product(PASSES[:2], kinds, (1, 3), DEVICES):
+        for aligned in (True, False):
+            asked = problem(kernel, 6304, 2304, 768, groups, dtype, tf32, rank)
+            held, step = choose.factor_bytes(asked, SMALL)
+            # of each number of U and V float32, or three parts of bfloat16
+            each = {0: 0, 1: 4, 3: 6}[choose.parts(asked)] * choose.padded(rank, 3 if dtype is BF16 or tf32 else 1)
+            assert held + step == each * (SMALL.block_n + SMALL.block_k)
+            found = choose.tiles(asked, device, aligned)
+            assert found
+            for tile in found:
+                taken = tile.num_stages * choose.stage_bytes(asked, tile) + choose.factor_bytes(asked, tile)[0]
+                assert tile.num_stages >= 2
+                assert taken <= device.shared_memory
+                assert refusal(asked, tile, device) is None
+
+
+def test_a_rank_makes_tiles_over_more_tokens_cheaper():
+    """An element of U V is formed once for all tokens of a tile."""
+    few, many = (choose.choose(problem("forward", 12_608, 3072, rank=rank), DEVICES[1]) for rank in (1, 16))
+    assert many.block_m >= few.block_m
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_partial_sums_take_the_bytes_that_are_counted(interpreted, monkeypatch, rank):
     """The bound of the workspace depends on it."""
     sizes, real = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: (sizes.append((t := real(*a, **kw)).nbytes), t)[1])
-    p = make_problem(70, 90, 72, 3)
+    p = make_problem(70, 90, 72, 3, rank=rank)
     choice, scales = replace(SMALL, splits=2), (p.dy, *p.forward_args[:4])
     for kernel, results, call in (
         ("forward", 70 * 90 * 4, lambda: launch.forward(*p.forward_args, choice=choice)),
         ("grad_input", 70 * 72 * 4, lambda: launch.grad_input(p.dy, *p.forward_args[1:4], choice=choice)),
         (
             "grad_scales",
-            4 * (90 + 3 * 72 + 90),
+            4 * (90 * rank + 3 * 72 * rank + 90),
             lambda: launch.grad_scales(*scales, True, choice=choice),
         ),
     ):
         sizes.clear()
         call()
-        assert sum(sizes) - results == 2 * choose.partial_bytes(problem(kernel, 70, 90, 72, 3, SINGLE), choice), kernel
+        assert sum(sizes) - results == 2 * choose.partial_bytes(
+            problem(kernel, 70, 90, 72, 3, SINGLE, rank=rank), choice
+        ), kernel
 
 
 def test_a_gpu_with_less_shared_memory_gets_fewer_stages_or_the_smaller_tile():

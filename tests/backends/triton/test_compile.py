@@ -29,20 +29,22 @@ KINDS = (
     ("tf32", "float32", "float32"),
     ("ieee", "float32", "float32"),
 )
+#: The most that forward and grad_input form in registers (of 16-bit products, and in float32), one product, several.
+RANKS = (4, 8, 32, 128)
 ALIGNED = {"m": 6304, "n": 2304, "k": 768}
 ODD = {"m": 197, "n": 771, "k": 769}
 
 
-def cases(arch, kernel, kinds=KINDS, layouts=(True, False), most=None):
+def cases(arch, kernel, kinds=KINDS, layouts=(True, False), most=None, rank=1):
     """Return each tile of the table at a shape it serves, with three groups; 16-bit products also split, with one."""
     found = []
     for kind, dtype, weight_dtype in kinds:
         for aligned in layouts:
             shape = ALIGNED if aligned else ODD
             types = (getattr(torch, dtype), getattr(torch, weight_dtype))
-            problem = Problem(kernel, *shape.values(), 3, *types, kind == "tf32")
+            problem = Problem(kernel, *shape.values(), 3, *types, kind == "tf32", rank)
             for tile in choose.tiles(problem, TARGETS[arch], aligned)[:most]:
-                rest = {"dtype": dtype, "weight_dtype": weight_dtype, "sass": arch == "sm_90", **shape}
+                rest = {"dtype": dtype, "weight_dtype": weight_dtype, "sass": arch == "sm_90", "rank": rank, **shape}
                 found.append(as_case(kernel, kind, tile, groups=3, **rest))
                 if aligned and kernel != "grad_scales" and dtype == "bfloat16" and most is None:
                     found.append(as_case(kernel, kind, dataclasses.replace(tile, splits=2), groups=1, **rest))
@@ -54,6 +56,8 @@ def wrong(report, device):
     found = []
     if report["stack"]:
         found.append(f"spills {report['stack']} bytes")
+    if report["tensor_memory"] > 512:
+        found.append(f"takes {report['tensor_memory']} of 512 columns of tensor memory")
     if report["shared"] > device.shared_memory:
         found.append(f"takes {report['shared']} of {device.shared_memory} bytes of shared memory")
     if "sass" in report:
@@ -83,13 +87,38 @@ def wrong(report, device):
 )
 def test_no_tile_of_the_table_spills_or_overwrites_an_operand(arch, kernels, wanted):
     """No tile needs more shared memory than the GPU has either."""
-    device = TARGETS[arch]
     asked = [case for kernel in kernels for case in cases(arch, kernel, **wanted)]
-    reports = probe({"device": dataclasses.asdict(device), "cases": asked})
+    reports = compiled(arch, asked)
     second_kernels = sum(case["kernel"] == "grad_scales" or case["choice"]["splits"] > 1 for case in asked)
     assert len(reports) == len(asked) + second_kernels
+
+
+def compiled(arch, asked):
+    """Return the reports on compiled cases, none of which is wrong."""
+    device = TARGETS[arch]
+    reports = probe({"device": dataclasses.asdict(device), "cases": asked})
     failed = [f"{r['case']}: {why}" for r in reports for why in wrong(r, device)]
     assert not failed, "\n".join(failed)
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("arch", "kernels", "ranks", "wanted"),
+    [
+        pytest.param(
+            "sm_90", KERNELS[:2], (32,), {"kinds": KINDS[:1], "layouts": (True,), "most": 1}, id="widest-sm_90"
+        ),
+        *(
+            pytest.param(arch, (kernel,), ranks, {}, id=f"{arch}-{kernel}", marks=pytest.mark.slow)
+            for arch in TARGETS
+            for kernel, ranks in (("forward", RANKS), ("grad_input", RANKS), ("grad_scales", (2,)))
+        ),
+    ],
+)
+def test_no_tile_of_a_larger_rank_spills_or_overwrites_an_operand(arch, kernels, ranks, wanted):
+    asked = [case for kernel in kernels for rank in ranks for case in cases(arch, kernel, rank=rank, **wanted)]
+    names = [report["name"] for report in compiled(arch, asked)]
+    assert all(names.count(f"{kernel}_kernel") > 0 for kernel in kernels)
 
 
 @pytest.mark.slow

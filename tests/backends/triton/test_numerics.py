@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlrr_kernels.backends.triton import launch
+from rlrr_kernels.backends.triton import choose, launch
 from rlrr_kernels.backends.triton.choose import Choice
 from tests.oracle import Answer, Problem, check, differentiate, make_problem, strided
 
@@ -43,6 +43,55 @@ SHAPES = [
 @pytest.mark.parametrize(("m", "n", "k", "groups"), SHAPES)
 def test_shapes(triton_device, m, n, k, groups, dtype):
     check(p := make_problem(m, n, k, groups, dtype, device=triton_device), solve(p, SMALL))
+
+
+#: M, N, K, groups, rank, dtype. Ranks up to 4 (8 in full float32) are formed in registers, larger ones by a product.
+RANKS = [
+    (5, 17, 40, 1, 2, HALF),
+    (5, 10, 37, 2, 8, SINGLE),
+    (5, 17, 40, 1, 17, SINGLE),
+    (5, 10, 37, 2, 17, BF16),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            (33, 34, 72, 2, 3, BF16),
+            (33, 32, 64, 1, 5, HALF),
+            (33, 34, 40, 2, 32, HALF),
+            (9, 18, 40, 2, 128, BF16),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("m", "n", "k", "groups", "rank", "dtype"), RANKS, ids=str)
+def test_ranks(triton_device, m, n, k, groups, rank, dtype):
+    p = make_problem(m, n, k, groups, dtype, rank=rank, device=triton_device)
+    check(p, solve(p, replace(SMALL, splits=2)))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")
+@pytest.mark.parametrize("rank", [5, 17])
+def test_the_parts_of_u_and_v_add_up_to_them_and_their_products_to_float32(triton_device, rank):
+    p = make_problem(1, 9, 21, 3, rank=rank, device=triton_device)
+    p.scale_out[2, 3], p.scale_in[1, 4, 20] = float("inf"), 1e-30
+    parts, depth = 3, choose.padded(rank, 3)
+    u, v, stride = launch._factors(p.scale_out, p.scale_in, parts)
+    assert stride == v[0].numel()
+    assert (u.shape, v.shape) == ((9, parts, depth), (3, parts, depth, 32))
+    assert not v[..., 21:].any()
+    v = v[..., :21]
+    for cut, whole in ((u, p.scale_out), (v, p.scale_in)):
+        assert torch.equal(cut.float(), cut.to(BF16).float()), "each is a number of bfloat16"
+        assert torch.equal(cut.float().sum(1)[:, :rank], whole)
+        assert not cut[:, :, rank:].any()
+        first = cut[:, 0].float()[:, :rank]
+        assert torch.equal(first, whole.to(BF16).float())
+    finite = torch.arange(9, device=u.device) != 2
+    kept = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0))  # as tiles.scale takes them
+    products = sum(u[finite, i].double() @ v[:, j].double() for i, j in kept)
+    exact = p.scale_out[finite].double() @ p.scale_in.double()
+    bound = p.scale_out[finite].double().abs() @ p.scale_in.double().abs()
+    assert ((products - exact).abs() <= 2**-23 * bound).all()
 
 
 @pytest.mark.parametrize(

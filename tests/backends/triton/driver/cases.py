@@ -21,7 +21,9 @@ DEVICES = (
 HOPPER, AMPERE, BLACKWELL = range(3)
 
 SMALL = Choice(64, 64, 64, num_warps=4, num_stages=3)
+NARROW = Choice(64, 32, 32, num_warps=4, num_stages=2)
 OPS = ("forward", "grad_input", "grad_scales", "layer_norm")
+PRODUCTS = OPS[:3]
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,8 @@ class Case:
     device: int = HOPPER
     current: int = HOPPER
     ops: tuple[str, ...] = OPS
+    rank: int = 1
 
-
-NARROW = Choice(64, 32, 32, num_warps=4, num_stages=2)
-PRODUCTS = OPS[:3]
 
 #: Cheap enough for every run of the tests.
 QUICK = (
@@ -57,6 +57,7 @@ QUICK = (
     Case("one token", shape=(1, 256, 128, 2)),
     Case("split", choice=replace(SMALL, splits=2), ops=("forward",)),
     Case("another GPU", device=AMPERE, ops=("forward",)),
+    Case("rank 4", rank=4, ops=PRODUCTS),
 )
 
 #: All but the first differ from "plain" in one thing.
@@ -111,6 +112,11 @@ GRID = (
         for name, shape in (("aligned", (394, 768, 3072, 1)), ("odd", (1, 9, 7, 3)))
         for dtype in ("bfloat16", "float32")
     ),
+    *(
+        Case(f"rank {rank}, {dtype}", rank=rank, shape=shape, dtype=dtype, choice=None, ops=PRODUCTS)
+        for rank in (32, 128)
+        for dtype, shape in (("bfloat16", (394, 768, 3072, 1)), ("float32", (131, 252, 131, 2)))
+    ),
     Case("a GPU that is not current", device=HOPPER, current=BLACKWELL),
 )
 
@@ -138,8 +144,8 @@ def tensors(case: Case) -> dict[str, torch.Tensor]:
         "x": _rows((m, k), dtype, case.layout),
         "dy": _rows((m, n), dtype, case.layout),
         "w": torch.empty((n, k), dtype=weight),
-        "u": torch.empty((n, 1), dtype=scales),
-        "v": torch.empty((groups, 1, k), dtype=scales),
+        "u": torch.empty((n, case.rank), dtype=scales),
+        "v": torch.empty((groups, case.rank, k), dtype=scales),
         "f": f,
     }
     return given if case.offsets == "no bias" else given | {"b": torch.empty(n, dtype=offsets)}
