@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Parts:
     """Seconds by part from ``start`` on, by ``time.monotonic``; those of a part inside another are the inner one's."""
 
     def __init__(self, now: str, start: float) -> None:
-        self.seconds, self._now, self._last = Counter[str](), now, start
+        self.seconds, self._now, self._last = defaultdict[str, float](float), now, start
 
     def switch(self, now: str) -> str:
         """Begin a part, and return the one that this ends."""
@@ -144,7 +144,7 @@ def load(root: Path) -> tuple[float, float]:
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]], loads: Sequence[tuple[float, float]]) -> str:
     """Return a line for each run's fastest round, times as multiples of the first run's, and what :func:`load` gave."""
-    rows, base = [], (0.0, 0.0, 0.0)
+    rows, base = list[list[str]](), (0.0, 0.0, 0.0)
     for name, rounds in found.items():
         of = min(rounds, key=lambda one: sum(one["parts"].values()))
         whole, later = sum(of["parts"].values()), of["epochs"][1:]
