@@ -186,13 +186,13 @@ def launch_without_data(problem: Any, candidate: Any) -> None:
 
     from rlrr_kernels.tune.candidates import Tensors, run
 
-    _, m, n, k, groups, dtype, weight_dtype, _ = problem
+    _, m, n, k, groups, dtype, weight_dtype, _, rank = problem
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, weight, dy = empty(m, k, dtype=dtype), empty(n, k, dtype=weight_dtype), empty(m, n, dtype=dtype)
-    run(problem, Tensors(x, weight, dy, empty(n, 1), empty(groups, 1, k), empty(n), empty(n)), candidate)
+    run(problem, Tensors(x, weight, dy, empty(n, rank), empty(groups, rank, k), empty(n), empty(n)), candidate)
 
 
 def main() -> None:

@@ -46,14 +46,14 @@ def backends_with(
     return found
 
 
-def require(backend: str, *dtypes: torch.dtype) -> str:
-    """The backend's device; skips where the backend is not here or does not compute in a dtype."""
+def require(backend: str, *dtypes: torch.dtype, rank: int = 1) -> str:
+    """The backend's device; skips where the backend is not here or does not compute in a dtype or at the rank."""
     if device_of(backend) == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     device = device_of(backend)
     for dtype in dtypes or (torch.float32,):
         x = torch.empty(1, 1, dtype=dtype, device=device)
-        refusal = choice.refusal(backend, x, x)
+        refusal = choice.refusal(backend, x, x, rank)
         if refusal is not None:
             pytest.skip(refusal)
     return device
@@ -61,7 +61,7 @@ def require(backend: str, *dtypes: torch.dtype) -> str:
 
 @dataclass
 class Problem:
-    """Inputs in canonical shapes: x [M, K], weight [N, K], u [N, 1], v [groups, 1, K], dy [M, N]."""
+    """Inputs in canonical shapes: x [M, K], weight [N, K], u [N, r], v [groups, r, K], dy [M, N]."""
 
     x: Tensor
     weight: Tensor
@@ -98,6 +98,7 @@ def make_problem(
     shift: bool = True,
     device: str = "cpu",
     seed: int = 0,
+    rank: int = 1,
 ) -> Problem:
     """Random values of the size that training has, with u and v so large that S matters everywhere."""
     g = torch.Generator().manual_seed(seed + 7919 * m + 104729 * n + 1299709 * k)
@@ -109,8 +110,8 @@ def make_problem(
     return Problem(
         x=draw(m, k, dtype=dtype),
         weight=draw(n, k, dtype=weight_dtype or dtype),
-        scale_out=draw(n, 1, dtype=wide),
-        scale_in=0.5 * draw(groups, 1, k, dtype=wide),
+        scale_out=draw(n, rank, dtype=wide),
+        scale_in=0.5 * draw(groups, rank, k, dtype=wide),
         bias=draw(n, dtype=weight_dtype or dtype) if bias else None,
         shift=draw(n, dtype=wide) if shift else None,
         dy=draw(m, n, dtype=dtype),

@@ -1,13 +1,13 @@
 """The kernels: each backend computes the passes of the two ops, and ``choice`` says which of them serves which call.
 
 A backend is a module with these functions (shapes as in :mod:`rlrr_kernels.backends.reference`); it knows nothing of
-``nn.Module``, autocast or autograd::
+``nn.Module``, autocast or autograd, and takes the rank from ``scale_out``::
 
     forward(x, weight, scale_out, scale_in, bias, shift) -> y
     grad_input(dy, weight, scale_out, scale_in) -> dx
     grad_scales(dy, x, weight, scale_out, scale_in, need_shift) -> (du, dv, df)
     grad_shift(dy) -> df, if neither u nor v trains
-    unsupported(x, weight) -> why it cannot serve these tensors, or None
+    unsupported(x, weight, rank=1) -> why it cannot serve these tensors at this rank, or None
 
 and, if it serves LayerNorm too::
 

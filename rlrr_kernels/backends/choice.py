@@ -84,10 +84,10 @@ def load(name: str) -> ModuleType | str:
     return _loaded[name]
 
 
-def refusal(name: str, x: Tensor, weight: Tensor) -> str | None:
-    """Why the backend cannot serve these tensors, or None if it can."""
+def refusal(name: str, x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
+    """Why the backend cannot serve these tensors at this rank, or None if it can."""
     module = load(name)
-    return module if isinstance(module, str) else module.unsupported(x, weight)
+    return module if isinstance(module, str) else module.unsupported(x, weight, rank)
 
 
 @functools.cache
@@ -122,7 +122,7 @@ def warn_once(name: str, instead: str, why: str | None) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The backends that serve tensors of some dtypes on a device.
+    """The backends that serve tensors of some dtypes and a rank on a device.
 
     Attributes:
         name, why, module: the backend for every shape that was not measured, and why it is chosen.
@@ -135,23 +135,23 @@ class _Plan:
     measured: Mapping[Pass, Mapping[str, ModuleType]] = field(default_factory=dict)
 
 
-#: (asked for, device, dtype of x, dtype of W) -> its plan. An error is not kept.
-_plans: dict[tuple[str | None, torch.device, torch.dtype, torch.dtype], _Plan] = {}
+#: (asked for, device, dtype of x, dtype of W, rank) -> its plan. An error is not kept.
+_plans: dict[tuple[str | None, torch.device, torch.dtype, torch.dtype, int], _Plan] = {}
 
 
-def _plan(asked: str | None, x: Tensor, weight: Tensor) -> _Plan:
+def _plan(asked: str | None, x: Tensor, weight: Tensor, rank: int) -> _Plan:
     name = _named(asked)
     if name is not None:
-        why = refusal(name, x, weight)
+        why = refusal(name, x, weight, rank)
         if why is not None:
             raise RuntimeError(_cannot_serve(name, why))
         return _Plan(name, "asked for", _loaded_module(name))
     refused: list[str] = []
-    measured = _measured(x, weight, refused)
+    measured = _measured(x, weight, rank, refused)
     for name, (_, devices) in BACKENDS.items():
         if x.device.type not in devices or name in refused:
             continue
-        if _fits(name, x, weight):
+        if _fits(name, x, weight, rank):
             break
         refused.append(name)
     else:
@@ -163,23 +163,23 @@ def _plan(asked: str | None, x: Tensor, weight: Tensor) -> _Plan:
     return _Plan(name, "; ".join(whys) or f"default for {x.device.type}", _loaded_module(name), measured)
 
 
-def _measured(x: Tensor, weight: Tensor, refused: list[str]) -> dict[Pass, dict[str, ModuleType]]:
+def _measured(x: Tensor, weight: Tensor, rank: int, refused: list[str]) -> dict[Pass, dict[str, ModuleType]]:
     """The plan's ``measured``, the default backend included; adds the backends that cannot serve to ``refused``."""
     found: dict[Pass, dict[str, ModuleType]] = {}
     for entry in tuned.entries(x.device):
         name = entry.backend
-        if (entry.dtype, entry.weight_dtype) != (x.dtype, weight.dtype) or name in refused:
+        if (entry.dtype, entry.weight_dtype, entry.rank) != (x.dtype, weight.dtype, rank) or name in refused:
             continue
-        if _fits(name, x, weight):
+        if _fits(name, x, weight, rank):
             found.setdefault(entry.kernel, {})[name] = _loaded_module(name)
         else:
             refused.append(name)
     return found
 
 
-def _fits(name: str, x: Tensor, weight: Tensor) -> bool:
+def _fits(name: str, x: Tensor, weight: Tensor, rank: int) -> bool:
     # in this order: a backend that failed may crash when it is loaded
-    return failed(name, x.device) is None and refusal(name, x, weight) is None
+    return failed(name, x.device) is None and refusal(name, x, weight, rank) is None
 
 
 def _loaded_module(name: str) -> ModuleType:
@@ -188,25 +188,27 @@ def _loaded_module(name: str) -> ModuleType:
     return module
 
 
-def _chosen(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int) -> tuple[str, str, ModuleType]:
+def _chosen(
+    kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int, rank: int
+) -> tuple[str, str, ModuleType]:
     asked = _asked()  # read once: another thread may enter use_backend meanwhile
-    key = (asked, x.device, x.dtype, weight.dtype)
+    key = (asked, x.device, x.dtype, weight.dtype, rank)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _plan(asked, x, weight)
+        plan = _plans[key] = _plan(asked, x, weight, rank)
     measured = plan.measured.get(kernel)
     if measured:
         tf32 = x.is_cuda and uses_tf32(x.dtype)
         n, k = weight.shape
-        entry = tuned.find(Problem(kernel, tokens, n, k, groups, x.dtype, weight.dtype, tf32), x.device)
+        entry = tuned.find(Problem(kernel, tokens, n, k, groups, x.dtype, weight.dtype, tf32, rank), x.device)
         if entry is not None and entry.backend in measured:
             return entry.backend, "measured fastest", measured[entry.backend]
     return plan.name, plan.why, plan.module
 
 
-def module_for(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int = 1) -> ModuleType:
+def module_for(kernel: Pass, x: Tensor, weight: Tensor, tokens: int, groups: int = 1, rank: int = 1) -> ModuleType:
     """The backend that serves a pass over ``tokens`` rows of x (or dy)."""
-    return _chosen(kernel, x, weight, tokens, groups)[2]
+    return _chosen(kernel, x, weight, tokens, groups, rank)[2]
 
 
 def module_for_layer_norm(x: Tensor) -> ModuleType:
@@ -241,7 +243,7 @@ def _cannot_serve(name: str, why: str) -> str:
     )
 
 
-def backend_for(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1) -> str:
+def backend_for(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1, rank: int = 1) -> str:
     """The name of the backend that serves these tensors: the one asked for, or the default choice.
 
     Args:
@@ -249,16 +251,17 @@ def backend_for(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int
         weight: W ``[N, K]``.
         kernel: ``"forward"``, ``"grad_input"`` or ``"grad_scales"``.
         groups: number of blocks of W's rows that have their own v.
+        rank: of u v.
 
     Raises:
         RuntimeError: If the one asked for cannot serve them.
     """
-    return explain(x, weight, kernel, groups)[0]
+    return explain(x, weight, kernel, groups, rank)[0]
 
 
-def explain(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1) -> tuple[str, str]:
+def explain(x: Tensor, weight: Tensor, kernel: Pass = "forward", groups: int = 1, rank: int = 1) -> tuple[str, str]:
     """The name of the backend that serves these tensors, as :func:`backend_for`, and why it is chosen."""
-    return _chosen(kernel, x, weight, math.prod(x.shape[:-1]), groups)[:2]
+    return _chosen(kernel, x, weight, math.prod(x.shape[:-1]), groups, rank)[:2]
 
 
 def reload() -> None:

@@ -34,8 +34,10 @@ _grad_scales = torch.ops.rlrr_cpu.grad_scales.default
 _grad_shift = torch.ops.rlrr_cpu.grad_shift.default
 
 
-def unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Return why this backend cannot serve these tensors, or None if it can."""
+def unsupported(x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
+    """Return why this backend cannot serve these tensors at this rank, or None if it can."""
+    if rank != 1:
+        return f"rank {rank}: it computes rank 1"
     if x.device.type != "cpu":
         return f"device {x.device}: it runs on CPUs"
     if (x.dtype, weight.dtype) not in _PAIRS:

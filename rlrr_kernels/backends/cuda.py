@@ -38,8 +38,10 @@ def _unusable(index: int) -> str:
     return f"{torch.cuda.get_device_name(index)}: {reason}" if reason else ""
 
 
-def unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Return why this backend cannot serve these tensors, or None if it can."""
+def unsupported(x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
+    """Return why this backend cannot serve these tensors at this rank, or None if it can."""
+    if rank != 1:
+        return f"rank {rank}: it computes rank 1"
     if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
         return f"x {x.dtype} with weight {weight.dtype}: it computes in float32, float16 and bfloat16"
     if not x.is_cuda:

@@ -5,7 +5,7 @@ comes from one product and no rounded parts are added. grad_scales forms panels 
 each at once. Nothing waits for the device, and the shapes alone decide the order of all sums.
 
 Each product and each operation on a panel is in place or has an ``out``: nothing is allocated for a panel, and autocast
-does not apply. Shapes are as in :mod:`rlrr_kernels.backends.reference`, with rank 1.
+does not apply. Shapes are as in :mod:`rlrr_kernels.backends.reference`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKENS, TOKENS_ELSEWHERE = 3 << 18, 16 << 20
 STEPS = 8
 
 
-def unsupported(x: Tensor, weight: Tensor) -> str | None:
+def unsupported(x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
     """Return None: this backend supports all tensors that the op's validation accepts."""
     return None
 
@@ -73,14 +73,15 @@ def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) 
 def grad_scales(
     dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` (``[0]`` without ``need_shift``), float32 or float64.
+    """Return du ``[N, r]``, dv ``[groups, r, K]`` and df ``[N]`` (``[0]`` without ``need_shift``), float32 or float64.
 
     With G = dy^T x and P = G * W:  du = P v^T,  dv = u^T P,  df = sum of dy over the tokens.
     """
-    groups, _, k = scale_in.shape
+    groups, rank, k = scale_in.shape
     rows, wide = weight.shape[0] // groups, accumulation_dtype(x.dtype)
-    u, v = scale_out[:, 0].to(wide), scale_in[:, 0].to(wide)
-    du, dv = torch.zeros_like(u), torch.zeros_like(v)
+    u, v = scale_out.to(wide), scale_in.to(wide)
+    du, dv = u.new_zeros(u.shape), v.new_zeros(v.shape)
+    by_product = rank > 1 and _is_exact(x.device, wide)
     df = grad_shift(dy) if need_shift else du.new_empty(0)  # before the scratch is allocated, because it needs as much
     product = _Product(dy, x)
     copies = _copies(x.device, wide, weight.dtype)
@@ -96,9 +97,14 @@ def grad_scales(
         part = product.panel(at, columns)
         for some, w in zip(part.split(step), weight[at, columns].split(step), strict=True):
             some.mul_(w)
-        du[at].addmv_(part, v[group, columns])
-        dv[group, columns].addmv_(part.mT, u[at])
-    return du[:, None], dv[:, None], df
+        if by_product:
+            du[at].addmm_(part, v[group, :, columns].mT)
+            dv[group, :, columns].addmm_(u[at].mT, part)
+            continue
+        for r in range(rank):
+            du[at, r].addmv_(part, v[group, r, columns])
+            dv[group, r, columns].addmv_(part.mT, u[at, r])
+    return du, dv, df
 
 
 def grad_shift(dy: Tensor) -> Tensor:
@@ -116,11 +122,13 @@ class _Rescaled:
 
     def __init__(self, weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> None:
         groups, self.dtype, self.wide = scale_in.shape[0], dtype, accumulation_dtype(dtype)
-        # views, whatever the strides: [G, N / G, K], [G, N / G, 1] and [G, 1, K]
+        # views, whatever the strides: [G, N / G, K], [G, N / G, r] and [G, r, K]
         self.weight = weight.unflatten(0, (groups, -1))
         self.u = scale_out.to(self.wide).unflatten(0, (groups, -1))
         self.v = scale_in.to(self.wide)
         self.one = self.v.new_ones(())
+        self.rank = scale_in.shape[1]
+        self.by_product = self.rank > 1 and _is_exact(weight.device, self.wide)
         self.copies = _copies(weight.device, self.wide, weight.dtype, dtype)
 
     def _step(self, rows: int) -> int:
@@ -146,7 +154,13 @@ class _Rescaled:
         step = self._step(weight.shape[1])
         for part, w, some in zip(panel.split(step, 1), weight.split(step, 1), u.split(step, 1), strict=True):
             scale = part if self.dtype is self.wide else _as(self.scales, *part.shape)
-            torch.addcmul(self.one, some, v, out=scale)
+            if self.rank == 1:
+                torch.addcmul(self.one, some, v, out=scale)
+            elif self.by_product:
+                torch.baddbmm(self.one, some, v, out=scale)
+            else:
+                for r in range(self.rank):
+                    torch.addcmul(scale if r else self.one, some[..., r, None], v[:, r, None], out=scale)
             torch.mul(scale, w, out=part)
         return panel.flatten(0, 1)
 
@@ -198,6 +212,14 @@ def _as(scratch: Tensor, *shape: int) -> Tensor:
 def _gives_float32(device: torch.device) -> bool:
     """Return whether the BLAS can return float32 for 16-bit operands. Through PyTorch only NVIDIA's can."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+def _is_exact(device: torch.device, wide: torch.dtype) -> bool:
+    """Return whether PyTorch's settings leave a product's float32 or float64 operands as they are."""
+    if wide is torch.float64:
+        return True
+    settings = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return settings.matmul.fp32_precision not in ("tf32", "bf16")
 
 
 def _readable(t: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ import torch
 #: The three passes of the rescaled linear layer, by the names of the backends' functions.
 Pass = Literal["forward", "grad_input", "grad_scales"]
 
+#: The largest rank of u v.
+MAX_RANK = 128
+
 
 def uses_tf32(dtype: torch.dtype) -> bool:
     """Return whether PyTorch's settings let products of this dtype round their operands to TF32 on a GPU."""
@@ -28,6 +31,7 @@ class Problem(NamedTuple):
         dtype: Dtype of x and dy.
         weight_dtype: Dtype of W.
         tf32: Whether float32 products may round their operands to TF32.
+        rank: Rank of u v.
     """
 
     kernel: Pass
@@ -38,3 +42,4 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     weight_dtype: torch.dtype
     tf32: bool = False
+    rank: int = 1

@@ -11,7 +11,7 @@ groups G (equal blocks of W's rows with a v each), rank r::
 
     LN(x) = (xhat w + b) s + t      over rows [M, D] with vectors [D] (SSF, arXiv 2210.08823, Eq. 2)
 
-It serves every device and floating dtype, float64 included, at any rank. As a
+It serves every device and floating dtype, float64 included. As a
 backend it forms W' anew in each pass, so none is kept for backward.
 """
 
@@ -33,10 +33,10 @@ def scale_matrix(scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> Ten
     """S = 1 + u v ``[N, K]`` in ``dtype``; ``u [N, r]``, ``v [G, r, K]``."""
     groups, rank, k = scale_in.shape
     u, v = scale_out.to(dtype).view(groups, -1, rank), scale_in.to(dtype)
-    # products by the element, not a matmul: TF32 would round u and v to 10 bits
-    scale = torch.ones((), dtype=dtype, device=u.device)
-    for r in range(rank):
-        scale = scale + u[:, :, r, None] * v[:, r, None, :]
+    # products by the element, not a matmul, which autocast and PyTorch's settings round to 16 bits or TF32
+    scale = torch.ones((), dtype=dtype, device=u.device) + u[:, :, 0, None] * v[:, 0, None, :]
+    for r in range(1, rank):
+        scale = torch.addcmul(scale, u[:, :, r, None], v[:, r, None, :])
     return scale.reshape(scale_out.shape[0], k)
 
 
@@ -73,7 +73,7 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def unsupported(x: Tensor, weight: Tensor) -> str | None:
+def unsupported(x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
     """It serves everything that validation lets through."""
     return None
 
@@ -138,7 +138,7 @@ def compose_affine(
     scale, shift = scale.to(dtype), shift.to(dtype)
     return (
         scale if weight is None else weight.to(dtype) * scale,
-        shift if bias is None else bias.to(dtype) * scale + shift,
+        shift if bias is None else torch.addcmul(shift, bias.to(dtype), scale),
     )
 
 
@@ -169,7 +169,7 @@ def layer_norm_sums(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx ``[M, D]`` (None unless asked for), the sum of dy xhat ``[D]`` and the sum of dy ``[D]``."""
     wide = mean.dtype
-    composed, _ = compose_affine(weight, None, scale, scale, wide)
+    composed = scale.to(wide) if weight is None else weight.to(wide) * scale
     # the values of the last vector do not matter, only that there is one
     dx, dy_xhat, dy_sum = torch.ops.aten.native_layer_norm_backward(
         dy.to(wide), x.to(wide), x.shape[-1:], mean, rstd, composed, composed, (need_x, True, True)
@@ -182,7 +182,7 @@ def affine_gradients(
 ) -> tuple[Tensor, Tensor]:
     """ds = w sum(dy xhat) + b sum(dy) and dt = sum(dy), ``[D]`` each, of the two sums."""
     ds = dy_xhat if weight is None else dy_xhat * weight.to(dy_xhat.dtype)
-    return ds if bias is None else ds + dy_sum * bias.to(ds.dtype), dy_sum
+    return ds if bias is None else torch.addcmul(ds, dy_sum, bias.to(ds.dtype)), dy_sum
 
 
 def layer_norm_backward(

@@ -3,12 +3,13 @@
 There are two files of one format: ``measured.json`` beside this module, which is shipped, and the user's::
 
     {"format": 2, "entries": [{"device": "NVIDIA H200", "where": {...}, "pass": "forward", "dtype": "bfloat16",
-      "weight_dtype": "bfloat16", "tf32": false, "layer": [2304, 768, 3], "tokens": [8916, 17830], "backend": "triton",
-      "tile": {"block_m": 256, ...}, "measured": {...}}, ...]}
+      "weight_dtype": "bfloat16", "tf32": false, "rank": 1, "layer": [2304, 768, 3], "tokens": [8916, 17830],
+      "backend": "triton", "tile": {"block_m": 256, ...}, "measured": {...}}, ...]}
 
 ``where`` says what a measurement is valid for (:class:`rlrr_kernels.backends.verdicts.Where`): with another driver,
-torch, Triton or build the entry is not used. In the shipped file it is null: valid for the device. ``layer`` is N, K
-and groups, or null for all layers; ``tokens`` is the first and last M, null for no end. Of the entries that fit, those
+torch, Triton or build the entry is not used. In the shipped file it is null: valid for the device. Without
+``rank`` it is 1. ``layer`` is N, K and groups, or null for all layers; ``tokens`` is the first and last M, null for no
+end. Of the entries that fit, those
 for the layer come before those for all layers, then the one whose middle is nearest to M, by ratio.
 
 The user's file is read once per process, at the first lookup. A damaged file or entry causes one warning and is
@@ -30,7 +31,7 @@ from typing import Any, get_args
 import torch
 
 from rlrr_kernels.backends import BACKENDS
-from rlrr_kernels.backends.problem import Pass, Problem
+from rlrr_kernels.backends.problem import MAX_RANK, Pass, Problem
 from rlrr_kernels.backends.verdicts import Where
 from rlrr_kernels.io import cache
 from rlrr_kernels.io.checks import expect, expect_one_of, expect_text
@@ -62,25 +63,28 @@ class Entry:
     backend: str
     tile: Mapping[str, int] | None = None
     measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    rank: int = 1
 
     @property
     def key(self) -> object:
         """A new entry replaces the one with the same key."""
-        return self.device, self.where, self.kernel, self.dtype, self.weight_dtype, self.tf32, self.layer, self.tokens
+        types = self.dtype, self.weight_dtype, self.tf32
+        return self.device, self.where, self.kernel, *types, self.rank, self.layer, self.tokens
 
     def __str__(self) -> str:
         types = dict.fromkeys(str(t).removeprefix("torch.") for t in (self.dtype, self.weight_dtype))
         layer = "any N and K" if self.layer is None else "N={} K={} groups={}".format(*self.layer)
         tokens = "{} and more tokens" if math.isinf(self.tokens[1]) else "{} to {} tokens"
         arithmetic = " with W ".join(types) + (" as TF32" if self.tf32 else "")
-        return f"{self.kernel}, {arithmetic}, {layer}, {tokens.format(*self.tokens)}"
+        rank = "" if self.rank == 1 else f" rank={self.rank}"
+        return f"{self.kernel}, {arithmetic}, {layer}{rank}, {tokens.format(*self.tokens)}"
 
     def serves(self, problem: Problem) -> bool:
         """Whether the entry is valid for a problem."""
-        types = (problem.kernel, problem.dtype, problem.weight_dtype, problem.tf32)
+        types = (problem.kernel, problem.dtype, problem.weight_dtype, problem.tf32, problem.rank)
         layer = (problem.n, problem.k, problem.groups)
         return (
-            types == (self.kernel, self.dtype, self.weight_dtype, self.tf32)
+            types == (self.kernel, self.dtype, self.weight_dtype, self.tf32, self.rank)
             and self.layer in (None, layer)
             and self.tokens[0] <= problem.m <= self.tokens[1]
         )
@@ -98,6 +102,7 @@ class Entry:
             "dtype": str(self.dtype).removeprefix("torch."),
             "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
             "tf32": self.tf32,
+            "rank": self.rank,
             "layer": None if self.layer is None else list(self.layer),
             "tokens": [self.tokens[0], None if math.isinf(self.tokens[1]) else self.tokens[1]],
             "backend": self.backend,
@@ -125,6 +130,9 @@ def parse(raw: Any) -> Entry:
         raise ValueError(f"layer: expected groups that divide N = {layer[0]}, got {layer[2]}")
     if last < first:
         raise ValueError(f"tokens: expected a first and a last, got {[first, last]}")
+    rank = expect({"rank": 1, **raw}, "rank", int)
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank: expected 1 to {MAX_RANK}, got {rank}")
     tile = expect(raw, "tile", dict, type(None))
     if tile is not None and any(type(value) is not int or not 0 <= value <= 2**20 for value in tile.values()):
         raise ValueError(f"tile: expected integers by name, or null, got {tile!r:.80}")
@@ -140,6 +148,7 @@ def parse(raw: Any) -> Entry:
         expect_one_of(raw, "backend", BACKENDS),
         tile,
         expect({"measured": {}, **raw}, "measured", dict),
+        rank,
     )
 
 

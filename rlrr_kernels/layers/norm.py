@@ -74,6 +74,9 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
         weight, bias: w and b ``[D]`` or None, frozen.
         ssf_scale, ssf_shift: s and t ``[D]``, trained, in float32 (float64 with a float64 weight).
         enabled: if False, the layer computes the frozen LayerNorm, bit for bit.
+        autocast_output: if True, the result has autocast's dtype under autocast, rounded once, instead of the frozen
+            layer's float32. It saves a conversion where only linear layers read the result. ``apply_rlrr`` sets it in
+            the blocks where that is so.
         base: the class that this layer replaces: ``nn.LayerNorm``, or one of timm's.
 
     Raises:
@@ -96,6 +99,7 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
             raise ValueError(f"normalized_shape: expected one dimension, got {list(shape)}")
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
         self.base: type[nn.LayerNorm] = nn.LayerNorm
+        self.autocast_output = False
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         self._add_affine(shape[0], device, dtype, init)
@@ -160,7 +164,7 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
 
         Returns:
             y ``[..., D]`` in the dtype that the frozen LayerNorm returns: x's, or float32 where autocast runs
-            LayerNorm in float32.
+            LayerNorm in float32; with ``autocast_output``, in autocast's.
 
         Raises:
             TypeError: If x is not a floating-point tensor, or only one of x and the layer is float64.
@@ -193,14 +197,14 @@ class SSFLayerNorm(nn.LayerNorm, _Affine):
         return self.base.__name__ == "LayerNormFp32"
 
     def _dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype that the frozen layer would return."""
+        """The dtype of the result."""
         device = x.device.type
-        if x.is_meta or self._always_float32 or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        if x.is_meta or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
             return x.dtype
-        if getattr(self, "_fast_norm", False):
+        if self.autocast_output or getattr(self, "_fast_norm", False):
             return torch.get_autocast_dtype(device)
         # on the CPU autocast leaves LayerNorm alone
-        return x.dtype if device == "cpu" else torch.float32
+        return x.dtype if device == "cpu" or self._always_float32 else torch.float32
 
     @torch.no_grad()
     def to_layer_norm(self) -> nn.LayerNorm:

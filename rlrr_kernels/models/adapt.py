@@ -24,7 +24,7 @@ from rlrr_kernels.models.modules import (
     replace,
     unwrapped,
 )
-from rlrr_kernels.models.selection import select
+from rlrr_kernels.models.selection import feeds_only_linears, select
 
 
 def apply_rlrr(
@@ -93,7 +93,7 @@ def apply_rlrr(
         replace(model, name, made[id(linear)])
     for name, norm in selection.norms.items():
         if id(norm) not in made:
-            made[id(norm)] = _norm_adapter(norm, model, config)
+            made[id(norm)] = _norm_adapter(norm, name, model, config)
         replace(model, name, made[id(norm)])
     adapted: Any = model
     adapted.rlrr_config = config
@@ -149,12 +149,14 @@ def _check_calls(model: nn.Module, names: list[str], example_input: Any) -> bool
     return True
 
 
-def _norm_adapter(norm: nn.Module, model: nn.Module, config: RLRRConfig) -> SSFLayerNorm | SSFAffine:
+def _norm_adapter(norm: nn.Module, name: str, model: nn.Module, config: RLRRConfig) -> SSFLayerNorm | SSFAffine:
     """Return the module that takes a norm's place. A callable ``init`` is for linears: affines start as published."""
     init = config.init if isinstance(config.init, str) else "paper"
     if isinstance(norm, nn.LayerNorm):
         device = next((p.device for p in model.parameters()), None)
-        return SSFLayerNorm.from_layer_norm(norm, init=init, device=device)
+        layer = SSFLayerNorm.from_layer_norm(norm, init=init, device=device)
+        layer.autocast_output = feeds_only_linears(model, name)
+        return layer
     proj: Any = model.get_submodule("patch_embed.proj")
     weight: Tensor = proj.weight
     return SSFAffine(weight.shape[0], weight.device, weight.dtype, init=init).train(norm.training)

@@ -66,6 +66,22 @@ ARCHITECTURES = {
 }
 
 
+#: Blocks of timm in which only linear layers read what ``norm1`` and ``norm2`` return.
+PRE_NORM_BLOCKS = (
+    "timm.models.vision_transformer.Block",
+    "timm.models.eva.EvaBlock",
+    "timm.models.beit.Block",
+    "timm.models.swin_transformer.SwinTransformerBlock",
+)
+
+
+def feeds_only_linears(model: nn.Module, norm: str) -> bool:
+    """Return whether only linear layers are known to read the result of the norm of this name."""
+    parent, _, leaf = norm.rpartition(".")
+    block = type(model.get_submodule(parent))
+    return leaf in ("norm1", "norm2") and f"{block.__module__}.{block.__qualname__}" in PRE_NORM_BLOCKS
+
+
 def architecture_of(model: nn.Module) -> Architecture | None:
     """Return the architecture of a model's class, or None. Does not import timm."""
     for base in type(model).__mro__:

@@ -6,6 +6,8 @@ The affine is SSF's (arXiv 2210.08823, Eq. 2).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch.nn import functional as F
 from rlrr_kernels.backends import choice, reference
 from rlrr_kernels.backends.reference import accumulation_dtype
 from rlrr_kernels.ops import route
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def check(x: Tensor, scale: Tensor) -> None:
@@ -59,10 +63,7 @@ def affine_layer_norm(
         parameters = weight, bias, scale, shift
         return sharding.layer_norm(affine_layer_norm, x, parameters, eps, dtype)  # type: ignore[no-any-return]
     wide = accumulation_dtype(x.dtype)
-    plain = torch.compiler.is_compiling() or route.needs_plain_forward()
-    # Without a kernel PyTorch's own LayerNorm is the shortest way. It would keep a widened copy of 16-bit rows,
-    # unless a compiler plans what is kept.
-    if plain or (x.dtype is wide and not x.is_cuda and choice.module_for_layer_norm(x) is reference):
+    if torch.compiler.is_compiling() or route.needs_plain_forward():
         composed = reference.compose_affine(weight, bias, scale, shift, wide)
         # the shape of s, not of x: for an ONNX exporter x may have any
         return F.layer_norm(x.to(wide), scale.shape, *composed, eps).to(dtype)
@@ -83,15 +84,16 @@ class _AffineLayerNorm(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        y, mean, rstd = layer_norm(route.flatten_tokens(x), weight, bias, scale, shift, eps, dtype)
-        ctx.save_for_backward(x, mean, rstd, weight, bias, scale)
-        ctx.shift_dtype = shift.dtype
+        passes = _passes(x, weight, bias, scale, shift)
+        y, mean, rstd = passes.layer_norm(route.flatten_tokens(x), weight, bias, scale, shift, eps, dtype)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+        ctx.eps, ctx.dtype = eps, dtype
         # not view: callers of nn.LayerNorm change y in place, which a view made in here would forbid
-        return torch.ops.aten._unsafe_view(y, x.shape)
+        return y if x.dim() == 2 else _unsafe_view(y, x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias, scale = ctx.saved_tensors
+        x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
         x_needs, weight_needs, bias_needs, scale_needs, shift_needs, *_ = ctx.needs_input_grad
         dy, rows = route.flatten_tokens(grad), route.flatten_tokens(x)
         dx = dw = db = ds = dt = None
@@ -105,16 +107,34 @@ class _AffineLayerNorm(torch.autograd.Function):
                 db = (dy_sum * scale.to(wide)).to(bias.dtype)
             ds, dt = reference.affine_gradients(dy_xhat, dy_sum, weight, bias)
         else:
-            dx, ds, dt = layer_norm_backward(dy, rows, mean, rstd, weight, bias, scale, x_needs)
+            passes = _passes(dy, x, weight, bias, scale)
+            dx, ds, dt = passes.layer_norm_backward(dy, rows, mean, rstd, weight, bias, scale, x_needs)
         return (
             dx.view(x.shape) if dx is not None and x_needs else None,
             dw,
             db,
             ds.to(scale.dtype) if scale_needs else None,
-            dt.to(ctx.shift_dtype) if shift_needs else None,
+            dt.to(shift.dtype) if shift_needs else None,
             None,
             None,
         )
+
+
+def _passes(x: Tensor, *others: Tensor | None) -> Any:
+    """The backend that serves x ``[..., D]``, or the registered ops where someone watches."""
+    return choice.module_for_layer_norm(x) if route.can_skip_dispatcher(x, *others) else torch.ops.rlrr
+
+
+def arguments_of(node: Any) -> tuple[Callable[..., Tensor], tuple[Tensor | None, ...]] | None:
+    """Return the function and the tensors that give again what a node of autograd's graph is the derivative of.
+
+    Returns:
+        The function, and the tensors that it takes; None for a node of another operation.
+    """
+    if type(node) is not _AffineLayerNorm._backward_cls:  # type: ignore[attr-defined]
+        return None
+    x, _, _, *parameters = node.saved_tensors
+    return functools.partial(affine_layer_norm, eps=node.eps, dtype=node.dtype), (x, *parameters)
 
 
 route.LIBRARY.define(

@@ -1,7 +1,7 @@
 """The rescaled linear layer as an op: its validation, its autograd.Function, and the registered passes.
 
 The four ops ``rlrr::forward``, ``rlrr::grad_input``, ``rlrr::grad_scales`` and ``rlrr::grad_shift`` take x and dy as
-``[M, K]`` and ``[M, N]``, u as ``[N, 1]`` and v as ``[groups, 1, K]``. The backend is chosen when an op runs, behind
+``[M, K]`` and ``[M, N]``, u as ``[N, r]`` and v as ``[groups, r, K]``. The backend is chosen when an op runs, behind
 the dispatcher (:mod:`rlrr_kernels.backends.choice`), so ``torch.compile`` neither sees nor guards on the choice.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels.backends import choice, reference
-from rlrr_kernels.backends.problem import Pass
+from rlrr_kernels.backends.problem import MAX_RANK, Pass
 from rlrr_kernels.backends.reference import accumulation_dtype
-from rlrr_kernels.ops import route
+from rlrr_kernels.ops import recompute, route
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -45,9 +45,9 @@ def rescaled_linear(
         x: ``[..., K]``, at least one dimension, any strides. Its dtype is the dtype of the product and of the
             result. Under autocast, autocast's dtype is used instead.
         weight: W ``[N, K]``, any floating dtype (float64 only together with x).
-        scale_out: u ``[N]`` or ``[N, 1]``, any floating dtype.
-        scale_in: v ``[K]``, ``[1, K]``, or ``[groups, 1, K]`` if the rows of W form ``groups`` equal blocks, each
-            with its own v, as in a fused qkv projection.
+        scale_out: u ``[N, r]`` with a rank r from 1 to 128, or ``[N]`` for rank 1, any floating dtype.
+        scale_in: v ``[r, K]``, or ``[K]`` for rank 1, or ``[groups, r, K]`` if the rows of W form ``groups`` equal
+            blocks, each with its own v, as in a fused qkv projection.
         bias: b ``[N]``, or None.
         shift: f ``[N]``, or None.
 
@@ -63,12 +63,13 @@ def rescaled_linear(
     sharding = route.sharding_of(weight)
     if sharding is not None:
         return sharding.linear(rescaled_linear, x, weight, scale_out, scale_in, bias, shift)  # type: ignore[no-any-return]
+    origin = recompute.origin(x)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     if route.needs_plain_forward():
         return reference.forward(x, weight, *_as_matrices(scale_out, scale_in), bias, shift)
-    return _RescaledLinear.apply(x, weight, scale_out, scale_in, bias, shift)  # type: ignore[no-any-return]
+    return _RescaledLinear.apply(x, weight, scale_out, scale_in, bias, shift, origin)  # type: ignore[no-any-return]
 
 
 def check(
@@ -96,16 +97,19 @@ def check(
         raise ValueError(f"x: expected shape [..., {k}] for weight [{n}, {k}], got {list(x.shape)}")
     if (x.dtype is torch.float64) != (weight.dtype is torch.float64):
         raise TypeError(f"weight: float64 goes with float64 only, got {weight.dtype} with x of {x.dtype}")
-    u, v = scale_out.shape, scale_in.shape
+    u, v, rank = scale_out.shape, scale_in.shape, 1
     if u != (n, 1) and u != (n,):
-        if len(u) == 2 and u[0] == n:
-            raise ValueError(f"scale_out: expected rank 1, got rank {u[1]} (shape {list(u)})")
-        raise ValueError(f"scale_out: expected shape [{n}] or [{n}, 1], got {list(u)}")
-    if v != (1, k) and v != (k,):
+        if len(u) != 2 or u[0] != n:
+            raise ValueError(f"scale_out: expected shape [{n}] or [{n}, r], got {list(u)}")
+        rank = u[1]
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"scale_out: expected a rank from 1 to {MAX_RANK}, got rank {rank} (shape {list(u)})")
+    if v != (rank, k) and (rank > 1 or v != (k,)):
         if not 2 <= len(v) <= 3 or v[-1] != k:
-            raise ValueError(f"scale_in: expected shape [{k}], [1, {k}] or [groups, 1, {k}], got {list(v)}")
-        if v[-2] != 1:
-            raise ValueError(f"scale_in: expected rank 1, got rank {v[-2]} (shape {list(v)})")
+            alone = f"[{k}], " if rank == 1 else ""
+            raise ValueError(f"scale_in: expected shape {alone}[{rank}, {k}] or [groups, {rank}, {k}], got {list(v)}")
+        if v[-2] != rank:
+            raise ValueError(f"scale_in: expected rank {rank} as scale_out, got rank {v[-2]} (shape {list(v)})")
         if v[0] < 1 or n % v[0]:
             raise ValueError(f"scale_in: expected a number of groups that divides N = {n}, got {v[0]}")
     if bias is not None and bias.shape != (n,):
@@ -115,7 +119,7 @@ def check(
 
 
 class _RescaledLinear(torch.autograd.Function):
-    """Shapes as :func:`rescaled_linear` takes them; the ops and backends see ``[M, K]``, ``[N, 1]``, ``[G, 1, K]``."""
+    """Shapes as :func:`rescaled_linear` takes them; the ops and backends see ``[M, K]``, ``[N, r]``, ``[G, r, K]``."""
 
     # one forward with ctx: a separate setup_context costs tens of microseconds a call
     @staticmethod
@@ -127,12 +131,13 @@ class _RescaledLinear(torch.autograd.Function):
         scale_in: Tensor,
         bias: Tensor | None,
         shift: Tensor | None,
+        origin: recompute.Origin | None = None,
     ) -> Tensor:
-        _save(ctx, (x, weight, scale_out, scale_in, bias, shift))
+        _save(ctx, (x, weight, scale_out, scale_in, bias, shift), origin=origin)
         u, v = _as_matrices(scale_out, scale_in)
         tokens = route.flatten_tokens(x)
         if route.can_skip_dispatcher(x, weight, scale_out, scale_in, bias, shift):
-            y = _backend("forward", x, weight, scale_in).forward(tokens, weight, u, v, bias, shift)
+            y = _backend("forward", x, weight, v).forward(tokens, weight, u, v, bias, shift)
             # resize_, not view: callers of nn.Linear change y in place, which a view made in here would forbid
             return y if x.dim() == 2 else y.resize_(*x.shape[:-1], weight.shape[0])
         y = forward(tokens, weight, u, v, bias, shift)
@@ -140,8 +145,10 @@ class _RescaledLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale_out, scale_in = ctx.saved_tensors
-        x_needs, weight_needs, u_needs, v_needs, bias_needs, shift_needs = ctx.needs_input_grad
+        x, weight, scale_out, scale_in, *origin = ctx.saved_tensors
+        x_needs, weight_needs, u_needs, v_needs, bias_needs, shift_needs, *_ = ctx.needs_input_grad
+        if origin:
+            x = recompute.again(*ctx.origin, origin)
         u, v = _as_matrices(scale_out, scale_in)
         dy = route.flatten_tokens(grad)
         # None: the backend that is chosen for each pass
@@ -171,14 +178,21 @@ class _RescaledLinear(torch.autograd.Function):
             _like(dv, scale_in.shape, scale_in.dtype) if v_needs else None,
             _like(df, None, ctx.bias_dtype) if bias_needs else None,
             _like(df, None, ctx.shift_dtype) if shift_needs else None,
+            None,
         )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any = None, origin: recompute.Origin | None = None) -> None:
     x, weight, scale_out, scale_in, bias, shift = inputs
     _, weight_needs, u_needs, v_needs, *_ = ctx.needs_input_grad
     # only the gradients of W, u and v need x
-    ctx.save_for_backward(x if weight_needs or u_needs or v_needs else None, weight, scale_out, scale_in)
+    if not (weight_needs or u_needs or v_needs):
+        ctx.save_for_backward(None, weight, scale_out, scale_in)
+    elif origin is None:
+        ctx.save_for_backward(x, weight, scale_out, scale_in)
+    else:
+        ctx.save_for_backward(None, weight, scale_out, scale_in, *origin.tensors)
+        ctx.origin = origin.operation, origin.result, x.dtype
     ctx.x_shape = x.shape
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.shift_dtype = None if shift is None else shift.dtype
@@ -194,18 +208,20 @@ def _like(grad: Tensor | None, shape: torch.Size | None, dtype: torch.dtype) -> 
 
 
 def _as_matrices(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
-    """u as ``[N, 1]`` and v as ``[groups, 1, K]``."""
+    """u as ``[N, r]`` and v as ``[groups, r, K]``."""
     u = scale_out if scale_out.dim() == 2 else scale_out.unsqueeze(1)
-    return u, scale_in if scale_in.dim() == 3 else scale_in.view(1, 1, scale_in.shape[-1])
+    if scale_in.dim() == 3:
+        return u, scale_in
+    return u, (scale_in if scale_in.dim() == 2 else scale_in.unsqueeze(0)).unsqueeze(0)
 
 
-def _backend(kernel: Pass, tokens: Tensor, weight: Tensor, scale_in: Tensor) -> ModuleType:
-    """The module whose pass serves x or dy ``[..., K]``, W and v."""
+def _backend(kernel: Pass, tokens: Tensor, weight: Tensor, scale_in: Tensor | None = None) -> ModuleType:
+    """The module whose pass serves x or dy ``[..., K]``, W and v ``[groups, r, K]``, if the pass takes v."""
     # a product with an empty side has no work for a kernel, only a shape and zeros
     if tokens.numel() == 0 or weight.numel() == 0:
         return reference
-    groups = scale_in.shape[0] if scale_in.dim() == 3 else 1
-    return choice.module_for(kernel, tokens, weight, tokens.numel() // tokens.shape[-1], groups)
+    groups, rank, _ = (1, 1, 0) if scale_in is None else scale_in.shape
+    return choice.module_for(kernel, tokens, weight, tokens.numel() // tokens.shape[-1], groups, rank)
 
 
 def _check_op(
@@ -217,23 +233,25 @@ def _check_op(
         ValueError: If they do not fit.
     """
     n, k = weight.shape
-    device = tokens.device
+    u, v, device = scale_out.shape, scale_in.shape, tokens.device
     if weight.device != device or scale_out.device != device or scale_in.device != device:
         raise ValueError(
             f"rlrr op: expected one device, got {device}, {weight.device}, {scale_out.device}, {scale_in.device}"
         )
     if (
         tokens.shape[1:] != (columns,)
-        or scale_out.shape != (n, 1)
-        or scale_in.shape[1:] != (1, k)
-        or scale_in.shape[0] < 1
-        or n % scale_in.shape[0]
+        or len(v) != 3
+        or u != (n, v[1])
+        or v[2] != k
+        or not 1 <= v[1] <= MAX_RANK
+        or v[0] < 1
+        or n % v[0]
         or any(t is not None and (t.shape != (n,) or t.device != device) for t in vectors)
     ):
         given = [None if t is None else list(t.shape) for t in (tokens, weight, scale_out, scale_in, *vectors)]
         raise ValueError(
-            f"rlrr op: expected [M, {columns}] with weight [{n}, {k}], scale_out [{n}, 1], scale_in [groups, 1, {k}] "
-            f"where groups divides {n}, and vectors [{n}], got {given}"
+            f"rlrr op: expected [M, {columns}] with weight [{n}, {k}], scale_out [{n}, r], scale_in [groups, r, {k}] "
+            f"where r is 1 to {MAX_RANK} and groups divides {n}, and vectors [{n}], got {given}"
         )
 
 
@@ -286,7 +304,7 @@ def _grad_shift(dy: Tensor) -> Tensor:
     if dy.dim() != 2:
         raise ValueError(f"rlrr op: expected dy [M, N], got {list(dy.shape)}")
     # W is only asked for its device and dtype
-    return _backend("grad_scales", dy, dy, dy).grad_shift(dy)
+    return _backend("grad_scales", dy, dy).grad_shift(dy)
 
 
 def _forward_above_autograd(
@@ -312,7 +330,12 @@ route.LIBRARY.impl("grad_shift", _grad_shift, "CompositeExplicitAutograd")
 if route.BelowAutograd is not None:
     route.LIBRARY.impl("forward", _forward_above_autograd, "Autograd")
 else:  # the public way, tens of microseconds slower
-    torch.library.register_autograd("rlrr::forward", _RescaledLinear.backward, setup_context=_save, lib=route.LIBRARY)
+    torch.library.register_autograd(
+        "rlrr::forward",
+        lambda ctx, grad: _RescaledLinear.backward(ctx, grad)[:-1],  # the op has no ``origin``
+        setup_context=_save,
+        lib=route.LIBRARY,
+    )
 
 
 @torch.library.register_fake("rlrr::forward", lib=route.LIBRARY)

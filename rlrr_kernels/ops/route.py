@@ -79,6 +79,7 @@ _is_profiling = _private("_C._autograd._profiler_enabled", _assume_yes)
 _is_tracing = _private("_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 _is_zero_tensor = _private("Tensor._is_zerotensor", _assume_yes)
 _transform = _private("_C._functorch.peek_interpreter_stack", _probe_transform)
+_saved_tensor_hooks = _private("_C._autograd._top_saved_tensors_default_hooks", _assume_yes)
 _is_batched = _private("_C._functorch.is_legacy_batchedtensor", _has_no_memory)
 _dual_level = (
     functools.partial(getattr, forward_ad, "_current_level")
@@ -137,6 +138,11 @@ def needs_plain_backward(grad: Tensor) -> bool:
         return True
     # is_grads_batched=True maps by a transform that is not one of torch.func's and shows on the tensor alone
     return not torch.compiler.is_compiling() and _is_batched(grad)
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether hooks of ``torch.autograd.graph.saved_tensors_hooks`` are active, as under checkpointing."""
+    return _saved_tensor_hooks(False) is not None
 
 
 def sharding_of(t: Tensor) -> ModuleType | None:

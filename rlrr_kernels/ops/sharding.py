@@ -133,7 +133,7 @@ def layer_norm(
 
 @torch.no_grad()
 def rescaled_weight(weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> Tensor:
-    """W' ``[N, K]`` in ``dtype``, laid out as W is, of DTensors u ``[N, 1]`` and v ``[groups, 1, K]``.
+    """W' ``[N, K]`` in ``dtype``, laid out as W is, of DTensors u ``[N, r]`` and v ``[groups, r, K]``.
 
     Raises:
         TypeError, ValueError: As :func:`linear`.
@@ -223,11 +223,11 @@ def _divisible(weight: DTensor, groups: int) -> list[Placement]:
 
 
 def _blocks(scale_in: Tensor, mesh: DeviceMesh, layout: list[Placement]) -> Tensor:
-    """v ``[blocks, 1, K]`` for this process's rows of W, one for each of its equal blocks of rows."""
+    """v ``[blocks, r, K]`` for this process's rows of W, one for each of its equal blocks of rows."""
     parts, index = _row_shards(mesh, layout)
-    groups, _, k = scale_in.shape
+    groups, rank, k = scale_in.shape
     count = math.lcm(groups, parts)
-    blocks = scale_in.unsqueeze(1).expand(groups, count // groups, 1, k).reshape(count, 1, k)
+    blocks = scale_in.unsqueeze(1).expand(groups, count // groups, rank, k).reshape(count, rank, k)
     own = count // parts
     return blocks[index * own : (index + 1) * own]
 

@@ -76,7 +76,11 @@ def candidates(problem: Problem, device: torch.device, limit: int, names: Sequen
     found: list[Candidate] = []
     for name, (_, kinds) in sorted(BACKENDS.items(), key=lambda item: device.type not in item[1][1]):
         wanted = name in names if names else kinds or name != "reference" or device.type == "cpu"
-        if not wanted or choice.unavailable(name, device) is not None or choice.refusal(name, x, weight) is not None:
+        if (
+            not wanted
+            or choice.unavailable(name, device) is not None
+            or choice.refusal(name, x, weight, problem.rank) is not None
+        ):
             continue
         found += [Candidate(name, one) for one in tiles(name, problem, device)[: limit + 1]]
     if not found:
@@ -111,13 +115,13 @@ def copies_of(problem: Problem, cache_bytes: int) -> int:
 def make_tensors(problem: Problem, copies: int, device: torch.device) -> list[Tensors]:
     """Return sets of random tensors with values as in training; the small vectors are shared."""
     generator = torch.Generator(device).manual_seed(0)
-    kernel, m, n, k, groups, dtype, weight_dtype, _ = problem
+    kernel, m, n, k, groups, dtype, weight_dtype, _, rank = problem
     wide = torch.promote_types(dtype, torch.float32)
 
     def draw(*shape: int, dtype: torch.dtype = wide) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-    u, v, shift, bias = draw(n, 1), 0.5 * draw(groups, 1, k), draw(n), draw(n, dtype=weight_dtype)
+    u, v, shift, bias = draw(n, rank), 0.5 * draw(groups, rank, k), draw(n), draw(n, dtype=weight_dtype)
     found = []
     for _ in range(copies):
         x = draw(m if kernel != "grad_input" else 0, k, dtype=dtype)

@@ -101,12 +101,11 @@ class Result:
         for name, one in (("default_seconds", self.default), ("seconds", self.best)):
             if one in self.spreads:
                 measured[name] = self.spreads[one].median
-        kernel, m, n, k, groups, dtype, weight_dtype, tf32 = self.problem
+        kernel, m, n, k, groups, dtype, weight_dtype, tf32, rank = self.problem
         where = Where.of(self.best.backend, device)
         shape = kernel, dtype, weight_dtype, tf32, (n, k, groups), (math.ceil(m / NEAR), math.floor(m * NEAR))
-        return Entry(
-            where.device, where, *shape, self.best.backend, None if self.best == own else self.best.tile, measured
-        )
+        tile = None if self.best == own else self.best.tile
+        return Entry(where.device, where, *shape, self.best.backend, tile, measured, rank)
 
 
 def rules(results: Iterable[Result], device: torch.device, date: str) -> list[Entry]:
@@ -130,7 +129,7 @@ def rules(results: Iterable[Result], device: torch.device, date: str) -> list[En
         measured = {"date": date, "shapes": len(same), "default": default, "seconds": totals}
         name = Where.of(best, device).device if device.type == "cuda" else device.type
         types = problem.kernel, problem.dtype, problem.weight_dtype, problem.tf32
-        found.append(Entry(name, None, *types, None, tokens, best, None, measured))
+        found.append(Entry(name, None, *types, None, tokens, best, None, measured, problem.rank))
     return found
 
 

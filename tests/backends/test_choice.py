@@ -167,6 +167,15 @@ def test_a_measured_backend_precedes_the_default_for_its_pass_shape_and_tokens(m
     assert choice.module_for("forward", x, weight, 2, 2).__name__ == "rlrr_kernels.backends.reference"
 
 
+def test_what_was_measured_holds_for_its_rank(measured):
+    require("cpu")
+    measured(entry(2, layer=(4, 5, 1), rank=3))
+    x, weight = torch.zeros(2, 5), torch.zeros(4, 5)
+    assert choice.explain(x, weight, rank=3) == ("reference", "measured fastest")
+    assert choice.explain(x, weight) == ("cpu", "default for cpu")
+    assert choice.explain(x, weight, rank=2)[1] != "measured fastest"
+
+
 def test_each_pass_of_a_layer_runs_on_what_was_measured_for_it(measured):
     require("cpu")
     measured(entry(3, layer=(4, 5, 2), kernel="grad_scales"))
@@ -238,8 +247,10 @@ def test_a_choice_forced_by_another_thread_meanwhile_is_not_kept_for_the_free_on
     assert backend_for(x, x) == first == "cpu"
 
 
-def test_each_dtype_of_w_has_a_choice_of_its_own(fresh):
+def test_each_dtype_of_w_and_each_rank_has_a_choice_of_its_own(fresh):
     x = torch.zeros(2, 4)
     assert backend_for(x, x) == "cpu"
     assert backend_for(x, x.half()) == "panels"
+    fresh.setattr(choice.load("cpu"), "unsupported", lambda x, weight, rank=1: "rank" if rank > 2 else None)
+    assert [backend_for(x, x, rank=rank) for rank in (2, 3)] == ["cpu", "panels"]
     assert backend_for(x, x) == "cpu"

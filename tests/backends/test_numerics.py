@@ -1,6 +1,7 @@
 """The suite that every backend passes: all results against float64, over shapes that fit no tile."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,39 @@ def test_shapes(backend, case):
     shape, dtype = case
     p = make_problem(*shape, dtype, device=require(backend, dtype))
     check(p, solve(p, backend))
+
+
+RANKS = [  # M, N, K, groups, rank
+    (3, 12, 10, 2, 3),
+    (33, 17, 19, 1, 2),
+    (70, 30, 72, 3, 8),
+    (65, 130, 67, 2, 17),
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    backends_with([(case, dtype) for dtype in DTYPES for case in RANKS], quick=[(RANKS[0], torch.bfloat16)]),
+)
+def test_ranks(backend, case):
+    (*shape, rank), dtype = case
+    p = make_problem(*shape, dtype, rank=rank, device=require(backend, dtype, rank=rank))
+    check(p, solve(p, backend))
+
+
+@pytest.mark.parametrize("rank", [3, 128])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rank_that_is_zero_but_for_one_gives_what_rank_1_gives(backend, rank):
+    """0 u and 0 v add nothing; only du and dv of a zero v or u are zero."""
+    one = make_problem(17, 12, 20, 2, device=require(backend, rank=rank))
+    at = rank - 2
+    u, v = one.scale_out.new_zeros(12, rank), one.scale_in.new_zeros(2, rank, 20)
+    u[:, at], v[:, at] = one.scale_out[:, 0], one.scale_in[:, 0]
+    got = solve(replace(one, scale_out=u, scale_in=v), backend)
+    check(one, replace(got, du=got.du[:, at, None], dv=got.dv[:, at, None]))
+    others = [r for r in range(rank) if r != at]
+    assert not got.du[:, others].any()
+    assert not got.dv[:, others].any()
 
 
 PAIRS = list(itertools.permutations([torch.float32, torch.bfloat16, torch.float16], 2))

@@ -5,11 +5,12 @@ from unittest import mock
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measures import peak_extra_bytes
 from rlrr_kernels.backends import panels
 from tests.backends.test_numerics import RESULTS, solve
-from tests.oracle import check, make_problem, strided
+from tests.oracle import Answer, check, make_problem, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
@@ -31,8 +32,9 @@ def many(monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_many_panels(many, pair, shape):
-    p = make_problem(*shape, *pair)
+@pytest.mark.parametrize("rank", [1, 2, 9])
+def test_many_panels(many, rank, pair, shape):
+    p = make_problem(*shape, *pair, rank=rank)
     with (
         mock.patch.object(torch, "mm", wraps=torch.mm) as mm,
         mock.patch.object(torch, "addmm", wraps=torch.addmm) as y,
@@ -64,6 +66,33 @@ def test_the_weight_is_rounded_once(many, dtype, groups):
     got = solve(p, "panels")
     assert torch.equal(got.y, rescaled.mT)
     assert torch.equal(got.dx, rescaled)
+
+
+class Products(TorchDispatchMode):
+    """The names of the products that form u v and reduce P."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen |= {func._schema.name} & {"aten::baddbmm", "aten::addmm_"}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_no_product_forms_u_v_or_sums_p_where_settings_let_it_round(precision, dtype):
+    p = make_problem(33, 60, 70, 3, dtype, rank=5)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with Products() as products:
+            results = [result for run in passes(p).values() for result in run()]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    check(p, Answer(*results))
+    rounds = precision == "medium" and dtype is torch.float32
+    assert products.seen == (set() if rounds else {"aten::baddbmm", "aten::addmm_"})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

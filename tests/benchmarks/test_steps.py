@@ -150,8 +150,8 @@ def test_models_start_equal():
     assert torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize(("dtype", "per_block"), [(torch.float32, 42), (torch.bfloat16, 50)], ids=str)
-def test_a_step_takes_little_more_than_half_the_operations_of_the_official_formula(dtype, per_block):
+@pytest.mark.parametrize(("dtype", "per_block"), [(torch.float32, 30), (torch.bfloat16, 32)], ids=str)
+def test_a_step_takes_two_fifths_of_the_operations_of_the_official_formula(dtype, per_block):
     """A step of small batches on a fast GPU is bound by their number."""
     deep = SMALL | {"depth": 12}
     counts = {}
@@ -159,4 +159,4 @@ def test_a_step_takes_little_more_than_half_the_operations_of_the_official_formu
         model = build(method, "vit_tiny_patch16_224", "cpu", **deep)
         counts[method] = Step(model, *batch(), dtype).operations()
     assert counts[results.OURS] <= 12 * per_block + 20
-    assert counts[results.OURS] < 0.55 * counts[results.OFFICIAL]
+    assert counts[results.OURS] < 0.4 * counts[results.OFFICIAL]

@@ -135,7 +135,7 @@ class OnGPU:
 @pytest.mark.parametrize("wrong", [None, "forward", "layer_norm"])
 def test_layer_norms_kernels_are_judged_by_their_own_pass(file, monkeypatch, wrong):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(launch, "unsupported", lambda x, weight: None)
+    monkeypatch.setattr(launch, "unsupported", lambda x, weight, rank=1: None)
     keep(file, findings("triton", wrong, OnGPU.device))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -153,7 +153,7 @@ def test_where_gluon_failed_triton_serves(file, monkeypatch, wrong):
     monkeypatch.setattr(choice, "_plans", {})
     monkeypatch.setattr(choice.tuned, "entries", lambda device: ())
     for name in ("gluon", "triton"):
-        monkeypatch.setattr(choice.load(name), "unsupported", lambda x, weight: None)
+        monkeypatch.setattr(choice.load(name), "unsupported", lambda x, weight, rank=1: None)
     monkeypatch.setattr(OnGPU, "dtype", torch.bfloat16, raising=False)
     keep(file, findings("gluon", wrong, OnGPU.device))
     with warnings.catch_warnings(record=True) as said:

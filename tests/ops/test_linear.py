@@ -28,11 +28,11 @@ def _run(p, backend, x=None, dy=None):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("groups", "rank"), [(1, 1), (3, 1), (1, 3), (3, 3)])
 @pytest.mark.parametrize(("bias", "shift"), list(itertools.product([False, True], repeat=2)))
-def test_gradcheck_in_float64(backend, groups, bias, shift):
-    require(backend, torch.float64)
-    p = make_problem(5, 6, 4, groups, torch.float64, bias=bias, shift=shift)
+def test_gradcheck_in_float64(backend, groups, rank, bias, shift):
+    require(backend, torch.float64, rank=rank)
+    p = make_problem(5, 6, 4, groups, torch.float64, bias=bias, shift=shift, rank=rank)
     inputs = [t if t is None else t.requires_grad_() for t in p.forward_args]
     with use_backend(backend):
         assert torch.autograd.gradcheck(rescaled_linear, tuple(inputs))
@@ -50,10 +50,12 @@ def test_inputs_of_one_to_four_dimensions(backend, shape):
 
 
 @pytest.mark.parametrize(
-    ("u_shape", "v_shape"), [((6,), (4,)), ((6, 1), (1, 4)), ((6,), (1, 1, 4)), ((6, 1), (4,))], ids=str
+    ("u_shape", "v_shape"),
+    [((6,), (4,)), ((6, 1), (1, 4)), ((6,), (1, 1, 4)), ((6, 1), (4,)), ((6, 3), (3, 4)), ((6, 2), (1, 2, 4))],
+    ids=str,
 )
 def test_scale_shapes_are_free_and_gradients_follow_them(u_shape, v_shape):
-    p = make_problem(5, 6, 4)
+    p = make_problem(5, 6, 4, rank=u_shape[1] if len(u_shape) == 2 else 1)
     u, v = p.scale_out.view(u_shape).requires_grad_(), p.scale_in.view(v_shape).requires_grad_()
     y = rescaled_linear(p.x, p.weight, u, v)
     y.backward(p.dy)
@@ -87,7 +89,7 @@ def test_nothing_is_computed_or_kept_that_nobody_needs(needs, calls, keeps_x):
     kept: list[torch.Tensor] = []
     done: list[str] = []
 
-    backend = linear._backend("forward", p.x, p.weight, p.scale_in)
+    backend = linear._backend("forward", p.x, p.weight)
 
     def spy(name):
         op = getattr(backend, name)
@@ -109,7 +111,7 @@ def test_df_is_not_computed_where_neither_bias_nor_shift_needs_it():
     p = make_problem(5, 6, 4)
     u = p.scale_out.clone().requires_grad_()
     asked = []
-    backend = linear._backend("forward", p.x, p.weight, p.scale_in)
+    backend = linear._backend("forward", p.x, p.weight)
     op = backend.grad_scales
     with mock.patch.object(backend, "grad_scales", lambda *a: (asked.append(a[-1]), op(*a))[1]):
         rescaled_linear(p.x, p.weight, u, p.scale_in, p.bias, p.shift).backward(p.dy)
@@ -196,11 +198,15 @@ def _inputs(**changes):
         ({"x": torch.zeros(5, 4, device="meta")}, ValueError, "weight: expected device meta as x, got cpu"),
         ({"weight": torch.zeros(6)}, ValueError, r"weight: expected shape \[N, K\], got \[6\]"),
         ({"weight": torch.zeros(6, 4, dtype=torch.int8)}, TypeError, "weight: expected float16.* got torch.int8"),
-        ({"scale_out": torch.zeros(5)}, ValueError, r"scale_out: expected shape \[6\] or \[6, 1\], got \[5\]"),
+        ({"scale_out": torch.zeros(5)}, ValueError, r"scale_out: expected shape \[6\] or \[6, r\], got \[5\]"),
         ({"scale_out": torch.zeros(6, 1, 1)}, ValueError, r"scale_out: expected shape"),
-        ({"scale_out": torch.zeros(6, 2)}, ValueError, "scale_out: expected rank 1, got rank 2"),
+        ({"scale_out": torch.zeros(6, 0)}, ValueError, "scale_out: expected a rank from 1 to 128, got rank 0"),
+        ({"scale_out": torch.zeros(6, 129)}, ValueError, "scale_out: expected a rank from 1 to 128, got rank 129"),
+        ({"scale_out": torch.zeros(6, 2)}, ValueError, "scale_in: expected rank 2 as scale_out, got rank 1"),
+        ({"scale_out": torch.zeros(6, 2), "scale_in": torch.zeros(4)}, ValueError, r"scale_in: .* \[2, 4\] or \[g"),
         ({"scale_in": torch.zeros(5)}, ValueError, r"scale_in: expected shape \[4\].* got \[5\]"),
-        ({"scale_in": torch.zeros(2, 4)}, ValueError, "scale_in: expected rank 1, got rank 2"),
+        ({"scale_in": torch.zeros(2, 4)}, ValueError, "scale_in: expected rank 1 as scale_out, got rank 2"),
+        ({"scale_in": torch.zeros(2, 3, 4)}, ValueError, "scale_in: expected rank 1 as scale_out, got rank 3"),
         ({"scale_in": torch.zeros(4, 1, 4)}, ValueError, "groups that divides N = 6, got 4"),
         ({"scale_in": torch.zeros(0, 1, 4)}, ValueError, "groups that divides N = 6, got 0"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias: expected shape \[6\], got \[4\]"),
@@ -225,6 +231,9 @@ GIVEN = {"x": (M, K), "weight": (N, K), "scale_out": (N, 1), "scale_in": (2, 1, 
         {"x": (1, M, K)},
         {"weight": (N + 2, K)},
         {"scale_out": (N,)},
+        {"scale_out": (N, 2)},
+        {"scale_out": (N, 0), "scale_in": (2, 0, K)},
+        {"scale_out": (N, 129), "scale_in": (2, 129, K)},
         {"scale_in": (1, K)},
         {"scale_in": (4, 1, K)},
         {"scale_in": (2, 1, K - 1)},
@@ -276,9 +285,10 @@ def test_the_result_may_be_changed_in_place_as_nn_linears_may(shape):
         assert torch.allclose(given, right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize(("backend", "dtype"), backends_with([torch.bfloat16, torch.float64]))
-def test_opcheck(backend, dtype):
-    p = make_problem(3, 4, 5, 2, dtype, device=require(backend, dtype))
+def test_opcheck(backend, dtype, rank):
+    p = make_problem(3, 4, 5, 2, dtype, rank=rank, device=require(backend, dtype, rank=rank))
     scales = (p.weight, p.scale_out, p.scale_in)
     with use_backend(backend):
         for bias, shift in ((p.bias, p.shift), (None, None)):
@@ -291,10 +301,10 @@ def test_opcheck(backend, dtype):
 
 def test_fakes_follow_symbolic_sizes():
     with FakeTensorMode():
-        x, w, u, v = torch.empty(5, 8), torch.empty(6, 8), torch.empty(6, 1), torch.empty(2, 1, 8)
+        x, w, u, v = torch.empty(5, 8), torch.empty(6, 8), torch.empty(6, 3), torch.empty(2, 3, 8)
         assert linear.forward(x.bfloat16(), w, u, v, None, None).dtype is torch.bfloat16
         du, dv, df = linear.grad_scales(torch.empty(5, 6).bfloat16(), x.bfloat16(), w, u, v, True)
-        assert [t.shape for t in (du, dv, df)] == [(6, 1), (2, 1, 8), (6,)]
+        assert [t.shape for t in (du, dv, df)] == [(6, 3), (2, 3, 8), (6,)]
         alone = linear.grad_shift(torch.empty(5, 6).bfloat16())
         assert alone.shape == (6,)
         assert {t.dtype for t in (du, dv, df, alone)} == {torch.float32}

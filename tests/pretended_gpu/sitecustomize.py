@@ -155,7 +155,7 @@ class _Backends:
                     setattr(pretended, which, _faulty(backend, which, pretended))
                 for which in ("grad_shift", "layer_norm", "layer_norm_backward"):
                     setattr(pretended, which, getattr(reference, which))
-                pretended.unsupported = lambda x, weight: None
+                pretended.unsupported = lambda x, weight, rank=1: None
                 pretended.unsupported_layer_norm = lambda x: None
                 pretended.HOPPER = False
                 pretended.build = lambda: "pretended"

@@ -23,9 +23,9 @@ def device(request):
     return request.param
 
 
-def leaves(*dtypes, device="cpu", m=(3, 5)):
+def leaves(*dtypes, device="cpu", m=(3, 5), rank=1):
     """x ``[3, 5, K]`` and the parameters, W and b trained too."""
-    p = make_problem(15, 12, 16, 3)
+    p = make_problem(15, 12, 16, 3, rank=rank)
     tensors = [p.x.view(*m, 16), *p.forward_args[1:]]
     dtypes = dtypes or (torch.float32,) * 6
     return [t.to(device, d).detach().requires_grad_() for t, d in zip(tensors, dtypes, strict=True)]
@@ -35,9 +35,10 @@ def equal(got, expected):
     return [torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(got, expected, strict=True)] == [True] * len(got)
 
 
+@pytest.mark.parametrize("rank", [1, 8])
 @pytest.mark.parametrize("half", HALVES, ids=str)
-def test_autocast_is_a_cast_of_x_wherever_backward_runs(device, half):
-    tensors = leaves(device=device)
+def test_autocast_is_a_cast_of_x_wherever_backward_runs(device, half, rank):
+    tensors = leaves(device=device, rank=rank)
     dy = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1)).to(device, half)
     cast = [tensors[0].detach().to(half).requires_grad_(), *tensors[1:]]
     expected = rescaled_linear(*cast)

@@ -22,8 +22,8 @@ NAMES = ("x", "weight", "scale_out", "scale_in", "bias", "shift")
 SUBSETS = [s for n in range(1, 7) for s in itertools.combinations(range(6), n)]
 
 
-def leaves(dtype=torch.float32, needs=range(6)):
-    p = make_problem(5, 6, 4, 3, dtype)
+def leaves(dtype=torch.float32, needs=range(6), rank=1):
+    p = make_problem(5, 6, 4, 3, dtype, rank=rank)
     return [t.clone().requires_grad_(i in needs) for i, t in enumerate(p.forward_args)]
 
 
@@ -160,6 +160,10 @@ def test_on_the_meta_device_every_derivative_has_its_shape():
 )
 def test_second_derivatives_of_any_subset(needs):
     assert torch.autograd.gradgradcheck(rescaled_linear, leaves(torch.float64, needs))
+
+
+def test_second_derivatives_at_rank_3():
+    assert torch.autograd.gradgradcheck(rescaled_linear, leaves(torch.float64, rank=3))
 
 
 @pytest.mark.parametrize("needs", [s for n in (1, 2, 3) for s in itertools.combinations(range(3), n)], ids=str)

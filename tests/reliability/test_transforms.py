@@ -28,14 +28,14 @@ def fresh():
     torch._dynamo.reset()
 
 
-def arguments(groups: int = 3) -> list[torch.Tensor]:
-    p = make_problem(5, 6, 4, groups, torch.float64)
+def arguments(groups: int = 3, rank: int = 1) -> list[torch.Tensor]:
+    p = make_problem(5, 6, 4, groups, torch.float64, rank=rank)
     return list(p.forward_args)
 
 
 def written_out(x, weight, u, v, bias, shift):
     """The layer, written without the package."""
-    scale = 1 + (u.reshape(v.shape[0], -1, 1) * v.reshape(v.shape[0], 1, -1)).reshape(weight.shape)
+    scale = 1 + (u.reshape(v.shape[0], -1, v.shape[1]) @ v).reshape(weight.shape)
     return F.linear(x, weight * scale, bias + shift)
 
 
@@ -123,6 +123,12 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_transform_gives_what_it_gives_of_the_formula(name, groups):
     a = arguments(groups)
+    assert_same(TRANSFORMS[name](rescaled_linear, a), TRANSFORMS[name](written_out, a))
+
+
+@pytest.mark.parametrize("name", ["vmap over parameters", "jvp", "forward over reverse", "batched gradients"])
+def test_a_transform_at_rank_2_gives_what_it_gives_of_the_formula(name):
+    a = arguments(rank=2)
     assert_same(TRANSFORMS[name](rescaled_linear, a), TRANSFORMS[name](written_out, a))
 
 

@@ -37,7 +37,7 @@ TILES = (Tile(64), Tile(128, 8), Tile(32, splits=2))
 @pytest.fixture
 def tiled(monkeypatch: Any) -> SimpleNamespace:
     """The backend "tiled", in plain PyTorch; ``ran`` has the pass and tile of each launch."""
-    module = SimpleNamespace(ran=[], unsupported=lambda x, weight: None)
+    module = SimpleNamespace(ran=[], unsupported=lambda x, weight, rank=1: None)
     module.candidates = lambda problem, hardware: (*TILES, TILES[0])
 
     def launching(name: str) -> Any:

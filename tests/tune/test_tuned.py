@@ -38,6 +38,7 @@ def backend(problem=PROBLEM, **changes):
         {"dtype": torch.bfloat16},
         {"weight_dtype": torch.bfloat16},
         {"tf32": True},
+        {"rank": 2},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -192,7 +193,7 @@ GOOD = entry(device="GPU", where=HERE._replace(device="GPU"), backend="triton", 
 
 
 @pytest.mark.parametrize(
-    "one", [GOOD, replace(GOOD, where=None, tile=None), entry(1, math.inf, layer=None), entry(2, 3)]
+    "one", [GOOD, replace(GOOD, where=None, tile=None, rank=8), entry(1, math.inf, layer=None), entry(2, 3)]
 )
 def test_what_was_written_is_read(one):
     again = parse(json.loads(json.dumps(one.to_json())))
@@ -208,6 +209,7 @@ def test_what_was_written_is_read(one):
         "dtype": ["float8", 5, None],
         "weight_dtype": ["int8", []],
         "tf32": [0, None, "false"],
+        "rank": [0, 129, True, "1", None],
         "layer": [
             5,
             [768, 768],
@@ -229,7 +231,7 @@ def test_a_bad_field_is_named(field, values):
     for value in values:
         with pytest.raises(ValueError, match=f"^{field}: "):
             parse({**raw, field: value})
-    if field not in ("where", "layer", "tile", "measured"):
+    if field not in ("where", "rank", "layer", "tile", "measured"):
         with pytest.raises(ValueError, match=f"^{field}: "):
             parse({name: value for name, value in raw.items() if name != field})
 

@@ -59,8 +59,10 @@ def multiprocessors(x: Tensor) -> int:
     return plain.device_of(x).multiprocessors
 
 
-def unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Return why this backend cannot serve these tensors, or None if it can."""
+def unsupported(x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
+    """Return why this backend cannot serve these tensors at this rank, or None if it can."""
+    if rank != 1:
+        return f"rank {rank}: it computes rank 1"
     if x.dtype not in (torch.float16, torch.bfloat16) or weight.dtype is not x.dtype:
         return f"x {x.dtype} with weight {weight.dtype}: it computes in float16 and bfloat16, with a weight of the same"
     if x.device.type != "cuda" or torch.version.hip is not None:
