@@ -14,17 +14,15 @@ namespace {
 
 // Columns of G whose part of du is summed at a time
 constexpr int64_t slab_cols = 96;
-// Rows of a range, if the memory suffices for so many ranges
-constexpr int64_t range_rows = 192;
 // Rows of G that share a packed x if there are several blocks of tokens
-constexpr int64_t region_rows = 192;
+constexpr int64_t region_rows = 384;
 constexpr int64_t max_slabs = 4;
 static_assert(slab_cols % tile_cols == 0 && region_rows % strip_rows == 0 && strip_rows % 8 == 0);
 
 // The ranges of G, and the sizes of the scratch
 struct RankCells {
   int64_t group_rows, strips, slabs;  // strips of a group
-  int64_t row_ranges, col_ranges;     // row_ranges of a group; one of the two numbers is 1
+  int64_t row_ranges, col_ranges;     // row_ranges of a group
   int64_t tasks, workers;
   int64_t block, width, height;  // units of a block of tokens; columns and strips of G that a thread holds
   int64_t padded_u, padded_v;    // the rank, up to whole blocks and vectors
@@ -41,26 +39,39 @@ struct RankCells {
     // Less than a tenth of what PyTorch holds for W * (u v), x (W * (u v))^T and their gradients
     const int64_t held = (2 * n * k + x.rows * n) * element_size(x.dtype);
     const int64_t budget = std::clamp<int64_t>(9 * held / 100, 64 << 10, 4 << 20);
-    const auto ranges = [&](int64_t length, int64_t sums) {
-      const int64_t most = 1 + budget / 2 / (sums * rank * int64_t{sizeof(float)});
-      return static_cast<int64_t>(
-          std::bit_floor(static_cast<uint64_t>(std::min(std::max<int64_t>(most, 2), up(length, range_rows)))));
-    };
-    row_ranges = group_rows >= k ? ranges(group_rows, layer.groups * k) : 1;
-    col_ranges = group_rows >= k ? 1 : ranges(k, n);
+    row_ranges = col_ranges = 1;
+    if (group_rows >= k) {
+      row_ranges = ranges(group_rows, budget / 2, sums_bytes(layer, 1, 0), 2);
+      col_ranges = ranges(k, budget / 2 - sums_bytes(layer), sums_bytes(layer, 0, 1), 1);
+    } else {
+      col_ranges = ranges(k, budget / 2, sums_bytes(layer, 0, 1), 2);
+      row_ranges = ranges(group_rows, budget / 2 - sums_bytes(layer), sums_bytes(layer, 1, 0), 1);
+    }
     tasks = layer.groups * row_ranges * col_ranges;
     workers = std::min(useful_threads((x.rows + 2 * rank) * n * k, threads), tasks);
+    width = std::min(max_slabs, up(slabs, col_ranges)) * slab_cols;
     height = blocks == 1 ? 1 : std::min(region_rows / strip_rows, up(strips, row_ranges));
-    width = 0;
-    const int64_t rest = (budget - sums_bytes(layer)) / workers / int64_t{sizeof(Word)} - worker_words();
-    width = slab_cols;
-    width *= std::clamp<int64_t>(rest / (block + height * strip_rows + padded_v) / slab_cols, 1,
-                                 std::min(max_slabs, up(slabs, col_ranges)));
+    const int64_t words = (budget - sums_bytes(layer)) / workers / int64_t{sizeof(Word)};
+    while (worker_words() > words && (width > slab_cols || height > 1)) {
+      if (width > slab_cols && width >= height * strip_rows) {
+        width -= slab_cols;
+      } else {
+        height = up(height, 2);
+      }
+    }
   }
-  int64_t sums_bytes(const Layer& layer) const {
-    return layer.rank * int64_t{sizeof(float)} *
-           ((col_ranges - 1) * layer.n() + (row_ranges - 1) * layer.groups * layer.k());
+  // The number of ranges of a side: of 384 rows or columns, or of 768 if there are more than four, and not more than
+  // `bytes` suffice for, with `sums` for each but the first
+  static int64_t ranges(int64_t length, int64_t bytes, int64_t sums, int64_t least) {
+    const int64_t most = std::max(std::min<int64_t>(length / 384, 4), length / 768);
+    const int64_t fit = std::max(bytes / sums + 1, least);
+    return static_cast<int64_t>(
+        std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(fit, 1, std::max<int64_t>(most, 1)))));
   }
+  static int64_t sums_bytes(const Layer& layer, int64_t of_rows, int64_t of_cols) {
+    return layer.rank * int64_t{sizeof(float)} * (of_rows * layer.groups * layer.k() + of_cols * layer.n());
+  }
+  int64_t sums_bytes(const Layer& layer) const { return sums_bytes(layer, row_ranges - 1, col_ranges - 1); }
   // blocks of x and dy, tiles of G, u of a strip and v
   int64_t worker_words() const {
     return width * (block + height * strip_rows + padded_v) + strip_rows * (block + padded_u);
