@@ -105,17 +105,31 @@ def saved_for_backward(forward: Callable[[], Tensor], x: Tensor, others: Iterabl
         x: Its input, which does not count: the layer before may have to keep it as well.
         others: Frozen and trained parameters, which do not count.
     """
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        # holding the tensor keeps its address from being used again
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = forward()
-    excluded = {t.untyped_storage().data_ptr() for t in others}
+    y = forward()
     own = x.untyped_storage().data_ptr()
-    total = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at != own and at not in excluded)
-    del y
-    return total, own in kept
+    kept = kept_storages(y)
+    excluded = {own, *(t.untyped_storage().data_ptr() for t in others)}
+    return sum(size for at, size in kept.items() if at not in excluded), own in kept
+
+
+def kept_storages(y: Tensor) -> dict[int, int]:
+    """Return {address: bytes} of the storages that the nodes of y's graph keep.
+
+    The graph is read, because hooks on saved tensors would change what this package keeps.
+    """
+    kept: dict[int, int] = {}
+    seen: set[Any] = {None}
+    nodes: list[Any] = [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        # those of PyTorch's own operations, and those of autograd.Functions
+        names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
+        for value in (getattr(node, name) for name in names):
+            for t in value if isinstance(value, tuple) else (value,):
+                if isinstance(t, Tensor) and t.dim():  # a number is kept as a tensor without dimensions
+                    kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        nodes += [following for following, _ in node.next_functions]
+    return kept

@@ -71,7 +71,10 @@ def rlrr_of_model(model: nn.Module) -> tuple[dict[str, Tensor], Tuned]:
     if not layers:
         raise ValueError("model: it holds no FusedRLRRLinear; expected one that apply_rlrr prepared")
     weights = linear_weights(model)
-    updates = {name: Rescaled(layer.scale_out.detach(), layer.scale_in.detach()) for name, layer in layers.items()}
+    updates = {
+        name: Rescaled(layer.scale_out.detach() * layer.scaling, layer.scale_in.detach())
+        for name, layer in layers.items()
+    }
     return {name: weights[name] for name in layers}, Tuned("RLRR", type(model).__name__, updates)
 
 
@@ -91,12 +94,13 @@ def rlrr_adapter(path: str | Path, base: Mapping[str, Tensor]) -> Tuned:
     names = [name.removesuffix(".scale_out") for name in state if name.endswith(".scale_out")]
     if not names:
         raise ValueError(f"{folder}: expected an RLRR adapter, and there is no scale_out in it")
+    scaling = 1.0 if manifest.rlrr is None else manifest.rlrr.scaling
     updates: dict[str, Update] = {}
     for name in names:
         u, v = state[f"{name}.scale_out"], state.get(f"{name}.scale_in")
         if v is None:
             raise ValueError(f"{folder}: {name}.scale_in is missing")
-        updates[name] = _built(folder, name, lambda u=u, v=v: Rescaled(u, v))  # type: ignore[misc]
+        updates[name] = _built(folder, name, lambda u=u, v=v: Rescaled(u * scaling, v))  # type: ignore[misc]
         _check_fingerprint(folder, name, manifest, base)
     parts = ("scale_out", "scale_in", "shift")
     used = {f"{name}.{part}" for name in names for part in parts}

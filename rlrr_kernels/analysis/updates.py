@@ -27,7 +27,10 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class Rescaled:
-    """RLRR: W * (1 + u v) with u ``[N, r]`` and v ``[r, K]``, or ``[groups, r, K]`` for equal blocks of rows."""
+    """RLRR: W * (1 + u v) with u ``[N, r]`` and v ``[r, K]``, or ``[groups, r, K]`` for equal blocks of rows.
+
+    A constant factor of u v is part of u.
+    """
 
     scale_out: Tensor
     scale_in: Tensor

@@ -1,8 +1,8 @@
 """What is computed to check a backend, and the judgement: each pass runs twice at each shape.
 
 The shapes are ViT-B's four linears at a batch of images; sizes that no tile divides, in several groups; one token; and
-few tokens at a deep layer, whose sums GPUs split. On a GPU each shape and dtype compiles at most one Triton kernel, and
-the four layers mostly share theirs.
+few tokens at a deep layer, whose sums GPUs split; and rank 8. On a GPU each shape and dtype compiles at most one Triton
+kernel, and the four layers mostly share theirs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from rlrr_kernels.check.yardstick import Expected
 #: Tokens of the ViT-B layers: 32 images on a GPU, so that four processes at once fit in 8 GB; 2 on a CPU, where the
 #: exact results in float64 take most of the time.
 TOKENS = {"cuda": 32 * 197, "cpu": 2 * 197}
+#: The rank of some cases; the others have rank 1.
+RANK = 8
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EPS = 1e-6
 #: RuntimeErrors of cuBLAS, the driver (by torch or Triton) and torch on a CPU that mean that there is no memory.
@@ -38,6 +40,7 @@ class Case:
         m, n, k, groups: x is ``[m, k]``, W ``[n, k]``; for LayerNorm there is only x.
         dtype: The dtype of x.
         weight_dtype: The dtype of W, if it is another.
+        rank: Rank of u v.
     """
 
     m: int
@@ -46,9 +49,11 @@ class Case:
     groups: int
     dtype: torch.dtype
     weight_dtype: torch.dtype | None = None
+    rank: int = 1
 
     def __str__(self) -> str:
         sizes = f"M {self.m}, N {self.n}, K {self.k}" + (f", groups {self.groups}" if self.groups > 1 else "")
+        sizes += f", rank {self.rank}" if self.rank > 1 else ""
         mixed = f" with W in {_short(self.weight_dtype)}" if self.weight_dtype else ""
         return f"{_short(self.dtype)}{mixed}, {sizes}"
 
@@ -80,6 +85,8 @@ def cases(which: str, device_type: str) -> Iterator[Case]:
         yield from (Case(*sizes, dtype) for sizes in (*small, *layers))
         if dtype.itemsize == 2:  # as under autocast
             yield Case(*layers[0], dtype, torch.float32)
+        if which != "layer_norm":
+            yield from (Case(*sizes, dtype, rank=RANK) for sizes in (small[0], layers[1]))
 
 
 @dataclass
@@ -176,7 +183,9 @@ def _product(module: ModuleType, which: str, case: Case, device: torch.device) -
     weight_dtype = case.weight_dtype or case.dtype
     x, dy = draw(case.m, case.k, dtype=case.dtype), draw(case.m, case.n, dtype=case.dtype)
     weight = draw(case.n, case.k, dtype=weight_dtype) * case.k**-0.5
-    u, v = draw(case.n, 1, dtype=wide), 0.5 * draw(case.groups, 1, case.k, dtype=wide)
+    # u v has the same variance at each rank
+    u = draw(case.n, case.rank, dtype=wide) * case.rank**-0.5
+    v = 0.5 * draw(case.groups, case.rank, case.k, dtype=wide)
     bias, shift = draw(case.n, dtype=weight_dtype), draw(case.n, dtype=wide)
 
     def compute() -> Sequence[Tensor]:
@@ -191,7 +200,7 @@ def _product(module: ModuleType, which: str, case: Case, device: torch.device) -
         found = yardstick.expected(which, x, weight, u, v, bias, shift, dy)
         return [*found, found[-1]._replace(name="df alone")] if which == "grad_scales" else found
 
-    return compute, wanted, module.unsupported(x, weight)
+    return compute, wanted, module.unsupported(x, weight, case.rank)
 
 
 def _layer_norm(module: ModuleType, which: str, case: Case, device: torch.device) -> _Prepared:

@@ -73,6 +73,7 @@ def check_fit(
     check_enabled(model)
     check_unmerged(model)
     layers = [module for _, module in adapters(model)]
+    _check_ranks(model, config, tensors, source)
     plan, prepare = model, config is not None and not layers
     if prepare:
         try:
@@ -98,6 +99,26 @@ def check_fit(
     if problems:
         raise ValueError(f"{source} does not fit the model: {summarize(problems)}")
     return prepare
+
+
+def _check_ranks(model: nn.Module, config: RLRRConfig | None, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that a prepared model's layers have the rank and the scaling that its adapter was trained with.
+
+    Raises:
+        ValueError: If they have not.
+    """
+    for name, layer in adapters(model):
+        u = tensors.get(f"{plain_name(name)}.scale_out")
+        if not isinstance(layer, FusedRLRRLinear) or u is None:
+            continue
+        rank = u.shape[1] if u.dim() == 2 else layer.rank
+        scaling = layer.scaling if config is None else config.scaling
+        if (rank, scaling) != (layer.rank, layer.scaling):
+            raise ValueError(
+                f"{source} does not fit the model: it has rank {rank} and scaling {scaling:g}, and the model's "
+                f"{plain_name(name)} has rank {layer.rank} and scaling {layer.scaling:g}; prepare the model with "
+                f"apply_rlrr(rank={rank}, scaling={scaling:g}), or give the plain model"
+            )
 
 
 @torch.no_grad()

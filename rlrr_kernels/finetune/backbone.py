@@ -57,6 +57,7 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
         apply_rlrr(
             model,
             init=settings.init,
+            rank=settings.rank,
             # None is what was published for the model's family, which may be no affine at all
             norm_affine=None if settings.norm_affine else False,
             patch_affine=None if settings.patch_affine else False,
@@ -242,7 +243,7 @@ def apply_lora(model: nn.Module, rank: int) -> nn.Module:
 
 
 def matching_rank(model: nn.Module) -> int:
-    """The smallest LoRA rank that trains at least as many parameters as RLRR, without the head."""
+    """The smallest LoRA rank that trains at least as many parameters as RLRR of rank 1, without the head."""
     per_rank = sum(linear.in_features + linear.out_features for _, linear in _adapted_linears(model))
     count, _ = count_parameters(apply_rlrr(meta_copy(model), train_head=False))
     return -(-count // per_rank)

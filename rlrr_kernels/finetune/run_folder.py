@@ -126,7 +126,8 @@ class RunFolder:
     """The folder of one run, new or resumed. Only the main process writes; all processes know the path.
 
     ``settings.out`` names a new folder, which must not exist; without it the folder is
-    ``runs/<data>-<model>-<method>-seed<seed>``, with a number appended if that exists.
+    ``runs/<data>-<model>-<method>-seed<seed>``, with a number appended if that exists. The method of a rank above 1 is
+    ``rlrr-r<rank>`` there.
     A new folder exists only after :meth:`begin`.
 
     Attributes:
@@ -146,7 +147,7 @@ class RunFolder:
             on_main(world, self._refuse_existing)
         else:
             data = settings.dataset.strip("/.").replace("/", "-")
-            self.path = Path("runs") / f"{data}-{settings.model}-{settings.method}-seed{settings.seed}"
+            self.path = Path("runs") / f"{data}-{settings.model}-{settings.variant}-seed{settings.seed}"
         self.kept = 0
         self._events: Any = None
         self._wants_events = settings.tensorboard and world.main

@@ -38,7 +38,7 @@ METRICS_TYPES: Mapping[str, tuple[type, ...]] = {
 }
 
 #: Settings that build the model as timm does.
-UNTUNED: Mapping[str, Any] = {"method": "full", "frozen_dtype": ""}
+UNTUNED: Mapping[str, Any] = {"method": "full", "rank": 1, "frozen_dtype": ""}
 
 #: Methods for comparison. Their adapters do not describe themselves, and they are not merged.
 PEERS = ("ssf", "lora")

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlrr_kernels.backends.problem import MAX_RANK
 from rlrr_kernels.finetune.embedded import EMBEDDED_MODEL
 from rlrr_kernels.finetune.recipes import BACKBONE, recipe
 from rlrr_kernels.io.checks import expect
-from rlrr_kernels.layers.linear import INITS
+from rlrr_kernels.layers.options import INITS
 
 METHODS = ("rlrr", "ssf", "lora", "linear", "full")
 PROTOCOLS = ("choose-epoch", "final", "best-on-test")
@@ -74,8 +75,9 @@ class Settings:
         METHODS,
     )
     lora_rank: int = setting(
-        0, "rank of lora; 0: the smallest that trains no fewer parameters than rlrr would", least=0
+        0, "rank of lora; 0: the smallest that trains no fewer parameters than rlrr of rank 1 would", least=0
     )
+    rank: int = setting(1, "rank of u v of rlrr; 1: as published", least=1, below=MAX_RANK + 1)
     init: str = setting("paper", "start of u and v: as published, or the plain model's function", INITS)
     norm_affine: bool = setting(True, "train a scale and a shift after each LayerNorm, as published")
     patch_affine: bool = setting(True, "train a scale and a shift after the patch embedding, as published")
@@ -159,6 +161,11 @@ class Settings:
         return self.protocol or ("final" if self.task else "choose-epoch")
 
     @property
+    def variant(self) -> str:
+        """The method's name in folder names, with a rank above 1."""
+        return self.method if self.rank == 1 else f"{self.method}-r{self.rank}"
+
+    @property
     def total_epochs(self) -> int:
         """Epochs of the schedule and of the cool-down after it."""
         return self.epochs + self.cooldown_epochs
@@ -193,7 +200,7 @@ class Settings:
                 names = ", ".join(choice or "nothing" for choice in choices)
                 raise ValueError(f"{name}: expected one of {names}, got {value!r}")
             if least is not None and not least <= value < below:
-                expected = f"at least {least}"
+                expected = f"at least {least}" if below == math.inf else f"{least} to {below - 1}"
                 if type(each.default) is float:
                     expected = "a finite number, 0 or more" if below == math.inf else "0 or more and less than 1"
                 raise ValueError(f"{name}: expected {expected}, got {value}")
@@ -220,6 +227,8 @@ class Settings:
                 f"compile: expected default or nothing with grad_accumulation={self.grad_accumulation}, because a CUDA "
                 f"graph overwrites the gradients of the batch before, got {self.compile!r}"
             )
+        if self.rank > 1 and self.method != "rlrr":
+            raise ValueError(f"rank: expected 1 with method={self.method!r}, got {self.rank}")
         if self.frozen_dtype and self.method != "rlrr":
             raise ValueError(f"frozen_dtype: expected none with method={self.method!r}, got {self.frozen_dtype!r}")
         if self.checkpoint is not None and not os.path.isfile(self.checkpoint):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as compiler
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -27,6 +28,9 @@ from rlrr_kernels.io.checks import expect
 from rlrr_kernels.models.parameters import param_groups
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: Share of activations that a compiled model keeps; the cheapest, what GELU and LayerNorm return, are formed again.
+ACTIVATION_BUDGET = 0.9
 
 #: The progress line reports waiting for images above this share of an epoch's time.
 BOTTLENECK = 0.25
@@ -154,6 +158,7 @@ class Trainer:
         self.wrapped = distributed.wrap(self.model, self.world, settings.parallel, device)
         self.forward: Any = self.wrapped
         if settings.compile:
+            compiler.activation_memory_budget = ACTIVATION_BUDGET
             # shapes are fixed but for the last batch of an epoch, which is compiled once, too
             self.forward = torch.compile(self.wrapped, mode=settings.compile, dynamic=False)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

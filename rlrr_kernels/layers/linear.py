@@ -11,30 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlrr_kernels.backends.reference import accumulation_dtype, rescaled_weight
+from rlrr_kernels.layers.options import Init, check_init, check_rank, init_name
 from rlrr_kernels.layers.ownership import check_dtype, check_linear, check_not_in_fsdp, check_own_parameters
 from rlrr_kernels.ops import route
 from rlrr_kernels.ops.linear import rescaled_linear
-
-#: The named ways to initialise u and v, see :class:`FusedRLRRLinear`.
-INITS = ("paper", "identity")
-
-#: One of :data:`INITS`, or a function that fills (scale_out, scale_in) in place.
-Init = str | Callable[[Tensor, Tensor], None]
-
-
-def check_init(init: object) -> None:
-    """Check an ``init`` argument.
-
-    Raises:
-        ValueError: If it is neither one of :data:`INITS` nor callable.
-    """
-    if not callable(init) and init not in INITS:
-        raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {init!r}")
-
-
-def init_name(init: Init) -> str:
-    """The name of an ``init`` in a layer's ``repr``."""
-    return init if isinstance(init, str) else getattr(init, "__name__", repr(init))
 
 
 def refuse_script(module: nn.Module) -> nn.Module:
@@ -50,7 +30,7 @@ def refuse_script(module: nn.Module) -> nn.Module:
 
 
 class FusedRLRRLinear(nn.Linear):
-    """y = x (W * (1 + u v))^T + b + f, with W and b frozen and u, v, f trained.
+    """y = x (W * (1 + s u v))^T + b + f, with W and b frozen, u, v and f trained, and s a constant, 1 by default.
 
     A drop-in replacement for ``nn.Linear``: same first arguments, same ``weight`` and ``bias`` keys. A checkpoint of
     the plain layer lacks u, v and f: load it before :func:`~rlrr_kernels.apply_rlrr`, or with ``strict=False``.
@@ -62,15 +42,18 @@ class FusedRLRRLinear(nn.Linear):
         bias: whether the frozen layer has a bias.
         device, dtype: of ``weight`` and ``bias``.
         groups: number of equal blocks of output rows that have their own v: 3 for a fused qkv projection.
-        init: ``"paper"`` draws v from U(+-sqrt(6/K)) and u from U(+-sqrt(6)), so that W' differs from W at the
-            start. ``"identity"`` sets u = 0 and draws v, so that the layer starts as the plain one. A callable gets
+        init: ``"paper"`` draws v from U(+-sqrt(6/(K r))) and u from U(+-sqrt(6)), so that W' differs from W at the
+            start: as published at rank 1, with a variance of u v that does not depend on the rank. ``"identity"`` sets
+            u = 0 and draws v in the same way, so that the layer starts as the plain one. A callable gets
             ``(scale_out, scale_in)`` and fills both in place.
+        rank: r, the rank of u v, 1 to 128.
+        scaling: s, a finite number above 0.
 
     Attributes:
         weight: W ``[N, K]``, frozen.
         bias: b ``[N]`` or None, frozen.
-        scale_out: u ``[N, 1]``, trained, in float32 (float64 with a float64 weight), as are the next two.
-        scale_in: v ``[1, K]``, or ``[groups, 1, K]``.
+        scale_out: u ``[N, r]``, trained, in float32 (float64 with a float64 weight), as are the next two.
+        scale_in: v ``[r, K]``, or ``[groups, r, K]``.
         shift: f ``[N]``, zero at the start.
         enabled: if False, the layer computes x W^T + b, bit for bit.
         merged: whether :meth:`merge` has replaced W and b by W' and b + f.
@@ -78,8 +61,9 @@ class FusedRLRRLinear(nn.Linear):
     While the layer is merged, ``state_dict`` still returns the frozen W and b, and a layer without b has a ``bias``.
 
     Raises:
-        TypeError: If ``dtype`` is not float16, bfloat16, float32 or float64.
-        ValueError: If ``groups`` does not divide N, or ``init`` is an unknown name.
+        TypeError: If ``dtype`` is not float16, bfloat16, float32 or float64, or ``rank`` or ``scaling`` no number.
+        ValueError: If ``groups`` does not divide N, ``init`` is an unknown name, or ``rank`` or ``scaling`` is out of
+            range.
     """
 
     def __init__(
@@ -92,14 +76,20 @@ class FusedRLRRLinear(nn.Linear):
         *,
         groups: int = 1,
         init: Init = "paper",
+        rank: int = 1,
+        scaling: float = 1.0,
     ) -> None:
         if groups < 1 or out_features % groups:
             raise ValueError(f"groups: expected a divisor of out_features = {out_features}, got {groups}")
         check_init(init)
+        check_rank(rank, scaling)
         check_dtype("dtype", dtype or torch.get_default_dtype())
         super().__init__(in_features, out_features, bias, device, dtype)
         self.groups = groups
         self.init = init
+        self.rank = rank
+        # not 1.0: under dynamic=True TorchDynamo compares a float in a guard, and compiles once more
+        self.scaling = 1 if scaling == 1 else scaling
         self.enabled = True
         self.merged = False
         #: whether the frozen layer has a bias; the merged one always has
@@ -107,8 +97,8 @@ class FusedRLRRLinear(nn.Linear):
         #: the frozen W and b while the layer is merged, if they were kept
         self._frozen: tuple[nn.Parameter, nn.Parameter | None] | None = None
         new: dict[str, Any] = {"device": self.weight.device, "dtype": accumulation_dtype(self.weight.dtype)}
-        v_shape = (1, in_features) if groups == 1 else (groups, 1, in_features)
-        self.scale_out = nn.Parameter(torch.empty((out_features, 1), **new))
+        v_shape = (rank, in_features) if groups == 1 else (groups, rank, in_features)
+        self.scale_out = nn.Parameter(torch.empty((out_features, rank), **new))
         self.scale_in = nn.Parameter(torch.empty(v_shape, **new))
         self.shift = nn.Parameter(torch.empty(out_features, **new))
         self.weight.requires_grad_(False)
@@ -118,13 +108,20 @@ class FusedRLRRLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, groups: int = 1, init: Init = "paper", dtype: torch.dtype | None = None
+        cls,
+        linear: nn.Linear,
+        *,
+        groups: int = 1,
+        init: Init = "paper",
+        dtype: torch.dtype | None = None,
+        rank: int = 1,
+        scaling: float = 1.0,
     ) -> FusedRLRRLinear:
         """Make a layer that shares and freezes the weight and bias of ``linear``.
 
         Args:
             linear: the layer to replace. Its parameters are not copied.
-            groups, init: as in the constructor.
+            groups, init, rank, scaling: as in the constructor.
             dtype: store weight and bias in this dtype instead; they are then copied.
 
         Raises:
@@ -135,7 +132,8 @@ class FusedRLRRLinear(nn.Linear):
         check_linear(linear)
         dtype = dtype or linear.weight.dtype
         check_dtype("dtype", dtype)
-        layer = cls(linear.in_features, linear.out_features, False, "meta", groups=groups, init=init)
+        options: dict[str, Any] = {"groups": groups, "init": init, "rank": rank, "scaling": scaling}
+        layer = cls(linear.in_features, linear.out_features, False, "meta", **options)
         new: dict[str, Any] = {"device": linear.weight.device, "dtype": accumulation_dtype(dtype)}
         linear.requires_grad_(False)
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -180,7 +178,7 @@ class FusedRLRRLinear(nn.Linear):
         if callable(self.init):
             self.init(self.scale_out, self.scale_in)
             return
-        bound = math.sqrt(6 / self.in_features) if self.in_features else 0.0
+        bound = math.sqrt(6 / (self.in_features * self.rank)) if self.in_features else 0.0
         self.scale_in.uniform_(-bound, bound)
         if self.init == "identity":
             self.scale_out.zero_()
@@ -201,7 +199,8 @@ class FusedRLRRLinear(nn.Linear):
         """
         if self.merged or not self.enabled:
             return self._plain(x)
-        return rescaled_linear(x, self.weight, self.scale_out, self.scale_in, self.bias, self.shift)
+        u = self.scale_out if self.scaling == 1 else self.scale_out * self.scaling
+        return rescaled_linear(x, self.weight, u, self.scale_in, self.bias, self.shift)
 
     def _plain(self, x: Tensor) -> Tensor:
         if self.merged and self.enabled and self.training and torch.is_grad_enabled():
@@ -224,10 +223,10 @@ class FusedRLRRLinear(nn.Linear):
         if self.merged:
             raise RuntimeError("FusedRLRRLinear: u, v and f are already merged")
         dtype = self.weight.dtype
-        scale_in = self.scale_in.view(self.groups, 1, self.in_features)
+        scale_in = self.scale_in.view(self.groups, self.rank, self.in_features)
         sharding = route.sharding_of(self.weight)
         form = rescaled_weight if sharding is None else sharding.rescaled_weight
-        weight = form(self.weight, self.scale_out, scale_in, dtype)
+        weight = form(self.weight, self.scale_out * self.scaling, scale_in, dtype)
         bias = self.shift if self.bias is None else self.bias.to(self.shift.dtype) + self.shift
         return weight, bias.to(dtype, copy=True)
 
@@ -365,7 +364,9 @@ class FusedRLRRLinear(nn.Linear):
     def extra_repr(self) -> str:
         state = "" if self.enabled else ", disabled"
         state += ", merged" if self.merged else ""
-        return f"{super().extra_repr()}, groups={self.groups}, init={init_name(self.init)}{state}"
+        rank = "" if self.rank == 1 else f", rank={self.rank}"
+        rank += "" if self.scaling == 1 else f", scaling={self.scaling:g}"
+        return f"{super().extra_repr()}, groups={self.groups}{rank}, init={init_name(self.init)}{state}"
 
 
 def _frozen_as(like: Tensor, values: Tensor) -> nn.Parameter:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlrr_kernels.backends.reference import accumulation_dtype, compose_affine
-from rlrr_kernels.layers.linear import Init, check_init, init_name, refuse_script
+from rlrr_kernels.layers.linear import refuse_script
+from rlrr_kernels.layers.options import Init, check_init, init_name
 from rlrr_kernels.ops import layer_norm
 
 

@@ -88,7 +88,12 @@ def apply_rlrr(
         linear: Any = model.get_submodule(name)
         if id(linear) not in made:
             made[id(linear)] = FusedRLRRLinear.from_linear(
-                linear, groups=groups, init=config.init, dtype=config.frozen_dtype
+                linear,
+                groups=groups,
+                init=config.init,
+                dtype=config.frozen_dtype,
+                rank=config.rank,
+                scaling=config.scaling,
             )
         replace(model, name, made[id(linear)])
     for name, norm in selection.norms.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlrr_kernels.layers.linear import Init, check_init
+from rlrr_kernels.layers.options import Init, check_init, check_rank
 
 #: Dtypes in which frozen weights can be kept, by name.
 FROZEN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -44,6 +44,8 @@ class RLRRConfig:
             ``model.train()``. Those in the head train with it.
         frozen_dtype: Dtype (or its name) in which to keep the frozen weights and biases of the adapted linears.
             None: as they are.
+        rank: r in S = 1 + s u v, 1 (as published) to 128.
+        scaling: s, which is not trained: a finite number above 0. 1, the default, is the published method.
 
     Raises:
         TypeError: If a value is of another type.
@@ -59,6 +61,8 @@ class RLRRConfig:
     train_head: bool | str | Sequence[str] = True
     train_batch_norm: bool = False
     frozen_dtype: torch.dtype | None = None
+    rank: int = 1
+    scaling: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -75,6 +79,7 @@ class RLRRConfig:
             if not any(getattr(self, name) is value for value in allowed):
                 raise TypeError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
         check_init(self.init)
+        check_rank(self.rank, self.scaling)
         if self.frozen_dtype is not None:
             object.__setattr__(self, "frozen_dtype", _frozen_dtype(self.frozen_dtype))
 

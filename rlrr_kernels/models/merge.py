@@ -184,8 +184,9 @@ def lost_updates(layer: FusedRLRRLinear, merged: Tensor) -> tuple[int, int]:
     if layer.weight.is_meta:
         return 0, 0
     merged, weight, u, v = map(whole, (merged, layer.weight, layer.scale_out, layer.scale_in))
-    update = (u.view(layer.groups, -1, 1) != 0) & (v.view(layer.groups, 1, -1) != 0)
-    should_change = update.view_as(merged) & (weight != 0)
+    used_u, used_v = (u != 0).float().view(layer.groups, -1, layer.rank), (v != 0).float()
+    update = (used_u @ used_v.view(layer.groups, layer.rank, -1)).view_as(merged) > 0
+    should_change = update & (weight != 0)
     return int((should_change & (merged == weight)).sum()), int(should_change.sum())
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from rlrr_kernels.backends import BACKENDS, choice, tuned
-from rlrr_kernels.backends.problem import Problem
+from rlrr_kernels.backends.problem import MAX_RANK, Problem
 from rlrr_kernels.backends.tuned import FORMAT, Entry
 from rlrr_kernels.check import yardstick
 from rlrr_kernels.check.command import device_of, failures
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--dtype", choices=DTYPES, default="bfloat16", help="of x (default: %(default)s)")
     add("--weight-dtype", choices=DTYPES, help="of the frozen weight (default: as x)")
+    add("--rank", type=int, default=1, help="rank of u v (default: %(default)s)")
     add("--tf32", action="store_true", help="float32 products in TF32, as where training allows it")
     add("--backend", action="append", default=[], choices=BACKENDS, help="may be repeated (default: all)")
     add("--rules", action="store_true", help="keep instead what measured.json has: backends alone, for any N and K")
@@ -118,6 +119,8 @@ def _main(arguments: argparse.Namespace, machine: Machine | None) -> int:
         given = getattr(arguments, name)
         if given is not None and given < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, got {given}")
+    if not 1 <= arguments.rank <= MAX_RANK:
+        raise ValueError(f"--rank: expected 1 to {MAX_RANK}, got {arguments.rank}")
     wanted = _shapes(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("rlrr-tune runs in one process; the ranks of a distributed run only read what it found")
@@ -151,7 +154,8 @@ def _problems(arguments: argparse.Namespace, shape: shapes.Shape, device: torch.
     dtype, weight_dtype = DTYPES[arguments.dtype], DTYPES[arguments.weight_dtype or arguments.dtype]
     tf32 = arguments.tf32 and dtype is torch.float32 and device.type == "cuda"
     sizes = shape.m, shape.n, shape.k, shape.groups
-    return [Problem(kernel, *sizes, dtype, weight_dtype, tf32) for kernel in ("forward", "grad_input", "grad_scales")]
+    types = dtype, weight_dtype, tf32, arguments.rank
+    return [Problem(kernel, *sizes, *types) for kernel in ("forward", "grad_input", "grad_scales")]
 
 
 def _check(device: torch.device) -> None:

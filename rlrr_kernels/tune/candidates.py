@@ -56,7 +56,8 @@ class Tensors(NamedTuple):
 def describe(problem: Problem) -> str:
     """Return the problem in words, as ``forward M=12608 N=2304 K=768 groups=3``."""
     groups = f" groups={problem.groups}" if problem.groups > 1 else ""
-    return f"{problem.kernel} M={problem.m} N={problem.n} K={problem.k}{groups}"
+    rank = f" rank={problem.rank}" if problem.rank > 1 else ""
+    return f"{problem.kernel} M={problem.m} N={problem.n} K={problem.k}{groups}{rank}"
 
 
 def candidates(problem: Problem, device: torch.device, limit: int, names: Sequence[str] = ()) -> list[Candidate]:

@@ -45,10 +45,11 @@ def lora_tensors(name="blocks.0.mlp.fc1", n=192, k=48, r=4):
     }
 
 
+@pytest.mark.parametrize("options", [{}, {"rank": 3, "scaling": 0.5}], ids=str)
 @pytest.mark.parametrize("make", [small_vit, small_swin])
-def test_an_rlrr_adapter_amounts_to_the_merged_model(tmp_path, make):
+def test_an_rlrr_adapter_amounts_to_the_merged_model(tmp_path, make, options):
     """q, k and v have a v each in the ViT, and share one in Swin."""
-    model = stir(apply_rlrr(make()))
+    model = stir(apply_rlrr(make(), **options))
     save_adapter(model, tmp_path / "run" / "adapter")
     plain = base_of(make())
     tuned = rlrr_adapter(tmp_path / "run", plain)

@@ -49,7 +49,12 @@ def folder(tmp_path):
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"norm_affine": False, "groups": {}}, {"target_modules": ["*.fc1"], "init": "identity", "train_head": False}],
+    [
+        {},
+        {"norm_affine": False, "groups": {}},
+        {"rank": 3, "scaling": 0.5},
+        {"target_modules": ["*.fc1"], "init": "identity", "train_head": False},
+    ],
 )
 def test_a_round_trip_brings_back_the_function(tmp_path, options, prepared):
     model = tuned(**options)
@@ -217,6 +222,30 @@ def test_a_model_prepared_in_another_way_is_refused(folder):
         load_adapter(apply_rlrr(small_vit(), groups={}), folder)
     with pytest.raises(ValueError, match=r"unexpected blocks\.0\.norm1\.ssf_scale"):
         load_adapter(apply_rlrr(small_vit(), norm_affine=False), folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "own"), [({"rank": 3}, {}), ({}, {"rank": 3}), ({"rank": 3, "scaling": 0.5}, {"rank": 3})], ids=str
+)
+def test_another_rank_or_scaling_is_one_error_that_names_both(tmp_path, given, own):
+    save_adapter(tuned(**given), tmp_path / "a")
+    model = tuned(**own)
+    before = values_of(model)
+    described = [f"rank {of.get('rank', 1)} and scaling {of.get('scaling', 1):g}" for of in (given, own)]
+    words = (
+        rf"does not fit the model: it has {described[0]}, and the model's blocks\.0\.attn\.qkv has {described[1]}; prep"
+    )
+    with pytest.raises(ValueError, match=words):
+        load_adapter(model, tmp_path / "a")
+    assert_untouched(model, before)
+
+
+def test_an_adapter_from_before_ranks_has_rank_1(folder):
+    values = json.loads((folder / CONFIG).read_text())
+    assert (values["rlrr"].pop("rank"), values["rlrr"].pop("scaling")) == (1, 1.0)
+    edit(folder, rlrr=values["rlrr"])
+    assert torch.equal(load_adapter(small_vit(), folder)(X), tuned()(X))
+    assert torch.equal(load_adapter(apply_rlrr(small_vit()), folder)(X), tuned()(X))
 
 
 # meta device, sharded parameters

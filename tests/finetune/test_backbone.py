@@ -118,6 +118,14 @@ def test_frozen_weights_are_kept_in_the_precision_asked_for():
     assert build_model(Settings(), 10).blocks[0].mlp.fc1.weight.dtype == torch.float32
 
 
+def test_the_rank_reaches_every_adapted_linear():
+    plain, model = (build_model(Settings(rank=rank), 10) for rank in (1, 4))
+    assert model.blocks[0].mlp.fc1.scale_out.shape == (512, 4)
+    # u and v of the linears have four times as many numbers, and nothing else changes
+    scales = sum(p.numel() for name, p in plain.named_parameters() if name.endswith(("scale_out", "scale_in")))
+    assert count_parameters(model)[0] == count_parameters(plain)[0] + 3 * scales
+
+
 def test_the_image_size_reaches_the_model_and_the_images():
     ready = prepare(Settings(img_size=42, pretrained=False, device="cpu"))
     assert ready.model.patch_embed.img_size == (42, 42)

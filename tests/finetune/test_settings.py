@@ -30,6 +30,9 @@ from rlrr_kernels.finetune import Settings
         ({"label_smoothing": -0.1}, "label_smoothing: expected 0 or more and less than 1"),
         ({"early_stop": 3, "protocol": "final"}, "early_stop: expected 0 with protocol='final'"),
         ({"early_stop": 3, "task": "vtab/cifar"}, "early_stop: expected 0 with protocol='final'"),
+        ({"rank": 0}, "rank: expected 1 to 128, got 0"),
+        ({"rank": 129}, "rank: expected 1 to 128, got 129"),
+        ({"rank": 2, "method": "lora"}, "rank: expected 1 with method='lora', got 2"),
         ({"frozen_dtype": "bf16", "method": "full"}, "frozen_dtype: expected none with method='full', got 'bf16'"),
     ],
 )

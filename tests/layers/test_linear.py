@@ -30,18 +30,22 @@ def test_only_scales_and_shift_train_and_they_are_float32():
     assert FusedRLRRLinear(8, 6, dtype=torch.float64).shift.dtype is torch.float64
 
 
-@pytest.mark.parametrize(("groups", "v_shape"), [(1, (1, 8)), (3, (3, 1, 8))])
-def test_forward_is_the_formula(groups, v_shape):
-    layer = FusedRLRRLinear(8, 6, groups=groups)
+@pytest.mark.parametrize(
+    ("groups", "rank", "scaling", "v_shape"),
+    [(1, 1, 1.0, (1, 8)), (3, 1, 1, (3, 1, 8)), (1, 4, 1.0, (4, 8)), (3, 2, 0.3, (3, 2, 8)), (1, 1, 2, (1, 8))],
+)
+def test_forward_is_the_formula(groups, rank, scaling, v_shape):
+    layer = FusedRLRRLinear(8, 6, groups=groups, rank=rank, scaling=scaling)
     nn.init.normal_(layer.shift)
+    assert layer.scale_out.shape == (6, rank)
     assert layer.scale_in.shape == v_shape
     x = torch.randn(2, 5, 8)
-    v = layer.scale_in.view(groups, 1, 8)
-    expected = reference.formula(x, layer.weight, layer.scale_out, v, layer.bias, layer.shift)
+    v = layer.scale_in.view(groups, rank, 8)
+    expected = reference.formula(x, layer.weight, scaling * layer.scale_out, v, layer.bias, layer.shift)
     assert torch.allclose(layer(x), expected, atol=1e-6)
     rows = 6 // groups
     by_group = [
-        x @ (layer.weight[i * rows + j] * (1 + layer.scale_out[i * rows + j] * v[i, 0]))
+        x @ (layer.weight[i * rows + j] * (1 + scaling * layer.scale_out[i * rows + j] @ v[i]))
         for i in range(groups)
         for j in range(rows)
     ]
@@ -55,6 +59,32 @@ def test_paper_init_is_uniform_with_the_bounds_of_the_paper():
         assert values.abs().max() > 0.97 * bound
         assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     assert not layer.shift.any()
+
+
+def test_the_variance_of_u_v_at_the_start_does_not_depend_on_the_rank():
+    torch.manual_seed(0)
+    spreads = []
+    for rank in (1, 16):
+        layer = FusedRLRRLinear(600, 500, rank=rank)
+        spreads.append((layer.scale_out @ layer.scale_in).std().item())
+    assert spreads[1] == pytest.approx(spreads[0], rel=0.1)
+    assert spreads[0] == pytest.approx(2 / math.sqrt(600), rel=0.1)
+    identity = FusedRLRRLinear(600, 500, rank=16, init="identity")
+    assert not identity.scale_out.any()
+    assert identity.scale_in.abs().max() <= math.sqrt(6 / (600 * 16)) < 1.03 * identity.scale_in.abs().max()
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_scaling_reaches_every_gradient_and_nothing_else(rank):
+    torch.manual_seed(0)
+    layer = FusedRLRRLinear(8, 6, rank=rank, scaling=0.5, dtype=torch.float64)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    u, v, f = (t.detach().requires_grad_() for t in (layer.scale_out, layer.scale_in, layer.shift))
+    y = x @ (layer.weight * (1 + 0.5 * u @ v)).mT + layer.bias + f
+    expected = torch.autograd.grad(y.square().sum(), (u, v, f))
+    for got, right in zip((layer.scale_out, layer.scale_in, layer.shift), expected, strict=True):
+        assert torch.allclose(got.grad, right)
 
 
 def test_identity_init_starts_as_the_plain_layer_and_can_leave_it():
@@ -85,7 +115,8 @@ def test_a_callable_init_fills_both_in_place_once():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_from_linear_shares_and_freezes(dtype):
     plain = nn.Linear(8, 6, dtype=dtype).eval()
-    layer = FusedRLRRLinear.from_linear(plain, groups=2)
+    layer = FusedRLRRLinear.from_linear(plain, groups=2, rank=3, scaling=0.5)
+    assert (layer.rank, layer.scaling, layer.scale_out.shape, layer.scale_in.shape) == (3, 0.5, (6, 3), (2, 3, 8))
     assert layer.weight is plain.weight
     assert layer.bias is plain.bias
     assert not layer.weight.requires_grad
@@ -101,15 +132,20 @@ def test_from_linear_on_meta_stays_there():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_to_linear_computes_the_same(groups, bias):
-    layer = FusedRLRRLinear(8, 6, bias, groups=groups)
+@pytest.mark.parametrize(("groups", "rank", "scaling"), [(1, 1, 1.0), (3, 1, 1.0), (1, 3, 1.0), (3, 3, 0.3)])
+def test_to_linear_and_merge_compute_the_same(groups, rank, scaling, bias):
+    layer = FusedRLRRLinear(8, 6, bias, groups=groups, rank=rank, scaling=scaling).eval()
     nn.init.normal_(layer.shift)
     merged = layer.to_linear()
     assert type(merged) is nn.Linear
     x = torch.randn(5, 8)
-    assert torch.allclose(merged(x), layer(x), atol=1e-6)
+    y = layer(x)
+    assert torch.allclose(merged(x), y, atol=1e-6)
     assert merged.weight.data_ptr() != layer.weight.data_ptr()
+    layer.merge()
+    assert torch.allclose(layer(x), y, atol=1e-6)
+    layer.unmerge()
+    assert torch.equal(layer(x), y)
 
 
 def test_merging_a_narrow_weight_rounds_once_from_float32():
@@ -124,13 +160,22 @@ def test_merging_a_narrow_weight_rounds_once_from_float32():
         ({"groups": 4}, "groups: expected a divisor of out_features = 6, got 4"),
         ({"groups": 0}, "groups: expected a divisor of out_features = 6, got 0"),
         ({"init": "papr"}, "init: expected 'paper', 'identity' or a callable, got 'papr'"),
+        ({"rank": 0}, "rank: expected 1 to 128, got 0"),
+        ({"rank": 129}, "rank: expected 1 to 128, got 129"),
+        ({"rank": 2.0}, "rank: expected an int, got float"),
+        ({"scaling": 0}, "scaling: expected a finite number above 0, got 0"),
+        ({"scaling": math.nan}, "scaling: expected a finite number above 0, got nan"),
+        ({"scaling": math.inf}, "scaling: expected a finite number above 0, got inf"),
+        ({"scaling": "2"}, "scaling: expected a float, got str"),
     ],
 )
 def test_bad_arguments(arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         FusedRLRRLinear(8, 6, **arguments)
 
 
 def test_repr():
     layer = FusedRLRRLinear(8, 6, groups=3, init="identity")
     assert repr(layer) == ("FusedRLRRLinear(in_features=8, out_features=6, bias=True, groups=3, init=identity)")
+    layer = FusedRLRRLinear(8, 6, rank=4, scaling=0.5)
+    assert repr(layer).endswith("bias=True, groups=1, rank=4, scaling=0.5, init=paper)")

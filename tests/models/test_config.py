@@ -18,6 +18,8 @@ def test_it_survives_json():
         init="identity",
         train_head=False,
         frozen_dtype="bfloat16",
+        rank=4,
+        scaling=0.5,
     )
     assert config.target_modules == ("blocks.*",)
     assert config.exclude_modules == ("head",)
@@ -50,7 +52,11 @@ def test_a_function_as_init_is_said_and_not_kept():
         ({"init": "papr"}, ValueError, "init: expected 'paper', 'identity' or a callable, got 'papr'"),
         ({"frozen_dtype": "int8"}, ValueError, "frozen_dtype: expected one of float16, bfloat16, float32, got 'int8'"),
         ({"frozen_dtype": torch.int8}, ValueError, "frozen_dtype: expected one of"),
-        ({"rank": 3}, ValueError, "RLRRConfig: unknown field 'rank'"),
+        ({"ranks": 3}, ValueError, "RLRRConfig: unknown field 'ranks'"),
+        ({"rank": 0}, ValueError, "rank: expected 1 to 128, got 0"),
+        ({"rank": True}, TypeError, "rank: expected an int, got bool"),
+        ({"scaling": -1.0}, ValueError, "scaling: expected a finite number above 0, got -1.0"),
+        ({"scaling": None}, TypeError, "scaling: expected a float, got NoneType"),
     ],
 )
 def test_bad_values_name_their_field(values, kind, words):

@@ -12,9 +12,10 @@ from rlrr_kernels.models.merge import lost_updates
 from tests.small_models import X, small_swin, small_vit, stir, tuned
 
 
+@pytest.mark.parametrize("options", [{}, {"rank": 3, "scaling": 0.5}], ids=str)
 @pytest.mark.parametrize("make", [small_vit, small_swin])
-def test_merged_logits_agree_with_unmerged_and_unmerging_is_exact(make):
-    model = tuned(make)
+def test_merged_logits_agree_with_unmerged_and_unmerging_is_exact(make, options):
+    model = tuned(make, **options)
     logits, state = model(X), {n: p.clone() for n, p in model.state_dict().items()}
     frozen = {n: p for n, p in model.named_parameters() if n.endswith(("fc1.weight", "reduction.weight"))}
     assert merge(model) is model

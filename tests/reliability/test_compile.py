@@ -31,6 +31,7 @@ def make(kind: str, dtype=torch.float32) -> nn.Module:
     layers = {
         "linear": lambda: FusedRLRRLinear(16, 12, dtype=dtype),
         "groups": lambda: FusedRLRRLinear(16, 12, bias=False, groups=3, dtype=dtype),
+        "rank": lambda: FusedRLRRLinear(16, 12, groups=3, rank=4, scaling=0.5, dtype=dtype),
         "norm": lambda: SSFLayerNorm(16, dtype=dtype),
         "affine": lambda: SSFAffine(16, dtype=dtype),
         "block": lambda: nn.Sequential(
@@ -66,7 +67,9 @@ def assert_equal(got, expected):
 
 @pytest.mark.parametrize(("dynamic", "compilations"), [(None, 2), (True, 1)], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize(
-    ("kind", "lead"), [("linear", ()), ("linear", (2,)), ("groups", ()), ("norm", (2,)), ("affine", (2,))], ids=str
+    ("kind", "lead"),
+    [("linear", ()), ("linear", (2,)), ("groups", ()), ("rank", ()), ("norm", (2,)), ("affine", (2,))],
+    ids=str,
 )
 def test_a_few_compilations_serve_every_number_of_tokens(kind, lead, dynamic, compilations):
     module = make(kind)

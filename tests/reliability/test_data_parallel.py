@@ -22,9 +22,9 @@ IMAGES = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generato
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
-def vit(checkpointing=False, frozen_dtype=None, dtype=torch.float64):
+def vit(checkpointing=False, frozen_dtype=None, dtype=torch.float64, **options):
     """With ``frozen_dtype`` the frozen linears are in it and all else is in float32."""
-    model = stir(apply_rlrr(small_vit(), frozen_dtype=frozen_dtype))
+    model = stir(apply_rlrr(small_vit(), frozen_dtype=frozen_dtype, **options))
     model.set_grad_checkpointing(checkpointing)
     return model if frozen_dtype else model.to(dtype)
 
@@ -133,6 +133,8 @@ def test_fsdp2_trains_as_one_process():
     for reshard in (True, False):
         agree(train(fsdp(vit(), reshard_after_forward=reshard)), exact)
     agree(train(fsdp(vit(checkpointing=True))), exact)
+    options = {"rank": 3, "scaling": 0.5}  # FSDP parts the rows of v [3, K] and of v [groups, 3, K]
+    agree(train(fsdp(vit(**options))), train(vit(**options), whole))
 
     @contextlib.contextmanager
     def synchronising(model, now):

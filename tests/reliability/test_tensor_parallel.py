@@ -32,7 +32,8 @@ def laid_out(t, *placements):
 def layer_of(p):
     """The layer of a problem, all of whose dtypes are as the problem's."""
     n, k = p.weight.shape
-    layer = FusedRLRRLinear(k, n, p.bias is not None, groups=p.scale_in.shape[0], dtype=p.weight.dtype)
+    groups, rank, _ = p.scale_in.shape
+    layer = FusedRLRRLinear(k, n, p.bias is not None, groups=groups, dtype=p.weight.dtype, rank=rank)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.copy_(getattr(p, name).view_as(parameter))
@@ -71,12 +72,18 @@ def whole_y(style, **options):
     return style(use_local_output=False, **options)
 
 
-SETTINGS = list(itertools.product((1, 2, 3, 6), (True, False), (torch.float64, torch.float32, torch.bfloat16)))
+SETTINGS = [
+    (groups, bias, dtype, 1)
+    for groups, bias, dtype in itertools.product(
+        (1, 2, 3, 6), (True, False), (torch.float64, torch.float32, torch.bfloat16)
+    )
+] + [(1, True, torch.float64, 3), (3, False, torch.float32, 4), (3, True, torch.bfloat16, 2)]
 
 
 def equals_one_process(style, *x_layout):
-    for groups, bias, dtype in SETTINGS:
-        p = make_problem(10, 36, 24, groups, dtype, torch.float32 if dtype is torch.bfloat16 else None, bias)
+    for groups, bias, dtype, rank in SETTINGS:
+        frozen = torch.float32 if dtype is torch.bfloat16 else None
+        p = make_problem(10, 36, 24, groups, dtype, frozen, bias, rank=rank)
         layer = parallelize_module(layer_of(p), mesh(), whole_y(style))
         autocast = dtype is torch.bfloat16
         wide = dataclasses.replace(p, x=p.x.float()) if autocast else p
@@ -86,7 +93,7 @@ def equals_one_process(style, *x_layout):
 
 @in_processes(2)
 def test_a_column_parallel_layer_equals_one_process():
-    """24 settings: groups, bias, float64, float32 and autocast to bfloat16, by the yardstick."""
+    """27 settings: groups, bias, ranks, float64, float32 and autocast to bfloat16, by the yardstick."""
     equals_one_process(RLRRColwiseParallel)
 
 

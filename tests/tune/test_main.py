@@ -131,6 +131,16 @@ def test_on_a_cpu_by_the_clock(file, capsys):
     assert found == [(kernel, None, (8, math.inf), "reference") for kernel in PASSES]
 
 
+def test_a_rank_is_measured_and_kept_beside_rank_1(file, capsys):
+    arguments = ["--shape", "8,16,32,2", "--dtype", "float32", "--rounds", "2", "--device", "cpu", *OURS[:4]]
+    assert main(arguments) == main([*arguments, "--rank", "3"]) == 0
+    assert [(one.kernel, one.rank) for one in entries(file)] == [(kernel, rank) for rank in (1, 3) for kernel in PASSES]
+    assert "groups=2 rank=3" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*arguments, "--rank", "129"])
+    assert "--rank: expected 1 to 128, got 129" in capsys.readouterr().err
+
+
 def quick(monkeypatch, run=lambda problem, tensors, candidate: ()):
     """Replace launches and checks by nothing."""
     monkeypatch.setattr(cli, "run", run)

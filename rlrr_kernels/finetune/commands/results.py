@@ -22,7 +22,7 @@ MAY_DIFFER = frozenset(
 
 #: Settings that define a method, whatever it is trained on; and those that only one method reads.
 DEFINING = ("checkpoint", "pretrained", "head_init", "img_size", "precision", "drop_path_kind", "ema")
-DEFINING_OF = {"rlrr": ("init", "norm_affine", "patch_affine", "frozen_dtype"), "lora": ("lora_rank",)}
+DEFINING_OF = {"rlrr": ("rank", "init", "norm_affine", "patch_affine", "frozen_dtype"), "lora": ("lora_rank",)}
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 def default_folder(settings: Settings) -> Path:
     """The folder for this data, model and method; the same each time, so that the sweep is found again."""
     dataset = (settings.task or settings.data).strip("/.").replace("/", "-")
-    return Path("runs") / f"sweep-{dataset}-{settings.model}-{settings.method}"
+    return Path("runs") / f"sweep-{dataset}-{settings.model}-{settings.variant}"
 
 
 def search(sweep: SweepFolder, world: World) -> bool:

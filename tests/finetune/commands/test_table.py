@@ -217,6 +217,7 @@ def test_what_cannot_be_read_hides_no_other_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "value", "shown"),
     [
+        ("rank", 4, "rank 4"),
         ("init", "identity", "init identity"),
         ("norm_affine", False, "norm_affine off"),
         ("patch_affine", False, "patch_affine off"),

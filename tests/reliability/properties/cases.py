@@ -48,6 +48,7 @@ class Case:
     n: int = 2
     k: int = 2
     groups: int = 1
+    rank: int = 1
     dtypes: tuple[str, ...] = ("float32",) * 6
     sizes: tuple[float, ...] = (1.0,) * 7  # standard deviations, 0 for a tensor of zeros
     needs: tuple[bool, ...] = (True, False, True, True, True, True)
@@ -90,11 +91,12 @@ class Inputs(Problem):
     def problem(self) -> Problem:
         """The same in canonical shapes, without a copy where strides allow."""
         n, k = self.weight.shape
-        v = self.scale_in if self.scale_in.dim() == 3 else self.scale_in.view(1, 1, k)
+        u = self.scale_out if self.scale_out.dim() == 2 else self.scale_out[:, None]
+        v = self.scale_in[(None,) * (3 - self.scale_in.dim())]
         return Problem(
             self.x.reshape(-1, k) if k else self.x.new_empty(math.prod(self.x.shape[:-1]), 0),
             self.weight,
-            self.scale_out.view(n, 1),
+            u,
             v,
             self.bias,
             self.shift,
@@ -149,8 +151,8 @@ def build(case: Case, device: str) -> Inputs:
     shapes = {
         "x": (*case.lead, k),
         "weight": (n, k),
-        "scale_out": (n, 1)[: case.u_dims],
-        "scale_in": (case.groups, 1, k)[3 - case.v_dims :],
+        "scale_out": (n, case.rank)[: case.u_dims],
+        "scale_in": (case.groups, case.rank, k)[3 - case.v_dims :],
         "bias": (n,),
         "shift": (n,),
         "dy": (*case.lead, n),
@@ -191,6 +193,7 @@ class Domain:
     also: tuple[str, ...]
     multiple: int = 1  # N and K are multiples of it
     groups: int = 1 << 30  # no more of them
+    ranks: tuple[int, ...] = (1,)
     strided: bool = True  # layouts other than row by row, and x of other than two dimensions
 
 
@@ -223,7 +226,7 @@ def cases(draw: st.DrawFn, domain: Domain, also: str) -> Case:
     lead = draw(leads(domain))
     n, k = (domain.multiple * draw(sizes(domain.most // domain.multiple, domain.empty)) for _ in range(2))
     divisors = [g for g in (1, 1, 2, 3, 4, 6, n) if g and n % g == 0 and g <= domain.groups]
-    groups = draw(st.sampled_from(divisors))
+    groups, rank = draw(st.sampled_from(divisors)), draw(st.sampled_from(domain.ranks))
     # float64 scales beside narrow ones, and the reverse, are legal
     vectors = tuple(draw(st.sampled_from(("float32", "float32", *FLOATS))) for _ in range(4))
     narrow = "float16" in (x, weight, *vectors)
@@ -242,13 +245,14 @@ def cases(draw: st.DrawFn, domain: Domain, also: str) -> Case:
         n=n,
         k=k,
         groups=groups,
+        rank=rank,
         dtypes=(x, weight, *vectors),
         sizes=tuple(draw(magnitude) for _ in range(7)),
         needs=tuple(needs),
         bias=bias,
         shift=shift,
-        u_dims=draw(st.sampled_from((1, 2))),
-        v_dims=draw(st.sampled_from((1, 2, 3))) if groups == 1 else 3,
+        u_dims=draw(st.sampled_from((1, 2))) if rank == 1 else 2,
+        v_dims=draw(st.sampled_from((1, 2, 3) if rank == 1 else (2, 3))) if groups == 1 else 3,
         fence=draw(st.sampled_from((64, 0, 1, 3, 8))) if domain.strided else 64,
         also=also,
         seed=draw(st.integers(0, 2**16)),

@@ -35,7 +35,7 @@ def bounds(case: Case, p: Problem, size: Answer) -> Answer:
     narrow, wide = torch.finfo(case.dtype), torch.finfo(case.wide)
     # a sum that tensor cores truncate loses twice as much as a rounded one: eps, which is twice the unit roundoff
     terms = (p.weight.shape[1], case.n, case.m + case.k, case.m + case.n, case.m)
-    y, dx, du, dv, df = (wide.eps * (count + 8) for count in terms)
+    y, dx, du, dv, df = (wide.eps * (count + case.rank + 7) for count in terms)
     lost = step(case.dtype)
     return Answer(
         size.y * (2 * narrow.eps + y) + lost * (1 + p.x.double().abs().sum(1, keepdim=True)),
@@ -85,12 +85,13 @@ def accurate(case: Case, inputs: Inputs, got: Results) -> None:
             luck += case.m / 16 * torch.finfo(case.wide).eps / 2  # as tests.oracle.check allows
         assert_close(name, got[name], like, wanted, luck)
     if "dweight" in got:
-        s = 1 + p.scale_out.double().view(len(p.scale_in), -1, 1) * p.scale_in.double()
+        u, v = p.scale_out.double().view(case.groups, case.n // case.groups, case.rank), p.scale_in.double()
+        s = 1 + u @ v
         wanted = p.dy.double().mT @ p.x.double() * s.flatten(0, 1)
-        s_size = 1 + p.scale_out.double().abs().view(len(p.scale_in), -1, 1) * p.scale_in.double().abs()
+        s_size = 1 + u.abs() @ v.abs()
         size_w = p.dy.double().abs().mT @ p.x.double().abs() * s_size.flatten(0, 1)
         assert got["dweight"].dtype is inputs.weight.dtype
-        relative = 2 * torch.finfo(case.dtype).eps + torch.finfo(case.wide).eps * (case.m + 8)
+        relative = 2 * torch.finfo(case.dtype).eps + torch.finfo(case.wide).eps * (case.m + case.rank + 7)
         lost = step(case.dtype) * s_size.flatten(0, 1)
         within("dweight", got["dweight"], wanted, relative * size_w + lost)
 
@@ -147,7 +148,9 @@ def powers_of_two_change_no_bit(backend: Backend, case: Case, inputs: Inputs) ->
 
     def scaled(name: str, t: Tensor) -> Tensor:
         if name == "scale_out":
-            return u.reshape(t.shape).to(t)
+            filled = torch.zeros_like(t, memory_format=torch.contiguous_format)
+            filled.view(case.n, case.rank)[:, 0] = u.flatten().to(t)  # so that one term of u v is not 0
+            return filled
         if name == "scale_in":
             return v.view(-1, *[1] * (t.dim() - 1)).to(t) * torch.ones_like(t)
         return t

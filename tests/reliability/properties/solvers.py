@@ -118,18 +118,25 @@ def own_cpu_kernels(case: Case) -> bool:
 def backend(name: str) -> Backend:
     """A backend by name: those of ``use_backend``, and ``cuda_host``, ``cuda_host_large`` and ``hopper_host``."""
     both = (("float64", "float64"),)
+    ranks = ranks_of(name)
     never, always = (lambda case: False), (lambda case: True)
     if name in ("reference", "panels"):
-        return Backend(name, "cpu", Domain((*PAIRS, *both), 160, True, ALSO), through_autograd(name), never)
+        return Backend(
+            name, "cpu", Domain((*PAIRS, *both), 160, True, ALSO, ranks=ranks), through_autograd(name), never
+        )
     if name == "cpu":
         pairs = tuple(p for p in (*PAIRS, *both) if "float16" not in p)
-        return Backend(name, "cpu", Domain(pairs, 320, True, ALSO), through_autograd(name), own_cpu_kernels)
+        return Backend(
+            name, "cpu", Domain(pairs, 320, True, ALSO, ranks=ranks), through_autograd(name), own_cpu_kernels
+        )
     if name == "triton":
         # the interpreter is slow
         most = 300 if device_of(name) == "cuda" else 66
-        return Backend(name, device_of(name), Domain(PAIRS, most, True, ALSO, groups=4), through_autograd(name), never)
+        return Backend(
+            name, device_of(name), Domain(PAIRS, most, True, ALSO, groups=4, ranks=ranks), through_autograd(name), never
+        )
     if name == "cuda":
-        return Backend(name, "cuda", Domain(PAIRS, 320, True, ALSO), through_autograd(name), always)
+        return Backend(name, "cuda", Domain(PAIRS, 320, True, ALSO, ranks=ranks), through_autograd(name), always)
     if name == "hopper_host":
         pairs = tuple(p for p in PAIRS if p[0] != "float32" and p[0] == p[1])
         also = tuple(a for a in ALSO if a != "layouts")
@@ -138,6 +145,14 @@ def backend(name: str) -> Backend:
     multiprocessors = {"cuda_host": SMALL, "cuda_host_large": LARGE}[name]
     solve = _of_problem(lambda p: vars(base_machine().solve(p, multiprocessors)))
     return Backend(name, "cpu", Domain(PAIRS, 140, False, ALSO), solve, always)
+
+
+def ranks_of(name: str) -> tuple[int, ...]:
+    """The ranks to draw from: 1 most often, and others that the backend serves. The models of GPUs have rank 1."""
+    if name.endswith(("host", "host_large")):
+        return (1,)
+    x = torch.empty(1, 1, device=device_of(name))
+    return (1, 1, 1, 1, *(rank for rank in (2, 3, 8, 17) if choice.refusal(name, x, x, rank) is None))
 
 
 def missing(name: str) -> str | None:

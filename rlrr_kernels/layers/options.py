@@ -1,0 +1,48 @@
+"""The options of the layers: how u, v and affines start, and the rank and the scaling of u v."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from rlrr_kernels.backends.problem import MAX_RANK
+
+#: The named ways to initialise u and v, see :class:`~rlrr_kernels.FusedRLRRLinear`.
+INITS = ("paper", "identity")
+
+#: One of :data:`INITS`, or a function that fills (scale_out, scale_in) in place.
+Init = str | Callable[[Tensor, Tensor], None]
+
+
+def check_init(init: object) -> None:
+    """Check an ``init`` argument.
+
+    Raises:
+        ValueError: If it is neither one of :data:`INITS` nor callable.
+    """
+    if not callable(init) and init not in INITS:
+        raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {init!r}")
+
+
+def check_rank(rank: object, scaling: object) -> None:
+    """Check ``rank`` and ``scaling`` arguments.
+
+    Raises:
+        TypeError: If one is no number.
+        ValueError: If the rank is not from 1 to 128, or the scaling not finite and above 0.
+    """
+    if type(rank) is not int:
+        raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank: expected 1 to {MAX_RANK}, got {rank}")
+    if type(scaling) not in (int, float):
+        raise TypeError(f"scaling: expected a float, got {type(scaling).__name__}")
+    if not 0 < scaling < math.inf:  # type: ignore[operator]
+        raise ValueError(f"scaling: expected a finite number above 0, got {scaling}")
+
+
+def init_name(init: Init) -> str:
+    """The name of an ``init`` in a layer's ``repr``."""
+    return init if isinstance(init, str) else getattr(init, "__name__", repr(init))
