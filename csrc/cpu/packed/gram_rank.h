@@ -38,7 +38,7 @@ struct RankCells {
     block = up(token_units, blocks * unit_multiple) * unit_multiple;
     // Less than a tenth of what PyTorch holds for W * (u v), x (W * (u v))^T and their gradients
     const int64_t held = (2 * n * k + x.rows * n) * element_size(x.dtype);
-    const int64_t budget = std::clamp<int64_t>(9 * held / 100, 64 << 10, 4 << 20);
+    const int64_t budget = std::clamp<int64_t>(8 * held / 100, 64 << 10, 4 << 20);
     row_ranges = col_ranges = 1;
     if (group_rows >= k) {
       row_ranges = ranges(group_rows, budget / 2, sums_bytes(layer, 1, 0), 2);
