@@ -10,13 +10,53 @@
 namespace rlrr {
 namespace {
 
+// Elements that a product with the rank of a panel's rows or columns takes: only ranks above 1 have one
+int64_t rank_sums(const Layer& layer) { return layer.rank == 1 ? 0 : layer.rank * std::max(layer.n(), layer.k()); }
+
 // About a twentieth of what the formula in PyTorch holds for the same sizes, and a few MB at most. A BLAS copies its
 // operands for each panel, so that wide panels pay if there are many tokens.
-int64_t scratch_bytes(Pass, const Matrix& rows, const Layer& layer, int64_t) {
+int64_t scratch_bytes(Pass pass, const Matrix& rows, const Layer& layer, int64_t) {
   // the formula holds three copies of W's size in the type of the sums, besides x and y
   const int64_t n = layer.n(), k = layer.k(), formula = wide_size(rows.dtype) * (3 * n * k + rows.rows * (n + k));
   // a panel must hold a few rows, or columns, however long they are
-  return std::max(std::clamp<int64_t>(formula / 21, 64 << 10, 4 << 20), 16 * 8 * std::max(n, k));
+  const int64_t panels = std::max(std::clamp<int64_t>(formula / 21, 64 << 10, 4 << 20), 16 * 8 * std::max(n, k));
+  return panels + (pass == Pass::grad_scales ? rank_sums(layer) * wide_size(rows.dtype) : 0);
+}
+
+// u [rows, rank] and v [rank, cols] of some rows of one group, and of some columns
+template <class A>
+Matrix scale_out_block(const Layer& layer, int64_t row, int64_t rows) {
+  return {
+      const_cast<A*>(static_cast<const A*>(layer.u)) + row * layer.rank, rows, layer.rank, layer.rank, 1, dtype_of<A>};
+}
+template <class A>
+Matrix scale_in_block(const Layer& layer, int64_t row, int64_t col, int64_t cols) {
+  const int64_t first = layer.group_of(row) * layer.rank * layer.k() + col;
+  return {const_cast<A*>(static_cast<const A*>(layer.v)) + first, layer.rank, cols, layer.k(), 1, dtype_of<A>};
+}
+
+// u v of some rows and columns
+template <class A>
+void multiply_scales(const Layer& layer, int64_t row, int64_t rows, int64_t col, int64_t cols, A* scales) {
+  const int64_t group_rows = layer.n() / layer.groups;
+  for (int64_t first = row, end = row; first < row + rows; first = end) {
+    end = std::min((layer.group_of(first) + 1) * group_rows, row + rows);
+    matmul(scale_out_block<A>(layer, first, end - first), scale_in_block<A>(layer, first, col, cols),
+           {scales + (first - row) * cols, end - first, cols, cols, 1, dtype_of<A>});
+  }
+}
+
+// How many of `count` rows or columns of `length` elements a panel in the scratch has. With ranks above 1 their scales
+// follow it, aligned.
+int64_t panel_lines(const Layer& layer, Dtype dtype, const Scratch& scratch, int64_t length, int64_t count) {
+  const int64_t scale = layer.rank == 1 ? 0 : wide_size(dtype);
+  return std::clamp<int64_t>((scratch.bytes - scale) / (length * (element_size(dtype) + scale)), 1, count);
+}
+
+// Where the scales of a panel begin
+template <class A, class T>
+A* scales_after(T* panel, int64_t elements) {
+  return reinterpret_cast<A*>(panel) + (elements * int64_t{sizeof(T)} + int64_t{sizeof(A)} - 1) / int64_t{sizeof(A)};
 }
 
 // W' of some rows and columns, as a row-major panel
@@ -25,6 +65,17 @@ void rescale_panel(const Layer& layer, int64_t row, int64_t rows, int64_t col, i
   using A = Wide<T>;
   const A *u = static_cast<const A*>(layer.u), *v = static_cast<const A*>(layer.v);
   const auto rescale = rescale_row(T{}, W{});
+  if (layer.rank > 1) {
+    A* scales = scales_after<A>(panel, rows * cols);
+    multiply_scales<A>(layer, row, rows, col, cols, scales);
+    parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      ContiguousRow<W> weight_row(layer.weight);
+      for (int64_t i = begin; i < end; ++i) {
+        rescale(weight_row(row + i, col, cols), A{1}, scales + i * cols, cols, panel + i * cols);
+      }
+    });
+    return;
+  }
   parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     ContiguousRow<W> weight_row(layer.weight);
     for (int64_t i = begin; i < end; ++i) {
@@ -52,7 +103,7 @@ void forward(const Matrix& x, const Layer& layer, const void* offset, const Matr
     std::transform(wide, wide + n, narrowed.begin(), narrow<bfloat16>);
     offset = narrowed.data();
   }
-  const int64_t rows = std::clamp<int64_t>(scratch.bytes / (k * element_size(x.dtype)), 1, n);
+  const int64_t rows = panel_lines(layer, x.dtype, scratch, k, n);
   for (int64_t first = 0; first < n; first += rows) {
     const int64_t count = std::min(rows, n - first);
     const Matrix panel = rescaled_panel(layer, first, count, 0, k, x.dtype, scratch);
@@ -64,7 +115,7 @@ void forward(const Matrix& x, const Layer& layer, const void* offset, const Matr
 void grad_input(const Matrix& dy, const Layer& layer, const Matrix& dx, const Scratch& scratch) {
   const int64_t n = layer.n(), k = layer.k();
   // panels of columns: with panels of rows dx would be a sum of several products, each of them rounded in bfloat16
-  const int64_t cols = std::clamp<int64_t>(scratch.bytes / (n * element_size(dy.dtype)), 1, k);
+  const int64_t cols = panel_lines(layer, dy.dtype, scratch, n, k);
   for (int64_t first = 0; first < k; first += cols) {
     const int64_t count = std::min(cols, k - first);
     matmul(dy, rescaled_panel(layer, 0, n, first, count, dy.dtype, scratch), dx.block(0, dx.rows, first, count));
@@ -105,6 +156,23 @@ void reduce_panel(const Layer& layer, int64_t first, int64_t count, const A* pan
   }
 }
 
+// As reduce_panel, for ranks above 1: P replaces G, and BLAS multiplies it. `part` has room for rank_sums.
+template <class A, class W>
+void reduce_panel_by_rank(const Layer& layer, int64_t first, int64_t count, A* panel, A* du, A* dv, A* part) {
+  const int64_t k = layer.k(), rank = layer.rank;
+  const auto multiply = multiply_row(A{}, W{});
+  parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+    ContiguousRow<W> weight_row(layer.weight);
+    for (int64_t i = begin; i < end; ++i) multiply(weight_row(first + i, 0, k), k, panel + i * k);
+  });
+  const Matrix p{panel, count, k, k, 1, dtype_of<A>};
+  matmul(p, scale_in_block<A>(layer, first, 0, k).transposed(), {part, count, rank, rank, 1, dtype_of<A>});
+  for (int64_t i = 0; i < count * rank; ++i) du[first * rank + i] += part[i];
+  matmul(scale_out_block<A>(layer, first, count).transposed(), p, {part, rank, k, k, 1, dtype_of<A>});
+  dv += layer.group_of(first) * rank * k;
+  for (int64_t i = 0; i < rank * k; ++i) dv[i] += part[i];
+}
+
 // Converts a block of bfloat16 to float32
 void widen_block(const Matrix& from, float* to) {
   parallel_for(0, from.rows, 16, [&](int64_t begin, int64_t end) {
@@ -123,10 +191,11 @@ template <class T, class W>
 void by_panels(const Matrix& dy, const Matrix& x, const Layer& layer, Wide<T>* du, Wide<T>* dv,
                const Scratch& scratch) {
   using A = Wide<T>;
-  std::vector<double> du_total(layer.n()), dv_total(layer.groups * layer.k());
+  const int64_t one = layer.rank == 1;
+  std::vector<double> du_total(one * layer.n()), dv_total(one * layer.groups * layer.k());
   constexpr bool widened = sizeof(T) != sizeof(A);
   const int64_t k = layer.k(), m = x.rows, group_rows = layer.n() / layer.groups;
-  const int64_t floats = scratch.bytes / int64_t{sizeof(A)};
+  const int64_t floats = scratch.bytes / int64_t{sizeof(A)} - rank_sums(layer);
   // a row of the panel takes K for G, and K / 32 for its part of a partial dv; one more partial dv is reserved
   const int64_t rows = std::clamp<int64_t>((floats / (widened ? 2 : 1) - k) * 32 / (33 * k), 1, group_rows);
   A* panel = static_cast<A*>(scratch.data);
@@ -134,6 +203,10 @@ void by_panels(const Matrix& dy, const Matrix& x, const Layer& layer, Wide<T>* d
   A* rest = partial + (rows + chunk_rows - 1) / chunk_rows * k;
   const int64_t tokens = widened ? std::clamp<int64_t>((floats - (rest - panel)) / (k + rows), 1, m) : m;
 
+  if (layer.rank > 1) {
+    std::fill_n(du, layer.n() * layer.rank, A{0});
+    std::fill_n(dv, layer.groups * layer.rank * k, A{0});
+  }
   for (int64_t group = 0; group < layer.groups; ++group) {
     const int64_t group_end = (group + 1) * group_rows;
     for (int64_t first = group * group_rows; first < group_end; first += rows) {
@@ -149,10 +222,15 @@ void by_panels(const Matrix& dy, const Matrix& x, const Layer& layer, Wide<T>* d
           dy_block = {rest + block * k, block, count, count, 1, Dtype::float32};
         }
         matmul(dy_block.transposed(), x_block, g);
-        reduce_panel<A, W>(layer, first, count, panel, du_total.data(), dv_total.data(), partial);
+        if (layer.rank > 1) {
+          reduce_panel_by_rank<A, W>(layer, first, count, panel, du, dv, panel + floats);
+        } else {
+          reduce_panel<A, W>(layer, first, count, panel, du_total.data(), dv_total.data(), partial);
+        }
       }
     }
   }
+  if (layer.rank > 1) return;
   std::copy(du_total.begin(), du_total.end(), du);
   std::copy(dv_total.begin(), dv_total.end(), dv);
 }

@@ -13,6 +13,10 @@ using RescaleRow = void(const W* w, Wide<T> u, const Wide<T>* v, int64_t count, 
 template <class A, class W>
 using ReduceRow = A(const A* g, const W* w, A u, const A* v, int64_t count, A* dv);
 
+// g[k] *= w[k]
+template <class A, class W>
+using MultiplyRow = void(const W* w, int64_t count, A* g);
+
 // total[k] += row[k]
 template <class T>
 using AddRow = void(const T* row, int64_t count, Wide<T>* total);
@@ -26,6 +30,9 @@ struct Loops {
   ReduceRow<float, float>* reduce_f32_f32;
   ReduceRow<float, bfloat16>* reduce_f32_bf16;
   ReduceRow<double, double>* reduce_f64_f64;
+  MultiplyRow<float, float>* multiply_f32_f32;
+  MultiplyRow<float, bfloat16>* multiply_f32_bf16;
+  MultiplyRow<double, double>* multiply_f64_f64;
   AddRow<float>* add_f32;
   AddRow<bfloat16>* add_bf16;
   AddRow<double>* add_f64;
@@ -52,6 +59,9 @@ inline auto rescale_row(double, double) { return loops().rescale_f64_f64; }
 inline auto reduce_row(float, float) { return loops().reduce_f32_f32; }
 inline auto reduce_row(float, bfloat16) { return loops().reduce_f32_bf16; }
 inline auto reduce_row(double, double) { return loops().reduce_f64_f64; }
+inline auto multiply_row(float, float) { return loops().multiply_f32_f32; }
+inline auto multiply_row(float, bfloat16) { return loops().multiply_f32_bf16; }
+inline auto multiply_row(double, double) { return loops().multiply_f64_f64; }
 inline auto add_row(float) { return loops().add_f32; }
 inline auto add_row(bfloat16) { return loops().add_bf16; }
 inline auto add_row(double) { return loops().add_f64; }

@@ -24,6 +24,12 @@ RLRR_TARGET A reduce(const A* __restrict g, const W* __restrict w, A u, const A*
   return du;
 }
 
+template <class A, class W>
+RLRR_TARGET void multiply(const W* __restrict w, int64_t count, A* __restrict g) {
+#pragma omp simd
+  for (int64_t k = 0; k < count; ++k) g[k] *= widen(w[k]);
+}
+
 template <class T>
 RLRR_TARGET void add(const T* __restrict row, int64_t count, Wide<T>* __restrict total) {
 #pragma omp simd
@@ -41,6 +47,9 @@ const Loops table = {
     reduce<float, float>,
     reduce<float, bfloat16>,
     reduce<double, double>,
+    multiply<float, float>,
+    multiply<float, bfloat16>,
+    multiply<double, double>,
     add<float>,
     add<bfloat16>,
     add<double>,

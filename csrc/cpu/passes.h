@@ -23,7 +23,7 @@ struct Passes {
   void (*forward)(const Matrix& x, const Layer& layer, const void* offset, const Matrix& y, const Scratch& scratch);
   // dx = dy W'
   void (*grad_input)(const Matrix& dy, const Layer& layer, const Matrix& dx, const Scratch& scratch);
-  // du [N], dv [groups, K]
+  // du [N, rank], dv [groups, rank, K]
   void (*grad_scales)(const Matrix& dy, const Matrix& x, const Layer& layer, void* du, void* dv,
                       const Scratch& scratch);
 };

@@ -46,7 +46,7 @@ struct LayerOwner {
   LayerOwner(const Tensor& rows, const Tensor& weight, const Tensor& scale_out, const Tensor& scale_in)
       : u(contiguous_as(scale_out, wide_type(rows))),
         v(contiguous_as(scale_in, wide_type(rows))),
-        layer{matrix(weight), u.data_ptr(), v.data_ptr(), scale_in.size(0)} {}
+        layer{matrix(weight), u.data_ptr(), v.data_ptr(), scale_in.size(0), scale_out.size(1)} {}
 };
 
 struct ScratchOwner {
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> grad_scales_op(const Tensor& dy, const Tensor
   const Layer& layer = owner.layer;
   const Passes& passes = passes_for(input.dtype);
   const ScalarType wide = wide_type(x);
-  Tensor du = empty({layer.n(), 1}, wide, x), dv = empty({layer.groups, 1, layer.k()}, wide, x);
+  Tensor du = empty({layer.n(), layer.rank}, wide, x), dv = empty({layer.groups, layer.rank, layer.k()}, wide, x);
   Tensor df = empty({need_shift ? layer.n() : 0}, wide, x);
   const ScratchOwner owned(passes, Pass::grad_scales, input, layer);
   passes.grad_scales(grad, input, layer, du.data_ptr(), dv.data_ptr(), owned.scratch);

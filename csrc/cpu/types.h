@@ -66,12 +66,12 @@ struct Matrix {
   }
 };
 
-// W with its scales u [N] and v [groups, K], contiguous, in the type of the sums.
+// W with its scales u [N, rank] and v [groups, rank, K], contiguous, in the type of the sums.
 struct Layer {
   Matrix weight;
   const void* u;
   const void* v;
-  int64_t groups;
+  int64_t groups, rank;
 
   int64_t n() const { return weight.rows; }
   int64_t k() const { return weight.cols; }

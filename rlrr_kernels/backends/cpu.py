@@ -35,9 +35,7 @@ _grad_shift = torch.ops.rlrr_cpu.grad_shift.default
 
 
 def unsupported(x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
-    """Return why this backend cannot serve these tensors at this rank, or None if it can."""
-    if rank != 1:
-        return f"rank {rank}: it computes rank 1"
+    """Return why this backend cannot serve these tensors, or None if it can; it serves every rank."""
     if x.device.type != "cpu":
         return f"device {x.device}: it runs on CPUs"
     if (x.dtype, weight.dtype) not in _PAIRS:
@@ -68,7 +66,7 @@ def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) 
 def grad_scales(
     dy: Tensor, x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, need_shift: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return du ``[N, 1]``, dv ``[groups, 1, K]`` and df ``[N]`` or, without ``need_shift``, ``[0]``."""
+    """Return du ``[N, r]``, dv ``[groups, r, K]`` and df ``[N]`` or, without ``need_shift``, ``[0]``."""
     return _grad_scales(dy, x, weight, scale_out, scale_in, need_shift)
 
 

@@ -200,7 +200,7 @@ class Settings:
                 names = ", ".join(choice or "nothing" for choice in choices)
                 raise ValueError(f"{name}: expected one of {names}, got {value!r}")
             if least is not None and not least <= value < below:
-                expected = f"at least {least}" if below == math.inf else f"{least} to {below - 1}"
+                expected = f"at least {least}" if below is None or below == math.inf else f"{least} to {below - 1}"
                 if type(each.default) is float:
                     expected = "a finite number, 0 or more" if below == math.inf else "0 or more and less than 1"
                 raise ValueError(f"{name}: expected {expected}, got {value}")

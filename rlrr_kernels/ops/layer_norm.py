@@ -131,7 +131,8 @@ def arguments_of(node: Any) -> tuple[Callable[..., Tensor], tuple[Tensor | None,
     Returns:
         The function, and the tensors that it takes; None for a node of another operation.
     """
-    if type(node) is not _AffineLayerNorm._backward_cls:  # type: ignore[attr-defined]
+    own: Any = _AffineLayerNorm
+    if not isinstance(node, own._backward_cls):
         return None
     x, _, _, *parameters = node.saved_tensors
     return functools.partial(affine_layer_norm, eps=node.eps, dtype=node.dtype), (x, *parameters)

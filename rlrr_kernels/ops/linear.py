@@ -148,7 +148,8 @@ class _RescaledLinear(torch.autograd.Function):
         x, weight, scale_out, scale_in, *origin = ctx.saved_tensors
         x_needs, weight_needs, u_needs, v_needs, bias_needs, shift_needs, *_ = ctx.needs_input_grad
         if origin:
-            x = recompute.again(*ctx.origin, origin)
+            operation, result, dtype = ctx.origin
+            x = recompute.again(operation, result, dtype, origin)
         u, v = _as_matrices(scale_out, scale_in)
         dy = route.flatten_tokens(grad)
         # None: the backend that is chosen for each pass

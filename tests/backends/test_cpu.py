@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 
+from benchmarks import results
 from benchmarks.implementations import call, make_inputs
 from benchmarks.measures import peak_extra_bytes
+from rlrr_kernels import rescaled_linear
 from rlrr_kernels.backends import library
 from tests.backends.test_numerics import RESULTS, solve
-from tests.oracle import check, make_problem, require
+from tests.oracle import check, make_problem, require, strided
 from tests.reliability.properties.solvers import own_instructions
 from tests.reliability.soak import LEVELS
 
@@ -47,6 +49,36 @@ def test_shapes_across_blocks(m, n, k, groups, dtype):
     check(p := make_problem(m, n, k, groups, dtype), solve(p, "cpu"))
 
 
+# M, N, K, groups, rank: besides the above across slabs of 96 columns, strips of 32 (24 with AVX2), ranges of 384 rows
+# or columns, each with sums of its own; blocks of 4 or 8 and vectors of 8 or 16 ranks
+RANKS = [
+    (1, 7, 5, 1, 2),
+    (300, 70, 1000, 1, 8),
+    (450, 800, 50, 1, 17),
+    (500, 800, 810, 1, 9),  # several ranges of both
+    (120, 500, 400, 4, 3),  # groups that end within a block of rows
+    (40, 12, 30, 12, 128),
+    (70, 33, 97, 3, 32),
+]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize("case", RANKS, ids=str)
+def test_ranks_across_blocks(case, dtype):
+    *shape, rank = case
+    check(p := make_problem(*shape, dtype, rank=rank), solve(p, "cpu"))
+
+
+@pytest.mark.parametrize("how", ["transposed", "sliced", "columns of a wider matrix", "off by one element"])
+@pytest.mark.parametrize("pair", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_strides_at_a_rank(pair, how):
+    p = make_problem(97, 90, 75, 3, *pair, rank=17)
+    p.x, p.dy, p.weight = (strided(t, how) for t in (p.x, p.dy, p.weight))
+    check(p, solve(p, "cpu"))
+
+
 CODE = """
 import torch
 from rlrr_kernels.backends import cpu
@@ -60,6 +92,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
     check(p := make_problem(24, 40, 1700, 1, dtype), solve(p, "cpu"))  # sums of several chunks
 for pair in [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]:
     check(p := make_problem(70, 30, 72, 3, *pair), solve(p, "cpu"))
+    p.x, p.weight, p.dy = (t.mT.contiguous().mT for t in (p.x, p.weight, p.dy))
+    check(p, solve(p, "cpu"))
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for *shape, rank in [(1, 7, 5, 1, 2), (450, 800, 50, 1, 17), (70, 33, 97, 3, 32), (90, 40, 1700, 2, 128)]:
+        check(p := make_problem(*shape, dtype, rank=rank), solve(p, "cpu"))
+for pair in [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]:
+    p = make_problem(97, 90, 75, 3, *pair, rank=9)
     p.x, p.weight, p.dy = (t.mT.contiguous().mT for t in (p.x, p.weight, p.dy))
     check(p, solve(p, "cpu"))
 """
@@ -85,8 +124,10 @@ def test_an_unknown_capability_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_the_gradients_of_the_scales_do_not_depend_on_the_number_of_threads(dtype):
-    p = make_problem(600, 300, 200, 3, dtype)
+@pytest.mark.parametrize("case", [(600, 300, 200, 3, 1), (600, 900, 800, 1, 5)], ids=str)
+def test_the_gradients_of_the_scales_do_not_depend_on_the_number_of_threads(case, dtype):
+    *shape, rank = case
+    p = make_problem(*shape, dtype, rank=rank)
     threads, answers = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -126,6 +167,25 @@ def test_extra_memory_is_under_a_twentieth_of_the_formulas(m, n, k, dtype, two_t
     formula, ours = (peak_extra_bytes(call(name, "both", inputs).run) for name in ("formula", "rlrr_kernels"))
     assert formula > 2.9 * 4 * n * k  # three copies of W
     assert ours < 0.05 * formula
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [8, 32])
+@pytest.mark.parametrize(("n", "k"), [(768, 768), (768, 3072)])
+@pytest.mark.parametrize("m", [197, pytest.param(1024, marks=pytest.mark.slow)])
+def test_extra_memory_of_a_rank_is_under_a_tenth_of_hira(m, n, k, rank, dtype, two_threads):
+    """PEFT's HiRA holds W * (u v), its factors and x (W * (u v))^T; with rank 1, hardly less than with others."""
+    pytest.importorskip("peft")
+    hira = peak_extra_bytes(call(results.HIRA, "both", make_inputs(m, n, k, 1, dtype, "cpu")).run)
+    p = make_problem(m, n, k, 1, dtype, rank=rank)
+    trained = tuple(t.requires_grad_() for t in (p.x, p.scale_out, p.scale_in))
+
+    def both():
+        y = rescaled_linear(*p.forward_args)
+        return (y.detach(), *torch.autograd.grad(y, trained, p.dy))
+
+    assert hira > 1.9 * dtype.itemsize * n * k
+    assert peak_extra_bytes(both) < 0.1 * hira
 
 
 def test_scratch_does_not_grow_with_the_weight(two_threads):

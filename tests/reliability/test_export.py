@@ -82,12 +82,16 @@ def test_exported_models_compute_the_same_at_any_batch(name, merged, strict):
 
 
 @pytest.mark.parametrize(
-    ("groups", "dtype"),
-    [(1, torch.float32), (3, torch.bfloat16), pytest.param(3, torch.float64, marks=pytest.mark.slow)],
+    ("groups", "dtype", "options"),
+    [
+        (1, torch.float32, {}),
+        (3, torch.bfloat16, {"rank": 2, "scaling": 0.5}),
+        pytest.param(3, torch.float64, {}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
-def test_exported_layers_compute_the_same_with_any_leading_dimensions(groups, dtype):
-    made = layer(groups=groups, dtype=dtype, bias=groups == 1)
+def test_exported_layers_compute_the_same_with_any_leading_dimensions(groups, dtype, options):
+    made = layer(groups=groups, dtype=dtype, bias=groups == 1, **options)
     x = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
     program = export(made, (x,), dynamic_shapes=({0: Dim("b"), 1: Dim("t")},)).run_decompositions(TABLE)
     assert not ours(program)
@@ -165,7 +169,7 @@ def test_a_joint_graph_of_forward_and_backward_decomposes_and_computes_the_gradi
 def test_the_table_has_every_op_of_the_package_and_each_entry_computes_it():
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rlrr::")}
     assert {str(op).replace(".default", "").replace(".", "::") for op in TABLE} == names
-    p = make_problem(5, 12, 8, 3)
+    p = make_problem(5, 12, 8, 3, rank=2)
     w, u, v = p.weight, p.scale_out, p.scale_in
     y, mean, rstd = layer_norm.layer_norm(p.x, None, None, v[0, 0], v[1, 0], 1e-5, torch.float32)
     arguments = {

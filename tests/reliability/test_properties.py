@@ -1,4 +1,4 @@
-"""Random problems on every backend: shapes, strides, dtypes, groups, missing parts."""
+"""Random problems on every backend: shapes, strides, dtypes, groups, ranks, missing parts."""
 
 from __future__ import annotations
 

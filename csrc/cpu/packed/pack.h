@@ -1,7 +1,7 @@
 // Operands in the order in which the product reads them. W is rescaled as it is packed.
 #pragma once
 
-#include "multiply.h"
+#include "rank.h"
 
 namespace rlrr {
 namespace {
@@ -16,13 +16,16 @@ inline Vector rescale(Vector w, Vector u, Vector v) { return w * (broadcast(1.0f
 inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
 // `lanes` rows of W' from `row` on and `lanes` units from `col` on, a vector for each row. `whole`: the block lies
-// inside W and one group, and its columns are adjacent, so that no element has to be checked.
-template <class Unit, class W, bool whole>
-void rescale_block(const Layer& layer, int64_t row, int64_t col, Vector (&block)[lanes]) {
+// inside W and one group, and its columns are adjacent, so that no element has to be checked. `u`: of these rows; for
+// `ranked` layers, those of rank 2 and more, that of transpose_scale_out.
+template <class Unit, class W, bool whole, bool ranked>
+void rescale_block(const Layer& layer, int64_t row, int64_t col, const float* u, Vector (&block)[lanes]) {
   const int64_t n = layer.n(), k = layer.k();
-  const float *u = static_cast<const float*>(layer.u) + row, *v = static_cast<const float*>(layer.v) + col;
-  Vector scale_in[Unit::elements];
-  if constexpr (whole) {
+  const float* v = static_cast<const float*>(layer.v) + col;
+  Vector scale_in[Unit::elements], scales[Unit::elements][lanes][1];
+  if constexpr (ranked) {
+    for (int64_t e = 0; e < Unit::elements; ++e) scale_block<whole>(layer, row, col + e * lanes, u, scales[e]);
+  } else if constexpr (whole) {
     for (int64_t e = 0; e < Unit::elements; ++e) scale_in[e] = load(v + layer.group_of(row) * k + e * lanes);
   }
   const W* w = layer.weight.at<W>(row, col);
@@ -33,11 +36,17 @@ void rescale_block(const Layer& layer, int64_t row, int64_t col, Vector (&block)
     for (int64_t e = 0; e < Unit::elements; ++e) {
       const int64_t left = k - col - e * lanes;
       if constexpr (whole) {
-        parts[e] = Unit::round(rescale(load(w + e * lanes), broadcast(u[i]), scale_in[e]));
+        const Vector values = load(w + e * lanes);
+        parts[e] = Unit::round(ranked ? values * scales[e][i][0] : rescale(values, broadcast(u[i]), scale_in[e]));
       } else if (row + i < n && left > 0) {
         const int64_t count = std::min(left, lanes), step = layer.weight.col_stride;
-        const Vector scale = load_row(v + layer.group_of(row + i) * k + e * lanes, 1, count);
-        const Vector scaled = rescale(load_row(w + e * lanes * step, step, count), broadcast(u[i]), scale);
+        Vector scaled = load_row(w + e * lanes * step, step, count);
+        if constexpr (ranked) {
+          scaled = scaled * scales[e][i][0];
+        } else {
+          const Vector scale = load_row(v + layer.group_of(row + i) * k + e * lanes, 1, count);
+          scaled = rescale(scaled, broadcast(u[i]), scale);
+        }
         parts[e] = keep(Unit::round(scaled), count);  // an infinite u would make the padding NaN
       } else {
         parts[e] = zero();
@@ -48,20 +57,26 @@ void rescale_block(const Layer& layer, int64_t row, int64_t col, Vector (&block)
 }
 
 // Packs rows of W' from `first` on as columns of a sum over K, `units` of it from unit `from` on. Rows past N are 0.
-template <class Unit, class W>
+template <class Unit, class W, bool ranked>
 void pack_rescaled_rows(const Layer& layer, int64_t first, int64_t from, int64_t units, Word* packed) {
   const int64_t n = layer.n(), k = layer.k();
   for (int64_t col = 0; col < up(std::min(panel_cols, n - first), tile_cols) * tile_cols; col += lanes) {
     const int64_t row = first + col;
     const bool whole =
         layer.weight.col_stride == 1 && row + lanes <= n && layer.group_of(row) == layer.group_of(row + lanes - 1);
+    const float* u = static_cast<const float*>(layer.u) + row;
+    float transposed[ranked ? max_rank * lanes : 1];
+    if constexpr (ranked) {
+      transpose_scale_out(layer, row, transposed);
+      u = transposed;
+    }
     for (int64_t unit = 0; unit < units; unit += lanes) {
       Vector block[lanes];
       const int64_t at = (from + unit) * Unit::elements;
       if (whole && at + lanes * Unit::elements <= k) {
-        rescale_block<Unit, W, true>(layer, row, at, block);
+        rescale_block<Unit, W, true, ranked>(layer, row, at, u, block);
       } else {
-        rescale_block<Unit, W, false>(layer, row, at, block);
+        rescale_block<Unit, W, false, ranked>(layer, row, at, u, block);
       }
       transpose(block);
       Word* to = packed + (col / tile_cols * units + unit) * tile_cols + col % tile_cols;
@@ -71,7 +86,7 @@ void pack_rescaled_rows(const Layer& layer, int64_t first, int64_t from, int64_t
 }
 
 // As pack_rescaled_cols. `whole`: all columns of the panel lie inside W and are adjacent.
-template <class Unit, class W, bool whole>
+template <class Unit, class W, bool ranked, bool whole>
 void pack_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, Word* packed) {
   const int64_t n = layer.n(), k = layer.k(), group_rows = n / layer.groups, step = whole ? 1 : layer.weight.col_stride;
   const float *u = static_cast<const float*>(layer.u), *v = static_cast<const float*>(layer.v) + first;
@@ -79,6 +94,7 @@ void pack_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, W
   const auto row_of = [&](const auto* row, int64_t row_step, int64_t j) {
     return whole ? load(row + j * lanes) : load_row(row + j * lanes * row_step, row_step, k - first - j * lanes);
   };
+  [[maybe_unused]] std::conditional_t<ranked, ScaleRows<panel_cols>, NoScales> scales(layer, first, count);
   Vector scale_in[panel_vectors];
   int64_t group_end = 0;  // of the group of scale_in: a division for each row would take as long as its W'
   for (int64_t unit = 0; unit < units; ++unit, packed += tile_cols) {
@@ -89,13 +105,21 @@ void pack_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, W
         for (int64_t j = 0; j < count; ++j) rows[j][e] = zero();
         continue;
       }
-      if (row >= group_end) {
+      if (!ranked && row >= group_end) {
         const int64_t group = layer.group_of(row);
         group_end = (group + 1) * group_rows;
         for (int64_t j = 0; j < count; ++j) scale_in[j] = row_of(v + group * k, 1, j);
       }
-      const Vector scale_out = broadcast(u[row]);
       const W* w = layer.weight.at<W>(row, first);
+      if constexpr (ranked) {
+        const float* scale = scales(row);
+        for (int64_t j = 0; j < count; ++j) {
+          prefetch(w + 16 * layer.weight.row_stride + j * lanes * step);
+          rows[j][e] = Unit::round(row_of(w, step, j) * load(scale + j * lanes));
+        }
+        continue;
+      }
+      const Vector scale_out = broadcast(u[row]);
       for (int64_t j = 0; j < count; ++j) {
         prefetch(w + 16 * layer.weight.row_stride + j * lanes * step);
         rows[j][e] = Unit::round(rescale(row_of(w, step, j), scale_out, scale_in[j]));
@@ -109,10 +133,10 @@ void pack_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, W
 
 // Packs columns of W' from `first` on as columns of a sum over N, `units` of it from unit `from` on. Columns past K are
 // 0.
-template <class Unit, class W>
+template <class Unit, class W, bool ranked>
 void pack_rescaled_cols(const Layer& layer, int64_t first, int64_t from, int64_t units, Word* packed) {
   const bool whole = first + panel_cols <= layer.k() && layer.weight.col_stride == 1;
-  (whole ? pack_cols<Unit, W, true> : pack_cols<Unit, W, false>)(layer, first, from, units, packed);
+  (whole ? pack_cols<Unit, W, ranked, true> : pack_cols<Unit, W, ranked, false>)(layer, first, from, units, packed);
 }
 
 // `lanes` columns of x or dy as units of a sum over tokens; 0 from column `end` on
