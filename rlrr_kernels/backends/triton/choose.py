@@ -116,6 +116,12 @@ OF_A_WIDER_W = {
     Choice(64, 128, 256, 8, 3): Choice(64, 128, 128, 8, 4),
 }
 
+#: What replaces tiles that are too wide for a product of U and V besides.
+OF_A_RANK: dict[Pass, Choice] = {
+    "forward": Choice(128, 64, 32, 4, 3),
+    "grad_input": Choice(128, 32, 64, 4, 3),
+}
+
 #: Tiles of grad_scales with TF32 on Hopper, small enough for ``mma.sync``. ``wgmma`` cannot transpose float32: dy^T
 #: would be in registers, which Triton before 3.9 overwrites while the product still reads them (:mod:`tests.hazards`).
 HOPPER_TF32_SCALES = _tiles((16, 32, 128, 4, 4), (16, 32, 64, 4, 2))
@@ -189,8 +195,9 @@ def tiles(problem: Problem, device: Device, aligned: bool) -> tuple[Choice, ...]
     if problem.weight_dtype.itemsize > problem.dtype.itemsize:
         found = tuple(dict.fromkeys(OF_A_WIDER_W.get(tile, tile) for tile in found))
     if parts(problem) == 3 and (problem.kernel, device.capability[0]) != ("forward", 9):
-        # with the product of U and V they spill, or take more tensor memory than there is
-        found = tuple(tile for tile in found if tile.block_m < 256)
+        # with the product of U and V these spill, or take more tensor memory than there is
+        wide = [tile for tile in found if tile.block_m == 256 or (problem.kernel, tile.block_k) == ("grad_input", 128)]
+        found = tuple(dict.fromkeys(OF_A_RANK[problem.kernel] if tile in wide else tile for tile in found))
     fitted = (_fit(problem, tile, device) for tile in found)
     return tuple(tile for tile in fitted if tile.num_stages >= 2) or masked
 

@@ -58,7 +58,7 @@ def forward_kernel(
     offs_m = m_start + tl.arange(0, BLOCK_M)
     offs_n = n_start + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    if RANK == 1:  # inlined by hand: ptxas orders the same instructions otherwise
+    if RANK == 1:  # by hand, so that rank 1 is compiled as if there were no other
         u_n = (tl.load(u + offs_n, mask=offs_n < n_end, other=0.0).to(tl.float32),)
     else:
         u_n = load_u(u, offs_n, offs_n < n_end, RANK, PARTS)
