@@ -60,6 +60,8 @@ def unsupported(x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
     if x.device.type != "cuda" or torch.version.hip is not None:
         return f"device {x.device}: it runs on NVIDIA GPUs"
     capability = choose.cuda_device(x.device.index).capability
+    if capability >= (10, 0) and rank > 4:  # too many tiles spill, or overflow Blackwell's tensor memory
+        return f"rank {rank} on compute capability {capability}: it has tiles for ranks up to 4 there"
     return None if capability >= (8, 0) else f"compute capability {capability}: it needs 8.0 or later"
 
 
