@@ -129,6 +129,16 @@ def test_a_published_adapter_on_its_base_gives_the_published_logits(adapter_file
     torch.testing.assert_close(logits, torch.from_numpy(FIXTURE["logits"]), rtol=1e-9, atol=1e-9)
 
 
+def test_a_published_adapter_has_rank_1(adapter_file):
+    model = apply_rlrr(published_vit(), rank=4)
+    before = model.blocks[0].mlp.fc1.scale_out.clone()
+    with pytest.raises(
+        ValueError, match=r"it has rank 1 and scaling 1, and the model's blocks\.0\.attn\.qkv has rank 4"
+    ):
+        load_official_adapter(model, adapter_file)
+    assert torch.equal(model.blocks[0].mlp.fc1.scale_out, before)
+
+
 def test_a_whole_published_state_brings_its_base_with_it(tmp_path):
     torch.save(of_fixture("state/"), tmp_path / "a.pth")
     model = load_official_adapter(published_vit(), tmp_path / "a.pth")
