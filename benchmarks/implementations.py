@@ -154,7 +154,7 @@ def bind(name: str, i: Inputs) -> Layer:
         Unavailable: For PEFT's layers, as :func:`require_peft`.
     """
     if name in (results.LORA, results.HIRA):
-        return _peft(name, i)
+        return peft_layer(name, i, 8 if name == results.LORA else 1)
     trained = (i.x,) if name == results.PLAIN else i.trained
     return Layer(functools.partial(_FUNCTIONS[name], *i.arguments), trained, (i.weight, i.bias))
 
@@ -174,12 +174,12 @@ def require_peft() -> Any:
     return peft
 
 
-def _peft(name: str, i: Inputs) -> Layer:
-    """Return PEFT's own layer on a frozen ``nn.Linear``, with adapters in x's dtype, which is fastest."""
+def peft_layer(name: str, i: Inputs, rank: int) -> Layer:
+    """Return PEFT's own LoRA or HiRA on a frozen ``nn.Linear``, with adapters in x's dtype, which is fastest."""
     peft = require_peft()
     linear = nn.Linear(i.x.shape[1], i.dy.shape[1], device="meta")
     linear.weight, linear.bias = (nn.Parameter(t, requires_grad=False) for t in (i.weight, i.bias))
-    kind, rank = (peft.LoraConfig, 8) if name == results.LORA else (peft.HiraConfig, 1)
+    kind = peft.LoraConfig if name == results.LORA else peft.HiraConfig
     model: Any = peft.inject_adapter_in_model(kind(r=rank, target_modules=["0"]), nn.Sequential(linear))
     adapters = tuple(p for p in model.parameters() if p.requires_grad)
     with torch.no_grad():

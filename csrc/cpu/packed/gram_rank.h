@@ -13,11 +13,11 @@ namespace rlrr {
 namespace {
 
 // Columns of G whose part of du is summed at a time
-constexpr int64_t slab_cols = 96;
+constexpr int64_t slab_cols = up(64, tile_cols) * tile_cols;
 // Rows of G that share a packed x if there are several blocks of tokens
 constexpr int64_t region_rows = 384;
-constexpr int64_t max_slabs = 4;
-static_assert(slab_cols % tile_cols == 0 && region_rows % strip_rows == 0 && strip_rows % 8 == 0);
+constexpr int64_t max_slabs = 384 / slab_cols;
+static_assert(region_rows % strip_rows == 0 && strip_rows % 8 == 0);
 
 // The ranges of G, and the sizes of the scratch
 struct RankCells {

@@ -158,7 +158,7 @@ inline void transpose(Vector (&r)[lanes]) {
 
 #endif
 
-inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A unit in memory. It aliases float32 and pairs of bfloat16; pairs can begin at any bfloat16.
 typedef uint32_t Word __attribute__((may_alias, aligned(2)));

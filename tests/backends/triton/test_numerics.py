@@ -69,6 +69,15 @@ def test_ranks(triton_device, m, n, k, groups, rank, dtype):
     check(p, solve(p, replace(SMALL, splits=2)))
 
 
+def test_a_large_rank_of_odd_rows_is_given_to_panels(triton_device, monkeypatch):
+    p = make_problem(3, 5, 7, rank=65, device=triton_device)
+    given = []
+    monkeypatch.setattr(launch.panels, "grad_input", lambda *args: given.append(args))
+    launch.grad_input(p.dy, *p.forward_args[1:4])
+    assert len(given) == 1
+    assert given[0][0] is p.dy
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")
 @pytest.mark.parametrize("rank", [5, 17])
 def test_the_parts_of_u_and_v_add_up_to_them_and_their_products_to_float32(triton_device, rank):
