@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlrr_kernels.backends.reference import accumulation_dtype, rescaled_weight
-from rlrr_kernels.layers.options import Init, check_init, check_rank, init_name
+from rlrr_kernels.layers.options import Init, check_init, check_rank, draw_scales, init_name
 from rlrr_kernels.layers.ownership import check_dtype, check_linear, check_not_in_fsdp, check_own_parameters
 from rlrr_kernels.ops import route
 from rlrr_kernels.ops.linear import rescaled_linear
@@ -175,15 +174,7 @@ class FusedRLRRLinear(nn.Linear):
         if self.shift.is_meta:
             return
         self.shift.zero_()
-        if callable(self.init):
-            self.init(self.scale_out, self.scale_in)
-            return
-        bound = math.sqrt(6 / (self.in_features * self.rank)) if self.in_features else 0.0
-        self.scale_in.uniform_(-bound, bound)
-        if self.init == "identity":
-            self.scale_out.zero_()
-        else:
-            self.scale_out.uniform_(-math.sqrt(6), math.sqrt(6))
+        draw_scales(self.init, self.scale_out, self.scale_in)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer.

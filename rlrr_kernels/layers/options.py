@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from rlrr_kernels.backends.problem import MAX_RANK
@@ -46,3 +47,18 @@ def check_rank(rank: object, scaling: object) -> None:
 def init_name(init: Init) -> str:
     """The name of an ``init`` in a layer's ``repr``."""
     return init if isinstance(init, str) else getattr(init, "__name__", repr(init))
+
+
+@torch.no_grad()
+def draw_scales(init: Init, scale_out: Tensor, scale_in: Tensor) -> None:
+    """Fill u ``[N, r]`` and v ``[groups, r, K]`` or ``[r, K]`` in place, as ``init`` says."""
+    if callable(init):
+        init(scale_out, scale_in)
+        return
+    rank, k = scale_in.shape[-2:]
+    bound = math.sqrt(6 / (k * rank)) if k else 0.0
+    scale_in.uniform_(-bound, bound)
+    if init == "identity":
+        scale_out.zero_()
+    else:
+        scale_out.uniform_(-math.sqrt(6), math.sqrt(6))

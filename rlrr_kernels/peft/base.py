@@ -1,0 +1,40 @@
+"""The frozen layers under a tuner: ``nn.Linear``, and the ``Conv1D`` of transformers, which stores W as ``[K, N]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
+
+from rlrr_kernels.layers.ownership import check_dtype, check_linear
+
+
+def is_conv1d(layer: Any) -> bool:
+    """Whether it stores W transposed."""
+    return isinstance(layer, Conv1D)
+
+
+def check_base(layer: Any, name: str) -> None:
+    """Check that the op can compute a frozen layer.
+
+    Args:
+        layer: The layer.
+        name: What errors call it.
+
+    Raises:
+        TypeError, ValueError: As :meth:`~rlrr_kernels.FusedRLRRLinear.from_linear`, but for ``Conv1D``.
+    """
+    if not is_conv1d(layer):
+        check_linear(layer, name)
+        return
+    own = type(layer).forward is not Conv1D.forward or "forward" in vars(layer)
+    if own or "weight" not in layer._parameters or is_traceable_wrapper_subclass(layer.weight):
+        raise TypeError(f"{name}: expected a plain Conv1D with a weight of its own, got {type(layer).__qualname__}")
+    check_dtype(f"{name}.weight", layer.weight.dtype)
+
+
+def weight_of(layer: Any) -> Tensor:
+    """W ``[N, K]`` of a frozen layer, for a ``Conv1D`` a transposed view."""
+    return layer.weight.mT if is_conv1d(layer) else layer.weight
