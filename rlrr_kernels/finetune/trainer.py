@@ -158,9 +158,11 @@ class Trainer:
         self.wrapped = distributed.wrap(self.model, self.world, settings.parallel, device)
         self.forward: Any = self.wrapped
         if settings.compile:
-            compiler.activation_memory_budget = ACTIVATION_BUDGET
             # shapes are fixed but for the last batch of an epoch, which is compiled once, too
-            self.forward = torch.compile(self.wrapped, mode=settings.compile, dynamic=False)
+            compiled = torch.compile(self.wrapped, mode=settings.compile, dynamic=False)
+            # PyTorch cannot weigh what a sharded model keeps
+            budget = 1.0 if settings.parallel == "fsdp" else ACTIVATION_BUDGET
+            self.forward = compiler.patch(activation_memory_budget=budget)(lambda images: compiled(images))
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
         self.images = splits.train if settings.resolved_protocol == "choose-epoch" else splits.trainval

@@ -179,10 +179,10 @@ def u_du_is_v_dv(case: Case, inputs: Inputs, got: Results) -> None:
         ("u du", p.scale_out, got["dscale_out"], bound.du),
         ("v dv", p.scale_in, got["dscale_in"], bound.dv),
     ):
-        t, other = t.double().view(case.groups, -1), other.double().view(case.groups, -1)
+        t, other = (values.double().reshape(case.groups, -1) for values in (t, other))
         rounded = torch.finfo(got["dscale_out" if name == "u du" else "dscale_in"].dtype)
         lost = rounded.eps * rounded.smallest_normal
-        error = (t.abs() * (allowed.view(case.groups, -1) + rounded.eps * other.abs() + lost)).sum(1)
+        error = (t.abs() * (allowed.reshape(case.groups, -1) + rounded.eps * other.abs() + lost)).sum(1)
         total[name] = (t * other).sum(1), error
     (left, left_error), (right, right_error) = total.values()
     assert ((left - right).abs() <= left_error + right_error).all(), f"u du = {left}, v dv = {right}"

@@ -115,7 +115,7 @@ GRID = (
     *(
         Case(f"rank {rank}, {dtype}", rank=rank, shape=shape, dtype=dtype, choice=None, ops=PRODUCTS)
         for rank in (32, 128)
-        for dtype, shape in (("bfloat16", (394, 768, 3072, 1)), ("float32", (131, 252, 131, 2)))
+        for dtype, shape in (("bfloat16", (394, 768, 3072, 1)), ("float32", (131, 256, 128, 2)))
     ),
     Case("a GPU that is not current", device=HOPPER, current=BLACKWELL),
 )
