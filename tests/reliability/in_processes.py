@@ -46,8 +46,9 @@ def in_processes(*shape):
 
 
 def _run(function, shape):
-    # children of a process that has used a GPU cannot run autograd
-    context = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
+    # children of a process that has used a GPU, or started autograd's threads, cannot run autograd
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "rlrr_kernels", "torch.distributed.fsdp", __name__])
     running, processes = {}, []
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(math.prod(shape)):
