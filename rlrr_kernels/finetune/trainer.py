@@ -1,4 +1,4 @@
-"""Training and evaluating one model: optimiser, schedule, batches, moving average, in one or several processes."""
+"""Training one model: optimiser, schedule, batches, moving average, in one or several processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,77 +21,17 @@ from rlrr_kernels.checkpoint import save_adapter
 from rlrr_kernels.finetune import distributed
 from rlrr_kernels.finetune.batches import Batch, Batches, Mixing, keyed_seed
 from rlrr_kernels.finetune.data import ImageSet, Splits, loading
+from rlrr_kernels.finetune.evaluation import evaluate, logits_of
 from rlrr_kernels.finetune.run_folder import State
 from rlrr_kernels.finetune.settings import Settings
 from rlrr_kernels.io.checks import expect
 from rlrr_kernels.models.parameters import param_groups
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 #: Share of activations that a compiled model keeps; the cheapest, what GELU and LayerNorm return, are formed again.
 ACTIVATION_BUDGET = 0.9
 
 #: The progress line reports waiting for images above this share of an epoch's time.
 BOTTLENECK = 0.25
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results over a split.
-
-    Attributes:
-        loss: Mean cross-entropy over all processes.
-        accuracy: 0 to 1, over all processes.
-        hits: Correct answers of this process for each class, int64 ``[classes]``.
-        images: Images of this process in each class, int64 ``[classes]``.
-    """
-
-    loss: float
-    accuracy: float
-    hits: Tensor
-    images: Tensor
-
-
-def logits_of(model: nn.Module, images: Tensor, precision: str) -> Tensor:
-    """Float32 logits ``[batch, classes]`` of images ``[batch, C, H, W]``, computed in the given precision."""
-    dtype = AUTOCAST[precision]
-    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-        return model(images).float()
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    images: ImageSet,
-    settings: Settings,
-    device: torch.device,
-    world: distributed.World,
-    labels: Tensor | None = None,
-) -> Evaluation:
-    """Evaluate a model on a split, each image once in one of the processes.
-
-    Args:
-        model: On ``device``.
-        images: The split.
-        settings: Batch size, precision and workers.
-        device: This process's device.
-        world: This process.
-        labels: The model's label of each label of ``images``, int64 ``[images.classes]``; None if they are equal.
-    """
-    model.eval()
-    batches = Batches(len(images), settings.batch_size, world)
-    loss = torch.zeros((), dtype=torch.float64)
-    hits, count = torch.zeros(images.classes, dtype=torch.int64), torch.zeros(images.classes, dtype=torch.int64)
-    loaded = loading.batches(images, batches, device, settings.workers)
-    for batch, (inputs, classes) in zip(batches.plan(), loaded, strict=True):
-        logits = logits_of(model, inputs, settings.precision)[: batch.counts].cpu()
-        classes = classes[: batch.counts]
-        targets = classes if labels is None else labels[classes]
-        loss += F.cross_entropy(logits, targets, reduction="sum")
-        hits += torch.bincount(classes[logits.argmax(1) == targets], minlength=images.classes)
-        count += torch.bincount(classes, minlength=images.classes)
-    loss_sum, right = distributed.total(world, loss, hits.sum(), device=device)
-    return Evaluation(loss_sum / len(images), right / len(images), hits, count)
 
 
 class Average:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from rlrr_kernels.finetune import Settings
-from rlrr_kernels.finetune.trainer import Average, Trainer, logits_of
+from rlrr_kernels.finetune.evaluation import logits_of
+from rlrr_kernels.finetune.trainer import Average, Trainer
 from tests.finetune.runs import prepared
 
 

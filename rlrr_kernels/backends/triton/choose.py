@@ -177,6 +177,7 @@ def chunk(rank: int, parts: int) -> int:
 
 def padded(rank: int, parts: int) -> int:
     """Return the depth of all products of U and V: a multiple of :func:`chunk`."""
+    # kernels call this too, and Triton lets such a function call no other one
     size = 16 if parts == 1 or rank <= 16 else 32
     return (rank + size - 1) // size * size
 

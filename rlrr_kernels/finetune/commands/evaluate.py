@@ -20,9 +20,9 @@ from rlrr_kernels.finetune.commands.common import (
 )
 from rlrr_kernels.finetune.data import ImageSet, Splits
 from rlrr_kernels.finetune.distributed import World, choose_device
+from rlrr_kernels.finetune.evaluation import Evaluation, evaluate
 from rlrr_kernels.finetune.loop import load_data
 from rlrr_kernels.finetune.saved_run import SavedRun, check_data, open_run
-from rlrr_kernels.finetune.trainer import Evaluation, evaluate
 from rlrr_kernels.io.checks import sanitize
 
 SPLITS = ("test", "val", "train")

@@ -11,9 +11,9 @@ from rlrr_kernels import apply_rlrr, save_adapter
 from rlrr_kernels.finetune.commands.evaluate import split_of
 from rlrr_kernels.finetune.data import ImageSet, Transform
 from rlrr_kernels.finetune.distributed import World
+from rlrr_kernels.finetune.evaluation import evaluate
 from rlrr_kernels.finetune.loop import load_data
 from rlrr_kernels.finetune.settings import Settings
-from rlrr_kernels.finetune.trainer import evaluate
 from tests.finetune.commands.conftest import QUICK, metrics_of, status
 
 
