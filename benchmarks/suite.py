@@ -91,7 +91,7 @@ class Rivals:
 
 
 def rank_label(rank: int) -> str:
-    """Return the end of a group's label, by which ``-k`` selects a rank; rank 1 has none."""
+    """Return the part of a group's label by which ``-k`` selects a rank; nothing for rank 1."""
     return "" if rank == 1 else f"-r{rank}"
 
 
