@@ -330,7 +330,7 @@ def test_a_plain_session_measures_and_ends_with_the_table(tmp_path):
     """A real session on two of a group's rivals; ours is measured beside them, though not selected."""
     options = [
         "-k",
-        "no_grad-float32 and (plain or formula)",
+        "no_grad-float32-plain or no_grad-float32-formula",
         "--rounds",
         "4",
     ]
@@ -355,7 +355,7 @@ def test_a_plain_session_measures_and_ends_with_the_table(tmp_path):
     assert line.split("graph")[1].split() == [f"{ratios[0]:.2f}", "plain", "linear", f"{ratios[1]:.2f}"]
     (file,) = tmp_path.glob("*.json")
     assert not chunk["complete"]
-    assert file.name == "launch-partial-rounds-4-k-no-grad-float32-and-plain-or-formula.json"
+    assert file.name == "launch-partial-rounds-4-k-no-grad-float32-plain-or-no-grad-float32-formula.json"
     assert chunk["command"].startswith("python -m pytest -p no:cacheprovider benchmarks/test_launch.py -k 'no_grad")
     table = json.loads((tmp_path / "table").read_text())["benchmarks"]
     assert {bench["group"] for bench in table} == {"launch-no_grad-float32"}
