@@ -72,10 +72,12 @@ class Plot:
 
 
 def plots(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Plot]:
-    """Return the plots of one device, by file name."""
+    """Return the plots of one device at rank 1, by file name."""
     found = groups(chunks)
     parts: dict[tuple[str, str], list[Group]] = {}
     for group in found:
+        if group.case["rank"] > 1:
+            continue
         if group.case.get("direction") == "both" and group.suite == "layer":
             parts.setdefault(("throughput", group.case["model"]), []).append(group)
             parts.setdefault(("memory", group.case["model"]), []).append(group)
