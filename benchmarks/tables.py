@@ -13,7 +13,7 @@ from benchmarks import results
 from benchmarks.groups import DIRECTIONS, Group, geometric_mean, is_ours, on_gpu
 
 #: Products of 2 M N K flops that a direction needs.
-PRODUCTS = {"forward": 1, "forward_no_grad": 1, "backward": 2, "both": 3, "grad_scales": 1}
+PRODUCT_COUNT = {"forward": 1, "forward_no_grad": 1, "backward": 2, "both": 3, "grad_scales": 1}
 BEST = "**best other way to the same function**"
 CALLS = {"no_grad": "forward, no graph", "forward": "forward", "both": "forward + backward"}
 _NAMES = {"torch": "PyTorch", "triton": "Triton", "cuda": "CUDA", "peft": "PEFT", "python": "Python"}
@@ -174,7 +174,7 @@ def every_case(found: Sequence[Group]) -> str:
 
 def _absolute(group: Group, seconds: float) -> list[str]:
     case = group.case
-    flops = 2 * PRODUCTS[case["direction"]] * case["m"] * case["n"] * case["k"]
+    flops = 2 * PRODUCT_COUNT[case["direction"]] * case["m"] * case["n"] * case["k"]
     return [f"{seconds * 1e6:,.1f}", f"{flops / seconds / 1e12:,.1f}"]
 
 

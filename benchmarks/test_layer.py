@@ -30,7 +30,7 @@ from benchmarks.suite import (
     rank_label,
     turn_by_turn,
 )
-from benchmarks.tables import PRODUCTS
+from benchmarks.tables import PRODUCT_COUNT
 from benchmarks.timing import Variant
 
 SLICE_DIRECTIONS = ("forward", "both")
@@ -67,7 +67,7 @@ def _group(
 ) -> list[tuple[Rivals, str]]:
     """Return a group with each of its rivals."""
     label = f"{shape.key}-{shape.layer}-{count}-{dtype}-{direction}{rank_label(rank)}"
-    work = count * shape.tokens * shape.n * shape.k * PRODUCTS[direction]
+    work = count * shape.tokens * shape.n * shape.k * PRODUCT_COUNT[direction]
     group = Rivals("layer", chunk, (shape, count, dtype, direction, rank), label, place, work)
     return [(group, name) for name in implementations.names(direction, DEVICE, searched, rank)]
 
