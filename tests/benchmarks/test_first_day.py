@@ -171,7 +171,7 @@ def _rehearse(out: Path, *names: str, **environment: str) -> tuple[int, str]:
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))
     }
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.first_day", "--rehearse", "--jobs", "2", "--out", str(out), *names],
+        [sys.executable, "-m", "benchmarks.first_day", "--rehearse", "--jobs", "1", "--out", str(out), *names],
         cwd=ROOT,
         env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
