@@ -19,8 +19,14 @@ T = TypeVar("T")
 
 def weight_by_autograd(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Return W' = W * (1 + u v) ``[N, K]`` by plain operations, in the dtype that they promote to."""
-    scale = 1 + u.view(len(v), -1, 1) * v
-    return weight * scale.view(weight.shape)
+    groups, rank, _ = v.shape
+    u = u.view(groups, -1, rank)
+    if rank == 1:
+        product = u * v
+    else:
+        with torch.autocast(u.device.type, enabled=False):  # which would round the product of u and v
+            product = u @ v
+    return weight * (1 + product).view(weight.shape)
 
 
 def formula(x: Tensor, weight: Tensor, u: Tensor, v: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
@@ -49,22 +55,25 @@ def one_kernel(function: Callable[..., T]) -> Callable[..., T]:
 @one_kernel
 def rescaled_weight(weight: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     """Return W' ``[N, K]`` with the fewest passes over memory in eager PyTorch: S, the product in place, rounding."""
-    groups, _, k = v.shape
-    one = torch.ones((), device=u.device, dtype=u.dtype)
-    scale = torch.addcmul(one, u.view(groups, -1, 1), v).view(-1, k)
-    return scale.mul_(weight).to(dtype)
+    groups, rank, k = v.shape
+    u = u.view(groups, -1, rank)
+    if rank == 1:
+        scale = torch.addcmul(torch.ones((), device=u.device, dtype=u.dtype), u, v)
+    else:
+        scale = (u @ v).add_(1)
+    return scale.view(-1, k).mul_(weight).to(dtype)
 
 
 @one_kernel
 def _reduced(g: Tensor, weight: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return du ``[N, 1]`` and dv ``[groups, 1, K]`` from G = dy^T x ``[N, K]``."""
-    groups, _, k = v.shape
-    wide, u = g.to(u.dtype), u.view(groups, -1, 1)
-    if torch.compiler.is_compiling():  # the compiler fuses sums with what they read, but not products
+    """Return du ``[N, r]`` and dv ``[groups, r, K]`` from G = dy^T x ``[N, K]``."""
+    groups, rank, k = v.shape
+    wide, u = g.to(u.dtype), u.view(groups, -1, rank)
+    if rank == 1 and torch.compiler.is_compiling():  # the compiler fuses sums with what they read, but not products
         p = (wide * weight).view(groups, -1, k)
         return (p * v).sum(2).view(-1, 1), (p * u).sum(1, keepdim=True)
     p = wide.mul_(weight).view(groups, -1, k)
-    return (p @ v.mT).view(-1, 1), u.mT @ p
+    return (p @ v.mT).view(-1, rank), u.mT @ p
 
 
 class Recompute(torch.autograd.Function):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.results import RANKS
 from rlrr_kernels.check import command as check
 from rlrr_kernels.check import processes
 
@@ -29,11 +30,19 @@ SECONDS = 900.0
 IMAGES = (1, 8, 32, 64, 256)
 SLICE_IMAGES = {"cuda": (1, 32), "cpu": (1, 8, 32)}
 DTYPES = ("bfloat16", "float32")
+#: Ranks above 1 are measured in two linears of a model: one in three groups, and the smallest.
+RANKED_MODEL, RANKED_LAYERS = "vit_b", ("qkv", "proj")
+RANKED_IMAGES = {"cuda": (1, 32), "cpu": (8,)}
 #: ``max-autotune`` searches tiles for a minute a shape: it is measured in bfloat16 for the ViTs at these batch sizes.
 SEARCHED_IMAGES = (1, 32, 256)
 #: Training steps: key -> timm's name. Each batch size is a chunk, as compiling takes minutes.
 STEP_MODELS = {"vit_b": "vit_base_patch16_224", "vit_l": "vit_large_patch16_224"}
 STEP_BATCHES = (64, 256)
+#: Chunk -> key, batch size and rank of its steps.
+STEPS = {
+    **{f"step-{key}-{batch}": (key, batch, 1) for key in STEP_MODELS for batch in STEP_BATCHES},
+    **{f"step-{RANKED_MODEL}-r{rank}": (RANKED_MODEL, STEP_BATCHES[0], rank) for rank in RANKS[1:]},
+}
 
 
 @dataclass(frozen=True)
@@ -72,13 +81,15 @@ def searched(shape: Shape, images: int, dtype: str) -> bool:
     return images in SEARCHED_IMAGES and dtype == "bfloat16" and shape.key != "swin_b"
 
 
-def layer_chunk(shape: Shape, dtype: str) -> str:
-    """Return the chunk of the whole suite that measures a layer in a dtype.
+def layer_chunk(shape: Shape, dtype: str, rank: int = 1) -> str:
+    """Return the chunk of the whole suite that measures a layer in a dtype at a rank.
 
     On an H200 about 4 minutes for a ViT's layer in bfloat16, 8 for a ViT in float32 and for a stage of Swin in one
-    dtype. The estimate: compiling takes 8 s for each number of tokens and 40 s more where tiles are searched, then
-    each direction takes :data:`~benchmarks.timing.BUDGET`.
+    dtype; 3 for a rank above 1. The estimate: compiling takes 8 s for each number of tokens and 40 s more where tiles
+    are searched, then each direction takes :data:`~benchmarks.timing.BUDGET`.
     """
+    if rank > 1:
+        return f"layer-{shape.key}-r{rank}"
     if shape.key == "swin_b":
         return f"layer-swin_b-{dtype}-stage{shape.layer[0]}"
     return f"layer-{shape.key}-{dtype}" + (f"-{shape.layer}" if dtype == "bfloat16" else "")
@@ -88,9 +99,10 @@ def chunks() -> Iterator[str]:
     """Yield the name of every chunk of the whole suite, in order."""
     found = (layer_chunk(shape, dtype) for shapes in MODELS.values() for dtype in DTYPES for shape in shapes)
     yield from dict.fromkeys(found)
+    yield from (layer_chunk(MODELS[RANKED_MODEL][0], DTYPES[0], rank) for rank in RANKS[1:])
     yield "norm"
     yield "launch"
-    yield from (f"step-{key}-{batch}" for key in STEP_MODELS for batch in STEP_BATCHES)
+    yield from STEPS
 
 
 def command(chunk: str, options: Sequence[str] = ()) -> list[str]:

@@ -11,13 +11,13 @@ from typing import Any
 
 from benchmarks import results
 
-_LAYER = ("model", "layer", "n", "k", "groups", "m", "dtype", "direction")
+_LAYER = ("model", "layer", "n", "k", "groups", "m", "dtype", "direction", "rank")
 #: What all rows of a group have in common, by suite.
 FIELDS: dict[str, tuple[str, ...]] = {
     "layer": _LAYER,
     "norm": _LAYER,
-    "launch": ("call", "dtype"),
-    "step": ("model", "batch", "image_size", "dtype"),
+    "launch": ("call", "dtype", "rank"),
+    "step": ("model", "batch", "image_size", "dtype", "rank"),
 }
 DIRECTIONS = {
     "forward": "forward",
@@ -77,13 +77,14 @@ class Group:
 
     @property
     def name(self) -> str:
-        """A readable name: "ViT-L/16 fc1, M = 50,432"."""
+        """A readable name: "ViT-L/16 fc1, M = 50,432, r = 8"; rank 1 is not in it."""
         case = self.case
+        rank = "" if case["rank"] == 1 else f", r = {case['rank']}"
         if self.suite == "launch":
-            return f"call: {case['call']}"
+            return f"call: {case['call']}{rank}"
         if self.suite == "step":
-            return f"{case['model']}, batch {case['batch']}"
-        return f"{case['model']} {case['layer']}, M = {case['m']:,}"
+            return f"{case['model']}, batch {case['batch']}{rank}"
+        return f"{case['model']} {case['layer']}, M = {case['m']:,}{rank}"
 
 
 def is_ours(implementation: str) -> bool:
@@ -102,7 +103,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def groups(chunks: Iterable[Mapping[str, Any]]) -> list[Group]:
-    """Return groups in the order of the files; training steps by model and batch.
+    """Return groups in the order of the files; training steps by model, batch and rank.
 
     Raises:
         ValueError: If a suite is unknown, a row lacks a field, a time is not a number above 0, or a case was measured
@@ -115,6 +116,7 @@ def groups(chunks: Iterable[Mapping[str, Any]]) -> list[Group]:
         if fields is None:
             raise ValueError(f"{where}: expected a suite of {', '.join(FIELDS)}, got {chunk['suite']!r}")
         for row in chunk["results"]:
+            row = {"rank": 1} | row  # results from before ranks have none
             _check(row, fields, where)
             case = {name: row[name] for name in fields}
             key = (chunk["device"], chunk["suite"], *case.values())
@@ -126,7 +128,8 @@ def groups(chunks: Iterable[Mapping[str, Any]]) -> list[Group]:
                 other = group.chunk["chunk"]
                 raise ValueError(f"{where}: {group.name}, {case['dtype']}, {name!r} was measured in {other!r} already")
             group.rows[name] = row
-    return sorted(found.values(), key=lambda g: (g.case["model"], g.case["batch"]) if g.suite == "step" else ("", 0))
+    order = ("model", "batch", "rank")
+    return sorted(found.values(), key=lambda g: [g.case[name] for name in order] if g.suite == "step" else ["", 0, 0])
 
 
 def _check(row: Mapping[str, Any], fields: Sequence[str], where: str) -> None:

@@ -64,7 +64,9 @@ class Inputs:
         return sum(t.nbytes for t in (*self.arguments, self.dy))
 
 
-def make_inputs(m: int, n: int, k: int, groups: int, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+def make_inputs(
+    m: int, n: int, k: int, groups: int, dtype: torch.dtype, device: str, seed: int = 0, rank: int = 1
+) -> Inputs:
     """Return random inputs, with W scaled as in a trained layer."""
     torch.manual_seed(seed)
     wide: dict[str, Any] = {"dtype": reference.accumulation_dtype(dtype), "device": device}
@@ -72,8 +74,8 @@ def make_inputs(m: int, n: int, k: int, groups: int, dtype: torch.dtype, device:
     inputs = Inputs(
         x=torch.randn(m, k, **narrow),
         weight=torch.randn(n, k, **narrow) * k**-0.5,
-        scale_out=torch.randn(n, 1, **wide),
-        scale_in=torch.randn(groups, 1, k, **wide) * k**-0.5,
+        scale_out=torch.randn(n, rank, **wide),
+        scale_in=torch.randn(groups, rank, k, **wide) * k**-0.5,
         bias=torch.randn(n, **narrow),
         shift=torch.randn(n, **wide),
         dy=torch.randn(m, n, **narrow),
@@ -129,7 +131,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     **dict.fromkeys((results.OURS, *BACKENDS), rescaled_linear),
 }
 
-THROUGH_AUTOGRAD = frozenset((*_FUNCTIONS, results.LORA, results.HIRA))
+THROUGH_AUTOGRAD = frozenset((*_FUNCTIONS, results.LORA, *results.HIRAS.values()))
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ def bind(name: str, i: Inputs) -> Layer:
     Raises:
         Unavailable: For PEFT's layers, as :func:`require_peft`.
     """
-    if name in (results.LORA, results.HIRA):
-        return peft_layer(name, i, 8 if name == results.LORA else 1)
+    if name == results.LORA or name in results.HIRAS.values():
+        return peft_layer(name, i, 8 if name == results.LORA else i.scale_out.shape[1])
     trained = (i.x,) if name == results.PLAIN else i.trained
     return Layer(functools.partial(_FUNCTIONS[name], *i.arguments), trained, (i.weight, i.bias))
 
@@ -232,7 +234,7 @@ def call(name: str, direction: str, i: Inputs) -> Call:
     return Call({"forward": forward, "forward_no_grad": forward_no_grad, "both": both}[direction])
 
 
-def names(direction: str, device: str, searched: bool = False) -> list[str]:
+def names(direction: str, device: str, searched: bool = False, rank: int = 1) -> list[str]:
     """Return the implementations of a direction on ``"cpu"`` or ``"cuda"``; ``searched`` adds ``max-autotune``."""
     if direction == "grad_scales":
         return [results.GRAD_SCALES, results.BARE_GRAD]
@@ -241,7 +243,7 @@ def names(direction: str, device: str, searched: bool = False) -> list[str]:
         left_out.add(results.FORMULA_MAX)
     if direction not in _OF_DIRECTION:
         left_out |= _PASSES.keys()
-    return [name for name in results.LAYER_IMPLEMENTATIONS if name not in left_out]
+    return [n for n in results.LAYER_IMPLEMENTATIONS if n not in left_out and results.of_rank(n, rank)]
 
 
 @contextlib.contextmanager
@@ -264,8 +266,8 @@ def context(name: str) -> Callable[[], AbstractContextManager[Any]]:
     return functools.partial(use_backend, BACKENDS[name]) if name in BACKENDS else nullcontext
 
 
-def served_by(name: str, x: Tensor, weight: Tensor) -> str | None:
-    """Return the backend behind one of ours, and None for the others.
+def served_by(name: str, x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
+    """Return the backend behind one of ours at a rank, and None for the others.
 
     Raises:
         Unavailable: If the backend that it asks for cannot serve these tensors.
@@ -274,7 +276,7 @@ def served_by(name: str, x: Tensor, weight: Tensor) -> str | None:
     if name == results.CUDA_HOPPER and torch.cuda.get_device_capability(x.device)[0] != 9:
         raise Unavailable(f"{torch.cuda.get_device_name(x.device)}: the path is for compute capability 9.x")
     if name in BACKENDS:
-        why = choice.refusal(BACKENDS[name], x, weight)
+        why = choice.refusal(BACKENDS[name], x, weight, rank)
         if why is not None:
             raise Unavailable(f"backend {BACKENDS[name]!r} cannot serve {why}")
         why = verdicts.failure(CHECKED[name], x.device) if name in CHECKED else None
@@ -283,4 +285,4 @@ def served_by(name: str, x: Tensor, weight: Tensor) -> str | None:
         return BACKENDS[name]
     if name not in (results.OURS, results.OURS_COMPILED, results.THREE_OPS, results.GRAD_SCALES):
         return None
-    return backend_for(x, weight)
+    return backend_for(x, weight, rank=rank)

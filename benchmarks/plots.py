@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from benchmarks import results
 from benchmarks.groups import Group, groups, is_ours, on_gpu
-from benchmarks.tables import PRODUCTS, implementations, largest
+from benchmarks.tables import PRODUCT_COUNT, implementations, largest
 
 _KEY = "drawn-from-sha256"
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -72,10 +72,12 @@ class Plot:
 
 
 def plots(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Plot]:
-    """Return the plots of one device, by file name."""
+    """Return the plots of one device at rank 1, by file name."""
     found = groups(chunks)
     parts: dict[tuple[str, str], list[Group]] = {}
     for group in found:
+        if group.case["rank"] > 1:
+            continue
         if group.case.get("direction") == "both" and group.suite == "layer":
             parts.setdefault(("throughput", group.case["model"]), []).append(group)
             parts.setdefault(("memory", group.case["model"]), []).append(group)
@@ -116,7 +118,7 @@ def roofline(device: str, case: Mapping[str, Any], m: np.ndarray) -> np.ndarray 
         return None
     n, k = case["n"], case["k"]
     moved = 2 * (3 * m * k + 2 * m * n + 2 * n * k)
-    flops = 2 * PRODUCTS["both"] * m * n * k
+    flops = 2 * PRODUCT_COUNT["both"] * m * n * k
     return np.minimum(peak[0], peak[1] * flops / moved)
 
 
@@ -212,7 +214,7 @@ def _rates(group: Group, name: str, gpu: bool) -> tuple[float, float, float] | N
     row, plain, case = group.rows.get(name, {}), group.median(results.PLAIN), group.case
     if "median" not in row or (plain is None and not gpu):
         return None
-    work = 2e-12 * PRODUCTS["both"] * case["m"] * case["n"] * case["k"] if gpu else plain or 0.0
+    work = 2e-12 * PRODUCT_COUNT["both"] * case["m"] * case["n"] * case["k"] if gpu else plain or 0.0
     return work / row["q3"], work / row["median"], work / row["q1"]
 
 

@@ -88,9 +88,10 @@ def _device(chunks: Sequence[Chunk], drawn: Mapping[str, plots.Plot], images: st
         for kind in ("throughput", "memory", "step")
     }
     parts = [f"## {chunks[0]['device'] if on_gpu(chunks[0]) else 'CPU'}", tables.caveats(chunks)]
-    if suites["layer"]:
-        parts += ["### Layers", shown["throughput"], *_summaries(suites["layer"]), *_every_case(suites["layer"])]
-        parts += ["### Memory of a layer", shown["memory"], *_memory(suites["layer"])]
+    if layers := [g for g in suites["layer"] if g.case["rank"] == 1]:
+        parts += ["### Layers", shown["throughput"], *_summaries(layers), *_every_case(layers)]
+        parts += ["### Memory of a layer", shown["memory"], *_memory(layers)]
+    parts += _ranks(suites["layer"])
     if suites["step"]:
         parts += ["### Training steps", shown["step"]]
         for group in suites["step"]:
@@ -99,7 +100,9 @@ def _device(chunks: Sequence[Chunk], drawn: Mapping[str, plots.Plot], images: st
         parts += _summaries(suites["step"])
     if suites["launch"]:
         parts.append("### CPU time of a call")
-        parts += [f"{dtype}:\n\n{tables.launch(own)}" for dtype, own in _split(suites["launch"], "dtype")]
+        for _, own in _split(suites["launch"], "dtype", "rank"):
+            case = own[0].case
+            parts.append(f"{case['dtype']}, r = {case['rank']}:\n\n{tables.launch(own)}")
         parts += _summaries(suites["launch"])
     if suites["norm"]:
         parts += ["### LayerNorm with SSF's affine", *_summaries(suites["norm"])]
@@ -119,7 +122,27 @@ def _summaries(found: Sequence[Group]) -> list[str]:
     parts = []
     for dtype, own in _split(found, "dtype"):
         parts.append(f"{dtype}: time of others / ours, geometric mean (least to most).\n\n{tables.summary(own)}")
-    parts.append(tables.caption(found))
+    return parts + _closing(found)
+
+
+def _ranks(found: Sequence[Group]) -> list[str]:
+    """Return a table, for each model and dtype, of the cases that were measured at a rank above 1."""
+
+    def case(group: Group) -> list[Any]:
+        return [value for name, value in group.case.items() if name != "rank"]
+
+    larger = [case(group) for group in found if group.case["rank"] > 1]
+    shown = [group for group in found if case(group) in larger]
+    parts = [
+        f"{title}, {tables.column(own[0])}: time of others / ours.\n\n{tables.ranks(own)}"
+        for title, own in _split(shown, "model", "dtype")
+    ]
+    return ["### Ranks above 1", *parts, *_closing(shown)] if shown else []
+
+
+def _closing(found: Sequence[Group]) -> list[str]:
+    """Return what these groups were measured with, and their losses and failures."""
+    parts = [tables.caption(found)]
     contests = [g for g in found if g.rivals and g.median(g.ours) is not None]
     lost = [g for g in contests if (g.speed_up(g.best_rival or "") or 1) < 1]
     if contests:

@@ -56,7 +56,10 @@ FORMULA, FORMULA_COMPILED, FORMULA_MAX = "formula", "formula compiled", "formula
 RECOMPUTE, RECOMPUTE_COMPILED = "recompute", "recompute compiled"
 FACTORED = "factored"
 PLAIN = "plain linear"
-LORA, HIRA = "LoRA r=8 (PEFT)", "HiRA r=1 (PEFT)"
+#: Ranks of u v, and PEFT's HiRA at each
+RANKS = (1, 8, 32)
+HIRAS = {rank: f"HiRA r={rank} (PEFT)" for rank in RANKS}
+LORA, HIRA = "LoRA r=8 (PEFT)", HIRAS[1]
 PRODUCTS, THREE_OPS = "bare products", "our three ops"
 #: Of direction "grad_scales": the third product alone, with and without its reductions.
 GRAD_SCALES, BARE_GRAD = "our grad_scales", "bare dy^T x"
@@ -70,16 +73,23 @@ SSF, FULL, PROBE = "SSF", "full fine-tuning", "linear probe"
 
 LAYER_IMPLEMENTATIONS = (
     *(OURS, GLUON, TRITON, CUDA, CUDA_HOPPER, CPU, PANELS, FORMULA, FORMULA_COMPILED, FORMULA_MAX),
-    *(RECOMPUTE, RECOMPUTE_COMPILED, FACTORED, PLAIN, LORA, HIRA, PRODUCTS, THREE_OPS),
+    *(RECOMPUTE, RECOMPUTE_COMPILED, FACTORED, PLAIN, LORA, *HIRAS.values(), PRODUCTS, THREE_OPS),
 )
 NORM_IMPLEMENTATIONS = (OURS, FORMULA, FORMULA_COMPILED, COMPOSED, LAYER_NORM)
-STEP_IMPLEMENTATIONS = (OURS, OURS_COMPILED, OFFICIAL, OFFICIAL_COMPILED, LORA, HIRA, SSF, FULL, PROBE)
+STEP_IMPLEMENTATIONS = (OURS, OURS_COMPILED, OFFICIAL, OFFICIAL_COMPILED, LORA, *HIRAS.values(), SSF, FULL, PROBE)
 DIRECTIONS = ("forward", "forward_no_grad", "backward", "both", "grad_scales")
 
 #: These compute or train something else, or only a part: limits and other methods, not rivals.
 OTHER_FUNCTIONS = frozenset(
-    (PLAIN, LORA, HIRA, PRODUCTS, THREE_OPS, GRAD_SCALES, BARE_GRAD, LAYER_NORM, SSF, FULL, PROBE)
+    (PLAIN, LORA, *HIRAS.values(), PRODUCTS, THREE_OPS, GRAD_SCALES, BARE_GRAD, LAYER_NORM, SSF, FULL, PROBE)
 )
+#: Of rank 1, of a rank of their own, or of none.
+_WITHOUT_RANKS = frozenset((FORMULA_MAX, FACTORED, LORA, PRODUCTS, THREE_OPS, SSF, PROBE))
+
+
+def of_rank(name: str, rank: int) -> bool:
+    """Return whether an implementation is measured at this rank."""
+    return HIRAS.get(rank) == name if name in HIRAS.values() else rank == 1 or name not in _WITHOUT_RANKS
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,7 @@ class LayerCase:
         implementation: One of the constants above.
         backend: The backend that served ours; None for others.
         same_function: Whether it computes y = x (W * (1 + u v))^T + b + f and all its gradients.
+        rank: Of u v, as in the other cases; results from before ranks have no such field and are of rank 1.
     """
 
     model: str
@@ -113,6 +124,7 @@ class LayerCase:
     implementation: str
     backend: str | None
     same_function: bool
+    rank: int = 1
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,7 @@ class LaunchCase:
     dtype: str
     implementation: str
     backend: str | None
+    rank: int = 1
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,7 @@ class StepCase:
     dtype: str
     implementation: str
     same_function: bool
+    rank: int = 1
 
 
 Case = LayerCase | LaunchCase | StepCase

@@ -44,16 +44,16 @@ class FormulaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., K]`` to ``[..., N]`` in x's dtype, or autocast's."""
-        v = self.scale_in.view(self.groups, 1, -1)
+        v = self.scale_in.view(self.groups, -1, self.weight.shape[1])
         # W' stays in the parameters' dtype: under autocast the product rounds it
-        weight = weight_by_autograd(self.weight, self.scale_out.view(-1, 1), v)
+        weight = weight_by_autograd(self.weight, self.scale_out, v)
         return F.linear(x, weight, self.shift if self.bias is None else self.bias + self.shift)
 
 
-def apply_formula(model: nn.Module) -> nn.Module:
+def apply_formula(model: nn.Module, rank: int = 1) -> nn.Module:
     """Apply RLRR as published, by plain operations, to what ``apply_rlrr`` adapts; in place."""
     before = dict(model.named_modules())
-    apply_rlrr(model)
+    apply_rlrr(model, rank=rank)
     for name, module in list(adapters(model)):
         if isinstance(module, FusedRLRRLinear):
             replace(model, name, FormulaLinear(module))
@@ -66,23 +66,24 @@ def apply_formula(model: nn.Module) -> nn.Module:
     return model
 
 
-def _apply_hira(model: nn.Module) -> nn.Module:
-    """Apply PEFT's HiRA of rank 1 to the linears that RLRR adapts; the head trains too."""
+def _apply_hira(model: nn.Module, rank: int) -> nn.Module:
+    """Apply PEFT's HiRA to the linears that RLRR adapts; the head trains too."""
     peft = require_peft()
     adapted = apply_rlrr(meta_copy(model), train_head=False)
     targets = [name for name, layer in adapted.named_modules() if isinstance(layer, FusedRLRRLinear)]
-    peft.inject_adapter_in_model(peft.HiraConfig(r=1, target_modules=targets), model)
+    peft.inject_adapter_in_model(peft.HiraConfig(r=rank, target_modules=targets), model)
     head(model).requires_grad_(True)
     return model
 
 
-def build(implementation: str, name: str, device: str, **options: Any) -> nn.Module:
+def build(implementation: str, name: str, device: str, rank: int = 1, **options: Any) -> nn.Module:
     """Return a timm model that an implementation trains; equal seeds give equal frozen weights.
 
     Args:
         implementation: One of ``STEP_IMPLEMENTATIONS``.
         name: Of ``timm.create_model``.
         device: Where it trains.
+        rank: Of u v, in ours, the formula and HiRA.
         options: Of ``timm.create_model``.
 
     Raises:
@@ -92,12 +93,12 @@ def build(implementation: str, name: str, device: str, **options: Any) -> nn.Mod
     model = timm.create_model(name, **({"num_classes": CLASSES} | options)).to(device)
     method = implementation.removesuffix(" compiled")
     if method == results.OURS:
-        apply_rlrr(model)
+        apply_rlrr(model, rank=rank)
     elif method == results.OFFICIAL:
-        apply_formula(model)
-    elif method in (results.LORA, results.HIRA):
+        apply_formula(model, rank)
+    elif method == results.LORA or method in results.HIRAS.values():
         require_peft()
-        apply_lora(model, 8) if method == results.LORA else _apply_hira(model)
+        apply_lora(model, 8) if method == results.LORA else _apply_hira(model, rank)
     elif method == results.SSF:
         apply_ssf(model)
     elif method == results.PROBE:

@@ -59,8 +59,12 @@ STRONGEST = frozenset(
         *(results.OURS, results.FORMULA, results.FORMULA_COMPILED, results.RECOMPUTE, results.RECOMPUTE_COMPILED),
         *(results.PLAIN, results.PRODUCTS, results.COMPOSED, results.LAYER_NORM),
         *(results.OFFICIAL, results.OFFICIAL_COMPILED, results.PROBE),
+        *(name for rank, name in results.HIRAS.items() if rank > 1),
     )
 )
+
+#: Of the groups of ranks above 1: after all others.
+RANKS_PLACE = 10
 
 #: What the others are compared with: ours, the formula of each suite, and cheap rivals that show the scale.
 YARDSTICKS = (results.OURS, results.GRAD_SCALES, results.FORMULA, results.OFFICIAL, results.PLAIN, results.BARE_GRAD)
@@ -84,6 +88,11 @@ class Rivals:
     label: str
     place: int = 0
     work: float = 1.0
+
+
+def rank_label(rank: int) -> str:
+    """Return the part of a group's label by which ``-k`` selects a rank; nothing for rank 1."""
+    return "" if rank == 1 else f"-r{rank}"
 
 
 @dataclass

@@ -13,13 +13,13 @@ from benchmarks import results
 from benchmarks.groups import DIRECTIONS, Group, geometric_mean, is_ours, on_gpu
 
 #: Products of 2 M N K flops that a direction needs.
-PRODUCTS = {"forward": 1, "forward_no_grad": 1, "backward": 2, "both": 3, "grad_scales": 1}
+PRODUCT_COUNT = {"forward": 1, "forward_no_grad": 1, "backward": 2, "both": 3, "grad_scales": 1}
 BEST = "**best other way to the same function**"
 CALLS = {"no_grad": "forward, no graph", "forward": "forward", "both": "forward + backward"}
 _NAMES = {"torch": "PyTorch", "triton": "Triton", "cuda": "CUDA", "peft": "PEFT", "python": "Python"}
 #: What shows the scale of a session's ratios: another function, or a part of ours.
 _SCALE = {
-    "layer": (results.PLAIN, results.PRODUCTS, results.BARE_GRAD),
+    "layer": (results.PLAIN, results.PRODUCTS, results.BARE_GRAD, results.HIRAS[8], results.HIRAS[32]),
     "norm": (results.LAYER_NORM,),
     "launch": (results.PLAIN,),
     "step": (results.PROBE,),
@@ -174,8 +174,49 @@ def every_case(found: Sequence[Group]) -> str:
 
 def _absolute(group: Group, seconds: float) -> list[str]:
     case = group.case
-    flops = 2 * PRODUCTS[case["direction"]] * case["m"] * case["n"] * case["k"]
+    flops = 2 * PRODUCT_COUNT[case["direction"]] * case["m"] * case["n"] * case["k"]
     return [f"{seconds * 1e6:,.1f}", f"{flops / seconds / 1e12:,.1f}"]
+
+
+def ranks(found: Sequence[Group]) -> str:
+    """Return a row for each layer, M and rank of one direction and dtype, and the geometric means of each rank."""
+    cases = list(dict.fromkeys((g.case["layer"], g.case["m"]) for g in found))
+    shown = sorted(found, key=lambda g: (cases.index((g.case["layer"], g.case["m"])), g.case["rank"]))
+    rows = []
+    for g in shown:
+        best, hira = g.best_rival, results.HIRAS[g.case["rank"]]
+        fastest = "" if best is None else f"{ratio(g, best)} ({best})"
+        memory = (_memory_ratio(g, name) for name in (results.FORMULA, hira))
+        times = (ratio(g, results.FORMULA), fastest, ratio(g, hira), ratio(g, results.PLAIN))
+        shares = ("" if value is None else f"{value:.1%}" for value in memory)
+        rows.append([g.case["layer"], f"{g.case['m']:,}", str(g.case["rank"]), *times, *shares])
+    for rank in sorted({g.case["rank"] for g in shown}):
+        own, hira = [g for g in shown if g.case["rank"] == rank], results.HIRAS[rank]
+        best_times = _mean(g.speed_up(g.best_rival or "") for g in own)
+        formula, *others = (_mean(g.speed_up(n) for g in own) for n in (results.FORMULA, hira, results.PLAIN))
+        shares = (_mean((_memory_ratio(g, name) for g in own), ".1%") for name in (results.FORMULA, hira))
+        rows.append(["geometric mean", "", str(rank), formula, best_times, *others, *shares])
+    heads = [
+        "layer",
+        "M",
+        "r",
+        "formula",
+        "best other way to the same function",
+        "HiRA of this r (PEFT)",
+        results.PLAIN,
+    ]
+    return markdown([*heads, "extra memory, ours / formula's", "extra memory, ours / HiRA's"], rows)
+
+
+def _memory_ratio(group: Group, other: str) -> float | None:
+    """Return our peak beyond inputs and outputs / the other's."""
+    ours, theirs = (group.rows.get(name, {}).get("extra_bytes") for name in (group.ours, other))
+    return ours / theirs if ours and theirs else None
+
+
+def _mean(values: Iterable[float | None], form: str = ".2f") -> str:
+    there = [value for value in values if value is not None]
+    return format(geometric_mean(there), form) if there else ""
 
 
 def largest(found: Iterable[Group]) -> list[Group]:

@@ -1,8 +1,8 @@
 """The package's promises on a GPU, compared with measured results.
 
-All are for bfloat16 on an NVIDIA GPU; results of a CPU never count. If a target covers many cases, the worst one
-decides. A target is missed if ours failed or was slower in a case. It is met only if every case that the suites plan
-for it was measured, with all that it is compared with.
+All are for bfloat16 and rank 1 on an NVIDIA GPU; results of a CPU never count. If a target covers many cases, the worst
+one decides. A target is missed if ours failed or was slower in a case. It is met only if every case that the suites
+plan for it was measured, with all that it is compared with.
 """
 
 from __future__ import annotations
@@ -64,11 +64,12 @@ def planned() -> list[Planned]:
             for direction in results.DIRECTIONS:
                 names = implementations.names(direction, "cuda", searched(shape, images, DTYPE))
                 of_shape = shape.model, shape.layer, shape.n, shape.k, shape.groups, shape.tokens * images
-                found.append(_plan("layer", (*of_shape, DTYPE, direction), names))
-    found += [_plan("launch", (call, DTYPE), ()) for call in ("no_grad", "forward", "both")]
+                found.append(_plan("layer", (*of_shape, DTYPE, direction, 1), names))
+    found += [_plan("launch", (call, DTYPE, 1), ()) for call in ("no_grad", "forward", "both")]
+    names = [name for name in results.STEP_IMPLEMENTATIONS if results.of_rank(name, 1)]
     for key in STEP_MODELS:
         for batch in STEP_BATCHES:
-            found.append(_plan("step", (MODELS[key][0].model, batch, 224, DTYPE), results.STEP_IMPLEMENTATIONS))
+            found.append(_plan("step", (MODELS[key][0].model, batch, 224, DTYPE, 1), names))
     return found
 
 
@@ -104,7 +105,7 @@ def rows(chunks: Iterable[Mapping[str, Any]], plan: Sequence[Planned] | None = N
     names = sorted({chunk["device"] for chunk in chunks})
     if len(names) > 1:
         raise ValueError(f"chunks: expected results of one GPU, got {', '.join(names)}")
-    measured = [group for group in groups(chunks) if group.case["dtype"] == DTYPE]
+    measured = [group for group in groups(chunks) if (group.case["dtype"], group.case["rank"]) == (DTYPE, 1)]
     everything = _Cases(measured, planned() if plan is None else list(plan))
 
     def layers(*directions: str) -> _Cases:

@@ -7,6 +7,7 @@ a shared CPU mean little.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -18,14 +19,24 @@ from benchmarks.chunks import Shape
 from benchmarks.implementations import Inputs, make_inputs
 from benchmarks.measures import Formula, peak_and_results, saved_for_backward
 from benchmarks.results import LayerCase
-from benchmarks.suite import DEVICE, Outcome, Rivals, interleaved, outcome, parametrize, turn_by_turn
-from benchmarks.tables import PRODUCTS
+from benchmarks.suite import (
+    DEVICE,
+    RANKS_PLACE,
+    Outcome,
+    Rivals,
+    interleaved,
+    outcome,
+    parametrize,
+    rank_label,
+    turn_by_turn,
+)
+from benchmarks.tables import PRODUCT_COUNT
 from benchmarks.timing import Variant
 
 SLICE_DIRECTIONS = ("forward", "both")
 
 #: What ``torch.compile`` has in its caches.
-_compiled_for: list[tuple[Shape, int, str]] = []
+_compiled_for: list[tuple[Shape, int, str, int]] = []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -34,32 +45,42 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chunk, images, dtypes = option("--chunk"), option("--images"), option("--dtype")
     whole = chunk is not None
     shapes = [shape for key in chunks.MODELS if whole or key == "vit_b" for shape in chunks.MODELS[key]]
-    tests = []
-    for shape in shapes:
-        for dtype in dtypes:
-            name = chunks.layer_chunk(shape, dtype) if whole else f"layer-{shape.key}"
-            if not name.startswith(chunk or ""):
-                continue
-            for place, count in enumerate(images or (chunks.IMAGES if whole else chunks.SLICE_IMAGES[DEVICE])):
+    tests: list[tuple[Rivals, str]] = []
+    for shape, dtype in itertools.product(shapes, dtypes):
+        name = chunks.layer_chunk(shape, dtype) if whole else f"layer-{shape.key}"
+        for place, count in enumerate(images or (chunks.IMAGES if whole else chunks.SLICE_IMAGES[DEVICE])):
+            for direction in results.DIRECTIONS if whole else SLICE_DIRECTIONS:
+                # a slice begins with the small groups and ends with those that take longest
+                order = 0 if whole else 1 + 3 * place + 2 * (direction != "both")
                 searched = whole and chunks.searched(shape, count, dtype)
-                for direction in results.DIRECTIONS if whole else SLICE_DIRECTIONS:
-                    label = f"{shape.key}-{shape.layer}-{count}-{dtype}-{direction}"
-                    # a slice begins with the small groups and ends with those that take longest
-                    order = 0 if whole else 1 + 3 * place + 2 * (direction != "both")
-                    work = count * shape.tokens * shape.n * shape.k * PRODUCTS[direction]
-                    group = Rivals("layer", name, (shape, count, dtype, direction), label, order, work)
-                    tests += [(group, one) for one in implementations.names(direction, DEVICE, searched)]
-    parametrize(metafunc, tests)
+                tests += _group(name, order, shape, count, dtype, direction, searched=searched)
+    ranked = [shape for shape in chunks.MODELS[chunks.RANKED_MODEL] if shape.layer in chunks.RANKED_LAYERS]
+    for rank, shape, dtype in itertools.product(results.RANKS[1:], ranked, dtypes):
+        for count in images or chunks.RANKED_IMAGES[DEVICE]:
+            name = chunks.layer_chunk(shape, dtype, rank)
+            tests += _group(name, RANKS_PLACE, shape, count, dtype, "both", rank)
+    parametrize(metafunc, [(group, name) for group, name in tests if group.chunk.startswith(chunk or "")])
+
+
+def _group(
+    chunk: str, place: int, shape: Shape, count: int, dtype: str, direction: str, rank: int = 1, searched: bool = False
+) -> list[tuple[Rivals, str]]:
+    """Return a group with each of its rivals."""
+    label = f"{shape.key}-{shape.layer}-{count}-{dtype}-{direction}{rank_label(rank)}"
+    work = count * shape.tokens * shape.n * shape.k * PRODUCT_COUNT[direction]
+    group = Rivals("layer", chunk, (shape, count, dtype, direction, rank), label, place, work)
+    return [(group, name) for name in implementations.names(direction, DEVICE, searched, rank)]
 
 
 def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) -> dict[str, Outcome]:
-    shape, images, dtype, direction = group.key
-    if _compiled_for != [(shape, images, dtype)]:
-        _compiled_for[:] = [(shape, images, dtype)]
+    shape, images, dtype, direction, rank = group.key
+    if _compiled_for != [(shape, images, dtype, rank)]:
+        _compiled_for[:] = [(shape, images, dtype, rank)]
         # otherwise the limit on recompilations is reached after a few shapes
         torch._dynamo.reset()
     m = shape.tokens * images
-    make = functools.partial(make_inputs, m, shape.n, shape.k, shape.groups, getattr(torch, dtype), DEVICE)
+    sizes = m, shape.n, shape.k, shape.groups
+    make = functools.partial(make_inputs, *sizes, getattr(torch, dtype), DEVICE, rank=rank)
     first = make()
     count = timing.copies(first.nbytes, timing.l2_bytes())
     inputs = [first, *(make(seed=seed) for seed in range(1, count))]
@@ -75,7 +96,7 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
     backends: dict[str, str | None] = {}
 
     def variant(name: str) -> Variant:
-        backends[name] = implementations.served_by(name, first.x, first.weight)
+        backends[name] = implementations.served_by(name, first.x, first.weight, rank)
         more[name], got = _memory(name, direction, first)
         if name not in results.OTHER_FUNCTIONS:
             more[name]["error_vs_formula"] = formula.error(got)
@@ -90,6 +111,7 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str]) ->
             implementation=name,
             backend=backends.get(name),
             same_function=name not in results.OTHER_FUNCTIONS,
+            rank=rank,
         )
         outcomes[name] = outcome(case, found[name], more.get(name), count)
     return outcomes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,18 @@ from benchmarks import chunks, implementations, results, timing
 from benchmarks.measures import Formula, peak_extra_bytes
 from benchmarks.results import STEP_IMPLEMENTATIONS, StepCase
 from benchmarks.steps import CLASSES, Step, build
-from benchmarks.suite import DEVICE, Outcome, Recorder, Rivals, interleaved, outcome, parametrize, turn_by_turn
+from benchmarks.suite import (
+    DEVICE,
+    RANKS_PLACE,
+    Outcome,
+    Recorder,
+    Rivals,
+    interleaved,
+    outcome,
+    parametrize,
+    rank_label,
+    turn_by_turn,
+)
 from benchmarks.timing import Call, Rounds, Variant
 
 SIZE = 224
@@ -32,37 +44,36 @@ SLICE = Model("ViT-B/16, 2 blocks", chunks.STEP_MODELS["vit_b"], 2)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a group for each model, batch size and dtype."""
+    """Make a group for each model, batch size, dtype and rank."""
     option = metafunc.config.getoption
     chunk, images = option("--chunk"), option("--images")
     tests: list[tuple[Rivals, str]] = []
-    for name, model, batch, dtype in _slice(images) if chunk is None else _chunks(chunk, images):
+    for name, model, batch, dtype, rank in _slice(images) if chunk is None else _chunks(chunk, images):
         if dtype in option("--dtype"):
             label = f"{name}-{batch}-{dtype}"
-            group = Rivals("step", name, (model, batch, dtype), label, place=2)
-            tests += [(group, one) for one in STEP_IMPLEMENTATIONS]
+            group = Rivals("step", name, (model, batch, dtype, rank), label, place=2 if rank == 1 else RANKS_PLACE)
+            tests += [(group, one) for one in STEP_IMPLEMENTATIONS if results.of_rank(one, rank)]
     parametrize(metafunc, tests)
 
 
-def _slice(images: Sequence[int] | None) -> list[tuple[str, Model, int, str]]:
-    return [("step-slice", SLICE, batch, dtype) for batch in images or (4,) for dtype in chunks.DTYPES]
+def _slice(images: Sequence[int] | None) -> list[tuple[str, Model, int, str, int]]:
+    cases = itertools.product(results.RANKS, images or (4,), chunks.DTYPES)
+    return [(f"step-slice{rank_label(rank)}", SLICE, batch, dtype, rank) for rank, batch, dtype in cases]
 
 
-def _chunks(prefix: str, images: Sequence[int] | None) -> list[tuple[str, Model, int, str]]:
-    """Return name, model, batch size and dtype of each chunk; ``images`` replaces the batch size of the name."""
-    found: dict[tuple[str, int], tuple[str, Model, int, str]] = {}
-    for key, name in chunks.STEP_MODELS.items():
-        for planned in chunks.STEP_BATCHES:
-            chunk = f"step-{key}-{planned}"
-            if chunk.startswith(prefix):
-                for batch in images or (planned,):  # once, though several chunks of a model would measure the same
-                    model = Model(chunks.MODELS[key][0].model, name)
-                    found.setdefault((key, batch), (chunk, model, batch, "bfloat16"))
+def _chunks(prefix: str, images: Sequence[int] | None) -> list[tuple[str, Model, int, str, int]]:
+    """Return name, model, batch size, dtype and rank of each chunk; ``images`` replaces the batch size of the name."""
+    found: dict[tuple[str, int, int], tuple[str, Model, int, str, int]] = {}
+    for chunk, (key, planned, rank) in chunks.STEPS.items():
+        if chunk.startswith(prefix):
+            for batch in images or (planned,):  # once, though several chunks of a model would measure the same
+                model = Model(chunks.MODELS[key][0].model, chunks.STEP_MODELS[key])
+                found.setdefault((key, batch, rank), (chunk, model, batch, "bfloat16", rank))
     return list(found.values())
 
 
 def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str], recorder: Recorder) -> dict[str, Outcome]:
-    model, batch, dtype = group.key
+    model, batch, dtype, rank = group.key
     torch._dynamo.reset()
     torch.manual_seed(0)
     images = torch.randn(batch, 3, SIZE, SIZE, device=DEVICE)
@@ -73,12 +84,12 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str], re
 
     def made(name: str) -> Step:
         options = {} if model.depth is None else {"depth": model.depth}
-        return Step(build(name, model.name, DEVICE, **options), images, labels, getattr(torch, dtype))
+        return Step(build(name, model.name, DEVICE, rank, **options), images, labels, getattr(torch, dtype))
 
     formula = Formula(lambda: made(results.OFFICIAL).loss_and_gradient(), getattr(torch, dtype))
 
     def variant(name: str) -> Variant:
-        implementations.served_by(name, tokens, tokens[:8])
+        implementations.served_by(name, tokens, tokens[:8], rank)
         step = made(name)
         if name not in results.OTHER_FUNCTIONS:
             errors[name] = formula.error(step.loss_and_gradient())
@@ -92,7 +103,7 @@ def _measure(group: Rivals, rounds: tuple[int, int] | None, names: list[str], re
         for name, rival in found.items():
             if not rival.seconds and rival.error is None:
                 continue
-            case = StepCase(model.title, batch, SIZE, dtype, name, name not in results.OTHER_FUNCTIONS)
+            case = StepCase(model.title, batch, SIZE, dtype, name, name not in results.OTHER_FUNCTIONS, rank)
             more: dict[str, Any] = {}
             if rival.error is None:
                 _, median, _ = results.quartiles(rival.seconds)

@@ -100,7 +100,7 @@ def failed(name: str, device: torch.device, *passes: str) -> str | None:
         passes: those that count; by default the three of the linear layer.
     """
     subject = "cuda-hopper" if name == "cuda" and os.environ.get("RLRR_CUDA_HOPPER") == "1" else name
-    why = verdicts.failure(subject, device, passes or verdicts.PRODUCTS)
+    why = verdicts.failure(subject, device, passes or verdicts.PASSES)
     return None if why is None else f"failed its check on this device: {why}"
 
 

@@ -32,15 +32,15 @@ from rlrr_kernels.io.checks import expect, expect_one_of, expect_text
 FORMAT = 1
 
 #: The passes of the linear layer.
-PRODUCTS = ("forward", "grad_input", "grad_scales")
+PASSES = ("forward", "grad_input", "grad_scales")
 
 #: What is checked -> the type of its device, and its passes.
 SUBJECTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "cpu": ("cpu", PRODUCTS),
-    "gluon": ("cuda", PRODUCTS),
-    "triton": ("cuda", (*PRODUCTS, "layer_norm")),
-    "cuda": ("cuda", PRODUCTS),
-    "cuda-hopper": ("cuda", PRODUCTS),
+    "cpu": ("cpu", PASSES),
+    "gluon": ("cuda", PASSES),
+    "triton": ("cuda", (*PASSES, "layer_norm")),
+    "cuda": ("cuda", PASSES),
+    "cuda-hopper": ("cuda", PASSES),
 }
 
 
@@ -216,7 +216,7 @@ def found(subject: str, device: torch.device) -> dict[str, Finding]:
     return {finding.which: finding for finding in kept() if finding.where == where}
 
 
-def failure(subject: str, device: torch.device, passes: Iterable[str] = PRODUCTS) -> str | None:
+def failure(subject: str, device: torch.device, passes: Iterable[str] = PASSES) -> str | None:
     """Which of these passes failed here, and why; None if none did."""
     findings = found(subject, device)
     failed = [findings[which] for which in passes if which in findings and not findings[which].right]

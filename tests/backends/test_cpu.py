@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import ranks, results
-from benchmarks.implementations import call, make_inputs, peft_layer
+from benchmarks import results
+from benchmarks.implementations import call, make_inputs
 from benchmarks.measures import peak_extra_bytes
 from rlrr_kernels.backends import library
 from tests.backends.test_numerics import RESULTS, solve
@@ -175,11 +175,9 @@ def test_extra_memory_is_under_a_twentieth_of_the_formulas(m, n, k, dtype, two_t
 def test_extra_memory_of_a_rank_is_under_a_tenth_of_hira(m, n, k, rank, dtype, two_threads):
     """PEFT's HiRA holds W * (u v), its factors and x (W * (u v))^T."""
     pytest.importorskip("peft")
-    i = make_inputs(m, n, k, 1, dtype, "cpu")
-    theirs, extra = (
-        peak_extra_bytes(ranks.both(layer, i.dy).run)
-        for layer in (peft_layer(results.HIRA, i, rank), ranks.ours(i, rank))
-    )
+    inputs = make_inputs(m, n, k, 1, dtype, "cpu", rank=rank)
+    hira, ours = results.HIRAS[rank], results.OURS
+    theirs, extra = (peak_extra_bytes(call(name, "both", inputs).run) for name in (hira, ours))
     assert theirs > 1.9 * dtype.itemsize * n * k
     from rlrr_kernels.backends import cpu
 

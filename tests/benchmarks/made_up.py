@@ -45,12 +45,13 @@ def layer(
     groups: int = 1,
     dtype: str = "bfloat16",
     spread: float = 0.01,
+    rank: int = 1,
     **more: Any,
 ) -> dict[str, Any]:
     """Return a row of the suites "layer" and "norm"."""
     backend = "triton" if implementation == results.OURS else None
     same = implementation not in results.OTHER_FUNCTIONS
-    case = LayerCase(model, name, n, k, groups, m, m // 197, dtype, direction, implementation, backend, same)
+    case = LayerCase(model, name, n, k, groups, m, m // 197, dtype, direction, implementation, backend, same, rank)
     return asdict(case) | _times(seconds, spread) | more
 
 

@@ -15,7 +15,8 @@ def test_every_layer_and_dtype_is_in_one_chunk_and_every_chunk_has_a_suite():
     names = list(chunks.chunks())
     assert len(names) == len(set(names))
     layers = {chunks.layer_chunk(s, d) for shapes in MODELS.values() for s in shapes for d in chunks.DTYPES}
-    assert layers == {name for name in names if name.startswith("layer-")}
+    ranks = {"layer-vit_b-r8", "layer-vit_b-r32"}
+    assert layers | ranks == {name for name in names if name.startswith("layer-")}
     for name in names:
         assert not any(other != name and other.startswith(name) for other in names)  # --chunk takes a prefix
         command = chunks.command(name)
@@ -26,7 +27,7 @@ def test_every_layer_and_dtype_is_in_one_chunk_and_every_chunk_has_a_suite():
 
 def test_chunks_are_listed_and_a_wrong_one_is_named(capsys):
     assert chunks.main(["step-vit_b", "--list"]) == 0
-    assert capsys.readouterr().out.split() == ["step-vit_b-64", "step-vit_b-256"]
+    assert capsys.readouterr().out.split() == ["step-vit_b-64", "step-vit_b-256", "step-vit_b-r8", "step-vit_b-r32"]
     with pytest.raises(SystemExit, match="2"):
         chunks.main(["vit"])
     assert "prefix: expected the start of a chunk's name (see --list), got 'vit'" in capsys.readouterr().err

@@ -69,9 +69,9 @@ def test_each_suite_has_its_yardstick():
 
 def test_shapes_tokens_dtypes_and_directions_never_mix():
     old = run(*layers(1.0, 1.0), *layers(1.0, 1.0, m=197), *layers(1.0, 1.0, direction="forward"))
-    old[0]["results"] += layers(1.0, 1.0, dtype="float32")
+    old[0]["results"] += layers(1.0, 1.0, dtype="float32") + layers(5.0, 1.0, rank=8)
     new = run(*layers(1.0, 1.0), *layers(9.0, 1.0, m=197), *layers(1.0, 1.0, direction="forward"))
-    new[0]["results"] += layers(1.0, 1.0, dtype="float32")
+    new[0]["results"] += layers(1.0, 1.0, dtype="float32") + layers(5.0, 1.0, rank=8)
     (change,) = compare.compare(old, new).flagged
     assert change.case == (
         "layer: ViT-B/16 fc1, M = 197, n 3072, k 768, groups 1, bfloat16, forward + backward, rlrr_kernels"

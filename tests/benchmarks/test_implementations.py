@@ -60,6 +60,23 @@ def test_the_same_function_and_gradients_as_the_oracle(name, groups, dtype):
     check(p, Answer(y, dx, du, dv, df))
 
 
+RANKED = [name for name in implementations.names("both", "cpu", rank=8) if name not in results.OTHER_FUNCTIONS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in COMPILED else []) for n in RANKED])
+def test_at_a_rank_above_1_the_same_function_and_gradients_too(name, dtype):
+    p = make_problem(40, 24, 16, 3, dtype=dtype, rank=5)
+    got = Answer(*run(name, "both", inputs_of(p)))
+    if dtype is torch.float32:
+        return check(p, got)
+    exact = differentiate(p, torch.float64)
+    plain = differentiate(p, dtype, keep=("weight", "scale_out", "scale_in", "bias", "shift"))
+    for field in ("y", "dx", "du", "dv"):
+        more = torch.finfo(dtype).eps / 4
+        assert_close(field, getattr(got, field), getattr(plain, field), getattr(exact, field), more=more)
+
+
 @pytest.mark.parametrize("name", SAME_FUNCTION)
 def test_in_bfloat16_no_less_accurate_than_the_formula(name):
     """Rivals may round G and z to x's dtype, as the formula's own gradients do; ours may not, and does not."""
@@ -151,6 +168,9 @@ def test_pefts_layers_are_lora_and_hira_with_adapters_of_xs_dtype(dtype):
     assert (v.shape, u.shape) == ((1, 10), (12, 1))
     want = reference.formula(x, p.weight, u, v.unsqueeze(0), p.bias)
     torch.testing.assert_close(hira.forward(), want, **close)
+    eight = inputs_of(make_problem(20, 12, 10, dtype=dtype, rank=8))
+    x, v, u = implementations.bind(results.HIRAS[8], eight).trained
+    assert (v.shape, u.shape) == ((8, 10), (12, 8))
     with torch.no_grad():
         assert (hira.forward() - F.linear(x, p.weight, p.bias)).abs().max() > 0.1  # the adapter is not at its zeros
 

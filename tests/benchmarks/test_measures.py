@@ -70,7 +70,7 @@ def test_a_layer_that_is_wrong_is_not_timed(direction, dtype, monkeypatch):
     }
     monkeypatch.setattr(implementations, "_FUNCTIONS", implementations._FUNCTIONS | planted)
     names = [results.OURS, results.CPU, results.FORMULA, results.FACTORED, results.RECOMPUTE, results.PLAIN]
-    found = test_layer._measure(Rivals("layer", "c", (TINY, 8, dtype, direction), "label"), (2, 2), names)
+    found = test_layer._measure(Rivals("layer", "c", (TINY, 8, dtype, direction, 1), "label"), (2, 2), names)
     rows = {name: o.result.to_dict() for name, o in found.items()}
     assert "off the formula's" in rows[results.FACTORED]["error"]
     assert "seconds" not in rows[results.FACTORED]
@@ -89,7 +89,7 @@ def test_a_backend_that_failed_its_check_is_not_run(monkeypatch):
     # what the free choice does without it is in the package's own tests
     assert implementations.served_by(results.FORMULA, x, x) is None
     names = [results.CPU, results.FORMULA]
-    found = test_layer._measure(Rivals("layer", "c", (TINY, 2, "float32", "both"), "label"), (2, 2), names)
+    found = test_layer._measure(Rivals("layer", "c", (TINY, 2, "float32", "both", 4), "label"), (2, 2), names)
     assert found[results.CPU].result.error == "check: forward: off"
     assert not found[results.CPU].unavailable  # it is written
     assert len(found[results.FORMULA].result.seconds) == 2

@@ -111,6 +111,44 @@ def test_calls_on_a_gpu_and_on_a_cpu():
     assert cells(tables.launch(groups([calls("cpu")])))["rlrr_kernels"] == ["this package", "2.5 x", "4.0 x"]
 
 
+def ranks():
+    """At rank 8 two layers. One was measured at rank 1 too, before rows had a rank; ours loses in the other."""
+    rows = [layer(results.OURS, 1.0), layer(results.FORMULA, 3.0), layer(results.HIRA, 2.0), layer(results.PLAIN, 0.5)]
+    for row in rows:
+        del row["rank"]
+    for name, ours, recompute in (("fc1", 2.0, 3.0), ("qkv", 4.0, 3.0)):
+        where = {"name": name, "rank": 8}
+        rows += [
+            layer(results.OURS, ours, extra_bytes=10, **where),
+            layer(results.FORMULA, 4.0, extra_bytes=40, **where),
+            layer(results.RECOMPUTE, recompute, **where),
+            layer(results.HIRAS[8], 16.0, extra_bytes=80, **where),
+        ]
+    rows += [layer(results.OURS, 1.0, name="fc2"), layer(results.FORMULA, 3.0, name="fc2")]
+    return chunk(rows, device="cpu")
+
+
+def test_ranks_stand_in_a_table_of_their_own_beside_rank_1():
+    text, drawn = report.generate([[ranks()]])
+    before, _, own = text.partition("### Ranks above 1")
+    head, _, *lines = [line for line in own.splitlines() if line.startswith("|")][:7]
+    assert head.startswith("| layer | M | r | formula | best other way to the same function | HiRA of this r (PEFT) |")
+    assert lines == [
+        "| fc1 | 6,304 | 1 | 3.00 | 3.00 (formula) | 2.00 | 0.50 |  |  |",
+        "| fc1 | 6,304 | 8 | 2.00 | 1.50 (recompute) | 8.00 |  | 25.0% | 12.5% |",
+        "| qkv | 6,304 | 8 | 1.00 | **0.75** (recompute) | 4.00 |  | 25.0% | 12.5% |",
+        "| geometric mean |  | 1 | 3.00 | 3.00 | 2.00 | 0.50 |  |  |",
+        # the square roots of 2 * 1, 1.5 * 0.75 and 8 * 4
+        "| geometric mean |  | 8 | 1.41 | 1.06 | 5.66 |  | 25.0% | 12.5% |",
+    ]
+    assert "| ViT-B/16 qkv, M = 6,304, r = 8 | bfloat16 | forward + backward | recompute | 0.75 |" in own
+    assert "fastest way to the same function in 2 of 2 cases" in before
+    assert "fastest way to the same function in 2 of 3 cases" in own
+    assert results.HIRAS[8] not in before
+    assert "Ranks" not in report.generate([[three_shapes("cpu")]])[0]
+    assert drawn["cpu-throughput-ViT-B-16.png"].alt.endswith("fc1, fc2")
+
+
 def test_failures_are_named_with_their_number():
     rows = [layer(results.FORMULA_MAX, "OutOfMemoryError: 3 | 4 GiB", m=m) for m in (197, 6304)]
     assert tables.failures(groups([chunk(rows)])).splitlines()[2] == (

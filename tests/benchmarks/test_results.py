@@ -31,12 +31,12 @@ def test_what_is_written_is_what_is_loaded(tmp_path):
     assert first == {
         **{"model": "ViT-B/16", "layer": "qkv", "n": 2304, "k": 768, "groups": 3, "m": 197, "images": 1},
         **{"dtype": "float32", "direction": "both", "implementation": "rlrr_kernels", "backend": "cpu"},
-        **{"same_function": True, "seconds": [4.0, 1.0, 3.0, 2.0], "median": 2.5, "q1": 1.75, "q3": 3.25},
+        **{"same_function": True, "rank": 1, "seconds": [4.0, 1.0, 3.0, 2.0], "median": 2.5, "q1": 1.75, "q3": 3.25},
         **{"clock": "wall", "copies": 2},
         **memory,
     }
     assert second == {
-        **{"call": "no_grad", "dtype": "bfloat16", "implementation": "rlrr_kernels/triton", "backend": None},
+        **{"call": "no_grad", "dtype": "bfloat16", "implementation": "rlrr_kernels/triton", "backend": None, "rank": 1},
         "error": "RuntimeError: no",
     }
     lines = path.read_text().splitlines()

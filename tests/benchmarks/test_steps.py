@@ -18,8 +18,8 @@ from rlrr_kernels.models.modules import head
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 
 
-def small(implementation: str) -> nn.Module:
-    return build(implementation, "vit_tiny_patch16_224", "cpu", **SMALL)
+def small(implementation: str, rank: int = 1) -> nn.Module:
+    return build(implementation, "vit_tiny_patch16_224", "cpu", rank, **SMALL)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,10 +56,12 @@ def test_the_official_formula_is_the_same_model_by_plain_operations():
         )
 
 
+@pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_loss_and_gradient_tell_wrong_models_from_right_ones(dtype):
+def test_loss_and_gradient_tell_wrong_models_from_right_ones(dtype, rank):
     """The error of a step is within 1% for the same model, and larger if one gradient is missing."""
-    ours, official = (Step(small(name), *batch(), dtype) for name in (results.OURS, results.OFFICIAL))
+    ours, official = (Step(small(name, rank), *batch(), dtype) for name in (results.OURS, results.OFFICIAL))
+    assert ours.model.blocks[0].mlp.fc1.scale_out.shape == (192, rank)
     want = official.loss_and_gradient()
     assert relative_error(ours.loss_and_gradient(), want) < (1e-4 if dtype is torch.float32 else 0.01)
     assert all(p.grad is None for p in ours.model.parameters())
@@ -89,24 +91,26 @@ def test_the_formulas_layer_is_one_linear_and_keeps_one_rescaled_weight():
     [
         (results.LORA, {"lora_A", "lora_B"}),
         (results.HIRA, {"hira_A", "hira_B"}),
+        (results.HIRAS[8], {"hira_A", "hira_B"}),
         (results.SSF, {"ssf_scale", "ssf_shift"}),
         (results.PROBE, set()),
     ],
 )
 def test_each_method_trains_its_own_and_the_head(implementation, trains):
-    if implementation in (results.LORA, results.HIRA):
+    ranks = {results.LORA: 8, results.HIRA: 1, results.HIRAS[8]: 8}
+    if implementation in ranks:
         pytest.importorskip("peft")
-    model = small(implementation)
+    model = small(implementation, 8 if implementation == results.HIRAS[8] else 1)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     heads = {f"head.{name}" for name, _ in head(model).named_parameters()}
     assert heads <= trained
     found = {part for name in trained - heads for part in name.split(".") if part in trains}
     assert found == trains
     assert all(any(part in name for part in trains) for name in trained - heads)
-    if implementation in (results.LORA, results.HIRA):
+    if implementation in ranks:
         factors = [p for name, p in model.named_parameters() if p.requires_grad and name not in heads]
         assert len(factors) == 2 * 2 * 4
-        assert {min(p.shape) for p in factors} == {8 if implementation == results.LORA else 1}
+        assert {min(p.shape) for p in factors} == {ranks[implementation]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

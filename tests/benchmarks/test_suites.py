@@ -20,6 +20,7 @@ from benchmarks import (
     implementations,
     results,
     suite,
+    test_launch,
     test_layer,
     test_norm,
     test_vit_step,
@@ -67,7 +68,7 @@ def test_shapes_are_those_that_the_model_trains(key, name, blocks):
 
 
 def _group(direction: str, dtype: str = "float32") -> Rivals:
-    return Rivals("layer", "layer-tiny", (TINY, 2, dtype, direction), "label")
+    return Rivals("layer", "layer-tiny", (TINY, 2, dtype, direction, 1), "label")
 
 
 def _fail(*_: object) -> torch.Tensor:
@@ -76,7 +77,7 @@ def _fail(*_: object) -> torch.Tensor:
 
 def test_a_group_survives_a_rival_and_its_file_says_why(tmp_path, monkeypatch):
     monkeypatch.setitem(implementations._FUNCTIONS, results.FACTORED, _fail)
-    monkeypatch.setattr(implementations.choice, "refusal", lambda name, x, w: "them" if name == "cuda" else None)
+    monkeypatch.setattr(implementations.choice, "refusal", lambda name, *_: "them" if name == "cuda" else None)
     names = [results.OURS, results.FACTORED, results.CUDA, results.FORMULA, results.THREE_OPS]
     recorder = Recorder(tmp_path, "command")
     calls = []
@@ -195,12 +196,18 @@ def _asked(**options) -> SimpleNamespace:
     ("options", "groups"),
     [
         ({"chunk": "step-vit_b-64"}, [("step-vit_b-64", 64)]),
-        ({"chunk": "step-vit_b"}, [("step-vit_b-64", 64), ("step-vit_b-256", 256)]),
+        (
+            {"chunk": "step-vit_b"},
+            [("step-vit_b-64", 64), ("step-vit_b-256", 256), ("step-vit_b-r8", 64), ("step-vit_b-r32", 64)],
+        ),
         # in place of the batch size that names the chunk, once
         ({"chunk": "step-vit_b-64", "images": [1]}, [("step-vit_b-64", 1)]),
-        ({"chunk": "step-vit_b", "images": [1, 2]}, [("step-vit_b-64", 1), ("step-vit_b-64", 2)]),
+        (
+            {"chunk": "step-vit_b", "images": [1, 2]},
+            [(f"step-vit_b-{end}", images) for end in ("64", "r8", "r32") for images in (1, 2)],
+        ),
         ({"chunk": "step-vit_b-64", "dtype": ["float32"]}, []),
-        ({"images": [2]}, [("step-slice", 2)]),
+        ({"images": [2]}, [("step-slice", 2), ("step-slice-r8", 2), ("step-slice-r32", 2)]),
     ],
 )
 def test_images_change_what_a_chunk_measures_and_not_which_it_is(options, groups):
@@ -211,6 +218,45 @@ def test_images_change_what_a_chunk_measures_and_not_which_it_is(options, groups
     bfloat16 = [group for group in dict.fromkeys(found) if group.key[2] == "bfloat16"]
     assert [(group.chunk, group.key[1]) for group in bfloat16] == groups
     assert suite.planned(config) == bool(found)
+
+
+def _planned(module, **options) -> dict[Rivals, set[str]]:
+    """Return group -> implementations of a suite's session."""
+    found: dict[Rivals, set[str]] = {}
+
+    def parametrize(_, tests):
+        for test in tests:
+            found.setdefault(test.values[0], set()).add(test.values[1])
+
+    module.pytest_generate_tests(SimpleNamespace(config=_asked(**options), parametrize=parametrize))
+    return found
+
+
+@pytest.mark.parametrize("module", [test_layer, test_vit_step, test_launch])
+@pytest.mark.parametrize(("rank", "other"), [(8, 32), (32, 8)])
+def test_groups_of_a_rank_have_its_rivals_alone_and_come_last(module, rank, other, monkeypatch):
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    found = _planned(module, results="folder")
+    own = {group: names for group, names in found.items() if group.key[-1] == rank}
+    never = {results.LORA, results.HIRA, results.FACTORED, results.PRODUCTS, results.THREE_OPS, results.PROBE}
+    for names in own.values():
+        assert {results.OURS, results.HIRAS[rank]} <= names
+        assert not names & {results.HIRAS[other], *never}
+    first = {group: names for group, names in found.items() if group.key[-1] == 1}
+    assert not any(results.HIRAS[rank] in names for names in first.values())
+    assert min(group.place for group in own) > max(group.place for group in first)
+    assert {f"-r{rank}" in group.label for group in own} == {True}
+    assert {f"-r{rank}" in group.label for group in first} == {False}
+    keys = {group.key[1:3] if module is test_vit_step else group.key[:2] for group in own}
+    calls = {(call, dtype) for call in test_launch.CALLS for dtype in chunks.DTYPES}
+    assert (
+        keys
+        == {
+            test_layer: {(shape, 8) for shape in MODELS["vit_b"] if shape.layer in ("qkv", "proj")},
+            test_vit_step: {(4, dtype) for dtype in chunks.DTYPES},
+            test_launch: calls,
+        }[module]
+    )
 
 
 def test_options_that_leave_no_test_are_an_error():
@@ -238,7 +284,7 @@ def test_a_training_step_is_written_as_its_rounds_go(tmp_path, monkeypatch):
     """If its process is killed in between, a group of minutes leaves what it has, as incomplete."""
     names = [results.OURS, results.OFFICIAL, results.PROBE]
     model = test_vit_step.Model("tiny", "vit_tiny_patch16_224", 1)
-    group = Rivals("step", "step-slice", (model, 1, "float32"), "label")
+    group = Rivals("step", "step-slice", (model, 1, "float32", 1), "label")
     recorder = Recorder(tmp_path, "command", {"step-slice": {(group, name) for name in names}}, rounds=(3, 3))
     kept: list[tuple[bool, dict[str, int]]] = []
 
@@ -284,7 +330,7 @@ def test_a_plain_session_measures_and_ends_with_the_table(tmp_path):
     """A real session on two of a group's rivals; ours is measured beside them, though not selected."""
     options = [
         "-k",
-        "no_grad-float32 and (plain or formula)",
+        "no_grad-float32-plain or no_grad-float32-formula",
         "--rounds",
         "4",
     ]
@@ -309,7 +355,7 @@ def test_a_plain_session_measures_and_ends_with_the_table(tmp_path):
     assert line.split("graph")[1].split() == [f"{ratios[0]:.2f}", "plain", "linear", f"{ratios[1]:.2f}"]
     (file,) = tmp_path.glob("*.json")
     assert not chunk["complete"]
-    assert file.name == "launch-partial-rounds-4-k-no-grad-float32-and-plain-or-formula.json"
+    assert file.name == "launch-partial-rounds-4-k-no-grad-float32-plain-or-no-grad-float32-formula.json"
     assert chunk["command"].startswith("python -m pytest -p no:cacheprovider benchmarks/test_launch.py -k 'no_grad")
     table = json.loads((tmp_path / "table").read_text())["benchmarks"]
     assert {bench["group"] for bench in table} == {"launch-no_grad-float32"}

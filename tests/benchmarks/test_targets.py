@@ -36,8 +36,9 @@ def test_nothing_is_measured_without_results_by_a_cpu_or_in_another_dtype():
     rows = pair(1.0, results.PLAIN, 2.0, direction="forward", m=12608)
     assert row(rows_of([chunk(rows)]), "plain linear's time").verdict == "met"
     assert {r.verdict for r in rows_of([chunk(rows, device="cpu")])} == {"not measured"}
-    rows = pair(1.0, results.PLAIN, 2.0, direction="forward", m=12608, dtype="float32")
-    assert {r.verdict for r in rows_of([chunk(rows)])} == {"not measured"}
+    for other in ({"dtype": "float32"}, {"rank": 8}):
+        rows = pair(1.0, results.PLAIN, 2.0, direction="forward", m=12608, **other)
+        assert {r.verdict for r in rows_of([chunk(rows)])} == {"not measured"}
 
 
 LARGE = {"model": "ViT-L/16", "n": 4096, "k": 1024}

@@ -14,7 +14,7 @@ from rlrr_kernels.backends import choice, reference, triton
 from rlrr_kernels.backends.problem import Problem
 from rlrr_kernels.backends.triton import launch
 from rlrr_kernels.backends.triton.choose import Device, choose
-from rlrr_kernels.backends.verdicts import PRODUCTS
+from rlrr_kernels.backends.verdicts import PASSES
 from rlrr_kernels.check import cases
 from rlrr_kernels.check.cases import Case
 from tests.oracle import require
@@ -31,7 +31,7 @@ def module(**changes):
     return SimpleNamespace(**vars(reference) | {"unsupported_layer_norm": lambda x: None} | changes)
 
 
-@pytest.mark.parametrize("which", PRODUCTS)
+@pytest.mark.parametrize("which", PASSES)
 def test_the_cpu_backend_is_right(which, monkeypatch):
     require("cpu")
     monkeypatch.setitem(cases.TOKENS, "cpu", 20)
@@ -59,7 +59,7 @@ def test_layer_norms_plain_formula_and_its_kernels_are_right(case):
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: f"sm_{device.capability[0]}0")
 def test_on_gpus_sums_are_split_and_kernels_to_compile_are_few(device):
     split = set()
-    for which in PRODUCTS:
+    for which in PASSES:
         compiled = set()
         for c in cases.cases(which, "cuda"):
             if c.dtype is not torch.bfloat16:
@@ -70,7 +70,7 @@ def test_on_gpus_sums_are_split_and_kernels_to_compile_are_few(device):
             if chosen.splits > 1:
                 split.add(which)
         assert len(compiled) <= 9
-    assert split == set(PRODUCTS)
+    assert split == set(PASSES)
 
 
 def _nan(t):
@@ -127,7 +127,7 @@ def test_a_fault_planted_in_layer_norm_is_noticed(name, change, words):
     assert words in report.reason
 
 
-@pytest.mark.parametrize("which", PRODUCTS)
+@pytest.mark.parametrize("which", PASSES)
 def test_bits_that_differ_between_two_runs_are_noticed(which):
     """By one unit in the last place of one element, which no yardstick would mind."""
     runs = []

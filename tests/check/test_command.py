@@ -43,7 +43,7 @@ def test_what_is_right_is_shown_and_kept(made_up, file, capsys):
     out = capsys.readouterr().out
     assert "cpu          grad_scales    0.50  right      at float32, M 1\n" in out
     assert out.endswith(f"kept in {file}\n")
-    assert made_up[1] == [([Task("cpu", which, "cpu") for which in verdicts.PRODUCTS], 7.0, 1)]
+    assert made_up[1] == [([Task("cpu", which, "cpu") for which in verdicts.PASSES], 7.0, 1)]
     assert verdicts.state("cpu", CPU).startswith("proven, 20")
 
 
@@ -65,7 +65,7 @@ def test_what_is_not_right_is_the_exit_status(made_up, capsys, found, status, st
 
 
 def test_with_nothing_to_check_it_fails_with_one_row(made_up, capsys):
-    made_up[0].update({which: {"verdict": "not here", "reason": "not built"} for which in verdicts.PRODUCTS})
+    made_up[0].update({which: {"verdict": "not here", "reason": "not built"} for which in verdicts.PASSES})
     assert package.main(["check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert (out.count("not built"), "kept in" in out) == (1, False)
@@ -152,7 +152,7 @@ def test_the_gpu_is_checked_where_there_is_one(made_up, monkeypatch):
     assert ("triton", "layer_norm") in {(task.subject, task.which) for task in tasks}
     assert 1 <= at_once <= 4
     assert package.main(["check", "--device", "cuda:1", "--backend", "cuda"]) == 0
-    assert made_up[1][1][0] == [Task("cuda", which, "cuda:1") for which in verdicts.PRODUCTS]
+    assert made_up[1][1][0] == [Task("cuda", which, "cuda:1") for which in verdicts.PASSES]
 
 
 def test_programs_check_only_what_was_not_yet_checked(made_up, file):

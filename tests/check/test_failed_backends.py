@@ -19,7 +19,7 @@ from tests.tune.entries import entry
 X = torch.zeros(2, 4)
 
 
-@pytest.mark.parametrize("wrong", verdicts.PRODUCTS)
+@pytest.mark.parametrize("wrong", verdicts.PASSES)
 def test_auto_leaves_out_what_failed_and_says_so(file, wrong):
     require("cpu")
     keep(file, findings(wrong=wrong))

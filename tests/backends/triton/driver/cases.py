@@ -23,7 +23,7 @@ HOPPER, AMPERE, BLACKWELL = range(3)
 SMALL = Choice(64, 64, 64, num_warps=4, num_stages=3)
 NARROW = Choice(64, 32, 32, num_warps=4, num_stages=2)
 OPS = ("forward", "grad_input", "grad_scales", "layer_norm")
-PRODUCTS = OPS[:3]
+PASSES = OPS[:3]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ QUICK = (
     Case("one token", shape=(1, 256, 128, 2)),
     Case("split", choice=replace(SMALL, splits=2), ops=("forward",)),
     Case("another GPU", device=AMPERE, ops=("forward",)),
-    Case("rank 4", rank=4, ops=PRODUCTS),
+    Case("rank 4", rank=4, ops=PASSES),
 )
 
 #: All but the first differ from "plain" in one thing.
@@ -88,13 +88,13 @@ _DTYPES = {
 #: Odd shapes, dtypes, layouts and GPUs; tiles of the launcher's choice.
 GRID = (
     *(
-        Case(f"{shape}, {dtype}", shape=sizes, ops=PRODUCTS, **given)
+        Case(f"{shape}, {dtype}", shape=sizes, ops=PASSES, **given)
         for shape, sizes in _SHAPES.items()
         for dtype, given in _DTYPES.items()
     ),
     Case("full float32", dtype="float32", choice=NARROW),
-    Case("odd sizes", shape=(131, 250, 131, 2), ops=PRODUCTS),
-    Case("odd sizes, float32", shape=(131, 250, 131, 2), dtype="float32", choice=NARROW, ops=PRODUCTS),
+    Case("odd sizes", shape=(131, 250, 131, 2), ops=PASSES),
+    Case("odd sizes, float32", shape=(131, 250, 131, 2), dtype="float32", choice=NARROW, ops=PASSES),
     Case("groups that are no whole steps", shape=(128, 240, 128, 3), ops=("forward", "grad_scales")),
     Case("slices that do not start at 16 bytes", shape=(128, 3 * 4100, 1030, 3), ops=("grad_scales",)),
     Case("slices", shape=(64, 16_384, 8192, 2), choice=None, ops=("grad_scales",)),
@@ -107,13 +107,13 @@ GRID = (
     Case("ViT-L fc1", shape=(50_432, 4096, 1024, 1), choice=None),
     Case("ViT-B qkv of few tokens", shape=(197, 2304, 768, 3), choice=None),
     *(
-        Case(f"{name} on {gpu}", device=gpu, shape=shape, dtype=dtype, choice=None, ops=PRODUCTS)
+        Case(f"{name} on {gpu}", device=gpu, shape=shape, dtype=dtype, choice=None, ops=PASSES)
         for gpu in (AMPERE, BLACKWELL)
         for name, shape in (("aligned", (394, 768, 3072, 1)), ("odd", (1, 9, 7, 3)))
         for dtype in ("bfloat16", "float32")
     ),
     *(
-        Case(f"rank {rank}, {dtype}", rank=rank, shape=shape, dtype=dtype, choice=None, ops=PRODUCTS)
+        Case(f"rank {rank}, {dtype}", rank=rank, shape=shape, dtype=dtype, choice=None, ops=PASSES)
         for rank in (32, 128)
         for dtype, shape in (("bfloat16", (394, 768, 3072, 1)), ("float32", (131, 256, 128, 2)))
     ),
