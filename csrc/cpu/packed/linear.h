@@ -90,10 +90,14 @@ void multiply_panel(const Matrix& left, const float* offset, const Matrix& out, 
       const Rows rows = left_rows<Unit>(left, row, from, units, copy);
       const int64_t row_count = std::min(tile_rows, out.rows - row), next = row + row_count,
                     first = from * Unit::elements;
-      // results, which are then written without a wait, and the next rows of the left operand
+      // Results, which are then written without a wait, and the next rows of the left operand. AVX2's product has no
+      // room for many more instructions: it has the first lines of these rows prefetched, and the hardware continues.
+      constexpr bool spread = lanes == 16;
+      const int64_t ahead = spread ? std::min(units * Unit::elements, left.cols - first) : lanes;
       NearLines<T> out_lines(out.block(row, row_count, 0, out.cols));
-      FarLines<T> left_lines(left.block(next, std::min(tile_rows, out.rows - next), first,
-                                        std::min(units * Unit::elements, left.cols - first)));
+      FarLines<T> left_lines(left.block(next, std::min(tile_rows, out.rows - next), first, ahead));
+      const auto prefetch_line = [&] { return out_lines.prefetch() || left_lines.prefetch(); };
+      while (!spread && prefetch_line()) continue;
       for (int64_t col = 0; col < out.cols; col += tile_cols) {
         const int64_t cols = out.cols - col;
         float* sums = reinterpret_cast<float*>(copy + sizes.rows) + row * panel_cols + col;
@@ -106,7 +110,7 @@ void multiply_panel(const Matrix& left, const float* offset, const Matrix& out, 
           }
         }
         add_product<Unit>(rows.data, rows.step, panel + col * units, units, from == 0, tile,
-                          [&] { out_lines.prefetch() || left_lines.prefetch(); });
+                          [&] { return spread && prefetch_line(); });
         for (int64_t i = 0; i < row_count; ++i) {
           if (!last) {
             store_row(sums + i * sums_step, tile.sum[i], cols);
