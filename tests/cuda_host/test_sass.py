@@ -1,8 +1,10 @@
-"""The machine code that ptxas makes of the kernels: lean loops on sm_80, and overlapping products on sm_90a."""
+"""The machine code of the built library: no spills, lean loops on sm_80, and overlapping products on sm_90a."""
 
+import functools
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,21 +17,37 @@ from tests.sass import disassembled, disassembler
 #: Pass -> most instructions in the loop of whole tiles, the large one and the small one: what nvcc 13.0 made of it and
 #: 20 more. grad_input's loop includes the change to another group, which most steps skip, without its loads of v.
 MOST = {"forward": (261 + 20, 133 + 20), "grad_input": (287 + 20, 157 + 20), "grad_scales": (132 + 20, 59 + 20)}
+#: Pass -> its Hopper kernels, in mangled names: ``Weight`` is rows, then columns.
+HOPPER = {
+    "forward": "product_kernel.*6WeightE0",
+    "grad_input": "product_kernel.*6WeightE1",
+    "grad_scales": "gram_kernel",
+}
 #: Columns of a product -> cycles that the tensor cores take for a step of both warpgroups: 2 x 4 products.
 STEP_CYCLES = {256: 1024, 128: 512}
 
 Kernels = dict[str, list[str]]
 
 
-def _compile(source: Path, folder: Path, *options: str) -> tuple[str, Kernels]:
-    """Return the output of ptxas, and the instructions and labels of each kernel of a source file."""
-    tool = disassembler()
-    if shutil.which("nvcc") is None or tool is None:
-        pytest.skip("needs nvcc and nvdisasm")
-    cubin = folder / f"{source.stem}.cubin"
-    command = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", *options, "-Xptxas", "-v", "-cubin"]
-    done = subprocess.run([*command, str(source), "-o", str(cubin)], check=True, capture_output=True, text=True)
-    return done.stderr, disassembled(cubin, tool)
+def _library() -> tuple[Path, Path]:
+    """Return the built library and the folder of CUDA's tools."""
+    library, tool = FOLDER / "librlrr_cuda.so", disassembler()
+    if not library.exists() or tool is None:
+        pytest.skip("needs the CUDA library, and nvdisasm")
+    return library, Path(tool).parent
+
+
+@functools.cache
+def _kernels(arch: str) -> Kernels:
+    """Return the instructions and labels of each kernel that the built library has for an architecture."""
+    library, tools = _library()
+    with tempfile.TemporaryDirectory() as folder:
+        extract = [tools / "cuobjdump", "-xelf", arch, library]
+        subprocess.run(extract, check=True, cwd=folder, capture_output=True)
+        cubins = [disassembled(cubin, str(tools / "nvdisasm")) for cubin in Path(folder).glob("*.cubin")]
+    if not cubins:
+        pytest.skip(f"there is no {arch} in the library, or cuobjdump is older than the nvcc that built it")
+    return {name: lines for kernels in cubins for name, lines in kernels.items()}
 
 
 def _loops(lines: list[str], product: str) -> list[list[str]]:
@@ -45,26 +63,25 @@ def _loops(lines: list[str], product: str) -> list[list[str]]:
     return found
 
 
-@pytest.fixture(scope="module", params=PASSES)
-def compiled(request, tmp_path_factory) -> tuple[str, Kernels]:
+@pytest.fixture(params=PASSES)
+def ampere(request) -> tuple[str, Kernels]:
     """A pass, and its kernels for bfloat16 x and W on sm_80."""
-    _, kernels = _compile(SOURCES / f"{request.param}.cu", tmp_path_factory.mktemp("sass"), "-arch=sm_80")
     # in mangled names S3_ is bf16 once more, and grad_scales has no dtype of W
     pattern = r"4bf16EEES\d_NS" if request.param != "grad_scales" else r"4bf16EEENS"
-    return request.param, {name: lines for name, lines in kernels.items() if re.search(pattern, name)}
+    found = re.compile(rf"\d{request.param}_kernel.*{pattern}")
+    return request.param, {name: lines for name, lines in _kernels("sm_80").items() if found.search(name)}
 
 
-@pytest.fixture(scope="module", params=PASSES)
-def hopper_compiled(request, tmp_path_factory) -> tuple[str, str, Kernels]:
-    """A pass, the output of ptxas, and its Hopper kernels."""
-    source, target = SOURCES / "hopper" / f"{request.param}.cu", "-gencode=arch=compute_90a,code=sm_90a"
-    log, kernels = _compile(source, tmp_path_factory.mktemp("sass"), target)
-    return request.param, log, {name: lines for name, lines in kernels.items() if any("HGMMA" in x for x in lines)}
+@pytest.fixture(params=PASSES)
+def hopper(request) -> tuple[str, Kernels]:
+    """A pass, and its Hopper kernels."""
+    found = re.compile(HOPPER[request.param])
+    return request.param, {name: lines for name, lines in _kernels("sm_90a").items() if found.search(name)}
 
 
 @pytest.mark.slow
-def test_the_loop_of_whole_tiles_is_lean(compiled):
-    name, kernels = compiled
+def test_the_loop_of_whole_tiles_is_lean(ampere):
+    name, kernels = ampere
     assert len(kernels) == 2
     for kernel, lines in kernels.items():
         whole = min(_loops(lines, "HMMA"), key=len)
@@ -112,12 +129,22 @@ def test_a_debug_build_says_what_waits_for_ever_and_ends_the_kernel(tmp_path, de
     assert any(b"block %d, warp %d waits for ever: phase %u of %s[%d]" in text for text in texts) is debug
 
 
+def test_no_kernel_has_a_stack():
+    """So none spills, whatever the architecture."""
+    library, tools = _library()
+    usage = [tools / "cuobjdump", "--dump-resource-usage", library]
+    found = subprocess.run(usage, check=True, capture_output=True, text=True).stdout
+    kernels = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", found)
+    if not kernels:
+        pytest.skip("cuobjdump is older than the nvcc that built the library")
+    for kernel in (*(f"{name}_kernel" for name in PASSES), "product_kernel", "gram_kernel"):
+        assert any(kernel in name for name, *_ in kernels), kernel
+    assert not [name for name, *bytes_each in kernels if bytes_each != ["0", "0"]]
+
+
 @pytest.mark.slow
-def test_nothing_is_spilled_or_serialised(hopper_compiled):
-    name, log, kernels = hopper_compiled
-    assert "serialized" not in log
-    assert not re.search(r"C75\d\d", log)
-    assert set(re.findall(r"(\d+) bytes (?:stack frame|spill)", log)) == {"0"}
+def test_each_pass_has_its_products_and_copies(hopper):
+    name, kernels = hopper
     widths = [_columns(lines) for lines in kernels.values()]
     assert sorted(widths) == ([256, 256] if name == "grad_scales" else [128, 128, 256, 256])  # float16 and bfloat16
     for lines in kernels.values():
@@ -126,15 +153,15 @@ def test_nothing_is_spilled_or_serialised(hopper_compiled):
 
 
 @pytest.mark.slow
-def test_a_step_fits_under_its_products(hopper_compiled):
-    name, _, kernels = hopper_compiled
+def test_a_step_fits_under_its_products(hopper):
+    name, kernels = hopper
     for lines in kernels.values():
         step = min(_loops(lines, "HGMMA"), key=len)
         products = [x for x in step if "HGMMA" in x]
         assert len(products) == 4
         from_registers = [x for x in products if re.search(r"R\d+, R\d+, gdesc", x)]
         assert len(from_registers) == (0 if name == "grad_scales" else 4)
-        # each wait lets products overlap
+        # each wait lets products overlap: where ptxas serialises them, it waits for each
         waits = [int(x, 16) for x in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", "\n".join(step))]
         assert waits
         assert min(waits) >= 3
@@ -144,21 +171,8 @@ def test_a_step_fits_under_its_products(hopper_compiled):
 
 
 @pytest.mark.slow
-def test_no_register_of_a_running_product_is_touched(tmp_path):
-    """Checked in the built library, on every path."""
-    library, tool = FOLDER / "librlrr_cuda.so", disassembler()
-    if not library.exists() or tool is None:
-        pytest.skip("needs the CUDA library, and nvdisasm")
-    subprocess.run(
-        [Path(tool).with_name("cuobjdump"), "-xelf", "sm_90a", str(library)],
-        check=True,
-        cwd=tmp_path,
-        capture_output=True,
-    )
-    cubins = list(tmp_path.glob("*.cubin"))
-    if not cubins:
-        pytest.skip("this cuobjdump is older than the nvcc that built the library, and finds nothing in it")
-    kernels = [item for cubin in cubins for item in disassembled(cubin, tool).items()]
-    found = {name: hazards(lines) for name, lines in kernels if any("HGMMA" in line for line in lines)}
+def test_no_register_of_a_running_product_is_touched():
+    """On every path."""
+    found = {name: hazards(lines) for name, lines in _kernels("sm_90a").items() if any("HGMMA" in x for x in lines)}
     assert len(found) == 10
     assert not any(found.values()), found

@@ -11,7 +11,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from rlrr_kernels.finetune import train
+from rlrr_kernels.finetune import run_folder, train
+from rlrr_kernels.finetune.__main__ import main as command
 from rlrr_kernels.finetune.distributed import launched
 from rlrr_kernels.finetune.trainer import Trainer
 from tests.finetune.runs import first_is_best, prepared
@@ -29,6 +30,12 @@ RUNS = {
 #: The first epoch is the chosen one: shards are written after forward passes without a backward pass, for the
 #: average before the third epoch and for the chosen epoch before the test.
 EARLY = {"epochs": 3, "warmup_epochs": 0, "ema": 0.5}
+
+#: What each process gives the command at the end.
+COMMAND = [
+    *("--method", "linear", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "200"),
+    *("--device", "cpu", "--no-tensorboard"),
+]
 
 #: Those that are also interrupted and resumed.
 RESUMED = ("ddp accumulated", "fsdp accumulated")
@@ -80,15 +87,15 @@ update = Trainer._update
 
 def main(folder):
     torch.set_num_threads(1)
+    run_folder.draw_curves = lambda metrics: b"a picture"
     main_process = launched().main
-    ready, found = prepared(folder, SIZES, out=folder / "kept", batch_size=16), {}
-    ready.splits.train.items = Counted(ready.splits.train.items)
-    found["kept"] = {"metrics": train(ready, quiet=True), "asked": ready.splits.train.items.asked}
-    found["kept"] |= {"files": mapped_images()}
-    del ready
+    found = {}
     for name, changes in RUNS.items():
-        out = folder / name
-        found[name] = {"whole": train(prepared(folder, SIZES, out=out, **changes), quiet=True)}
+        ready = prepared(folder, SIZES, out=folder / name, **changes)
+        ready.splits.train.items = Counted(ready.splits.train.items)
+        found[name] = {"whole": train(ready, quiet=True), "asked": ready.splits.train.items.asked}
+        found[name] |= {"files": mapped_images()}
+        del ready
         if name not in RESUMED:
             continue
         with mock.patch.object(Trainer, "_update", stop_in_second_epoch):
@@ -113,6 +120,7 @@ def main(folder):
     dist.all_gather_object(everything, found)
     if main_process:
         (folder / "found.json").write_text(json.dumps(everything))
+    assert command([*COMMAND, "--out", str(folder / "command")]) == 0
     ready = prepared(folder, SIZES, out=folder / "broken")
     ready.splits.train.items = Unreadable(ready.splits.train.items)
     train(ready)

@@ -18,15 +18,15 @@ from tests.torchrun import ROOT, launch
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """All runs of ``in_processes.py``: (folder, what each process found, how the last one ended)."""
+    """All runs of ``in_processes.py``: (folder, what each process found, [status, output, errors] at the end)."""
 
     def start(folder):
         done = launch("tests.finetune.in_processes", str(folder), cwd=ROOT)
-        (folder / "end.json").write_text(json.dumps([done.returncode, done.stderr]))
+        (folder / "end.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
 
     folder = once(tmp_path_factory, "finetune in two processes", start)
     end = json.loads((folder / "end.json").read_text())
-    assert (folder / "found.json").exists(), end[1][-3000:]
+    assert (folder / "found.json").exists(), end[2][-3000:]
     return folder, json.loads((folder / "found.json").read_text()), end
 
 
@@ -73,13 +73,12 @@ def test_two_processes_share_what_each_decodes_a_half_of(two):
     _, found, *_ = two
     for rank in range(2):
         # the first image is read once more for its shape
-        assert sorted(found[rank]["kept"]["asked"]) == sorted([0, *range(rank, SIZES[0], 2)])
-    first, second = (found[rank]["kept"]["files"] for rank in range(2))
+        assert sorted(found[rank]["ddp"]["asked"]) == sorted([0, *range(rank, SIZES[0], 2)])
+    first, second = (found[rank]["ddp"]["files"] for rank in range(2))
     # unlinked files of the training and the validation images
     assert len(first) == 2
     assert sorted(first) == sorted(second)
     assert all(name.endswith("(deleted)") for _, _, name in first)
-    assert results(found[0]["kept"]["metrics"]) == results(found[0]["ddp"]["whole"])
 
 
 @pytest.mark.slow
@@ -125,21 +124,16 @@ def test_an_existing_folder_is_an_error_in_every_process(two):
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_all_of_them(two):
     """Within the time limit of ``launch``; gloo alone would make the other process wait for half an hour."""
-    *_, (status, said) = two
+    *_, (status, _, said) = two
     assert status != 0
     assert "this disk is broken" in said
 
 
 @pytest.mark.slow
-def test_the_command_runs_under_torchrun_and_speaks_once(tmp_path):
-    done = launch(
-        *("rlrr_kernels.finetune", "--method", "linear", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu"),
-        *("--no-tensorboard", "--out", str(tmp_path / "run")),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy 0.") == 1
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["processes"] == 2
+def test_the_command_speaks_once_for_all_processes(two):
+    folder, _, (_, said, _) = two
+    assert said.count("test accuracy 0.") == 1
+    assert json.loads((folder / "command" / "metrics.json").read_text())["processes"] == 2
 
 
 def test_one_gpu_named_for_several_processes_is_refused(monkeypatch):

@@ -228,7 +228,6 @@ def test_an_adapter_stays_as_it_was_where_the_disk_fills_while_it_is_replaced(tm
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted if wanted[name].requires_grad)
 
 
-@pytest.mark.usefixtures("interpreted")
 def test_tuning_shows_what_it_measured_where_the_table_cannot_be_written(tmp_path, monkeypatch, capsys):
     file, add, calls = tmp_path / "t.json", tuned.add, []
 
@@ -239,8 +238,9 @@ def test_tuning_shows_what_it_measured_where_the_table_cannot_be_written(tmp_pat
         return add(path, entries)
 
     monkeypatch.setattr(tuned, "add", full)
-    arguments = ["--shape", SIZES, "--dtype", "float32", "--rounds", "2", "--limit", "1", "--out", str(file)]
-    assert tune.main(arguments, machine()) == 1
+    monkeypatch.setattr(tune, "failures", lambda device: ({}, {}))  # the check of the backends takes long
+    arguments = ["--shape", SIZES, "--dtype", "float32", "--rounds", "2", "--out", str(file)]
+    assert tune.main([*arguments, "--backend", "panels", "--backend", "reference"], machine()) == 1
     out, err = capsys.readouterr()
     assert f"2 of 3 measured, 1 entries into {file}" in out
     assert f"{file} cannot be written: No space left on device; what was stored before is kept" in err

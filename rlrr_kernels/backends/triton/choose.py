@@ -116,12 +116,6 @@ OF_A_WIDER_W = {
     Choice(64, 128, 256, 8, 3): Choice(64, 128, 128, 8, 4),
 }
 
-#: What replaces tiles that are too wide for a product of U and V besides.
-OF_A_RANK: dict[Pass, Choice] = {
-    "forward": Choice(128, 64, 32, 4, 3),
-    "grad_input": Choice(128, 32, 64, 4, 3),
-}
-
 #: Tiles of grad_scales with TF32 on Hopper, small enough for ``mma.sync``. ``wgmma`` cannot transpose float32: dy^T
 #: would be in registers, which Triton before 3.9 overwrites while the product still reads them (:mod:`tests.hazards`).
 HOPPER_TF32_SCALES = _tiles((16, 32, 128, 4, 4), (16, 32, 64, 4, 2))
@@ -139,17 +133,13 @@ def arithmetic(problem: Problem) -> Arithmetic:
     return "tf32" if problem.tf32 else "ieee"
 
 
-def parts(problem: Problem) -> int:
-    """Return how forward and grad_input form U V.
+def in_registers(problem: Problem) -> bool:
+    """Return whether forward and grad_input form W' in each tile, or, of a larger rank, a panel for all tokens.
 
-    Returns:
-        0: by multiply-adds in registers; 1: as a product of float32 tiles, padded to a power of two; 3: as one on the
-        matrix unit, of three bfloat16 parts of each number.
+    An element of 1 + U V takes ``rank`` multiply-adds. A tile of 128 tokens hides few of them behind its products; a
+    matrix unit that formed U V itself, to float32's precision, would spend as many products on that as on a tile.
     """
-    ieee = arithmetic(problem) == "ieee"
-    if problem.rank <= (8 if ieee else 4):
-        return 0
-    return 1 if ieee else 3
+    return problem.kernel == "grad_scales" or problem.rank <= (8 if arithmetic(problem) == "ieee" else 4)
 
 
 def du_rows(rank: int) -> int:
@@ -164,43 +154,21 @@ def most_partial_bytes(problem: Problem) -> int:
 
 def forming(problem: Problem) -> int:
     """Return what forming an element of U V costs, in products: a matrix unit does 16 while others do one."""
-    cut = parts(problem)
-    if cut:
-        return 6 * padded(problem.rank, cut) if cut == 3 else padded(problem.rank, cut)
     return problem.rank * (1 if arithmetic(problem) == "ieee" else 16)
-
-
-def chunk(rank: int, parts: int) -> int:
-    """Return the depth of one product of U and V. More than one, for a larger rank, need fewer registers at a time."""
-    return 16 if parts == 1 or rank <= 16 else 32
-
-
-def padded(rank: int, parts: int) -> int:
-    """Return the depth of all products of U and V: a multiple of :func:`chunk`."""
-    # kernels call this too, and Triton lets such a function call no other one
-    size = 16 if parts == 1 or rank <= 16 else 32
-    return (rank + size - 1) // size * size
 
 
 def tiles(problem: Problem, device: Device, aligned: bool) -> tuple[Choice, ...]:
     """Return the tiles for a problem on a device. ``aligned``: whether all tensors can be loaded 16 bytes at a time."""
     if problem.kernel == "grad_scales" and arithmetic(problem) == "tf32" and device.capability[0] == 9:
         return HOPPER_TF32_SCALES[0 if aligned else 1 :]
-    masked = MASKED[problem.kernel]
-    if problem.rank > 1:
-        masked = tuple(tile for tile in masked if _fit(problem, tile, device).num_stages >= 2)
     if not aligned:
-        return masked
+        return MASKED[problem.kernel]
     kind = next((name for name, least in _SHARED.items() if device.shared_memory >= least), "small")
     found = ALIGNED[kind][problem.kernel, arithmetic(problem)]
     if problem.weight_dtype.itemsize > problem.dtype.itemsize:
         found = tuple(dict.fromkeys(OF_A_WIDER_W.get(tile, tile) for tile in found))
-    if parts(problem) == 3 and (problem.kernel, device.capability[0]) != ("forward", 9):
-        # with the product of U and V these spill, or take more tensor memory than there is
-        wide = [tile for tile in found if tile.block_m == 256 or (problem.kernel, tile.block_k) == ("grad_input", 128)]
-        found = tuple(dict.fromkeys(OF_A_RANK[problem.kernel] if tile in wide else tile for tile in found))
     fitted = (_fit(problem, tile, device) for tile in found)
-    return tuple(tile for tile in fitted if tile.num_stages >= 2) or masked
+    return tuple(tile for tile in fitted if tile.num_stages >= 2) or MASKED[problem.kernel]
 
 
 #: Kind of GPU to the least shared memory of a block, in bytes.
@@ -211,32 +179,18 @@ def _sum_block(kernel: Pass, tile: Choice) -> int:
     return {"forward": tile.block_k, "grad_input": tile.block_n, "grad_scales": tile.block_m}[kernel]
 
 
-def factor_bytes(problem: Problem, tile: Choice) -> tuple[int, int]:
-    """Return the shared memory of U and V in bytes: (for the whole sum, for one step), if a product forms U V."""
-    cut = parts(problem)
-    if problem.kernel == "grad_scales" or not cut:
-        return 0, 0
-    each = (4 if cut == 1 else 2 * cut) * padded(problem.rank, cut)
-    if problem.kernel == "forward":
-        return each * tile.block_n, each * tile.block_k
-    if problem.groups == 1:
-        return each * tile.block_k, each * tile.block_n
-    return 0, each * (tile.block_n + tile.block_k)  # a step of the next group has another V
-
-
 def stage_bytes(problem: Problem, tile: Choice) -> int:
     """Return the shared memory of one step's operands, in bytes."""
     x_size, weight_size = problem.dtype.itemsize, problem.weight_dtype.itemsize
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     if problem.kernel == "grad_scales":
         return x_size * m * (n + k)
-    return x_size * m * _sum_block(problem.kernel, tile) + weight_size * n * k + factor_bytes(problem, tile)[1]
+    return x_size * m * _sum_block(problem.kernel, tile) + weight_size * n * k
 
 
 def _fit(problem: Problem, tile: Choice, device: Device) -> Choice:
     """Return the tile with as many stages as fit. A product that reads W' from shared memory needs another buffer."""
     held = 0 if problem.kernel == "grad_scales" else problem.dtype.itemsize * tile.block_n * tile.block_k
-    held += factor_bytes(problem, tile)[0]
     room = (device.shared_memory - held) // stage_bytes(problem, tile)
     return tile if room >= tile.num_stages else replace(tile, num_stages=room)
 
@@ -315,7 +269,9 @@ def choose(problem: Problem, device: Device, aligned: bool = True) -> Choice:
 
 
 def candidates(problem: Problem, device: Device, aligned: bool = True) -> tuple[Choice, ...]:
-    """Return what ``rlrr-tune`` measures: all tiles and splits in the order of the cost model."""
+    """Return what ``rlrr-tune`` measures: all tiles and splits in the order of the cost model; none for a panel."""
+    if not in_registers(problem):
+        return ()
     return tuple(replace(tile, splits=splits) for _, tile, splits in _ranked(problem, device, aligned))
 
 
@@ -324,8 +280,7 @@ def refusal(problem: Problem, choice: Choice, device: Device) -> str | None:
     *blocks, warps, stages, splits = astuple(choice)
     if not all(block in (16, 32, 64, 128, 256) for block in blocks) or warps not in (1, 2, 4, 8):
         return "no kernel is compiled for such blocks or warps"
-    taken = (stages - 1) * stage_bytes(problem, choice) + factor_bytes(problem, choice)[0]
-    if not 1 <= stages <= 10 or taken > device.shared_memory:
+    if not 1 <= stages <= 10 or (stages - 1) * stage_bytes(problem, choice) > device.shared_memory:
         return f"its {stages} stages do not fit in {device.shared_memory} bytes"
     if splits < 1 or (splits > 1 and splits * partial_bytes(problem, choice) > 2 * most_partial_bytes(problem)):
         return f"{splits} splits take more than the workspace"

@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-from rlrr_kernels.backends.triton.tiles import group_tile, int64, load_u, load_v, narrow, operand, rescale, row_stride
+from rlrr_kernels.backends.triton.tiles import group_tile, int64, load_u, load_v, narrow, operand, rescale
 
 
 @triton.jit(do_not_specialize=["M", "split_steps"])
 def forward_kernel(
     x,  # [M, K]
     w,  # [N, K]
-    v,  # [groups, RANK, K]; if PARTS > 1 as factors.py writes it
-    u,  # [N, RANK]; the same
+    v,  # [groups, RANK, K]
+    u,  # [N, RANK]
     bias,  # [N], read if HAS_BIAS
     shift,  # [N], read if HAS_SHIFT
     y,  # [M, N]; if SPLIT float32 [splits, M, N], to be added up
@@ -27,7 +27,6 @@ def forward_kernel(
     stride_vg,
     stride_ym,
     RANK: tl.constexpr,
-    PARTS: tl.constexpr,  # how u v is formed: choose.parts
     HAS_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -61,28 +60,26 @@ def forward_kernel(
     if RANK == 1:  # by hand, so that rank 1 is compiled as if there were no other
         u_n = (tl.load(u + offs_n, mask=offs_n < n_end, other=0.0).to(tl.float32),)
     else:
-        u_n = load_u(u, offs_n, offs_n < n_end, RANK, PARTS)
+        u_n = load_u(u, offs_n, offs_n < n_end, RANK)
     # rows past the edge repeat the last one: what they compute is never stored
     rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
     rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
     x_ptrs = x + rows_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
     w_ptrs = w + rows_n[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
     v_ptrs = v + group * stride_vg + offs_k[None, :]
-    stride_v = row_stride(K, stride_vg, RANK, PARTS)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.range(k_first, k_last, BLOCK_K):
         if EVEN_K:
             w_tile = tl.load(w_ptrs + int64(k) * stride_wk)
-            v_k = load_v(v_ptrs + k, None, stride_v, RANK, PARTS)
+            v_k = load_v(v_ptrs + k, None, K, RANK)
             x_tile = tl.load(x_ptrs + int64(k) * stride_xk)
         else:
             in_k = offs_k[None, :] < K - k
             w_tile = tl.load(w_ptrs + int64(k) * stride_wk, mask=in_k, other=0.0)
-            in_v = in_k if PARTS < 2 else offs_k[None, :] < stride_v - k
-            v_k = load_v(v_ptrs + k, in_v, stride_v, RANK, PARTS)
+            v_k = load_v(v_ptrs + k, in_k, K, RANK)
             x_tile = tl.load(x_ptrs + int64(k) * stride_xk, mask=in_k, other=0.0)
-        rescaled = rescale(w_tile, u_n, v_k, x_tile.dtype, RANK, PARTS, PAIRED_BF16, ROUND_TF32, EMULATE_BF16)
+        rescaled = rescale(w_tile, u_n, v_k, x_tile.dtype, RANK, PAIRED_BF16, ROUND_TF32, EMULATE_BF16)
         acc = tl.dot(operand(x_tile, EMULATE_BF16), rescaled.T, acc, input_precision=PRECISION)
 
     in_n = offs_n < n_end

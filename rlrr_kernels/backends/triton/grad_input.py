@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-from rlrr_kernels.backends.triton.tiles import int64, load_u, load_v, narrow, operand, rescale, row_stride, u_stride
+from rlrr_kernels.backends.triton.tiles import int64, load_u, load_v, narrow, operand, rescale
 
 
 @triton.jit(do_not_specialize=["M", "split_steps"])
 def grad_input_kernel(
     dy,  # [M, N]
     w,  # [N, K]
-    u,  # [N, RANK]; if PARTS > 1 as factors.py writes it
-    v,  # [groups, RANK, K]; the same
+    u,  # [N, RANK]
+    v,  # [groups, RANK, K]
     dx,  # [M, K]; if SPLIT float32 [splits, M, K], to be added up
     M,
     split_steps,  # steps of BLOCK_N that one split sums over; read if SPLIT
@@ -25,7 +25,6 @@ def grad_input_kernel(
     stride_vg,
     stride_dxm,
     RANK: tl.constexpr,
-    PARTS: tl.constexpr,  # how u v is formed: choose.parts
     ONE_GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -45,9 +44,7 @@ def grad_input_kernel(
     offs_k = k_start + tl.arange(0, BLOCK_K)
     offs_n = tl.arange(0, BLOCK_N)
     in_k = offs_k < K
-    stride_v = row_stride(K, stride_vg, RANK, PARTS)
-    in_v = in_k if PARTS < 2 else offs_k < stride_v
-    v_k = load_v(v + offs_k, in_v, stride_v, RANK, PARTS)
+    v_k = load_v(v + offs_k, in_k, K, RANK)
     rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
     dy_ptrs = dy + rows_m[:, None] * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
     w_ptrs = w + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
@@ -71,17 +68,17 @@ def grad_input_kernel(
             group = step // steps
             n = group * group_rows + (step % steps) * BLOCK_N
             n_end = (group + 1) * group_rows
-            v_k = load_v(v + group * stride_vg + offs_k, in_v, stride_v, RANK, PARTS)
+            v_k = load_v(v + group * stride_vg + offs_k, in_k, K, RANK)
         if EVEN_N:
-            u_n = load_u(u + n * u_stride(RANK, PARTS), offs_n, None, RANK, PARTS)
+            u_n = load_u(u + n * RANK, offs_n, None, RANK)
             w_tile = tl.load(w_ptrs + int64(n) * stride_wn, mask=in_k[None, :], other=0.0)
             dy_tile = tl.load(dy_ptrs + int64(n) * stride_dyn)
         else:
             in_n = n + offs_n < n_end
-            u_n = load_u(u + n * u_stride(RANK, PARTS), offs_n, in_n, RANK, PARTS)
+            u_n = load_u(u + n * RANK, offs_n, in_n, RANK)
             w_tile = tl.load(w_ptrs + int64(n) * stride_wn, mask=in_n[:, None] & in_k[None, :], other=0.0)
             dy_tile = tl.load(dy_ptrs + int64(n) * stride_dyn, mask=in_n[None, :], other=0.0)
-        rescaled = rescale(w_tile, u_n, v_k, dy_tile.dtype, RANK, PARTS, PAIRED_BF16, ROUND_TF32, EMULATE_BF16)
+        rescaled = rescale(w_tile, u_n, v_k, dy_tile.dtype, RANK, PAIRED_BF16, ROUND_TF32, EMULATE_BF16)
         acc = tl.dot(operand(dy_tile, EMULATE_BF16), rescaled, acc, input_precision=PRECISION)
 
     if not SPLIT:

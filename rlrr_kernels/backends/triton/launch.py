@@ -20,10 +20,10 @@ from rlrr_kernels.backends import panels, tuned
 from rlrr_kernels.backends.problem import Problem, uses_tf32
 from rlrr_kernels.backends.triton import choose
 from rlrr_kernels.backends.triton.choose import Choice, Device, Slice, ceil_div, row_slices
-from rlrr_kernels.backends.triton.factors import cut_kernel
 from rlrr_kernels.backends.triton.forward import forward_kernel
 from rlrr_kernels.backends.triton.grad_input import grad_input_kernel
 from rlrr_kernels.backends.triton.grad_scales import grad_scales_kernel, sum_partials_kernel
+from rlrr_kernels.backends.triton.panel import panel_kernel
 from rlrr_kernels.backends.triton.start import start
 from rlrr_kernels.backends.triton.sum_splits import sum_splits_kernel
 
@@ -60,8 +60,6 @@ def unsupported(x: Tensor, weight: Tensor, rank: int = 1) -> str | None:
     if x.device.type != "cuda" or torch.version.hip is not None:
         return f"device {x.device}: it runs on NVIDIA GPUs"
     capability = choose.cuda_device(x.device.index).capability
-    if capability >= (10, 0) and rank > 4:  # too many tiles spill, or overflow Blackwell's tensor memory
-        return f"rank {rank} on compute capability {capability}: it has tiles for ranks up to 4 there"
     return None if capability >= (8, 0) else f"compute capability {capability}: it needs 8.0 or later"
 
 
@@ -136,28 +134,44 @@ def vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
     return u.contiguous(), v.contiguous()
 
 
-def _factors(scale_out: Tensor, scale_in: Tensor, parts: int) -> tuple[Tensor, Tensor, int]:
-    """Return U and V as the kernels read them with ``parts`` (:func:`choose.parts`), and the stride of V's groups."""
-    u, v = vectors(scale_out, scale_in)
-    groups, rank, k = scale_in.shape
-    if parts <= 1:
-        return u, v, rank * k
-    n, depth, block = len(scale_out), choose.padded(rank, parts), 1024
-    dtype = torch.float32 if interpreting() else torch.bfloat16
-    u_parts = torch.empty((n, parts, depth), dtype=dtype, device=u.device)
-    width = 16 * ceil_div(k, 16)  # for loads of whole vectors
-    v_parts = torch.empty((groups, parts, depth, width), dtype=dtype, device=v.device)
-    start(
-        cut_kernel,
-        (ceil_div(n * depth, block) + ceil_div(v_parts.numel() // parts, block),),
-        (u, v, u_parts, v_parts),
-        (n, k, groups, width),
-        (),
-        {"RANK": rank, "PARTS": parts, "EMULATE_BF16": interpreting(), "BLOCK": block},
-        _options(num_warps=4, num_stages=2),
-        u.device.index,
-    )
-    return u_parts, v_parts, parts * depth * width
+class _Rescaled(panels.Rescaled):
+    """Forms panels of W' ``[N, K]`` by a kernel."""
+
+    def __init__(self, weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> None:
+        groups, rank, k = scale_in.shape
+        u, v = vectors(scale_out, scale_in)
+        self.weight, self.dtype = weight.unflatten(0, (groups, -1)), dtype
+        self.u, self.v = u.view(groups, -1, rank), v.view(groups, rank, k)
+
+    def most(self, across: int) -> int:
+        """Return how many rows (or columns) of ``across`` elements a panel may have."""
+        return panels.SCRATCH // across // self.dtype.itemsize
+
+    def allocate(self, groups: int, rows: int, columns: int) -> None:
+        """Allocate the scratch for panels of at most this size."""
+        self.scratch = self.weight.new_empty(groups * rows * columns, dtype=self.dtype)
+
+    def panel(self, groups: slice, rows: slice, columns: slice) -> Tensor:
+        """Form these rows of these groups (all rows of several) as one matrix, which the next panel overwrites."""
+        weight, u, v = self.weight[groups, rows, columns], self.u[groups, rows], self.v[groups, :, columns]
+        (count, group_rows, width), block_n, block_k = weight.shape, 32, 128
+        panel = self.scratch[: weight.numel()].view(count * group_rows, width)
+        start(
+            panel_kernel,
+            (count * ceil_div(group_rows, block_n) * ceil_div(width, block_k),),
+            (weight, u, v, panel),
+            (group_rows, u.shape[2]),
+            (width, *weight.stride()[1:], self.v.shape[2]),
+            {
+                "PAIRED_BF16": _paired(weight),
+                "EMULATE_BF16": interpreting() and self.dtype is torch.bfloat16,
+                "BLOCK_N": block_n,
+                "BLOCK_K": block_k,
+            },
+            _options(num_warps=4, num_stages=2),
+            weight.device.index,
+        )
+        return panel
 
 
 def _sum_splits(partial: Tensor, bias: Tensor | None, shift: Tensor | None, out: Tensor) -> None:
@@ -194,26 +208,27 @@ def forward(
 ) -> Tensor:
     """Return y ``[M, N]`` of x ``[M, K]``, in x's dtype."""
     (m, k), n, (groups, rank, _) = x.shape, weight.shape[0], scale_in.shape
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     tf32 = uses_tf32(x.dtype)
-    aligned, (x,) = _loadable(weight, x)
     problem = Problem("forward", m, n, k, groups, x.dtype, weight.dtype, tf32, rank)
+    if not choose.in_registers(problem):
+        with guard(x):
+            return panels.forward(x, weight, scale_out, scale_in, bias, shift, rescaled=_Rescaled)
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    aligned, (x,) = _loadable(weight, x)
     choice = choice or _chosen(problem, x, aligned)
     splits, split_steps = choose.shares(ceil_div(k, choice.block_k), choice.splits)
-    parts = choose.parts(problem)
     out = y if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
     bias, shift = (None if t is None else t.contiguous() for t in (bias, shift))
     with guard(x):
-        u, v, stride_vg = _factors(scale_out, scale_in, parts)
+        u, v = vectors(scale_out, scale_in)
         start(
             forward_kernel,
             (ceil_div(m, choice.block_m) * groups * ceil_div(n // groups, choice.block_n), splits),
             (x, weight, v, u, u if bias is None else bias, u if shift is None else shift, out),
             (m, split_steps),
-            (n, k, n // groups, *x.stride(), *weight.stride(), stride_vg, n),
+            (n, k, n // groups, *x.stride(), *weight.stride(), rank * k, n),
             {
                 "RANK": rank,
-                "PARTS": parts,
                 "HAS_BIAS": bias is not None and splits == 1,
                 "HAS_SHIFT": shift is not None and splits == 1,
                 "SPLIT": splits > 1,
@@ -234,28 +249,27 @@ def grad_input(
 ) -> Tensor:
     """Return dx ``[M, K]`` of dy ``[M, N]``, in dy's dtype."""
     (m, n), k, (groups, rank, _) = dy.shape, weight.shape[1], scale_in.shape
-    dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
     tf32 = uses_tf32(dy.dtype)
-    aligned, (dy,) = _loadable(weight, dy)
     problem = Problem("grad_input", m, n, k, groups, dy.dtype, weight.dtype, tf32, rank)
-    if not aligned and rank > 64:  # tiles spill on compute capability 8.x
-        return panels.grad_input(dy, weight, scale_out, scale_in)
+    if not choose.in_registers(problem):
+        with guard(dy):
+            return panels.grad_input(dy, weight, scale_out, scale_in, rescaled=_Rescaled)
+    dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
+    aligned, (dy,) = _loadable(weight, dy)
     choice = choice or _chosen(problem, dy, aligned)
     bn = choice.block_n
     splits, split_steps = choose.shares(groups * ceil_div(n // groups, bn), choice.splits)
-    parts = choose.parts(problem)
     out = dx if splits == 1 else torch.empty((splits, m, k), dtype=torch.float32, device=dy.device)
     with guard(dy):
-        u, v, stride_vg = _factors(scale_out, scale_in, parts)
+        u, v = vectors(scale_out, scale_in)
         start(
             grad_input_kernel,
             (ceil_div(m, choice.block_m) * ceil_div(k, choice.block_k), splits),
             (dy, weight, u, v, out),
             (m, split_steps),
-            (n, k, n // groups, *dy.stride(), *weight.stride(), stride_vg, k),
+            (n, k, n // groups, *dy.stride(), *weight.stride(), rank * k, k),
             {
                 "RANK": rank,
-                "PARTS": parts,
                 "ONE_GROUP": groups == 1,
                 "SPLIT": splits > 1,
                 "EVEN_N": (n // groups) % bn == 0,

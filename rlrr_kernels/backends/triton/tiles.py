@@ -9,8 +9,6 @@ crosses a block, so a tile always meets one ``v``.
 import triton
 import triton.language as tl
 
-from rlrr_kernels.backends.triton import choose
-
 
 @triton.jit
 def narrow(value, DTYPE: tl.constexpr, EMULATE_BF16: tl.constexpr):
@@ -60,23 +58,13 @@ def widen(tile, PAIRED_BF16: tl.constexpr):
     return tile.to(tl.float32)
 
 
-#: See :func:`choose.chunk` and :func:`choose.padded`.
-chunk, padded = (triton.constexpr_function(each) for each in (choose.chunk, choose.padded))
-
-
-@triton.jit
-def load(ptrs, mask):
-    """Load, with zeros outside of ``mask``; None: all is inside."""
-    if mask is None:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=mask, other=0.0)
-
-
 @triton.jit
 def load_float(ptrs, mask):
     """Load as float32, with zeros outside of ``mask``; None: all is inside."""
-    return load(ptrs, mask).to(tl.float32)
+    if mask is None:
+        return tl.load(ptrs).to(tl.float32)
+    else:
+        return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -88,96 +76,28 @@ def as_row(values):
         return values
 
 
-@triton.constexpr_function
-def u_stride(rank, parts):
-    """Elements from one row of U to the next."""
-    return rank if parts < 2 else parts * padded(rank, parts)
-
-
 @triton.jit
-def load_u(u, offs_n, mask, RANK: tl.constexpr, PARTS: tl.constexpr):
-    """Rows of U as :func:`scale` takes them. ``mask``: rows that exist, or None for all."""
+def load_u(u, offs_n, mask, RANK: tl.constexpr):
+    """The columns ``[R]`` of rows of U. ``mask``: rows that exist, or None for all."""
     found = ()
-    if PARTS == 0:
-        for j in tl.static_range(RANK):
-            found += (load_float(u + offs_n * RANK + j, mask),)
-    else:
-        in_n = None if mask is None else mask[:, None]
-        rows = u + offs_n[:, None] * u_stride(RANK, PARTS)
-        for first in tl.static_range(0, padded(RANK, PARTS), chunk(RANK, PARTS)):
-            offs_j = first + tl.arange(0, chunk(RANK, PARTS))[None, :]
-            if PARTS == 1:
-                found += (load_float(rows + offs_j, offs_j < RANK if mask is None else in_n & (offs_j < RANK)),)
-            else:
-                for part in tl.static_range(PARTS):
-                    found += (load(rows + part * padded(RANK, PARTS) + offs_j, in_n),)
+    for j in tl.static_range(RANK):
+        found += (load_float(u + offs_n * RANK + j, mask),)
     return found
 
 
 @triton.jit
-def row_stride(K, stride_vg, RANK: tl.constexpr, PARTS: tl.constexpr):
-    """Elements from one row of V to the next. Rows of bfloat16 parts are padded, so that vectors can be loaded."""
-    if PARTS > 1:
-        return tl.multiple_of(stride_vg // (PARTS * padded(RANK, PARTS)), 16)
-    else:
-        return K
-
-
-@triton.jit
-def load_v(ptrs, mask, stride, RANK: tl.constexpr, PARTS: tl.constexpr):
-    """Columns of a group's V as :func:`scale` takes them.
+def load_v(ptrs, mask, K, RANK: tl.constexpr):
+    """The rows of columns of a group's V.
 
     Args:
         ptrs: To the columns of the first row, ``[C]`` or ``[1, C]``.
-        mask: Columns that exist, of the same shape, or None for all. If ``PARTS`` > 1, those up to ``stride``.
-        stride: :func:`row_stride`.
+        mask: Columns that exist, of the same shape, or None for all.
+        K: Elements from one row of V to the next.
     """
     found = ()
-    if PARTS == 0:
-        for j in tl.static_range(RANK):
-            found += (load_float(ptrs + j * stride, mask),)
-    else:
-        for first in tl.static_range(0, padded(RANK, PARTS), chunk(RANK, PARTS)):
-            offs_j = first + tl.arange(0, chunk(RANK, PARTS))[:, None]
-            if PARTS == 1:
-                inside = offs_j < RANK if mask is None else as_row(mask) & (offs_j < RANK)
-                found += (load_float(as_row(ptrs) + offs_j * stride, inside),)
-            else:
-                inside = None if mask is None else as_row(mask)
-                for part in tl.static_range(PARTS):
-                    rows = part * padded(RANK, PARTS) + offs_j
-                    found += (load(as_row(ptrs) + rows * stride, inside),)
+    for j in tl.static_range(RANK):
+        found += (load_float(ptrs + j * K, mask),)
     return found
-
-
-@triton.jit
-def scale(u, v, RANK: tl.constexpr, PARTS: tl.constexpr):
-    """1 + U V in float32.
-
-    Args:
-        u, v: If ``PARTS`` is 0, the columns ``[BLOCK_N, 1]`` of U and the rows ``[1, BLOCK_K]`` of V. Else tiles of U
-            and V for one chunk of the rank after another, padded with zeros: of float32 each, or three of bfloat16 that
-            add up to float32.
-    """
-    if PARTS == 0:
-        total = 1.0 + u[0] * v[0]
-        for j in tl.static_range(1, RANK):
-            total += u[j] * v[j]
-        return total
-    else:
-        total = tl.zeros((u[0].shape[0], v[0].shape[1]), tl.float32)
-        for i in tl.static_range(0, padded(RANK, PARTS) // chunk(RANK, PARTS) * PARTS, PARTS):
-            if PARTS == 1:
-                total = tl.dot(u[i], v[i], total, input_precision="ieee")
-            else:
-                # the smallest products first; those left out are below float32's rounding
-                total = tl.dot(u[i + 2], v[i], total)
-                total = tl.dot(u[i], v[i + 2], total)
-                total = tl.dot(u[i + 1], v[i + 1], total)
-                total = tl.dot(u[i + 1], v[i], total)
-                total = tl.dot(u[i], v[i + 1], total)
-                total = tl.dot(u[i], v[i], total)
-        return 1.0 + total
 
 
 @triton.jit
@@ -187,19 +107,18 @@ def rescale(
     v,
     DTYPE: tl.constexpr,
     RANK: tl.constexpr,
-    PARTS: tl.constexpr,
     PAIRED_BF16: tl.constexpr,
     ROUND_TF32: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
-    """W * (1 + U V) in float32, rounded once to the compute dtype (numerics contract)."""
-    if PARTS == 0:
-        columns, rows = (), ()
-        for j in tl.static_range(RANK):
-            columns += (u[j][:, None],)
-            rows += (as_row(v[j]),)
-        u, v = columns, rows
-    rescaled = narrow(widen(w, PAIRED_BF16) * scale(u, v, RANK, PARTS), DTYPE, EMULATE_BF16)
+    """W * (1 + U V) in float32, rounded once to the compute dtype (numerics contract).
+
+    ``u``, ``v``: as :func:`load_u` and :func:`load_v` return them.
+    """
+    scale = 1.0 + u[0][:, None] * as_row(v[0])
+    for j in tl.static_range(1, RANK):
+        scale += u[j][:, None] * as_row(v[j])
+    rescaled = narrow(widen(w, PAIRED_BF16) * scale, DTYPE, EMULATE_BF16)
     if ROUND_TF32:
         rescaled = round_to_tf32(rescaled)
     return operand(rescaled, EMULATE_BF16)

@@ -17,7 +17,7 @@ QUICK = CASES[:1]
 def test_kernels_may_be_launched(cases):
     """They have no hazard, no spill, few instructions, no block barrier in a step, and all barriers that they need."""
     reports = [r for r in probe({"device": dataclasses.asdict(gates.H100), "cases": cases}) if gates.of_gluon(r)]
-    assert len(reports) == len(cases)
+    assert ["sass" in r for r in reports] == [True] * len(cases)
     failed = [f"{r['case']}: {why}" for r in reports for why in gates.wrong(r, gates.H100)]
     assert not failed, "\n".join(failed)
 
