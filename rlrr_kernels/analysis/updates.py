@@ -42,6 +42,8 @@ class Rescaled:
                 "expected scale_out [N, r] and scale_in [r, K] or [groups, r, K], "
                 f"got {list(u.shape)} and {list(v.shape)}"
             )
+        if not self._v().shape[0]:
+            raise ValueError(f"scale_in: expected one group or more, got {list(v.shape)}")
         if u.shape[0] % self._v().shape[0]:
             raise ValueError(f"scale_in: {v.shape[0]} groups do not divide {u.shape[0]} rows")
 

@@ -204,7 +204,8 @@ class FusedRLRRLinear(nn.Linear):
             weight, bias = self._frozen
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    @torch.no_grad()
+    @torch.inference_mode(False)  # else a merged layer could not be part of a backward pass
+    @torch.no_grad()  # inside, as the other switches gradients on
     def merged_weight(self) -> tuple[Tensor, Tensor]:
         """Form W' ``[N, K]`` and b + f ``[N]`` in new memory, in float32, rounded once to the frozen weight's dtype.
 
@@ -244,6 +245,7 @@ class FusedRLRRLinear(nn.Linear):
         self.check_merge()
         self._merge(keep)
 
+    @torch.inference_mode(False)
     def _merge(self, keep: bool) -> None:
         weight, bias = self.merged_weight()
         self._frozen = (cast(nn.Parameter, self.weight), self.bias) if keep else None
@@ -292,6 +294,7 @@ class FusedRLRRLinear(nn.Linear):
                     raise ValueError(f"{name}: expected shape {list(expected)}, got {list(given.shape)}")
         self._unmerge(weight, bias)
 
+    @torch.inference_mode(False)
     def _unmerge(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
         if self._frozen is None:
             assert weight is not None
@@ -299,6 +302,7 @@ class FusedRLRRLinear(nn.Linear):
         self.weight, self.bias = self._frozen  # type: ignore[assignment]  # nn.Linear's bias may be None
         self._frozen, self.merged = None, False
 
+    @torch.inference_mode(False)
     def to_linear(self) -> nn.Linear:
         """Make a plain ``nn.Linear`` with a bias that computes the same. It shares no memory with this layer."""
         if self.merged:

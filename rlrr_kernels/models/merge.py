@@ -29,6 +29,7 @@ ADDED_BIAS_REMEDY = (
 )
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def merge(model: nn.Module, *, safe_merge: bool = False, keep: bool = True) -> nn.Module:
     """Put W' and b + f in the place of W and b in every :class:`FusedRLRRLinear`, in place.
@@ -102,6 +103,7 @@ def unmerge(model: nn.Module, base: Mapping[str, Tensor] | None = None) -> nn.Mo
     return model
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module:
     """Turn an adapted model back into plain modules that compute the same, in place.
@@ -166,7 +168,7 @@ def merge_and_unload(model: nn.Module, *, safe_merge: bool = False) -> nn.Module
             f"merging gave {first}{more} to layers that had none, to hold what was trained. {type(inner).__name__}, as "
             "its library builds it, has no such tensor: from_pretrained, or load_state_dict with strict=False, drops "
             f"it without an error; {ADDED_BIAS_REMEDY}",
-            stacklevel=3,
+            stacklevel=4,
         )
     return model
 
@@ -231,7 +233,7 @@ def _check_values(model: nn.Module, safe_merge: bool) -> None:
         warnings.warn(
             f"merging rounds to {shares[0][2]}, which undoes the update of {lost_total / changed_total:.0%} of the "
             f"weights ({share:.0%} in {name}); merge in float32, as after model.float(), to keep it",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

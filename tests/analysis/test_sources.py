@@ -235,6 +235,7 @@ def test_a_full_checkpoint_replaces_weights(tmp_path, base):
         (torch.ones(6, 2), torch.ones(1, 4), r"got \[6, 2\] and \[1, 4\]"),
         (torch.ones(6), torch.ones(4), r"got \[6\] and \[4\]"),
         (torch.ones(6, 1), torch.ones(4, 1, 4), "4 groups do not divide 6 rows"),
+        (torch.ones(6, 1), torch.ones(0, 1, 4), r"scale_in: expected one group or more, got \[0, 1, 4\]"),
     ],
 )
 def test_scales_of_wrong_shapes_are_refused(u, v, words):

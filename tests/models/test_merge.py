@@ -265,3 +265,38 @@ def test_added_biases_that_are_not_zero_are_warned_of_for_models_of_any_library(
     apply_rlrr(bare, target_modules=["0"], norm_affine=True)
     with pytest.warns(UserWarning, match=r"merging gave 1.weight and 1 more tensors to"):
         merge_and_unload(bare)
+
+
+def merge_and_reload(model):
+    base = {name: tensor.double() for name, tensor in small_vit().state_dict().items()}
+    unmerge(merge(model, keep=False), base)
+
+
+@pytest.mark.parametrize("change", [merge, merge_and_unload, merge_and_reload])
+def test_what_was_merged_in_inference_mode_can_be_part_of_a_backward_pass(change):
+    model, x = tuned().eval(), X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    with torch.inference_mode():
+        change(model)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    (got,) = torch.autograd.grad(model(x).sum(), x)
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_a_layer_merged_in_inference_mode_passes_gradients_on():
+    layer, x = FusedRLRRLinear(4, 3, init="paper").eval(), torch.ones(2, 4, requires_grad=True)
+    with torch.inference_mode():
+        plain = layer.to_linear()
+        layer.merge()
+    for module in (layer, plain):
+        (got,) = torch.autograd.grad(module(x).sum(), x)
+        assert torch.equal(got, layer.weight.sum(0).expand(2, 4))
+
+
+@pytest.mark.parametrize("change", [merge, merge_and_unload])
+def test_a_warning_of_a_merge_names_the_line_that_called_it(change):
+    model = apply_rlrr(small_vit(), init="identity", frozen_dtype=torch.bfloat16)
+    nn.init.constant_(model.blocks[0].mlp.fc1.scale_out, 1e-4)
+    with pytest.warns(UserWarning, match="merging rounds") as caught:
+        change(model)
+    assert caught[0].filename == __file__
