@@ -27,20 +27,20 @@ def check_init(init: object) -> None:
         raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {init!r}")
 
 
-def check_rank(rank: object, scaling: object) -> None:
-    """Check ``rank`` and ``scaling`` arguments.
+def check_rank(rank: object, scaling: object, name: str = "rank") -> None:
+    """Check ``rank`` and ``scaling`` arguments. ``name``: that of the rank, for its errors.
 
     Raises:
         TypeError: If one is no number.
         ValueError: If the rank is not from 1 to 128, or the scaling not finite and above 0.
     """
     if type(rank) is not int:
-        raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
+        raise TypeError(f"{name}: expected an int, got {type(rank).__name__}")
     if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"rank: expected 1 to {MAX_RANK}, got {rank}")
-    if type(scaling) not in (int, float):
+        raise ValueError(f"{name}: expected 1 to {MAX_RANK}, got {rank}")
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling: expected a float, got {type(scaling).__name__}")
-    if not 0 < scaling < math.inf:  # type: ignore[operator]
+    if not 0 < scaling < math.inf:
         raise ValueError(f"scaling: expected a finite number above 0, got {scaling}")
 
 

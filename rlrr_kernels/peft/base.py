@@ -38,3 +38,9 @@ def check_base(layer: Any, name: str) -> None:
 def weight_of(layer: Any) -> Tensor:
     """W ``[N, K]`` of a frozen layer, for a ``Conv1D`` a transposed view."""
     return layer.weight.mT if is_conv1d(layer) else layer.weight
+
+
+def has_hooks(layer: Any) -> bool:
+    """Whether a call of the frozen layer runs more than its own forward, which the op would not."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(layer)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlrr_kernels.backends.problem import MAX_RANK
 from rlrr_kernels.ops.linear import rescaled_linear
-from rlrr_kernels.peft.base import check_base, is_conv1d, weight_of
+from rlrr_kernels.peft.base import check_base, has_hooks, is_conv1d, weight_of
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,7 @@ def _misfit(layer: Any) -> str | None:
 
 def _refusal(layer: Any, names: list[str]) -> str | None:
     """Why PEFT's own code runs a pass with these adapters now, or None; asked in each pass."""
-    base = layer.base_layer
-    if "forward" in vars(base) or (
-        base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    ):
+    if has_hooks(layer.base_layer):
         return "its base_layer has hooks, which the op would not call"
     rank = 0
     for name in names:

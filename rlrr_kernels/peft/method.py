@@ -19,12 +19,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from rlrr_kernels.backends.problem import MAX_RANK
 from rlrr_kernels.backends.reference import accumulation_dtype, rescaled_weight
 from rlrr_kernels.layers.options import check_rank, draw_scales
 from rlrr_kernels.models.merge import ADDED_BIAS_REMEDY, has_effect
 from rlrr_kernels.ops.linear import rescaled_linear
-from rlrr_kernels.peft.base import check_base, is_conv1d, weight_of
+from rlrr_kernels.peft.base import check_base, has_hooks, is_conv1d, weight_of
 
 
 def _add_peft_type(name: str) -> None:
@@ -83,8 +85,20 @@ class RlrrConfig(PeftConfig):
             raise ValueError("layers_to_transform, layers_pattern: expected none with a target_modules of type str")
         if self.init_weights not in (True, False, "identity", "paper"):
             raise ValueError(f"init_weights: expected True, False, 'identity' or 'paper', got {self.init_weights!r}")
-        for rank in (self.r, *self.rank_pattern.values()):
-            check_rank(rank, self.scaling)
+        for name in ("rank_pattern", "groups_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name}: expected a dict, got {type(getattr(self, name)).__name__}")
+        check_rank(self.r, self.scaling, "r")
+        for key, rank in self.rank_pattern.items():
+            check_rank(rank, self.scaling, f"rank_pattern[{key!r}]")
+        for name, groups in (
+            ("groups", self.groups),
+            *((f"groups_pattern[{k!r}]", n) for k, n in self.groups_pattern.items()),
+        ):
+            if type(groups) is not int:
+                raise TypeError(f"{name}: expected an int, got {type(groups).__name__}")
+            if groups < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {groups}")
 
 
 class RlrrLayer(BaseTunerLayer):
@@ -103,7 +117,7 @@ class RlrrLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         #: the frozen W as the layer stores it, and b, while adapters are merged
-        self._frozen: tuple[Tensor, nn.Parameter | None] | None = None
+        self._frozen: tuple[Tensor, Tensor | None] | None = None
         self.out_features, self.in_features = weight_of(base_layer).shape
 
     def update_layer(self, adapter_name: str, r: int, groups: int, config: RlrrConfig) -> None:
@@ -118,7 +132,7 @@ class RlrrLayer(BaseTunerLayer):
         Raises:
             ValueError: If ``groups`` does not divide N.
         """
-        if groups < 1 or self.out_features % groups:
+        if self.out_features % groups:
             raise ValueError(f"groups: expected a divisor of out_features = {self.out_features}, got {groups}")
         wide = accumulation_dtype(weight_of(self.base_layer).dtype)
         u = torch.empty(self.out_features, r, dtype=wide)
@@ -145,6 +159,8 @@ class RlrrLayer(BaseTunerLayer):
             shift = shift + other
         if len(names) == 1:
             return us[0], vs[0], shift
+        if (rank := sum(v.shape[1] for v in vs)) > MAX_RANK:
+            raise ValueError(f"adapters {', '.join(names)}: expected ranks of at most {MAX_RANK} in sum, got {rank}")
         groups = math.lcm(*(v.shape[0] for v in vs))
         vs = [v if v.shape[0] == groups else v.repeat_interleave(groups // v.shape[0], 0) for v in vs]
         return torch.cat(us, 1), torch.cat(vs, 1), shift
@@ -154,7 +170,7 @@ class RlrrLinear(nn.Module, RlrrLayer):
     """A frozen linear, or a ``Conv1D`` of transformers, with RLRR adapters.
 
     Args:
-        base_layer: The frozen layer. Its forward is called only where no adapter acts.
+        base_layer: The frozen layer. It is called where no adapter acts, or with W' if it has hooks.
         adapter_name, r, groups, config: As :meth:`RlrrLayer.update_layer`.
     """
 
@@ -193,7 +209,14 @@ class RlrrLinear(nn.Module, RlrrLayer):
         if not names:
             return self.base_layer(x)
         u, v, shift = self.adapter_of(names)
-        return rescaled_linear(x, weight_of(self.base_layer), u, v, self.base_layer.bias, shift)
+        weight, bias = weight_of(self.base_layer), self.base_layer.bias
+        if not has_hooks(self.base_layer):
+            return rescaled_linear(x, weight, u, v, bias, shift)
+        rescaled = rescaled_weight(weight, u, v, weight.dtype)
+        changed = {"weight": rescaled.mT if is_conv1d(self.base_layer) else rescaled}
+        if shift is not None:
+            changed["bias"] = (shift if bias is None else bias + shift).to(weight.dtype)
+        return functional_call(self.base_layer, changed, (x,))
 
     def _mixed(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         if self.merged:
@@ -222,7 +245,7 @@ class RlrrLinear(nn.Module, RlrrLayer):
         if not names:
             return
         base = self.base_layer
-        weight, bias = self._frozen or (base.weight.data, base.bias)
+        weight, bias = self._frozen or (base.weight.data, None if base.bias is None else base.bias.data)
         dtype = weight.dtype
         u, v, shift = self.adapter_of([*self.merged_adapters, *names])
         merged = rescaled_weight(weight.mT if is_conv1d(base) else weight, u, v, dtype)
@@ -230,7 +253,7 @@ class RlrrLinear(nn.Module, RlrrLayer):
         merged_bias = bias
         if shift is not None and has_effect("bias", shift):
             total = shift if bias is None else bias.to(shift.dtype) + shift
-            merged_bias = nn.Parameter(total.to(dtype, copy=True), requires_grad=False)
+            merged_bias = total.to(dtype, copy=True)
         if safe_merge and not all(bool(t.isfinite().all()) for t in (merged, merged_bias) if t is not None):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be broken")
         if bias is None and merged_bias is not None:
@@ -240,7 +263,11 @@ class RlrrLinear(nn.Module, RlrrLayer):
                 stacklevel=3,  # no_grad is a caller, too
             )
         self._frozen = weight, bias
-        base.weight.data, base.bias = merged, merged_bias
+        base.weight.data = merged
+        if base.bias is None and merged_bias is not None:
+            base.bias = nn.Parameter(merged_bias, requires_grad=False)
+        elif merged_bias is not None:
+            base.bias.data = merged_bias
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -251,7 +278,10 @@ class RlrrLinear(nn.Module, RlrrLayer):
         base = self.base_layer
         weight, bias = self._frozen
         base.weight.data = weight.to(base.weight)
-        base.bias = bias if bias is None else nn.Parameter(bias.to(base.weight), requires_grad=bias.requires_grad)
+        if bias is None:
+            base.bias = None
+        else:
+            base.bias.data = bias.to(base.weight)
         self._frozen = None
         self.merged_adapters.clear()
 

@@ -249,7 +249,7 @@ def test_what_it_cannot_adapt_is_refused():
     with pytest.raises(ValueError, match="groups: expected a divisor of out_features = 24, got 5"):
         model_of({"groups": 5})
     for config, message in [
-        ({"r": 0}, "rank: expected 1 to 128, got 0"),
+        ({"r": 0}, "r: expected 1 to 128, got 0"),
         ({"rank_pattern": {"qkv": 129}}, "rank: expected 1 to 128, got 129"),
         ({"init_weights": "gaussian"}, "init_weights: expected True, False, 'identity' or 'paper', got 'gaussian'"),
         ({"target_modules": "qkv", "layers_to_transform": 1}, "with a target_modules of type str"),
@@ -270,3 +270,57 @@ def test_ranks_by_pattern_and_a_repr_that_names_the_method():
 def test_the_package_itself_does_not_import_peft():
     script = "import rlrr_kernels, sys; sys.exit(bool({'peft', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+def test_hooks_of_the_frozen_layer_run_with_the_adapted_values(kind):
+    model = model_of({"r": 2}, kind=kind)
+    want = model(ROWS)
+    seen = []
+    handle = model.base_model.model[0].base_layer.register_forward_hook(lambda _, given, y: seen.append(y.detach()))
+    y = model(ROWS)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(seen[0], want.detach())
+    y.sum().backward()
+    with_hooks = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    handle.remove()
+    model.zero_grad()
+    model(ROWS).sum().backward()
+    assert len(with_hooks) == 3
+    for ours, theirs in zip(with_hooks, (p.grad for p in model.parameters() if p.grad is not None), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_merging_leaves_the_bias_the_same_parameter():
+    model = model_of({"r": 1})
+    base = model.base_model.model[0].base_layer
+    bias, before = base.bias, base.bias.detach().clone()
+    model.merge_adapter()
+    assert base.bias is bias
+    assert not torch.equal(bias, before)
+    model.unmerge_adapter()
+    assert base.bias is bias
+    assert torch.equal(bias, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": "3"}, "groups: expected an int, got str"),
+        ({"groups": 2.0}, "groups: expected an int, got float"),
+        ({"groups": 0}, "groups: expected 1 or more, got 0"),
+        ({"rank_pattern": ["a"]}, "rank_pattern: expected a dict, got list"),
+        ({"rank_pattern": {"a": 0}}, r"rank_pattern\['a'\]: expected 1 to 128, got 0"),
+        ({"groups_pattern": {"a": "b"}}, r"groups_pattern\['a'\]: expected an int, got str"),
+        ({"r": 129}, "r: expected 1 to 128, got 129"),
+    ],
+)
+def test_a_wrong_option_is_named(options, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        RlrrConfig(**options)
+
+
+def test_ranks_that_add_up_to_too_many_name_their_adapters():
+    model = model_of({"r": 100}, {"r": 100})
+    with pytest.raises(ValueError, match="adapters default, 1: expected ranks of at most 128 in sum, got 200"):
+        model(ROWS)
