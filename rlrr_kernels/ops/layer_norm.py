@@ -129,12 +129,18 @@ def arguments_of(node: Any) -> tuple[Callable[..., Tensor], tuple[Tensor | None,
     """Return the function and the tensors that give again what a node of autograd's graph is the derivative of.
 
     Returns:
-        The function, and the tensors that it takes; None for a node of another operation.
+        The function, and the tensors that it takes; None for a node of another operation, for one whose tensors are
+        packed by hooks, and if a parameter is freed until backward (FSDP2, which gathers it for that node alone).
+
+    Raises:
+        RuntimeError: If a backward pass has freed the node's tensors, or one was changed in place.
     """
     own: Any = _AffineLayerNorm
-    if not isinstance(node, own._backward_cls):
+    if not isinstance(node, own._backward_cls) or any(map(route.is_packed, node._raw_saved_tensors)):
         return None
     x, _, _, *parameters = node.saved_tensors
+    if any(p is not None and not p.untyped_storage().size() for p in parameters):
+        return None
     return functools.partial(affine_layer_norm, eps=node.eps, dtype=node.dtype), (x, *parameters)
 
 

@@ -10,7 +10,7 @@ import functools
 import os
 import weakref
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,15 +41,20 @@ def origin(x: Tensor) -> Origin | None:
     """Return how to form ``x`` again, or None if it must be kept."""
     if torch.compiler.is_compiling():  # a compiler plans itself what is kept
         return None
-    node = x.grad_fn
+    node: Any = x.grad_fn
     # Changed in place, x is no longer what the operation returned. Hooks on saved tensors (checkpointing, offloading)
-    # decide themselves what is kept; asking a node for a tensor would run them.
-    if node is None or not _enabled or x._version or route.has_saved_tensor_hooks():
+    # decide themselves what is kept.
+    if node is None or not _enabled or x._version or not torch.is_grad_enabled() or route.has_saved_tensor_hooks():
         return None
-    if type(node).__name__ == "GeluBackward0":
-        gelu = functools.partial(F.gelu, approximate=node._saved_approximate)  # type: ignore[attr-defined]
-        return Origin(gelu, (node._saved_self,), weakref.ref(x))  # type: ignore[attr-defined]
-    found = layer_norm.arguments_of(node)
+    try:
+        if type(node).__name__ != "GeluBackward0":
+            found = layer_norm.arguments_of(node)
+        elif route.is_packed(node._raw_saved_self):
+            found = None
+        else:
+            found = functools.partial(F.gelu, approximate=node._saved_approximate), (node._saved_self,)
+    except RuntimeError:  # a backward pass has freed what the node kept, or it was changed in place
+        return None
     return None if found is None else Origin(*found, weakref.ref(x))
 
 

@@ -145,6 +145,11 @@ def has_saved_tensor_hooks() -> bool:
     return _saved_tensor_hooks(False) is not None
 
 
+def is_packed(saved: Any) -> bool:
+    """Whether such hooks packed what a node of autograd's graph keeps; asking the node for it would run them."""
+    return getattr(saved, "unpack_hook", saved) is not None
+
+
 def sharding_of(t: Tensor) -> ModuleType | None:
     """:mod:`rlrr_kernels.ops.sharding` if ``t`` is a DTensor, else None.
 

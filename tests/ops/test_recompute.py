@@ -67,6 +67,35 @@ def test_the_input_is_not_kept(before, autocast, monkeypatch):
     assert is_kept(before, linear, x, autocast) is (narrow or not autocast)
 
 
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+def test_a_checkpointed_region_before_the_layer_runs_once_in_forward_and_once_in_backward(before):
+    x, linear, runs = torch.randn(5, 12, requires_grad=True), layer(), []
+
+    def region(x):
+        runs.append(None)
+        return before(x * 1)
+
+    y = linear(checkpoint(region, x, use_reentrant=False))
+    assert len(runs) == 1
+    y.sum().backward()
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+def test_results_of_a_graph_that_is_freed_or_changed_can_still_be_used(before):
+    x, linear = torch.randn(5, 12, requires_grad=True), layer()
+    freed = before(x * 1)
+    freed.sum().backward(retain_graph=False)
+    changed = before(z := x * 1)
+    with torch.no_grad():
+        z.mul_(2)
+        want = [linear(h.detach()) for h in (freed, changed)]
+        assert all(torch.equal(linear(h), y) for h, y in zip((freed, changed), want, strict=True))
+    for h in (freed, changed):
+        given = torch.autograd.grad(linear(h).square().sum(), linear.scale_out)
+        assert torch.equal(*given, *torch.autograd.grad(linear(h.detach()).square().sum(), linear.scale_out))
+
+
 def test_a_result_that_was_changed_in_place_is_kept_as_it_is():
     x, linear = torch.randn(5, 12, requires_grad=True), layer()
 

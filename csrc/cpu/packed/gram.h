@@ -119,22 +119,12 @@ inline void reduce(const Tile& g, const Layer& layer, int64_t first, int64_t row
   for (int64_t j = 0; j < tile_vectors; ++j) store(dv + j * lanes, dv_sum[j]);
 }
 
-// Prefetches the part of W under a tile of G before the product, so that it has arrived afterwards
-template <class W>
-inline void prefetch_weight(const Matrix& weight, int64_t first, int64_t col) {
-  const W* w = weight.at<W>(first, col);
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < tile_rows; ++i, w += weight.row_stride) {
-#pragma GCC unroll 3
-    for (int64_t j = 0; j < tile_cols; j += 64 / int64_t{sizeof(W)}) prefetch(w + j);
-  }
-}
-
 // Computes rows [first, end) of G, at most a strip, in columns [col, col + cols) of a cell for a packed block of
 // tokens, and adds to du [end - first] and dv [cols]. Within a block sums are in float32, across blocks in float64.
-template <class Unit, class W>
+// Prefetches W, and with the time that is left what is packed next.
+template <class Unit, class W, class Next>
 void run_strip(const Layer& layer, int64_t first, int64_t end, int64_t col, int64_t cols, int64_t units,
-               const Word* packed_x, const Word* packed_dy, double* du, double* dv) {
+               const Word* packed_x, const Word* packed_dy, Next& next_x, Next& next_dy, double* du, double* dv) {
   Vector du_part[strip_rows];
   std::fill_n(du_part, strip_rows, zero());
   float dv_part[cell_cols] = {};
@@ -143,9 +133,10 @@ void run_strip(const Layer& layer, int64_t first, int64_t end, int64_t col, int6
     for (int64_t row = first; row < end; row += tile_rows) {
       const int64_t rows = std::min(tile_rows, end - row);
       const bool whole = rows == tile_rows && at + tile_cols <= cols && layer.weight.col_stride == 1;
-      if (whole) prefetch_weight<W>(layer.weight, row, col + at);
+      NearLines<W> weight(layer.weight.block(row, whole ? rows : 0, col + at, tile_cols));
       Tile g;
-      multiply_strip<Unit>(packed_dy, row - first, packed_x + at * units, units, g);
+      multiply_strip<Unit>(packed_dy, row - first, packed_x + at * units, units, g,
+                           [&] { weight.prefetch() || next_dy.prefetch() || next_x.prefetch(); });
       (whole ? reduce<W, true> : reduce<W, false>)(g, layer, row, rows, col + at, v, du_part + (row - first),
                                                    dv_part + at);
     }
@@ -163,6 +154,7 @@ int64_t gram_scratch_bytes(const Matrix& x, const Layer& layer, int64_t threads)
 // du [N] and dv [groups, K]
 template <class Unit, class W>
 void reduce_gram(const Matrix& dy, const Matrix& x, const Layer& layer, float* du, float* dv, const Scratch& scratch) {
+  using Next = FarLines<typename Unit::Element>;
   const int64_t n = layer.n(), k = layer.k(), all_units = up(x.rows, Unit::elements);
   const Cells cells(layer, x.rows, all_units, scratch.threads);
   // [cells.cols, N] and [cells.rows, K]
@@ -170,35 +162,49 @@ void reduce_gram(const Matrix& dy, const Matrix& x, const Layer& layer, float* d
   Word* workers_scratch = reinterpret_cast<Word*>(dv_cells + cells.rows * k);
   std::memset(scratch.data, 0, static_cast<size_t>(cells.sums_bytes(layer)));
 
-  // cells in one column share a packed x; enough tasks for all threads
-  const int64_t height = std::clamp<int64_t>(cells.rows / (2 * cells.workers), 1, max_height);
-  const int64_t tasks_down = up(cells.rows, height), panels = up(cells.cols, cells.panel);
-  const int64_t tasks_across = std::clamp<int64_t>(up(2 * cells.workers, tasks_down), 1, panels);
+  // Two tasks for each thread. The cells of a task in one column share a packed x: two of them at least, if W has two.
+  const int64_t wanted = cells.workers == 1 ? 1 : 2 * cells.workers;
+  const int64_t height = std::clamp<int64_t>(cells.rows / wanted, std::min<int64_t>(cells.rows, 2), max_height);
+  const int64_t tasks_down = up(cells.rows, height);
+  const int64_t tasks_across = std::clamp<int64_t>(up(wanted, tasks_down), 1, cells.cols);
+  const int64_t block_tokens = cells.block * Unit::elements, panel_width = cells.panel * cell_cols;
   share(tasks_down * tasks_across, cells.workers, [&](int64_t task, int64_t worker) {
     const int64_t top = task / tasks_across * height, bottom = std::min(top + height, cells.rows);
-    const int64_t across = task % tasks_across;
+    const int64_t across = task % tasks_across, left = across * cells.cols / tasks_across * cell_cols;
+    const int64_t right = std::min((across + 1) * cells.cols / tasks_across * cell_cols, k);
+    const auto first_row = [&](int64_t cell_row) {
+      return cell_row / cells.rows_of_group * cells.group_rows + cell_row % cells.rows_of_group * cell_rows;
+    };
+    // the part of x or dy in a block of tokens
+    const auto block_of = [&](const Matrix& a, int64_t token, int64_t col, int64_t cols) {
+      return a.block(token, std::clamp<int64_t>(x.rows - token, 0, block_tokens), col, cols);
+    };
     [[maybe_unused]] const Multiplier held;
     Word* packed_x = workers_scratch + worker * cells.worker_words();
-    Word* packed_dy = packed_x + cells.block * cells.panel * cell_cols;
-    for (int64_t unit = 0; unit < all_units; unit += cells.block) {
-      const int64_t token = unit * Unit::elements;
-      const int64_t tokens = std::min(cells.block * Unit::elements, x.rows - token);
-      const int64_t units = up(tokens, Unit::elements * unit_multiple) * unit_multiple;
-      const Matrix x_block = x.block(token, tokens, 0, k), dy_block = dy.block(token, tokens, 0, n);
-      for (int64_t p = across * panels / tasks_across; p < (across + 1) * panels / tasks_across; ++p) {
-        const int64_t col = p * cells.panel * cell_cols, end_col = std::min(col + cells.panel * cell_cols, k);
+    Word* packed_dy = packed_x + cells.block * panel_width;
+    for (int64_t token = 0; token < x.rows; token += block_tokens) {
+      const Matrix x_block = block_of(x, token, 0, k), dy_block = block_of(dy, token, 0, n);
+      const int64_t units = up(x_block.rows, Unit::elements * unit_multiple) * unit_multiple;
+      for (int64_t col = left; col < right; col += panel_width) {
+        const int64_t end_col = std::min(col + panel_width, right);
         pack_x<Unit>(x_block, col, end_col - col, units, packed_x);
+        // of the next panel, or of the first one in the next block
+        const bool last = end_col == right;
+        const int64_t next_token = last ? token + block_tokens : token, next_col = last ? left : end_col;
+        Next next_x(block_of(x, next_token, next_col, std::min(panel_width, right - next_col)));
         for (int64_t cell_row = top; cell_row < bottom; ++cell_row) {
-          const int64_t group = cell_row / cells.rows_of_group, group_end = (group + 1) * cells.group_rows;
-          const int64_t first = group * cells.group_rows + cell_row % cells.rows_of_group * cell_rows;
-          const int64_t end_row = std::min(first + cell_rows, group_end);
-          for (int64_t row = first; row < end_row; row += strip_rows) {
+          const int64_t group_end = (cell_row / cells.rows_of_group + 1) * cells.group_rows;
+          const int64_t end_row = std::min(first_row(cell_row) + cell_rows, group_end);
+          for (int64_t row = first_row(cell_row); row < end_row; row += strip_rows) {
             const int64_t end = std::min(row + strip_rows, end_row);
             pack_dy<Unit>(dy_block, row, end, units, packed_dy);
+            const bool wraps = end == end_row && cell_row + 1 == bottom;
+            const int64_t next_row = wraps ? first_row(top) : end;
+            Next next_dy(block_of(dy, wraps ? next_token : token, next_row, std::min(strip_rows, n - next_row)));
             for (int64_t at = col; at < end_col; at += cell_cols) {
               run_strip<Unit, W>(layer, row, end, at, std::min(cell_cols, end_col - at), units,
-                                 packed_x + (at - col) * units, packed_dy, du_cells + at / cell_cols * n + row,
-                                 dv_cells + cell_row * k + at);
+                                 packed_x + (at - col) * units, packed_dy, next_x, next_dy,
+                                 du_cells + at / cell_cols * n + row, dv_cells + cell_row * k + at);
             }
           }
         }

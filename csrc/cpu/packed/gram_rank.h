@@ -177,9 +177,9 @@ void add_strip(const Strip& strip, const Layer& layer, int64_t units, const Word
     for (int64_t i = 0; i < strip.rows; i += tile_rows) {
       const int64_t rows = std::min(tile_rows, strip.rows - i), row = strip.row + i, col = strip.col + at;
       const bool whole = rows == tile_rows && at + tile_cols <= strip.cols && layer.weight.col_stride == 1;
-      if (whole && last) prefetch_weight<W>(layer.weight, row, col);
+      NearLines<W> weight(layer.weight.block(row, whole && last ? rows : 0, col, tile_cols));
       Tile tile;
-      multiply_strip<Unit>(packed_dy, i, packed_x + at * units, units, tile);
+      multiply_strip<Unit>(packed_dy, i, packed_x + at * units, units, tile, [&] { weight.prefetch(); });
       (whole ? add_tile<W, true> : add_tile<W, false>)(tile, layer.weight, row, rows, col, first, last,
                                                        strip.g + at / tile_cols * strip.tile_step + i * tile_cols);
     }

@@ -75,15 +75,6 @@ void store_row(T* to, const Vector (&values)[tile_vectors], int64_t cols) {
   }
 }
 
-// Prefetches `count` columns of the rows of a tile: of the next operands, from where the hardware continues, and of the
-// results of this tile
-template <class T>
-void prefetch_rows(const Matrix& a, int64_t first, int64_t col, int64_t count) {
-  for (int64_t row = first; row < std::min(first + tile_rows, a.rows); ++row) {
-    for (int64_t c = 0; c < count; c += 64 / int64_t{sizeof(T)}) prefetch(a.at<T>(row, col + c));
-  }
-}
-
 // out = left W' + offset for some rows and a panel of columns of out. pack(first unit, units, to) packs the panel of
 // W'.
 template <class Unit, class Pack>
@@ -96,10 +87,17 @@ void multiply_panel(const Matrix& left, const float* offset, const Matrix& out, 
     const bool last = from + units == sizes.units;
     pack(from, units, panel);
     for (int64_t row = 0; row < out.rows; row += tile_rows) {
-      prefetch_rows<T>(left, row + tile_rows, from * Unit::elements, lanes);
-      prefetch_rows<T>(out, row, 0, std::min(panel_cols, out.cols));
       const Rows rows = left_rows<Unit>(left, row, from, units, copy);
-      const int64_t row_count = std::min(tile_rows, out.rows - row);
+      const int64_t row_count = std::min(tile_rows, out.rows - row), next = row + row_count,
+                    first = from * Unit::elements;
+      // Results, which are then written without a wait, and the next rows of the left operand. AVX2's product has no
+      // room for many more instructions: it has the first lines of these rows prefetched, and the hardware continues.
+      constexpr bool spread = lanes == 16;
+      const int64_t ahead = spread ? std::min(units * Unit::elements, left.cols - first) : lanes;
+      NearLines<T> out_lines(out.block(row, row_count, 0, out.cols));
+      FarLines<T> left_lines(left.block(next, std::min(tile_rows, out.rows - next), first, ahead));
+      const auto prefetch_line = [&] { return out_lines.prefetch() || left_lines.prefetch(); };
+      while (!spread && prefetch_line()) continue;
       for (int64_t col = 0; col < out.cols; col += tile_cols) {
         const int64_t cols = out.cols - col;
         float* sums = reinterpret_cast<float*>(copy + sizes.rows) + row * panel_cols + col;
@@ -111,7 +109,8 @@ void multiply_panel(const Matrix& left, const float* offset, const Matrix& out, 
             tile.sum[i][j] = load_row(sums + i * sums_step + j * lanes, 1, cols - j * lanes);
           }
         }
-        add_product<Unit>(rows.data, rows.step, panel + col * units, units, from == 0, tile);
+        add_product<Unit>(rows.data, rows.step, panel + col * units, units, from == 0, tile,
+                          [&] { return spread && prefetch_line(); });
         for (int64_t i = 0; i < row_count; ++i) {
           if (!last) {
             store_row(sums + i * sums_step, tile.sum[i], cols);

@@ -14,6 +14,8 @@ constexpr int64_t tile_rows = 32, tile_vectors = 2, tile_cols = tile_vectors * l
 constexpr int64_t unit_multiple = 16;
 constexpr int64_t panel_tiles = 2;
 constexpr int64_t strip_tiles = 1;
+// Lines that a product prefetches for each step of unit_multiple units
+constexpr int lines_per_step = 6;
 
 // Sets the shapes of the tile registers of this thread while it multiplies; other libraries set their own
 struct Multiplier {
@@ -32,9 +34,11 @@ struct Tile {
   Vector sum[tile_rows][tile_vectors];
 };
 
-// tile += sum over p of left[i * row_step + p] * right[p][j], or = if `fresh`; right is packed [units][tile_cols]
-template <class Unit>
-inline void add_product(const Word* left, int64_t row_step, const Word* right, int64_t units, bool fresh, Tile& tile) {
+// tile += sum over p of left[i * row_step + p] * right[p][j], or = if `fresh`; right is packed [units][tile_cols].
+// Calls prefetch() several times for each step.
+template <class Unit, class Prefetch>
+inline void add_product(const Word* left, int64_t row_step, const Word* right, int64_t units, bool fresh, Tile& tile,
+                        const Prefetch& prefetch) {
   constexpr int64_t sum_step = sizeof(tile.sum[0]), right_step = tile_cols * sizeof(Word);
   const int64_t left_step = row_step * int64_t{sizeof(Word)};
   asm volatile("" ::: "memory");  // g++ does not know that loads of tiles read memory
@@ -58,6 +62,7 @@ inline void add_product(const Word* left, int64_t row_step, const Word* right, i
     _tile_loadd(5, left + 16 * row_step + p, left_step);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    for (int i = 0; i < lines_per_step; ++i) prefetch();
   }
   _tile_stored(0, &tile.sum[0][0], sum_step);
   _tile_stored(1, &tile.sum[0][1], sum_step);
@@ -66,9 +71,10 @@ inline void add_product(const Word* left, int64_t row_step, const Word* right, i
 }
 
 // A strip of dy is packed [strip_rows][units]
-template <class Unit>
-inline void multiply_strip(const Word* strip, int64_t row, const Word* right, int64_t units, Tile& tile) {
-  add_product<Unit>(strip + row * units, units, right, units, true, tile);
+template <class Unit, class Prefetch>
+inline void multiply_strip(const Word* strip, int64_t row, const Word* right, int64_t units, Tile& tile,
+                           const Prefetch& prefetch) {
+  add_product<Unit>(strip + row * units, units, right, units, true, tile, prefetch);
 }
 
 #else
@@ -84,6 +90,8 @@ constexpr int64_t strip_tiles = 4;
 constexpr int64_t unit_multiple = 1;
 // Units that are summed one after another: float32 sums of thousands of terms lose two bits that a BLAS keeps
 constexpr int64_t max_units = 256;
+// Units after which a product prefetches a line: as many instructions as fit beside the multiplications
+constexpr int64_t units_per_line = lanes == 8 ? 8 : 2;
 
 // Nothing has to be set up for vector registers
 struct Multiplier {};
@@ -96,10 +104,11 @@ inline void clear(Tile& tile) {
   for (auto& row : tile.sum) std::fill_n(row, tile_vectors, zero());
 }
 
-// sum over p of left[i * row_step + p * unit_step] * right[p][j]; right is packed [units][tile_cols]
-template <class Unit, int64_t unit_step>
+// sum over p of left[i * row_step + p * unit_step] * right[p][j]; right is packed [units][tile_cols]. Calls prefetch()
+// every units_per_line units.
+template <class Unit, int64_t unit_step, class Prefetch>
 inline __attribute__((always_inline)) void multiply(const Word* left, int64_t row_step, const Word* right,
-                                                    int64_t units, Tile& tile) {
+                                                    int64_t units, Tile& tile, const Prefetch& prefetch) {
   constexpr int half = tile_rows / 2;
   Vector sum[tile_rows][tile_vectors];
 #pragma GCC unroll 8
@@ -110,6 +119,7 @@ inline __attribute__((always_inline)) void multiply(const Word* left, int64_t ro
   // two base addresses: x86 can address half of the rows from each without further instructions
   const Word *near = left, *far = left + half * row_step;
   for (int64_t p = 0; p < units; ++p) {
+    if (p % units_per_line == 0) prefetch();
     Vector cols[tile_vectors];
 #pragma GCC unroll 3
     for (int j = 0; j < tile_vectors; ++j) cols[j] = load(right + j * lanes);
@@ -131,12 +141,14 @@ inline __attribute__((always_inline)) void multiply(const Word* left, int64_t ro
 }
 
 // total += left right, or = if `fresh`, for sums of any length along rows of `left`, in parts of max_units
-template <class Unit>
-void add_product(const Word* left, int64_t row_step, const Word* right, int64_t units, bool fresh, Tile& total) {
+template <class Unit, class Prefetch>
+void add_product(const Word* left, int64_t row_step, const Word* right, int64_t units, bool fresh, Tile& total,
+                 const Prefetch& prefetch) {
   if (fresh) clear(total);
   for (int64_t done = 0; done < units; done += max_units) {
     Tile part;
-    multiply<Unit, 1>(left + done, row_step, right + done * tile_cols, std::min(units - done, max_units), part);
+    multiply<Unit, 1>(left + done, row_step, right + done * tile_cols, std::min(units - done, max_units), part,
+                      prefetch);
     for (int i = 0; i < tile_rows; ++i) {
       for (int j = 0; j < tile_vectors; ++j) total.sum[i][j] = total.sum[i][j] + part.sum[i][j];
     }
@@ -144,9 +156,10 @@ void add_product(const Word* left, int64_t row_step, const Word* right, int64_t 
 }
 
 // A strip of dy is packed [units][strip_rows]
-template <class Unit>
-inline void multiply_strip(const Word* strip, int64_t row, const Word* right, int64_t units, Tile& tile) {
-  multiply<Unit, strip_tiles * tile_rows>(strip + row, 1, right, units, tile);
+template <class Unit, class Prefetch>
+inline void multiply_strip(const Word* strip, int64_t row, const Word* right, int64_t units, Tile& tile,
+                           const Prefetch& prefetch) {
+  multiply<Unit, strip_tiles * tile_rows>(strip + row, 1, right, units, tile, prefetch);
 }
 
 #endif

@@ -15,6 +15,38 @@ inline Vector rescale(Vector w, Vector u, Vector v) { return w * (broadcast(1.0f
 // Rows are pages apart, and more of them are read at once than the hardware prefetches
 inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
+// The lines of a matrix that is read soon, whose columns are adjacent. A product prefetches one of them every few steps:
+// a burst would fill the line buffers of the core, and the loads of the product would wait for it.
+template <class T, int locality>
+class Lines {
+ public:
+  explicit Lines(const Matrix& a)
+      : row_(reinterpret_cast<const char*>(a.at<T>(0, 0))),
+        row_bytes_(a.row_stride * int64_t{sizeof(T)}),
+        bytes_(a.cols * int64_t{sizeof(T)}),
+        rows_(a.cols > 0 ? a.rows : 0) {}
+
+  // Prefetches the next line; false if all have been
+  bool prefetch() {
+    if (rows_ == 0) return false;
+    __builtin_prefetch(row_ + done_, 0, locality);
+    done_ += 64;
+    if (done_ >= bytes_) done_ = 0, row_ += row_bytes_, --rows_;
+    return true;
+  }
+
+ private:
+  const char* row_;
+  int64_t row_bytes_, bytes_, rows_, done_ = 0;
+};
+
+// Into the L1 cache
+template <class T>
+using NearLines = Lines<T, 3>;
+// Into the L2 cache
+template <class T>
+using FarLines = Lines<T, 2>;
+
 // `lanes` rows of W' from `row` on and `lanes` units from `col` on, a vector for each row. `whole`: the block lies
 // inside W and one group, and its columns are adjacent, so that no element has to be checked. `u`: of these rows; for
 // `ranked` layers, those of rank 2 and more, that of transpose_scale_out.

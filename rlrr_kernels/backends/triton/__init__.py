@@ -1,4 +1,4 @@
-"""Triton kernels: the rescaled weight exists in registers only. Each kernel has its own file."""
+"""Triton kernels: W' exists in registers only, or, of a larger rank, a panel at a time. Each kernel has its own file."""
 
 from rlrr_kernels.backends.reference import grad_shift
 from rlrr_kernels.backends.triton.choose import candidates

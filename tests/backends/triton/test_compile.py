@@ -29,8 +29,8 @@ KINDS = (
     ("tf32", "float32", "float32"),
     ("ieee", "float32", "float32"),
 )
-#: Pass -> ranks: the most that forward and grad_input form in registers, and one product.
-RANKS = {"forward": (4, 32), "grad_input": (4, 32), "grad_scales": (2,)}
+#: Pass -> rank: the most that forward and grad_input form in registers; grad_scales is the same for all from 2 on.
+RANKS = {"forward": 4, "grad_input": 4, "grad_scales": 2}
 ALIGNED = {"m": 6304, "n": 2304, "k": 768}
 ODD = {"m": 197, "n": 771, "k": 769}
 
@@ -102,17 +102,32 @@ def compiled(arch, asked):
 @pytest.mark.parametrize(
     ("arch", "ranks", "most"),
     [
-        pytest.param("sm_90", {"forward": (32,), "grad_input": (32,)}, 1, id="widest-sm_90"),
+        pytest.param("sm_90", {"forward": 4}, 1, id="widest-sm_90"),
         *(pytest.param(arch, RANKS, 4, id=arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_90")),
     ],
 )
 def test_no_first_tile_of_a_larger_rank_spills_or_overwrites_an_operand(arch, ranks, most):
     asked = []
-    for kernel, each in ranks.items():
-        for rank in each:
-            asked += cases(arch, kernel, KINDS[:1], (True,), most, rank)
+    for kernel, rank in ranks.items():
+        asked += cases(arch, kernel, KINDS[:1], (True,), most, rank)
     names = [report["name"] for report in compiled(arch, asked)]
     assert all(names.count(f"{kernel}_kernel") > 0 for kernel in ranks)
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=() if arch == "sm_90" else pytest.mark.slow) for arch in TARGETS]
+)
+def test_the_kernel_of_panels_does_not_spill(arch):
+    kinds = KINDS if arch == "sm_80" else KINDS[:1]
+    asked = [
+        as_case(kernel, kind, dtype=dtype, weight_dtype=weight_dtype, groups=3, rank=9, **shape)
+        for kernel, shape in (("forward", ALIGNED), ("grad_input", ODD))
+        for kind, dtype, weight_dtype in kinds
+    ]
+    reports = probe({"device": dataclasses.asdict(TARGETS[arch]), "cases": asked})
+    assert {report["name"] for report in reports} == {"panel_kernel"}
+    assert {report["index"] for report in reports} == set(range(len(asked)))
+    assert not [(report["case"], why) for report in reports for why in wrong(report, TARGETS[arch])]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlrr_kernels.backends.triton import choose, launch
+from rlrr_kernels.backends.triton import launch
 from rlrr_kernels.backends.triton.choose import Choice
 from tests.oracle import Answer, Problem, check, differentiate, make_problem, strided
 
@@ -45,7 +45,7 @@ def test_shapes(triton_device, m, n, k, groups, dtype):
     check(p := make_problem(m, n, k, groups, dtype, device=triton_device), solve(p, SMALL))
 
 
-#: M, N, K, groups, rank, dtype. Ranks up to 4 (8 in full float32) are formed in registers, larger ones by a product.
+#: M, N, K, groups, rank, dtype. Ranks up to 4 (8 in full float32) are formed in registers, larger ones in panels.
 RANKS = [
     (5, 17, 40, 1, 2, HALF),
     (5, 10, 37, 2, 8, SINGLE),
@@ -69,38 +69,24 @@ def test_ranks(triton_device, m, n, k, groups, rank, dtype):
     check(p, solve(p, replace(SMALL, splits=2)))
 
 
-def test_a_large_rank_of_odd_rows_is_given_to_panels(triton_device, monkeypatch):
-    p = make_problem(3, 5, 7, rank=65, device=triton_device)
-    given = []
-    monkeypatch.setattr(launch.panels, "grad_input", lambda *args: given.append(args))
-    launch.grad_input(p.dy, *p.forward_args[1:4])
-    assert len(given) == 1
-    assert given[0][0] is p.dy
+@pytest.mark.parametrize(("groups", "count"), [(1, 4 + 4), (3, 3 * 2 + 4)])
+def test_a_larger_rank_is_formed_in_panels_of_the_scratch(triton_device, monkeypatch, groups, count):
+    """Those of forward are rows of one group, those of grad_input columns of all groups."""
+    p = make_problem(7, 54, 64, groups, rank=9, device=triton_device)
+    monkeypatch.setattr(launch.panels, "SCRATCH", 18 * 64 * 4)
+    formed, start = [], launch.start
 
+    def counted(kernel, grid, operands, *rest):
+        if kernel is launch.panel_kernel:
+            formed.append(operands[3].nbytes)
+        start(kernel, grid, operands, *rest)
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")
-@pytest.mark.parametrize("rank", [5, 17])
-def test_the_parts_of_u_and_v_add_up_to_them_and_their_products_to_float32(triton_device, rank):
-    p = make_problem(1, 9, 21, 3, rank=rank, device=triton_device)
-    p.scale_out[2, 3], p.scale_in[1, 4, 20] = float("inf"), 1e-30
-    parts, depth = 3, choose.padded(rank, 3)
-    u, v, stride = launch._factors(p.scale_out, p.scale_in, parts)
-    assert stride == v[0].numel()
-    assert (u.shape, v.shape) == ((9, parts, depth), (3, parts, depth, 32))
-    assert not v[..., 21:].any()
-    v = v[..., :21]
-    for cut, whole in ((u, p.scale_out), (v, p.scale_in)):
-        assert torch.equal(cut.float(), cut.to(BF16).float()), "each is a number of bfloat16"
-        assert torch.equal(cut.float().sum(1)[:, :rank], whole)
-        assert not cut[:, :, rank:].any()
-        first = cut[:, 0].float()[:, :rank]
-        assert torch.equal(first, whole.to(BF16).float())
-    finite = torch.arange(9, device=u.device) != 2
-    kept = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0))  # as tiles.scale takes them
-    products = sum(u[finite, i].double() @ v[:, j].double() for i, j in kept)
-    exact = p.scale_out[finite].double() @ p.scale_in.double()
-    bound = p.scale_out[finite].double().abs() @ p.scale_in.double().abs()
-    assert ((products - exact).abs() <= 2**-23 * bound).all()
+    monkeypatch.setattr(launch, "start", counted)
+    made = launch.forward(*p.forward_args), launch.grad_input(p.dy, *p.forward_args[1:4])
+    assert len(formed) == count
+    assert max(formed) <= launch.panels.SCRATCH
+    check(p, solve(p, SMALL))
+    assert torch.equal(made[0], solve(p, SMALL).y)
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,10 @@ def _accepted(cases):
         assert found["second"]["asked"] == sum(map(misaligned, second)), what
         own = [p for line in second for p in line["parameters"] if isinstance(p, str) and p.startswith("new")]
         assert not misaligned({"parameters": own}), (*what, own)
-        # a larger rank of 16-bit products comes in parts
-        names = [name for name in dict.fromkeys(line["kernel"] for line in second) if name != "cut_kernel"]
-        cut = any(line["kernel"] == "cut_kernel" for line in second)
-        assert cut == (
-            found["case"].endswith("bfloat16") and found["case"].startswith("rank") and "scales" not in what[1]
-        )
+        names = list(dict.fromkeys(line["kernel"] for line in second))
+        if found["case"].startswith(("rank 32", "rank 128")) and found["op"] != "grad_scales":
+            assert names == ["panel_kernel"], what
+            continue
         split = any(line["grid"][1] > 1 for line in second)
         assert names == KERNELS[found["op"]] + (["sum_splits_kernel"] if split else []), what
 
