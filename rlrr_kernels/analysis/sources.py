@@ -94,13 +94,14 @@ def rlrr_adapter(path: str | Path, base: Mapping[str, Tensor]) -> Tuned:
     names = [name.removesuffix(".scale_out") for name in state if name.endswith(".scale_out")]
     if not names:
         raise ValueError(f"{folder}: expected an RLRR adapter, and there is no scale_out in it")
-    scaling = 1.0 if manifest.rlrr is None else manifest.rlrr.scaling
+    usual, own = 1.0 if manifest.rlrr is None else manifest.rlrr.scaling, manifest.scalings or {}
     updates: dict[str, Update] = {}
     for name in names:
         u, v = state[f"{name}.scale_out"], state.get(f"{name}.scale_in")
         if v is None:
             raise ValueError(f"{folder}: {name}.scale_in is missing")
-        updates[name] = _built(folder, name, lambda u=u, v=v: Rescaled(u * scaling, v))  # type: ignore[misc]
+        u = u * own.get(name, usual)
+        updates[name] = _built(folder, name, lambda u=u, v=v: Rescaled(u, v))  # type: ignore[misc]
         _check_fingerprint(folder, name, manifest, base)
     parts = ("scale_out", "scale_in", "shift")
     used = {f"{name}.{part}" for name in names for part in parts}

@@ -31,10 +31,11 @@ from rlrr_kernels.checkpoint.trained import (
 )
 from rlrr_kernels.io.files import is_temporary, replace_folder, write_atomically, write_folder
 from rlrr_kernels.io.reading import Tensors, read_safetensors
+from rlrr_kernels.layers.linear import FusedRLRRLinear
 from rlrr_kernels.layers.ownership import reshard
 from rlrr_kernels.models.adapt import apply_rlrr
 from rlrr_kernels.models.config import RLRRConfig
-from rlrr_kernels.models.modules import head, plain_name, unwrapped
+from rlrr_kernels.models.modules import adapters, head, plain_name, unwrapped
 from rlrr_kernels.ops.route import whole
 
 CONFIG, WEIGHTS, CARD = manifests.FILE_NAME, "adapter_model.safetensors", "README.md"
@@ -63,8 +64,9 @@ def save_adapter(
         class_names: Names of the classes in the order of the logits, for the configuration and the card.
 
     Raises:
-        ValueError: If no parameter needs gradients, a tensor has no data (meta device), adapters are switched off, or
-            the number of ``class_names`` is not the model's ``num_classes``.
+        ValueError: If no parameter needs gradients, a tensor has no data (meta device), adapters are switched off, the
+            scaling of a layer is no finite number above 0, or the number of ``class_names`` is not the model's
+            ``num_classes``.
         TypeError: If ``metadata`` or ``class_names`` contains anything but strings.
         FileExistsError: If the folder holds an adapter of another configuration and ``overwrite`` is False, or holds
             files that are not an adapter's and would be deleted.
@@ -183,12 +185,17 @@ def load_adapter(
         with _folder_in_errors(folder):
             manifest.check_architecture(target)
     config = _config_of(tensors, manifest.rlrr, target)
-    prepare = check_fit(target, config, tensors, f"adapter {folder}")
+    prepare = check_fit(target, config, tensors, f"adapter {folder}", scalings=manifest.scalings)
     if check_base:
         with _folder_in_errors(folder):
             manifest.check_weights(target)
     if prepare:
         apply_rlrr(model, config)
+        scalings = manifest.scalings or {}
+        for name, layer in adapters(target):
+            if isinstance(layer, FusedRLRRLinear):
+                scaling = scalings.get(plain_name(name), layer.scaling)
+                layer.scaling = 1 if scaling == 1 else scaling
     copy_into(target, tensors, device)
     lacking = sorted(trained_statistics(target).keys() - tensors.keys()) if manifest.rlrr is not None else []
     if lacking:

@@ -18,6 +18,7 @@ from rlrr_kernels._version import __version__
 from rlrr_kernels.backends.reference import accumulation_dtype
 from rlrr_kernels.io.checks import expect, expect_dict, expect_names, read_json
 from rlrr_kernels.layers.linear import FusedRLRRLinear
+from rlrr_kernels.layers.options import check_rank
 from rlrr_kernels.models.config import RLRRConfig
 from rlrr_kernels.models.modules import adapters, plain_name
 from rlrr_kernels.ops.route import whole
@@ -46,6 +47,8 @@ class Manifest:
         fingerprint: Name of a frozen linear -> :func:`fingerprint` of its W; convolutions if no linear is frozen.
         versions: Library -> version that wrote the adapter.
         class_names: In the order of the logits; None if they are unknown, as in older adapters.
+        scalings: Name of an adapted linear -> its scaling, where that is not the one of ``rlrr`` (1 without); None in
+            older adapters.
     """
 
     base_model: Mapping[str, str | None]
@@ -55,20 +58,29 @@ class Manifest:
     fingerprint: Mapping[str, tuple[float, float]]
     versions: Mapping[str, str]
     class_names: tuple[str, ...] | None = None
+    scalings: Mapping[str, float] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, parameters: int, class_names: Sequence[str] | None = None) -> Manifest:
-        """Describe a model with this number of trained values."""
+        """Describe a model with this number of trained values.
+
+        Raises:
+            ValueError: If the scaling of a layer is not a finite number above 0.
+        """
         config = getattr(model, "rlrr_config", None)
+        config = config if isinstance(config, RLRRConfig) else None
+        usual = 1.0 if config is None else config.scaling
+        linears = [(plain_name(n), module) for n, module in adapters(model) if isinstance(module, FusedRLRRLinear)]
         classes = getattr(model, "num_classes", None)
         return cls(
             base_model=describe_base(model),
             num_classes=classes if isinstance(classes, int) else None,
-            rlrr=config if isinstance(config, RLRRConfig) else None,
+            rlrr=config,
             parameters=parameters,
             fingerprint={name: fingerprint(weight) for name, weight in _frozen_weights(model).items()},
             versions=_versions(),
             class_names=None if class_names is None else tuple(class_names),
+            scalings={n: s for n, layer in linears if (s := _scaling(n, layer.scaling)) != usual},
         )
 
     def to_json(self) -> bytes:
@@ -82,6 +94,7 @@ class Manifest:
             "fingerprint": {name: list(values) for name, values in self.fingerprint.items()},
             "versions": dict(self.versions),
             **({} if self.class_names is None else {"class_names": list(self.class_names)}),
+            **({} if self.scalings is None else {"scalings": dict(self.scalings)}),
         }
         return (json.dumps(values, indent=2) + "\n").encode()
 
@@ -109,6 +122,7 @@ class Manifest:
                 fingerprint={k: _pair(k, v) for k, v in expect_dict(values, "fingerprint", list).items()},
                 versions=expect_dict(values, "versions", str),
                 class_names=expect_names(values, "class_names", classes),
+                scalings=None if "scalings" not in values else _scalings(expect(values, "scalings", dict)),
             )
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -119,6 +133,7 @@ class Manifest:
             (self.base_model, self.num_classes, self.parameters, self.class_names)
             == (other.base_model, other.num_classes, other.parameters, other.class_names)
             and _comparable(self.rlrr) == _comparable(other.rlrr)
+            and (self.scalings or {}) == (other.scalings or {})
             and self.fingerprint.keys() == other.fingerprint.keys()
             and all(same_weights(values, other.fingerprint[name]) for name, values in self.fingerprint.items())
         )
@@ -230,6 +245,18 @@ def _versions() -> dict[str, str]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # timm is optional
         versions["timm"] = importlib.metadata.version("timm")
     return versions
+
+
+def _scalings(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: _scaling(name, value) for name, value in values.items()}
+
+
+def _scaling(name: str, value: Any) -> float:
+    try:
+        check_rank(1, value)
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"scalings: {name!r:.80}: {error}") from error
 
 
 def _pair(name: str, values: list[Any]) -> tuple[float, float]:

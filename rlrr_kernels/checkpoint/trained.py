@@ -54,6 +54,7 @@ def check_fit(
     tensors: Mapping[str, Tensor],
     source: str,
     optional: Collection[str] = (),
+    scalings: Mapping[str, float] | None = None,
 ) -> bool:
     """Check that tensors are those of the model's adapter, without changing the model.
 
@@ -63,6 +64,8 @@ def check_fit(
         tensors: Name -> values.
         source: What the error message calls them.
         optional: Names that may be missing.
+        scalings: Name of a linear -> its scaling, where that is not the config's (1 without a config); None if the
+            scalings of layers without a config are unknown.
 
     Returns:
         Whether the model is plain and must be prepared with ``config`` before the tensors are copied.
@@ -73,7 +76,7 @@ def check_fit(
     check_enabled(model)
     check_unmerged(model)
     layers = [module for _, module in adapters(model)]
-    _check_ranks(model, config, tensors, source)
+    _check_ranks(model, config, tensors, source, scalings)
     plan, prepare = model, config is not None and not layers
     if prepare:
         try:
@@ -96,27 +99,36 @@ def check_fit(
                 problems.append(f"{name} of {tensor.dtype}, expected {expected.dtype}")
         elif tensor.dtype not in LOADABLE_DTYPES:
             problems.append(f"{name} of {tensor.dtype}, expected floating point numbers")
+    linears = {plain_name(name) for name, module in adapters(plan) if isinstance(module, FusedRLRRLinear)}
+    problems += [f"unexpected scaling of {sanitize(name)}" for name in sorted((scalings or {}).keys() - linears)]
     if problems:
         raise ValueError(f"{source} does not fit the model: {summarize(problems)}")
     return prepare
 
 
-def _check_ranks(model: nn.Module, config: RLRRConfig | None, tensors: Mapping[str, Tensor], source: str) -> None:
+def _check_ranks(
+    model: nn.Module,
+    config: RLRRConfig | None,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    scalings: Mapping[str, float] | None,
+) -> None:
     """Check that a prepared model's layers have the rank and the scaling that its adapter was trained with.
 
     Raises:
         ValueError: If they have not.
     """
     for name, layer in adapters(model):
-        u = tensors.get(f"{plain_name(name)}.scale_out")
+        u = tensors.get(f"{plain_name(name)}.scale_out".removeprefix("."))
         if not isinstance(layer, FusedRLRRLinear) or u is None:
             continue
         rank = u.shape[1] if u.dim() == 2 else layer.rank
-        scaling = layer.scaling if config is None else config.scaling
+        unsaid = layer.scaling if scalings is None else 1.0
+        scaling = (scalings or {}).get(plain_name(name), unsaid if config is None else config.scaling)
         if (rank, scaling) != (layer.rank, layer.scaling):
             raise ValueError(
                 f"{source} does not fit the model: it has rank {rank} and scaling {scaling:g}, and the model's "
-                f"{plain_name(name)} has rank {layer.rank} and scaling {layer.scaling:g}; prepare the model with "
+                f"{plain_name(name) or 'layer'} has rank {layer.rank} and scaling {layer.scaling:g}; prepare the model with "
                 f"apply_rlrr(rank={rank}, scaling={scaling:g}), or give the plain model"
             )
 
