@@ -250,7 +250,7 @@ def test_what_it_cannot_adapt_is_refused():
         model_of({"groups": 5})
     for config, message in [
         ({"r": 0}, "r: expected 1 to 128, got 0"),
-        ({"rank_pattern": {"qkv": 129}}, "rank: expected 1 to 128, got 129"),
+        ({"rank_pattern": {"qkv": 129}}, r"rank_pattern\['qkv'\]: expected 1 to 128, got 129"),
         ({"init_weights": "gaussian"}, "init_weights: expected True, False, 'identity' or 'paper', got 'gaussian'"),
         ({"target_modules": "qkv", "layers_to_transform": 1}, "with a target_modules of type str"),
     ]:
