@@ -253,9 +253,8 @@ def _scalings(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _scaling(name: str, value: Any) -> float:
     try:
-        check_scaling(value)
-        return float(value)
-    except (TypeError, ValueError, OverflowError) as error:
+        return check_scaling(value)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"scalings: {name!r:.80}: {error}") from error
 
 

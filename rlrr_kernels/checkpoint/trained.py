@@ -128,8 +128,8 @@ def _check_ranks(
         if (rank, scaling) != (layer.rank, layer.scaling):
             raise ValueError(
                 f"{source} does not fit the model: it has rank {rank} and scaling {scaling:g}, and the model's "
-                f"{plain_name(name) or 'layer'} has rank {layer.rank} and scaling {layer.scaling:g}; prepare the model with "
-                f"apply_rlrr(rank={rank}, scaling={scaling:g}), or give the plain model"
+                f"{plain_name(name) or 'layer'} has rank {layer.rank} and scaling {layer.scaling:g}; prepare the "
+                f"model with apply_rlrr(rank={rank}, scaling={scaling:g}), or give the plain model"
             )
 
 

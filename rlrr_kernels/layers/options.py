@@ -66,7 +66,7 @@ def check_scaling(scaling: object) -> float:
     except OverflowError:  # of an int or a fraction
         value = math.inf
     if not 0 < value < math.inf:
-        raise ValueError(f"scaling: expected a finite number above 0, got {scaling}")
+        raise ValueError(f"scaling: expected a finite number above 0, got {scaling!s:.80}")
     return value
 
 

@@ -254,6 +254,8 @@ def test_what_it_cannot_adapt_is_refused():
             with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
                 model_of(*configs)
     for config, message in [
+        ({"r": 0}, "r: expected 1 to 128, got 0"),
+        ({"rank_pattern": {"qkv": 129}}, r"rank_pattern\['qkv'\]: expected 1 to 128, got 129"),
         ({"init_weights": "gaussian"}, "init_weights: expected True, False, 'identity' or 'paper', got 'gaussian'"),
         ({"target_modules": "qkv", "layers_to_transform": 1}, "with a target_modules of type str"),
     ]:
