@@ -18,7 +18,7 @@ from rlrr_kernels._version import __version__
 from rlrr_kernels.backends.reference import accumulation_dtype
 from rlrr_kernels.io.checks import expect, expect_dict, expect_names, read_json
 from rlrr_kernels.layers.linear import FusedRLRRLinear
-from rlrr_kernels.layers.options import check_rank
+from rlrr_kernels.layers.options import check_scaling
 from rlrr_kernels.models.config import RLRRConfig
 from rlrr_kernels.models.modules import adapters, plain_name
 from rlrr_kernels.ops.route import whole
@@ -253,9 +253,8 @@ def _scalings(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _scaling(name: str, value: Any) -> float:
     try:
-        check_rank(1, value)
-        return float(value)
-    except (TypeError, ValueError, OverflowError) as error:
+        return check_scaling(value)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"scalings: {name!r:.80}: {error}") from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlrr_kernels.backends.reference import accumulation_dtype, rescaled_weight
-from rlrr_kernels.layers.options import Init, check_init, check_rank, draw_scales, init_name
+from rlrr_kernels.layers.options import Init, check_init, check_rank, check_scaling, draw_scales, init_name
 from rlrr_kernels.layers.ownership import check_dtype, check_linear, check_not_in_fsdp, check_own_parameters
 from rlrr_kernels.ops import route
 from rlrr_kernels.ops.linear import rescaled_linear
@@ -81,7 +81,7 @@ class FusedRLRRLinear(nn.Linear):
         if groups < 1 or out_features % groups:
             raise ValueError(f"groups: expected a divisor of out_features = {out_features}, got {groups}")
         check_init(init)
-        check_rank(rank, scaling)
+        rank, scaling = check_rank(rank), check_scaling(scaling)
         check_dtype("dtype", dtype or torch.get_default_dtype())
         super().__init__(in_features, out_features, bias, device, dtype)
         self.groups = groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -27,21 +28,46 @@ def check_init(init: object) -> None:
         raise ValueError(f"init: expected 'paper', 'identity' or a callable, got {init!r}")
 
 
-def check_rank(rank: object, scaling: object, name: str = "rank") -> None:
-    """Check ``rank`` and ``scaling`` arguments. ``name``: that of the rank, for its errors.
+def check_int(value: object, name: str) -> int:
+    """Return an integer of any type, as NumPy's, as Python's.
 
     Raises:
-        TypeError: If one is no number.
-        ValueError: If the rank is not from 1 to 128, or the scaling not finite and above 0.
+        TypeError: If it is none.
     """
-    if type(rank) is not int:
-        raise TypeError(f"{name}: expected an int, got {type(rank).__name__}")
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    return int(value)
+
+
+def check_rank(rank: object, name: str = "rank") -> int:
+    """Return a ``rank`` argument as Python's int.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is not from 1 to 128.
+    """
+    rank = check_int(rank, name)
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"{name}: expected 1 to {MAX_RANK}, got {rank}")
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+    return rank
+
+
+def check_scaling(scaling: object) -> float:
+    """Return a ``scaling`` argument as Python's float.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not finite and above 0.
+    """
+    if isinstance(scaling, bool) or not isinstance(scaling, Real):
         raise TypeError(f"scaling: expected a float, got {type(scaling).__name__}")
-    if not 0 < scaling < math.inf:
-        raise ValueError(f"scaling: expected a finite number above 0, got {scaling}")
+    try:
+        value = float(scaling)
+    except OverflowError:  # of an int or a fraction
+        value = math.inf
+    if not 0 < value < math.inf:
+        raise ValueError(f"scaling: expected a finite number above 0, got {scaling!s:.80}")
+    return value
 
 
 def init_name(init: Init) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlrr_kernels.layers.options import Init, check_init, check_rank
+from rlrr_kernels.layers.options import Init, check_init, check_rank, check_scaling
 
 #: Dtypes in which frozen weights can be kept, by name.
 FROZEN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -79,7 +79,8 @@ class RLRRConfig:
             if not any(getattr(self, name) is value for value in allowed):
                 raise TypeError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
         check_init(self.init)
-        check_rank(self.rank, self.scaling)
+        object.__setattr__(self, "rank", check_rank(self.rank))
+        object.__setattr__(self, "scaling", check_scaling(self.scaling))
         if self.frozen_dtype is not None:
             object.__setattr__(self, "frozen_dtype", _frozen_dtype(self.frozen_dtype))
 

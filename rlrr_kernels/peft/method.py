@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from rlrr_kernels.backends.problem import MAX_RANK
 from rlrr_kernels.backends.reference import accumulation_dtype, rescaled_weight
-from rlrr_kernels.layers.options import check_rank, draw_scales
+from rlrr_kernels.layers.options import check_int, check_rank, check_scaling, draw_scales
 from rlrr_kernels.models.merge import ADDED_BIAS_REMEDY, has_effect
 from rlrr_kernels.ops.linear import rescaled_linear
 from rlrr_kernels.peft.base import check_base, has_hooks, is_conv1d, weight_of
@@ -85,20 +85,20 @@ class RlrrConfig(PeftConfig):
             raise ValueError("layers_to_transform, layers_pattern: expected none with a target_modules of type str")
         if self.init_weights not in (True, False, "identity", "paper"):
             raise ValueError(f"init_weights: expected True, False, 'identity' or 'paper', got {self.init_weights!r}")
-        for name in ("rank_pattern", "groups_pattern"):
-            if not isinstance(getattr(self, name), dict):
-                raise TypeError(f"{name}: expected a dict, got {type(getattr(self, name)).__name__}")
-        check_rank(self.r, self.scaling, "r")
-        for key, rank in self.rank_pattern.items():
-            check_rank(rank, self.scaling, f"rank_pattern[{key!r}]")
-        for name, groups in (
-            ("groups", self.groups),
-            *((f"groups_pattern[{k!r}]", n) for k, n in self.groups_pattern.items()),
-        ):
-            if type(groups) is not int:
-                raise TypeError(f"{name}: expected an int, got {type(groups).__name__}")
-            if groups < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {groups}")
+        self.r, self.groups = check_rank(self.r, "r"), _check_groups(self.groups, "groups")
+        self.scaling = check_scaling(self.scaling)
+        for name, check in (("rank_pattern", check_rank), ("groups_pattern", _check_groups)):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, dict):
+                raise TypeError(f"{name}: expected a dict, got {type(pattern).__name__}")
+            setattr(self, name, {key: check(value, f"{name}[{key!r}]") for key, value in pattern.items()})
+
+
+def _check_groups(groups: object, name: str) -> int:
+    groups = check_int(groups, name)
+    if groups < 1:
+        raise ValueError(f"{name}: expected 1 or more, got {groups}")
+    return groups
 
 
 class RlrrLayer(BaseTunerLayer):
@@ -126,14 +126,9 @@ class RlrrLayer(BaseTunerLayer):
         Args:
             adapter_name: Its name.
             r: Its rank.
-            groups: Number of equal blocks of W's rows with a v each.
+            groups: Number of equal blocks of W's rows with a v each, a divisor of N.
             config: Scaling, initialisation and whether f is there.
-
-        Raises:
-            ValueError: If ``groups`` does not divide N.
         """
-        if self.out_features % groups:
-            raise ValueError(f"groups: expected a divisor of out_features = {self.out_features}, got {groups}")
         wide = accumulation_dtype(weight_of(self.base_layer).dtype)
         u = torch.empty(self.out_features, r, dtype=wide)
         v = torch.empty(groups, r, self.in_features, dtype=wide)
@@ -159,8 +154,6 @@ class RlrrLayer(BaseTunerLayer):
             shift = shift + other
         if len(names) == 1:
             return us[0], vs[0], shift
-        if (rank := sum(v.shape[1] for v in vs)) > MAX_RANK:
-            raise ValueError(f"adapters {', '.join(names)}: expected ranks of at most {MAX_RANK} in sum, got {rank}")
         groups = math.lcm(*(v.shape[0] for v in vs))
         vs = [v if v.shape[0] == groups else v.repeat_interleave(groups // v.shape[0], 0) for v in vs]
         return torch.cat(us, 1), torch.cat(vs, 1), shift
@@ -194,7 +187,8 @@ class RlrrLinear(nn.Module, RlrrLayer):
             y ``[..., N]`` in x's dtype, or in autocast's.
 
         Raises:
-            ValueError: If ``adapter_names`` are given while adapters are merged, or their number is not that of rows.
+            ValueError: If ``adapter_names`` are given while adapters are merged, or their number is not that of rows;
+                or if adapters that act together have more than 128 ranks in sum.
         """
         if self.disable_adapters:
             if self.merged:
@@ -208,6 +202,8 @@ class RlrrLinear(nn.Module, RlrrLayer):
         names = [name for name in names if name in self.rlrr_scale_out]
         if not names:
             return self.base_layer(x)
+        if len(names) > 1 and (rank := sum(self.r[name] for name in names)) > MAX_RANK:
+            raise ValueError(f"adapters {', '.join(names)}: expected ranks of at most {MAX_RANK} in sum, got {rank}")
         u, v, shift = self.adapter_of(names)
         weight, bias = weight_of(self.base_layer), self.base_layer.bias
         if not has_hooks(self.base_layer):
@@ -264,10 +260,10 @@ class RlrrLinear(nn.Module, RlrrLayer):
             )
         self._frozen = weight, bias
         base.weight.data = merged
-        if base.bias is None and merged_bias is not None:
-            base.bias = nn.Parameter(merged_bias, requires_grad=False)
-        elif merged_bias is not None:
+        if bias is not None:
             base.bias.data = merged_bias
+        else:
+            base.bias = None if merged_bias is None else nn.Parameter(merged_bias, requires_grad=False)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -305,14 +301,23 @@ class RlrrModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        r = _matching(config.rank_pattern, current_key, config.r)
-        groups = _matching(config.groups_pattern, current_key, config.groups)
-        if isinstance(target, RlrrLayer):
-            target.update_layer(adapter_name, r, groups, config)
+        layer: Any = target
+        if not isinstance(layer, RlrrLayer):
+            if isinstance(parent, nn.MultiheadAttention):
+                raise TypeError(
+                    f"{current_key}: nn.MultiheadAttention reads the weight of this layer and does not call it"
+                )
+            check_base(layer, current_key)
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), current_key), config.r)
+        key = get_pattern_key(config.groups_pattern.keys(), current_key)
+        groups = config.groups_pattern.get(key, config.groups)
+        n = len(weight_of(layer.base_layer if isinstance(layer, RlrrLayer) else layer))
+        if n % groups:
+            name = f"groups_pattern[{key!r}]" if key in config.groups_pattern else "groups"
+            raise ValueError(f"{current_key}: {name}: expected a divisor of out_features = {n}, got {groups}")
+        if isinstance(layer, RlrrLayer):
+            layer.update_layer(adapter_name, r, groups, config)
             return
-        if isinstance(parent, nn.MultiheadAttention):
-            raise TypeError(f"{current_key}: nn.MultiheadAttention reads the weight of this layer and does not call it")
-        check_base(target, current_key)
         self._replace_module(parent, target_name, RlrrLinear(target, adapter_name, r, groups, config), target)
 
     @contextmanager
@@ -352,10 +357,6 @@ class RlrrModel(BaseTuner):
 
 def _with_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, {**kwargs, "adapter_names": names}
-
-
-def _matching(pattern: dict[str, int], key: str, default: int) -> int:
-    return pattern.get(get_pattern_key(pattern.keys(), key), default)
 
 
 register_peft_method(name="rlrr", config_cls=RlrrConfig, model_cls=RlrrModel)

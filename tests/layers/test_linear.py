@@ -1,12 +1,15 @@
 """FusedRLRRLinear behaves as nn.Linear, trains only u, v, f, and merges."""
 
+import json
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from rlrr_kernels import FusedRLRRLinear
+from rlrr_kernels import FusedRLRRLinear, RLRRConfig
 from rlrr_kernels.backends import reference
 
 
@@ -167,11 +170,27 @@ def test_merging_a_narrow_weight_rounds_once_from_float32():
         ({"scaling": math.nan}, "scaling: expected a finite number above 0, got nan"),
         ({"scaling": math.inf}, "scaling: expected a finite number above 0, got inf"),
         ({"scaling": "2"}, "scaling: expected a float, got str"),
+        ({"scaling": True}, "scaling: expected a float, got bool"),
+        ({"scaling": 10**400}, "scaling: expected a finite number above 0, got 10"),
+        ({"scaling": np.float32("inf")}, "scaling: expected a finite number above 0, got inf"),
+        ({"rank": True}, "rank: expected an int, got bool"),
+        ({"rank": np.float64(2)}, "rank: expected an int, got float64"),
+        ({"rank": np.int64(0)}, "rank: expected 1 to 128, got 0"),
     ],
 )
 def test_bad_arguments(arguments, words):
     with pytest.raises((ValueError, TypeError), match=words):
         FusedRLRRLinear(8, 6, **arguments)
+
+
+@pytest.mark.parametrize("scaling", [np.float64(0.5), np.float32(0.5), Fraction(1, 2)], ids=lambda s: type(s).__name__)
+def test_numbers_of_other_types_become_python_s(scaling):
+    layer = FusedRLRRLinear(8, 6, rank=np.int64(2), scaling=scaling)
+    assert (layer.rank, layer.scaling) == (2, 0.5)
+    assert (type(layer.rank), type(layer.scaling)) == (int, float)
+    config = RLRRConfig(rank=np.int64(2), scaling=scaling)
+    assert json.loads(json.dumps(config.to_dict()))["rank"] == 2
+    assert config == RLRRConfig(rank=2, scaling=0.5)
 
 
 def test_repr():

@@ -1,9 +1,11 @@
 """RLRR as a method of PEFT: the formula, and all that PEFT does with its methods."""
 
 import copy
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -246,8 +248,11 @@ def test_what_it_cannot_adapt_is_refused():
             peft.get_peft_model(nn.Sequential(layer), RlrrConfig(target_modules=["0"]))
     with pytest.raises(TypeError, match=r"out_proj: nn\.MultiheadAttention reads the weight"):
         peft.get_peft_model(nn.Sequential(nn.MultiheadAttention(4, 2)), RlrrConfig(target_modules=["out_proj"]))
-    with pytest.raises(ValueError, match="groups: expected a divisor of out_features = 24, got 5"):
-        model_of({"groups": 5})
+    for config, field in (({"groups": 5}, "groups"), ({"groups_pattern": {r"\d": 5}}, r"groups_pattern['\\d']")):
+        message = f"0: {field}: expected a divisor of out_features = 24, got 5"
+        for configs in ([config], [{}, config]):  # a new layer, and a further adapter
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                model_of(*configs)
     for config, message in [
         ({"r": 0}, "r: expected 1 to 128, got 0"),
         ({"rank_pattern": {"qkv": 129}}, r"rank_pattern\['qkv'\]: expected 1 to 128, got 129"),
@@ -313,11 +318,42 @@ def test_merging_leaves_the_bias_the_same_parameter():
         ({"rank_pattern": {"a": 0}}, r"rank_pattern\['a'\]: expected 1 to 128, got 0"),
         ({"groups_pattern": {"a": "b"}}, r"groups_pattern\['a'\]: expected an int, got str"),
         ({"r": 129}, "r: expected 1 to 128, got 129"),
+        ({"r": 0}, "r: expected 1 to 128, got 0"),
+        ({"scaling": "1"}, "scaling: expected a float, got str"),
     ],
 )
 def test_a_wrong_option_is_named(options, message):
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         RlrrConfig(**options)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    two = np.int64(2)
+    numbers = {"r": two, "scaling": np.float32(0.5), "groups": two, "rank_pattern": {"a": two}}
+    config = RlrrConfig(target_modules=["0"], groups_pattern={"a": two}, **numbers)
+    peft.get_peft_model(nn.Sequential(linear()), config).save_pretrained(tmp_path)  # JSON takes Python's numbers only
+    loaded = RlrrConfig.from_pretrained(tmp_path)
+    assert (loaded.r, loaded.scaling, loaded.groups) == (2, 0.5, 2)
+    assert loaded.rank_pattern == loaded.groups_pattern == {"a": 2}
+
+
+def test_merged_shifts_that_cancel_leave_no_bias():
+    model = model_of({}, {}, kind="no bias", dtype=torch.float64)
+    layer = model.base_model.model[0]
+    layer.rlrr_shift["1"].data = -layer.rlrr_shift["default"].data
+    y = expected(model, ["default", "1"], ROWS.double(), torch.float64)
+    model.merge_adapter(["default"])
+    assert layer.base_layer.bias is not None
+    model.merge_adapter(["1"])
+    torch.testing.assert_close(model(ROWS.double()), y)
+    assert layer.base_layer.bias is None
+
+
+def test_ranks_that_add_up_to_too_many_can_be_merged_alone():
+    model = model_of({"r": 100}, {"r": 100}, dtype=torch.float64)
+    y = expected(model, ["default", "1"], ROWS.double(), torch.float64)
+    model.merge_adapter()
+    torch.testing.assert_close(model(ROWS.double()), y)
 
 
 def test_ranks_that_add_up_to_too_many_name_their_adapters():
