@@ -1,7 +1,8 @@
 """The plain Triton kernels as a backend: chooses a tile and a grid for the given tensors, and launches the kernels.
 
 ``choice`` of the passes is what was measured for the problem (:mod:`rlrr_kernels.backends.tuned`), else the
-choice of the cost model (:mod:`rlrr_kernels.backends.triton.choose`); tests and ``rlrr-tune`` pass their own.
+choice of the cost model (:mod:`rlrr_kernels.backends.triton.choose`); tests and ``rlrr-tune`` pass their own. A larger
+rank, whose W' is formed in panels, has no tile to choose: forward and grad_input ignore it.
 """
 
 from __future__ import annotations
