@@ -13,7 +13,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from rlrr_kernels import apply_rlrr, disable_adapter, merge, merge_and_unload, unmerge
+from rlrr_kernels import SSFLayerNorm, apply_rlrr, disable_adapter, merge, merge_and_unload, unmerge
 from tests.oracle import assert_close
 from tests.reliability.in_processes import full, in_processes, mesh
 from tests.small_models import small_vit, stir
@@ -121,9 +121,9 @@ def test_a_switched_off_layer_is_an_unused_parameter_to_ddp():
         train(DistributedDataParallel(model()))
 
 
-def fsdp(model, **options):
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh(), **options)
+def fsdp(model, groups=lambda model: model.blocks, **options):
+    for module in groups(model):
+        fully_shard(module, mesh=mesh(), **options)
     return fully_shard(model, mesh=mesh(), **options)
 
 
@@ -133,6 +133,8 @@ def test_fsdp2_trains_as_one_process():
     for reshard in (True, False):
         agree(train(fsdp(vit(), reshard_after_forward=reshard)), exact)
     agree(train(fsdp(vit(checkpointing=True))), exact)
+    # the parameters of a norm in a group of its own are freed when the linear behind it would form its input again
+    agree(train(fsdp(vit(), lambda model: [m for m in model.modules() if isinstance(m, SSFLayerNorm)])), exact)
     options = {"rank": 3, "scaling": 0.5}  # FSDP parts the rows of v [3, K] and of v [groups, 3, K]
     agree(train(fsdp(vit(**options))), train(vit(**options), whole))
 
