@@ -16,6 +16,9 @@ MINUTES ?= 60
 # how the test suite is spread over processes; empty where there is no pytest-xdist
 PARALLEL ?= -n 2 --dist worksteal
 
+# what `make floor` tests with
+FLOOR := 'torch==2.11.*' 'numpy<2.4'
+
 # that `make gates` compiles with
 TRITON ?= 3.6.0 3.7.1 3.8.0 newest
 
@@ -69,8 +72,9 @@ report: $(READY)  ## docs/benchmarks.md and its plots, from the raw results of e
 
 floor: $(VENV)/.built  ## the suite with the oldest torch and Triton, on the libraries built against the newest
 	$(PYTHON) -m venv $(VENV)-floor
-	$(VENV)-floor/bin/python -m pip install --quiet 'torch==2.11.*' 'numpy<2.4' 'setuptools>=77'
-	RLRR_BUILD_CPU=0 RLRR_BUILD_CUDA=0 $(VENV)-floor/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)-floor/bin/python -m pip install --quiet $(FLOOR) 'setuptools>=77'
+	# the versions again: a newer torchvision would bring its own torch
+	RLRR_BUILD_CPU=0 RLRR_BUILD_CUDA=0 $(VENV)-floor/bin/python -m pip install --quiet --editable '.[test]' $(FLOOR)
 	$(VENV)-floor/bin/python -m pytest $(PARALLEL)
 
 gates: $(READY)  ## Hopper kernels, as each TRITON compiles them: hazards, spills, steps, read from machine code
