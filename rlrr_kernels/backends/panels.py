@@ -172,8 +172,10 @@ class Rescaled:
             elif self.by_product:
                 torch.baddbmm(self.one, some, v, out=scale)
             else:
-                for r in range(self.rank):
-                    torch.addcmul(scale if r else self.one, some[..., r, None], v[:, r, None], out=scale)
+                torch.mul(some[..., :1], v[:, :1], out=scale)
+                for r in range(1, self.rank):
+                    scale.addcmul_(some[..., r, None], v[:, r, None])
+                scale.add_(self.one)
             torch.mul(scale, w, out=part)
         return panel.flatten(0, 1)
 

@@ -34,10 +34,11 @@ def scale_matrix(scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> Ten
     groups, rank, k = scale_in.shape
     u, v = scale_out.to(dtype).view(groups, -1, rank), scale_in.to(dtype)
     # products by the element, not a matmul, which autocast and PyTorch's settings round to 16 bits or TF32
-    scale = torch.ones((), dtype=dtype, device=u.device) + u[:, :, 0, None] * v[:, 0, None, :]
+    product = u[:, :, 0, None] * v[:, 0, None, :]
     for r in range(1, rank):
-        scale = torch.addcmul(scale, u[:, :, r, None], v[:, r, None, :])
-    return scale.reshape(scale_out.shape[0], k)
+        product = torch.addcmul(product, u[:, :, r, None], v[:, r, None, :])
+    # last, because a small term that is added to 1 loses digits
+    return (torch.ones((), dtype=dtype, device=u.device) + product).reshape(scale_out.shape[0], k)
 
 
 def rescaled_weight(weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rlrr_kernels import use_backend
-from rlrr_kernels.backends import choice
+from rlrr_kernels.backends import choice, reference
+from rlrr_kernels.check.yardstick import relative_error
 from rlrr_kernels.ops import linear
 from tests.oracle import BACKENDS, Answer, Problem, backends_with, check, make_problem, require, strided
 
@@ -60,6 +61,23 @@ RANKS = [  # M, N, K, groups, rank
 def test_ranks(backend, case):
     (*shape, rank), dtype = case
     p = make_problem(*shape, dtype, rank=rank, device=require(backend, dtype, rank=rank))
+    check(p, solve(p, backend))
+
+
+@pytest.mark.parametrize(("backend", "layout"), backends_with(["transposed", "rows apart"], quick=["transposed"]))
+def test_groups_of_one_row_each(backend, layout):
+    p = make_problem(9, 5, 40, 5, rank=9, device=require(backend, rank=9))
+    check(p, solve(replace(p, weight=strided(p.weight, layout)), backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_terms_of_a_large_rank_are_added_before_the_one(backend):
+    p = make_problem(5, 20, 40, 2, rank=128, device=require(backend, rank=128))
+    p = replace(p, scale_out=0.01 * p.scale_out)
+    u, v = p.scale_out.view(2, 10, 128), p.scale_in
+    exact, rounded = 1 + u.double() @ v.double(), 1 + u @ v
+    got = reference.scale_matrix(p.scale_out, v, torch.float32).view_as(exact)
+    assert relative_error(got, exact) < 1.2 * relative_error(rounded, exact)
     check(p, solve(p, backend))
 
 

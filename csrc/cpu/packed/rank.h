@@ -46,6 +46,14 @@ inline void fill(Vector (&sum)[rows][vectors], Vector value) {
   for (auto& row : sum) std::fill_n(row, vectors, value);
 }
 
+// Last, because a small term that is added to 1 loses digits
+template <int64_t rows, int64_t vectors>
+inline void add_one(Vector (&sum)[rows][vectors]) {
+  for (auto& row : sum) {
+    for (Vector& values : row) values = values + broadcast(1.0f);
+  }
+}
+
 // u of `lanes` rows from `row` on as [rank][lanes]; 0 from row N on
 inline void transpose_scale_out(const Layer& layer, int64_t row, float* to) {
   const float* u = static_cast<const float*>(layer.u) + row * layer.rank;
@@ -63,13 +71,14 @@ inline void scale_block(const Layer& layer, int64_t row, int64_t col, const floa
   const auto v = [&](int64_t of_row) {
     return static_cast<const float*>(layer.v) + layer.group_of(of_row) * layer.rank * k + col;
   };
-  fill(scale, broadcast(1.0f));
+  fill(scale, broadcast(0.0f));
   if (whole || layer.group_of(row) == layer.group_of(row + rows - 1)) {
     const float* from = v(row);
     const auto right = [&](int64_t p, int64_t) {
       return whole ? load(from + p * k) : load_row(from + p * k, 1, k - col);
     };
     add_products<lanes, 1>(u, 1, lanes, layer.rank, right, scale);
+    add_one(scale);
     return;
   }
   for (int64_t i = 0; i < rows; ++i) {
@@ -79,6 +88,7 @@ inline void scale_block(const Layer& layer, int64_t row, int64_t col, const floa
         u + i, 1, lanes, layer.rank, [&](int64_t p, int64_t) { return load_row(from + p * k, 1, k - col); }, one);
     scale[i][0] = one[0][0];
   }
+  add_one(scale);
 }
 
 // In the place of ScaleRows for rank 1
@@ -131,9 +141,10 @@ class ScaleRows {
     const float* u = static_cast<const float*>(layer_.u) + begin_ * rank;
     for (int64_t at = 0; at < count_; at += tile_vectors) {
       Vector sum[rows][tile_vectors];
-      fill(sum, broadcast(1.0f));
+      fill(sum, broadcast(0.0f));
       const auto right = [&](int64_t p, int64_t j) { return load(v_ + p * panel_cols + (at + j) * lanes); };
       add_products<rows, tile_vectors>(u, rank, 1, rank, right, sum);
+      add_one(sum);
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < tile_vectors; ++j) store(scales_ + i * panel_cols + (at + j) * lanes, sum[i][j]);
       }

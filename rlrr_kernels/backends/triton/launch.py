@@ -31,6 +31,10 @@ from rlrr_kernels.backends.triton.sum_splits import sum_splits_kernel
 #: The GPU for which tiles are chosen under ``TRITON_INTERPRET=1``, where kernels run on CPU tensors.
 INTERPRETED_DEVICE = Device(capability=(9, 0), multiprocessors=132, shared_memory=232448)
 
+#: Rows or columns of a panel of W', also where they take more than the scratch: each panel reads all of x or dy again,
+#: and a product with a thin one fills no GPU.
+LEAST = 256
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FIELDS = {field.name for field in dataclasses.fields(Choice)}
 
@@ -142,11 +146,12 @@ class _Rescaled(panels.Rescaled):
         groups, rank, k = scale_in.shape
         u, v = vectors(scale_out, scale_in)
         self.weight, self.dtype = weight.unflatten(0, (groups, -1)), dtype
+        self.strides = weight.stride()  # where a group has one row, unflatten's strides do not lead to the next row
         self.u, self.v = u.view(groups, -1, rank), v.view(groups, rank, k)
 
     def most(self, across: int) -> int:
         """Return how many rows (or columns) of ``across`` elements a panel may have."""
-        return panels.SCRATCH // across // self.dtype.itemsize
+        return max(panels.SCRATCH // across // self.dtype.itemsize, LEAST)
 
     def allocate(self, groups: int, rows: int, columns: int) -> None:
         """Allocate the scratch for panels of at most this size."""
@@ -162,7 +167,7 @@ class _Rescaled(panels.Rescaled):
             (count * ceil_div(group_rows, block_n) * ceil_div(width, block_k),),
             (weight, u, v, panel),
             (group_rows, u.shape[2]),
-            (width, *weight.stride()[1:], self.v.shape[2]),
+            (width, *self.strides, self.v.shape[2]),
             {
                 "PAIRED_BF16": _paired(weight),
                 "EMULATE_BF16": interpreting() and self.dtype is torch.bfloat16,

@@ -31,11 +31,11 @@ def panel_kernel(
     in_k = offs_k < columns
     u_ptrs = u + offs_n * rank
     v_ptrs = v + int64(group * rank) * K + offs_k
-    scale = tl.full((BLOCK_N, BLOCK_K), 1.0, tl.float32)
+    product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for j in tl.range(rank):
-        scale += load_float(u_ptrs + j, in_n)[:, None] * load_float(v_ptrs + j * K, in_k)[None, :]
+        product += load_float(u_ptrs + j, in_n)[:, None] * load_float(v_ptrs + j * K, in_k)[None, :]
     inside = in_n[:, None] & in_k[None, :]
     rows, cols = offs_n[:, None].to(tl.int64), offs_k[None, :].to(tl.int64)
     w_tile = tl.load(w + rows * stride_wn + cols * stride_wk, mask=inside, other=0.0)
-    formed = narrow(widen(w_tile, PAIRED_BF16) * scale, panel.dtype.element_ty, EMULATE_BF16)
+    formed = narrow(widen(w_tile, PAIRED_BF16) * (1.0 + product), panel.dtype.element_ty, EMULATE_BF16)
     tl.store(panel + rows * columns + cols, formed, mask=inside)

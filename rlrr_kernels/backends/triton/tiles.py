@@ -115,10 +115,10 @@ def rescale(
 
     ``u``, ``v``: as :func:`load_u` and :func:`load_v` return them.
     """
-    scale = 1.0 + u[0][:, None] * as_row(v[0])
+    product = u[0][:, None] * as_row(v[0])
     for j in tl.static_range(1, RANK):
-        scale += u[j][:, None] * as_row(v[j])
-    rescaled = narrow(widen(w, PAIRED_BF16) * scale, DTYPE, EMULATE_BF16)
+        product += u[j][:, None] * as_row(v[j])
+    rescaled = narrow(widen(w, PAIRED_BF16) * (1.0 + product), DTYPE, EMULATE_BF16)
     if ROUND_TF32:
         rescaled = round_to_tf32(rescaled)
     return operand(rescaled, EMULATE_BF16)
