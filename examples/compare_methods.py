@@ -85,19 +85,20 @@ def chosen_rate(folder: Path, first: float, common: Sequence[str], seeds: Sequen
         sweep = ["--weight-decays", "5e-5", "--no-final", "--out", str(folder), "--seeds", *map(str, seeds)]
         run("sweep", *common, "--lrs", *map(str, rates), *sweep)
         best = json.loads((folder / "sweep.json").read_text())["best"]
-        if best is None:
-            sys.exit(f"{folder}: all rates diverged")
-        if best["lr"] == rates[0] and low > 0:
+        rate = None if best is None else float(best["lr"])
+        if rate in (None, rates[0]) and low > 0:
             low -= 1
-        elif best["lr"] == rates[-1] and high < len(LADDER) - 1:
+        elif rate == rates[-1] and high < len(LADDER) - 1:
             high += 1
+        elif rate is None:
+            sys.exit(f"{folder}: all rates diverged")
         else:
-            return float(best["lr"])
+            return rate
 
 
 def trained(folder: Path, rate: float, common: Sequence[str], seed: int) -> Path:
     """Train on all images but the test's, or go on, and return the folder of the run."""
-    out = folder / f"seed{seed}"
+    out = folder / f"lr{rate:g}-seed{seed}"
     if not ((out / "metrics.json").is_file() and read_metrics(out).get("finished")):
         options = [*common, "--lr", str(rate), "--weight-decay", "5e-5", "--protocol", "final", "--seed", str(seed)]
         run("train", *(["--resume", str(out)] if out.exists() else [*options, "--out", str(out)]))

@@ -155,7 +155,9 @@ def layer_norm(
     """y ``[M, D]`` in ``dtype``, and mean and 1 / standard deviation ``[M, 1]`` in float32 or float64."""
     wide = accumulation_dtype(x.dtype)
     composed = compose_affine(weight, bias, scale, shift, wide)
-    y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], *composed, eps)
+    # on a CPU PyTorch's own reads and writes 16 bits and computes in float32; its backward would sum in 16 bits
+    given = x if x.device.type == "cpu" and dtype is x.dtype else x.to(wide)
+    y, mean, rstd = torch.native_layer_norm(given, x.shape[-1:], *composed, eps)
     return y.to(dtype), mean, rstd
 
 

@@ -126,10 +126,11 @@ def _check_ranks(
         unsaid = layer.scaling if scalings is None else 1.0
         scaling = (scalings or {}).get(plain_name(name), unsaid if config is None else config.scaling)
         if (rank, scaling) != (layer.rank, layer.scaling):
+            prepare = f"prepare the model with apply_rlrr(rank={rank}, scaling={scaling:g}), or "
             raise ValueError(
                 f"{source} does not fit the model: it has rank {rank} and scaling {scaling:g}, and the model's "
-                f"{plain_name(name) or 'layer'} has rank {layer.rank} and scaling {layer.scaling:g}; prepare the "
-                f"model with apply_rlrr(rank={rank}, scaling={scaling:g}), or give the plain model"
+                f"{plain_name(name) or 'layer'} has rank {layer.rank} and scaling {layer.scaling:g}; "
+                f"{'' if scalings else prepare}give the plain model"
             )
 
 

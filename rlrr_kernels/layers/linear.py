@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlrr_kernels.backends.reference import accumulation_dtype, rescaled_weight
-from rlrr_kernels.layers.options import Init, check_init, check_rank, check_scaling, draw_scales, init_name
+from rlrr_kernels.layers.options import (
+    Init,
+    check_groups,
+    check_init,
+    check_rank,
+    check_scaling,
+    draw_scales,
+    init_name,
+)
 from rlrr_kernels.layers.ownership import check_dtype, check_linear, check_not_in_fsdp, check_own_parameters
 from rlrr_kernels.ops import route
 from rlrr_kernels.ops.linear import rescaled_linear
@@ -60,7 +68,8 @@ class FusedRLRRLinear(nn.Linear):
     While the layer is merged, ``state_dict`` still returns the frozen W and b, and a layer without b has a ``bias``.
 
     Raises:
-        TypeError: If ``dtype`` is not float16, bfloat16, float32 or float64, or ``rank`` or ``scaling`` no number.
+        TypeError: If ``dtype`` is not float16, bfloat16, float32 or float64, ``rank`` or ``groups`` no integer, or
+            ``scaling`` no number.
         ValueError: If ``groups`` does not divide N, ``init`` is an unknown name, or ``rank`` or ``scaling`` is out of
             range.
     """
@@ -78,7 +87,8 @@ class FusedRLRRLinear(nn.Linear):
         rank: int = 1,
         scaling: float = 1.0,
     ) -> None:
-        if groups < 1 or out_features % groups:
+        groups = check_groups(groups)
+        if out_features % groups:
             raise ValueError(f"groups: expected a divisor of out_features = {out_features}, got {groups}")
         check_init(init)
         rank, scaling = check_rank(rank), check_scaling(scaling)

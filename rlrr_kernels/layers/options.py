@@ -1,4 +1,4 @@
-"""The options of the layers: how u, v and affines start, and the rank and the scaling of u v."""
+"""The options of the layers: how u, v and affines start, and the rank, the groups and the scaling of u v."""
 
 from __future__ import annotations
 
@@ -50,6 +50,19 @@ def check_rank(rank: object, name: str = "rank") -> int:
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"{name}: expected 1 to {MAX_RANK}, got {rank}")
     return rank
+
+
+def check_groups(groups: object, name: str = "groups") -> int:
+    """Return a number of groups as Python's int.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is below 1.
+    """
+    groups = check_int(groups, name)
+    if groups < 1:
+        raise ValueError(f"{name}: expected 1 or more, got {groups}")
+    return groups
 
 
 def check_scaling(scaling: object) -> float:

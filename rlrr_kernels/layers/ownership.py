@@ -79,7 +79,7 @@ def check_own_parameters(layer: nn.Module, verb: str, *names: str) -> None:
     for name in names:
         if name not in layer._parameters:
             raise RuntimeError(
-                f"FusedRLRRLinear: cannot {verb} while {name} is computed from other tensors "
+                f"{type(layer).__name__}: cannot {verb} while {name} is computed from other tensors "
                 "(parametrize, prune, weight_norm); remove that first"
             )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlrr_kernels.layers.options import Init, check_init, check_rank, check_scaling
+from rlrr_kernels.layers.options import Init, check_groups, check_init, check_rank, check_scaling
 
 #: Dtypes in which frozen weights can be kept, by name.
 FROZEN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -143,10 +143,10 @@ def _head_names(given: Any) -> tuple[str, ...]:
 def _groups(given: Any) -> dict[str, int]:
     if not isinstance(given, Mapping):
         raise TypeError(f"groups: expected a mapping of patterns to numbers of groups, got {given!r}")
-    for pattern, count in given.items():
-        if not isinstance(pattern, str) or type(count) is not int or count < 1:
-            raise ValueError(f"groups: expected patterns and numbers of 1 or more, got {pattern!r}: {count!r}")
-    return dict(given)
+    for pattern in given:
+        if not isinstance(pattern, str):
+            raise TypeError(f"groups: expected patterns of type str, got {pattern!r}")
+    return {pattern: check_groups(count, f"groups[{pattern!r}]") for pattern, count in given.items()}
 
 
 def _frozen_dtype(given: Any) -> torch.dtype:

@@ -53,10 +53,10 @@ def rescaled_linear(
 
     Returns:
         y ``[..., N]`` in x's dtype. 1 + u v and its product with W are formed in float32 and rounded once. Sums are
-        in float32. With float64 tensors everything is float64.
+        in float32, except where cuBLAS multiplies (ranks above 4 on GPUs). With float64 tensors everything is float64.
 
     Raises:
-        TypeError: If an argument is not a tensor, or its dtype is not supported.
+        TypeError: If an argument is not a tensor, or its dtype is not supported, or x is nested.
         ValueError: If an argument's shape or device does not fit the others.
     """
     check(x, weight, scale_out, scale_in, bias, shift)
@@ -90,6 +90,8 @@ def check(
             raise TypeError(f"{_NAMES[i]}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
         if t.device != device:
             raise ValueError(f"{_NAMES[i]}: expected device {device} as x, got {t.device}")
+    if x.is_nested:
+        raise TypeError("x: expected a dense tensor, got a nested one; pass x.values()")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
     n, k = weight.shape

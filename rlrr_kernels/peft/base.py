@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
@@ -44,3 +46,32 @@ def has_hooks(layer: Any) -> bool:
     """Whether a call of the frozen layer runs more than its own forward, which the op would not."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return bool(hooks) or "forward" in vars(layer)
+
+
+def call(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call a frozen layer with ``forward`` in the place of its own, between its hooks.
+
+    Raises:
+        RuntimeError: If the layer has another forward than its class, and not by a hook of accelerate.
+    """
+    return _call_between_hooks(layer, forward, x) if has_hooks(layer) else forward(x)
+
+
+@torch.compiler.disable  # TorchDynamo does not see that an attribute hides a method
+def _call_between_hooks(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    before = vars(layer).copy()
+    # accelerate's forward calls this one, between moving tensors to a device and back
+    name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+    if name == "forward" and getattr(layer.forward, "__func__", None) is not type(layer).forward:
+        raise RuntimeError(
+            f"base_layer: expected the forward of {type(layer).__name__}, got one of its own, {layer.forward!r}, which "
+            "would not use the adapter; set it on the adapted layer instead"
+        )
+    setattr(layer, name, forward)
+    try:
+        return layer(x)  # type: ignore[no-any-return]
+    finally:
+        if name in before:
+            setattr(layer, name, before[name])
+        else:
+            delattr(layer, name)

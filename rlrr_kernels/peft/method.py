@@ -19,14 +19,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from rlrr_kernels.backends.problem import MAX_RANK
 from rlrr_kernels.backends.reference import accumulation_dtype, rescaled_weight
-from rlrr_kernels.layers.options import check_int, check_rank, check_scaling, draw_scales
+from rlrr_kernels.layers.options import check_groups, check_rank, check_scaling, draw_scales
+from rlrr_kernels.layers.ownership import check_own_parameters
 from rlrr_kernels.models.merge import ADDED_BIAS_REMEDY, has_effect
 from rlrr_kernels.ops.linear import rescaled_linear
-from rlrr_kernels.peft.base import check_base, has_hooks, is_conv1d, weight_of
+from rlrr_kernels.peft.base import call, check_base, is_conv1d, weight_of
 
 
 def _add_peft_type(name: str) -> None:
@@ -85,20 +85,13 @@ class RlrrConfig(PeftConfig):
             raise ValueError("layers_to_transform, layers_pattern: expected none with a target_modules of type str")
         if self.init_weights not in (True, False, "identity", "paper"):
             raise ValueError(f"init_weights: expected True, False, 'identity' or 'paper', got {self.init_weights!r}")
-        self.r, self.groups = check_rank(self.r, "r"), _check_groups(self.groups, "groups")
+        self.r, self.groups = check_rank(self.r, "r"), check_groups(self.groups)
         self.scaling = check_scaling(self.scaling)
-        for name, check in (("rank_pattern", check_rank), ("groups_pattern", _check_groups)):
+        for name, check in (("rank_pattern", check_rank), ("groups_pattern", check_groups)):
             pattern = getattr(self, name)
             if not isinstance(pattern, dict):
                 raise TypeError(f"{name}: expected a dict, got {type(pattern).__name__}")
             setattr(self, name, {key: check(value, f"{name}[{key!r}]") for key, value in pattern.items()})
-
-
-def _check_groups(groups: object, name: str) -> int:
-    groups = check_int(groups, name)
-    if groups < 1:
-        raise ValueError(f"{name}: expected 1 or more, got {groups}")
-    return groups
 
 
 class RlrrLayer(BaseTunerLayer):
@@ -163,7 +156,8 @@ class RlrrLinear(nn.Module, RlrrLayer):
     """A frozen linear, or a ``Conv1D`` of transformers, with RLRR adapters.
 
     Args:
-        base_layer: The frozen layer. It is called where no adapter acts, or with W' if it has hooks.
+        base_layer: The frozen layer. It is called where no adapter acts, or, with the adapted pass between its hooks,
+            if it has any.
         adapter_name, r, groups, config: As :meth:`RlrrLayer.update_layer`.
     """
 
@@ -189,6 +183,7 @@ class RlrrLinear(nn.Module, RlrrLayer):
         Raises:
             ValueError: If ``adapter_names`` are given while adapters are merged, or their number is not that of rows;
                 or if adapters that act together have more than 128 ranks in sum.
+            RuntimeError: If the frozen layer was given a forward of its own.
         """
         if self.disable_adapters:
             if self.merged:
@@ -205,20 +200,17 @@ class RlrrLinear(nn.Module, RlrrLayer):
         if len(names) > 1 and (rank := sum(self.r[name] for name in names)) > MAX_RANK:
             raise ValueError(f"adapters {', '.join(names)}: expected ranks of at most {MAX_RANK} in sum, got {rank}")
         u, v, shift = self.adapter_of(names)
-        weight, bias = weight_of(self.base_layer), self.base_layer.bias
-        if not has_hooks(self.base_layer):
-            return rescaled_linear(x, weight, u, v, bias, shift)
-        rescaled = rescaled_weight(weight, u, v, weight.dtype)
-        changed = {"weight": rescaled.mT if is_conv1d(self.base_layer) else rescaled}
-        if shift is not None:
-            changed["bias"] = (shift if bias is None else bias + shift).to(weight.dtype)
-        return functional_call(self.base_layer, changed, (x,))
+        base = self.base_layer
+        # W is read when a hook before it has set it (prune, spectral_norm)
+        return call(base, lambda x: rescaled_linear(x, weight_of(base), u, v, base.bias, shift), x)
 
     def _mixed(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         if self.merged:
             raise ValueError("adapter_names: expected none while adapters are merged; call unmerge_adapter first")
         if len(adapter_names) != len(x):
             raise ValueError(f"adapter_names: expected {len(x)}, one for each row of x, got {len(adapter_names)}")
+        if not adapter_names:
+            return self.base_layer(x)
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows.setdefault(name, []).append(row)
@@ -226,6 +218,7 @@ class RlrrLinear(nn.Module, RlrrLayer):
         order = [row for which in rows.values() for row in which]
         return parts[torch.tensor(order, device=x.device).argsort()]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace W and b by W' and b + f of all merged adapters, formed from the frozen W in float32.
@@ -236,11 +229,13 @@ class RlrrLinear(nn.Module, RlrrLayer):
 
         Raises:
             ValueError: If a value is not finite, with ``safe_merge``.
+            RuntimeError: If W or b is computed from other tensors (parametrize, prune).
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.rlrr_scale_out]
         if not names:
             return
         base = self.base_layer
+        check_own_parameters(base, "merge", "weight", "bias")
         weight, bias = self._frozen or (base.weight.data, None if base.bias is None else base.bias.data)
         dtype = weight.dtype
         u, v, shift = self.adapter_of([*self.merged_adapters, *names])
@@ -256,7 +251,7 @@ class RlrrLinear(nn.Module, RlrrLayer):
             warnings.warn(
                 "merging gives a bias that holds f to layers that had none, which the library that built the model "
                 f"does not build: {ADDED_BIAS_REMEDY}",
-                stacklevel=3,  # no_grad is a caller, too
+                stacklevel=4,  # the decorators are callers, too
             )
         self._frozen = weight, bias
         base.weight.data = merged
@@ -266,10 +261,12 @@ class RlrrLinear(nn.Module, RlrrLayer):
             base.bias = None if merged_bias is None else nn.Parameter(merged_bias, requires_grad=False)
         self.merged_adapters.extend(names)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the frozen W and b back, bit for bit."""
         if self._frozen is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
             return
         base = self.base_layer
         weight, bias = self._frozen

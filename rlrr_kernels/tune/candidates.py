@@ -39,7 +39,7 @@ class Candidate(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """x ``[M, K]``, W ``[N, K]``, dy ``[M, N]``; u ``[N, 1]``, v ``[groups, 1, K]``, bias and shift ``[N]``.
+    """x ``[M, K]``, W ``[N, K]``, dy ``[M, N]``; u ``[N, r]``, v ``[groups, r, K]``, bias and shift ``[N]``.
 
     x or dy is empty for the pass that does not read it.
     """

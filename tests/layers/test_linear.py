@@ -161,7 +161,8 @@ def test_merging_a_narrow_weight_rounds_once_from_float32():
     ("arguments", "words"),
     [
         ({"groups": 4}, "groups: expected a divisor of out_features = 6, got 4"),
-        ({"groups": 0}, "groups: expected a divisor of out_features = 6, got 0"),
+        ({"groups": 0}, "groups: expected 1 or more, got 0"),
+        ({"groups": "3"}, "groups: expected an int, got str"),
         ({"init": "papr"}, "init: expected 'paper', 'identity' or a callable, got 'papr'"),
         ({"rank": 0}, "rank: expected 1 to 128, got 0"),
         ({"rank": 129}, "rank: expected 1 to 128, got 129"),

@@ -190,6 +190,11 @@ def _inputs(**changes):
     ("changes", "kind", "words"),
     [
         ({"x": [[1.0]]}, TypeError, "x: expected a tensor, got list"),
+        (
+            {"x": torch.nested.nested_tensor([[[0.0] * 4]], layout=torch.jagged)},
+            TypeError,
+            "x: expected a dense tensor",
+        ),
         ({"x": torch.zeros(5, 4, dtype=torch.int64)}, TypeError, "x: expected float16.* got torch.int64"),
         ({"x": torch.zeros(5, 4, dtype=torch.complex64)}, TypeError, "x: expected float16.* got torch.complex64"),
         ({"x": torch.zeros(5, 3)}, ValueError, r"x: expected shape \[..., 4\] for weight \[6, 4\], got \[5, 3\]"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from rlrr_kernels.backends import reference
 from tests.oracle import assert_close
@@ -294,6 +295,49 @@ def test_hooks_of_the_frozen_layer_run_with_the_adapted_values(kind):
     assert len(with_hooks) == 3
     for ours, theirs in zip(with_hooks, (p.grad for p in model.parameters() if p.grad is not None), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_hook_that_sets_the_weight_sets_what_the_adapter_rescales(compiled):
+    model = model_of({"r": 2})
+    layer = model.base_model.model[0]
+    prune.l1_unstructured(layer.base_layer, "weight", 0.25)
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    plain, exact = (expected(model, ["default"], ROWS, dtype) for dtype in (torch.float32, torch.float64))
+    assert_close("y", run(ROWS), plain, exact)
+    assert "forward" not in vars(layer.base_layer)
+    run(ROWS).sum().backward()
+    assert layer.rlrr_scale_out["default"].grad.abs().min() > 0
+    with pytest.raises(RuntimeError, match="Linear: cannot merge while weight is computed from other tensors"):
+        model.merge_adapter()
+
+
+def test_a_layer_that_accelerate_moves_and_one_with_a_forward_of_its_own():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = model_of({"r": 2})
+    want, base = model(ROWS), model.base_model.model[0].base_layer
+    hooks.add_hook_to_module(base, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    for _ in range(2):
+        assert torch.equal(model(ROWS), want)
+    hooks.remove_hook_from_module(base)
+    assert torch.equal(model(ROWS), want)
+    base.forward = lambda x: x
+    with pytest.raises(RuntimeError, match="base_layer: expected the forward of Linear, got one of its own"):
+        model(ROWS)
+
+
+def test_what_was_merged_in_inference_mode_can_be_part_of_a_backward_pass():
+    model = model_of({"r": 2})
+    for change in (model.merge_adapter, model.unmerge_adapter):
+        with torch.inference_mode():
+            change()
+        rows = ROWS.clone().requires_grad_()
+        model(rows).sum().backward()
+        assert rows.grad.abs().min() > 0
+
+
+def test_a_mixed_batch_of_no_rows():
+    assert model_of({"r": 2})(ROWS[:0], adapter_names=[]).shape == (0, N)
 
 
 def test_merging_leaves_the_bias_the_same_parameter():
