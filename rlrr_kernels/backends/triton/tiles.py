@@ -115,10 +115,15 @@ def rescale(
 
     ``u``, ``v``: as :func:`load_u` and :func:`load_v` return them.
     """
-    product = u[0][:, None] * as_row(v[0])
-    for j in tl.static_range(1, RANK):
-        product += u[j][:, None] * as_row(v[j])
-    rescaled = narrow(widen(w, PAIRED_BF16) * (1.0 + product), DTYPE, EMULATE_BF16)
+    wide = widen(w, PAIRED_BF16)
+    if RANK == 1:
+        wide = wide * (1.0 + u[0][:, None] * as_row(v[0]))
+    else:
+        product = u[0][:, None] * as_row(v[0])
+        for j in tl.static_range(1, RANK):
+            product += u[j][:, None] * as_row(v[j])
+        wide += wide * product  # one fused multiply-add, where 1 + U V would be an addition more
+    rescaled = narrow(wide, DTYPE, EMULATE_BF16)
     if ROUND_TF32:
         rescaled = round_to_tf32(rescaled)
     return operand(rescaled, EMULATE_BF16)
