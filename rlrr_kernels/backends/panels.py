@@ -14,6 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def forward(
     bias: Tensor | None,
     shift: Tensor | None,
     *,
-    rescaled: type[Rescaled] | None = None,
+    rescaled: type[Panels] | None = None,
 ) -> Tensor:
     """Return y ``[M, N]`` in x's dtype. ``rescaled``: what forms the panels; default: operations of PyTorch."""
     offset = offset_of(bias, shift, x.dtype)
@@ -65,7 +66,7 @@ def forward(
 
 @torch.no_grad()
 def grad_input(
-    dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, rescaled: type[Rescaled] | None = None
+    dy: Tensor, weight: Tensor, scale_out: Tensor, scale_in: Tensor, *, rescaled: type[Panels] | None = None
 ) -> Tensor:
     """Return dx = dy W' ``[M, K]`` in dy's dtype. ``rescaled``: as in :func:`forward`."""
     dy, dx = _readable(dy), dy.new_empty(dy.shape[0], weight.shape[1])
@@ -126,12 +127,29 @@ def grad_shift(dy: Tensor) -> Tensor:
     return torch.cat([part.sum(0, dtype=wide) for part in dy.split(size, 1)])
 
 
-class Rescaled:
-    """Forms panels of W' ``[N, K]``.
+class Panels(Protocol):
+    """What forms panels of W' ``[N, K]``: :class:`Rescaled`, or another backend's kernel.
 
     Attributes:
         weight: W as ``[groups, N / groups, K]``.
     """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> None: ...
+
+    def most(self, across: int) -> int:
+        """Return how many rows (or columns) of ``across`` elements a panel may have."""
+
+    def allocate(self, groups: int, rows: int, columns: int) -> None:
+        """Allocate the scratch for panels of at most this size."""
+
+    def panel(self, groups: slice, rows: slice, columns: slice) -> Tensor:
+        """Form these rows of these groups (all rows of several) as one matrix, which the next panel overwrites."""
+
+
+class Rescaled(Panels):
+    """Forms panels by operations of PyTorch."""
 
     def __init__(self, weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> None:
         groups, self.dtype, self.wide = scale_in.shape[0], dtype, accumulation_dtype(dtype)
@@ -148,20 +166,17 @@ class Rescaled:
         return -(-rows // STEPS) if self.copies else rows
 
     def most(self, across: int) -> int:
-        """Return how many rows (or columns) of ``across`` elements a panel may have."""
         rows = self.weight.shape[1]
         formed = self.copies + (0 if self.dtype is self.wide else self.wide.itemsize)
         return int(SCRATCH / across / (self.dtype.itemsize + formed * self._step(rows) / rows))
 
     def allocate(self, groups: int, rows: int, columns: int) -> None:
-        """Allocate the scratch for panels of at most this size."""
         new = self.weight.new_empty
         self.scratch = new(groups * rows * columns, dtype=self.dtype)
         if self.dtype is not self.wide:
             self.scales = new(groups * self._step(rows) * columns, dtype=self.wide)
 
     def panel(self, groups: slice, rows: slice, columns: slice) -> Tensor:
-        """Form these rows of these groups as one matrix, which the next panel overwrites."""
         weight, u, v = self.weight[groups, rows, columns], self.u[groups, rows], self.v[groups, :, columns]
         panel = _as(self.scratch, *weight.shape)
         step = self._step(weight.shape[1])

@@ -139,8 +139,8 @@ def vectors(scale_out: Tensor, scale_in: Tensor) -> tuple[Tensor, Tensor]:
     return u.contiguous(), v.contiguous()
 
 
-class _Rescaled(panels.Rescaled):
-    """Forms panels of W' ``[N, K]`` by a kernel."""
+class _Rescaled(panels.Panels):
+    """Forms panels by a kernel."""
 
     def __init__(self, weight: Tensor, scale_out: Tensor, scale_in: Tensor, dtype: torch.dtype) -> None:
         groups, rank, k = scale_in.shape
@@ -150,15 +150,12 @@ class _Rescaled(panels.Rescaled):
         self.u, self.v = u.view(groups, -1, rank), v.view(groups, rank, k)
 
     def most(self, across: int) -> int:
-        """Return how many rows (or columns) of ``across`` elements a panel may have."""
         return max(panels.SCRATCH // across // self.dtype.itemsize, LEAST)
 
     def allocate(self, groups: int, rows: int, columns: int) -> None:
-        """Allocate the scratch for panels of at most this size."""
         self.scratch = self.weight.new_empty(groups * rows * columns, dtype=self.dtype)
 
     def panel(self, groups: slice, rows: slice, columns: slice) -> Tensor:
-        """Form these rows of these groups (all rows of several) as one matrix, which the next panel overwrites."""
         weight, u, v = self.weight[groups, rows, columns], self.u[groups, rows], self.v[groups, :, columns]
         (count, group_rows, width), block_n, block_k = weight.shape, 32, 128
         panel = self.scratch[: weight.numel()].view(count * group_rows, width)
