@@ -102,6 +102,11 @@ class Trainer:
             # PyTorch cannot weigh what a sharded model keeps
             budget = 1.0 if settings.parallel == "fsdp" else ACTIVATION_BUDGET
             self.forward = compiler.patch(activation_memory_budget=budget)(lambda images: compiled(images))
+            if device.type == "cpu":
+                import torch._inductor.config as inductor  # takes a second
+
+                # its own random numbers are drawn one by one there, in the loops that dropout is fused with
+                self.forward = inductor.patch(fallback_random=True)(self.forward)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
         self.images = splits.train if settings.resolved_protocol == "choose-epoch" else splits.trainval

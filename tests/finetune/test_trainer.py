@@ -87,6 +87,13 @@ def test_compiled_steps_are_those_of_eager_also_with_a_short_last_batch(tmp_path
     assert len(graphs) == 2  # evaluation stays eager
 
 
+@pytest.mark.slow
+def test_a_compiled_step_on_a_cpu_drops_what_an_eager_one_drops(tmp_path):
+    options = {"sizes": (8, 8, 8), "warmup_epochs": 0, "drop_path": 0.5, "drop_path_kind": "element", "device": "cpu"}
+    eager, compiled = (epoch(trainer(tmp_path, **options, compile=mode)) for mode in ("", "default"))
+    assert compiled["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-4)
+
+
 def test_a_cuda_graph_keeps_no_gradients_of_another_batch():
     with pytest.raises(ValueError, match=r"^compile: .* grad_accumulation=2.* got 'reduce-overhead'"):
         Settings(compile="reduce-overhead", grad_accumulation=2)
