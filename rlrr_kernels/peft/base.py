@@ -59,7 +59,6 @@ def call(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @torch.compiler.disable  # TorchDynamo does not see that an attribute hides a method
 def _call_between_hooks(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    before = vars(layer).copy()
     # accelerate's forward calls this one, between moving tensors to a device and back
     name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
     if name == "forward" and getattr(layer.forward, "__func__", None) is not type(layer).forward:
@@ -67,11 +66,11 @@ def _call_between_hooks(layer: Any, forward: Callable[[Tensor], Tensor], x: Tens
             f"base_layer: expected the forward of {type(layer).__name__}, got one of its own, {layer.forward!r}, which "
             "would not use the adapter; set it on the adapted layer instead"
         )
+    before = vars(layer).get(name)
     setattr(layer, name, forward)
     try:
         return layer(x)  # type: ignore[no-any-return]
     finally:
-        if name in before:
-            setattr(layer, name, before[name])
-        else:
-            delattr(layer, name)
+        delattr(layer, name)
+        if before is not None:
+            setattr(layer, name, before)

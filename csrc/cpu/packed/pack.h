@@ -15,8 +15,8 @@ inline Vector rescale(Vector w, Vector u, Vector v) { return w * (broadcast(1.0f
 // Rows are pages apart, and more of them are read at once than the hardware prefetches
 inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
-// The lines of a matrix that is read soon, if its columns are adjacent; else of no use. A product prefetches one of them every few steps:
-// a burst would fill the line buffers of the core, and the loads of the product would wait for it.
+// The lines of a matrix that is read soon, if its columns are adjacent; else of no use. A product prefetches one of them
+// every few steps: a burst would fill the line buffers of the core, and the loads of the product would wait for it.
 template <class T, int locality>
 class Lines {
  public:
